@@ -1,0 +1,100 @@
+"""The policy protocol: anything that continues a prompt of token ids.
+
+Rollouts know nothing else of an engine, so that every part of the library can be played against a
+script. Engines live in ``delethink.serving``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from delethink.errors import PolicyError
+from delethink.types import StopReason, TokenIds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Top-p and top-k are left out: they bias the policy gradient."""
+
+    temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
+    seed: int | None = None  # of one chunk; None draws from the engine's own stream
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy made of a prompt.
+
+    ``logprobs`` are those of ``token_ids`` under the distribution they were drawn from (temperature
+    applied), one each. ``token_ids`` end with EOS where ``stop`` is ``EOS``.
+    """
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    stop: StopReason
+    policy_version: int = 0  # number of weight updates of the weights that sampled this
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise PolicyError(
+                f"the policy returned {len(self.token_ids)} tokens and "
+                f"{len(self.logprobs)} log-probs: there must be one for each token"
+            )
+
+
+class Policy(Protocol):
+    """Continues prompts. Many calls may be in flight; an engine batches them as it likes."""
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``."""
+        ...
+
+
+class ScriptedPolicy:
+    """A policy that says what it is told: for tests, examples and demonstrations.
+
+    Args:
+        script: the completions in the order of the calls, each as token ids, as a ``Completion``, or
+            as an exception to raise; or a function of (prompt ids, max new tokens) that returns one.
+        eos_id: a completion given as token ids that ends with it stops with ``EOS``.
+
+    ``calls`` records (prompt ids, max new tokens) of each call.
+    """
+
+    def __init__(
+        self,
+        script: Sequence[TokenIds | Completion | Exception]
+        | Callable[[TokenIds, int], TokenIds | Completion],
+        eos_id: int = 1,
+    ) -> None:
+        self._script = script
+        self._eos_id = eos_id
+        self.calls: list[tuple[TokenIds, int]] = []
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """The next line of the script."""
+        await asyncio.sleep(0)  # a real engine lets other traces run
+        said = self._next(prompt_ids, max_new_tokens)
+        if isinstance(said, Exception):
+            raise said
+        if isinstance(said, Completion):
+            return said
+        ended = bool(said) and said[-1] == self._eos_id
+        stop = StopReason.EOS if ended else StopReason.LENGTH
+        return Completion(tuple(said), (0.0,) * len(said), stop)
+
+    def _next(
+        self, prompt_ids: TokenIds, max_new_tokens: int
+    ) -> TokenIds | Completion | Exception:
+        self.calls.append((prompt_ids, max_new_tokens))
+        if callable(self._script):
+            return self._script(prompt_ids, max_new_tokens)
+        if len(self.calls) > len(self._script):
+            raise PolicyError(f"the script has {len(self._script)} lines and was asked for one more")
+        return self._script[len(self.calls) - 1]

@@ -1,0 +1,1 @@
+"""Engines: each implements the policy protocol and takes new weights."""

@@ -1,0 +1,99 @@
+"""Every noun of the library, in reading order.
+
+A *problem* is asked as a *query* (token ids). A policy answers it in *chunks*; the chunks of one
+attempt are a *trace*; traces of the same query are a *group*. Letters in parentheses are those of
+The Markovian Thinker (arXiv 2510.06557).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+TokenIds = tuple[int, ...]
+
+
+class StopReason(str, Enum):
+    """Why a chunk ended. Only ``LENGTH`` leads to a next chunk."""
+
+    EOS = "eos"  # the policy ended its answer
+    LENGTH = "length"  # the chunk is full: a border, or the end of the budget
+    ABORT = "abort"  # the engine gave up the request
+    ERROR = "error"  # the policy raised
+
+
+class TraceStop(str, Enum):
+    """Why a trace ended."""
+
+    COMPLETED = "completed"  # the policy ended its answer
+    BUDGET = "budget"  # every chunk was used up
+    ABORTED = "aborted"
+    ERROR = "error"
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the trace says nothing about the policy, because something broke."""
+        return self in (TraceStop.ABORTED, TraceStop.ERROR)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked and what counts as right.
+
+    Example: ``Problem("02:0110", answer="1001", metadata={"steps": 2})``.
+    """
+
+    prompt: str  # the user's message; the tokenizer's chat template is put around it
+    answer: str  # the gold answer
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One uninterrupted stretch of sampling: (x_l, y_l) of the paper.
+
+    Example, C=6 and m=2, second chunk of a query ``(1, 2)`` whose first chunk was ``(5, 6, 7, 8,
+    9, 10)``: ``prompt_ids=(1, 2, 9, 10)``, ``carried=2``, ``output_ids`` at most four tokens.
+    """
+
+    prompt_ids: TokenIds  # x_l: query, then what was carried
+    output_ids: TokenIds  # y_l: sampled tokens, EOS included
+    logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)]
+    stop: StopReason
+    carried: int = 0  # how many tokens at the end of prompt_ids were carried over the border
+    policy_version: int = 0  # number of weight updates of the policy that sampled y_l
+    error: str | None = None  # what was raised, where stop is ERROR
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One attempt at a problem."""
+
+    query_ids: TokenIds  # q
+    chunks: tuple[Chunk, ...]  # at least one
+    stop: TraceStop
+
+    @property
+    def length(self) -> int:
+        """l(tau), the number of sampled tokens: carried ones count once, where they were sampled."""
+        return sum(len(chunk.output_ids) for chunk in self.chunks)
+
+    @property
+    def output_ids(self) -> TokenIds:
+        """All sampled tokens in order, stitched: what the reward reads."""
+        return tuple(token for chunk in self.chunks for token in chunk.output_ids)
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, if something did."""
+        return next((chunk.error for chunk in self.chunks if chunk.error), None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """G traces of one problem: the baseline of GRPO is taken over them, never over chunks."""
+
+    problem: Problem
+    traces: tuple[Trace, ...]

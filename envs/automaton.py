@@ -1,0 +1,92 @@
+"""The toy family: run a cellular automaton for a given number of steps.
+
+A problem is a first state (a ring of ``width`` cells) and a number of steps. The solution is a
+chain with one line a step, each worked out from the line before it alone:
+
+    query     03:01101001101
+    thinking  02:10010100100        (what the rule makes of the line before, and a countdown)
+              01:00100001001
+              00:01001010010
+    answer    01001010010
+
+What makes it a test of thinking across resets: the query does not grow with the work, a line looks
+back one line only, the end is local (the countdown reads zero), and guessing is hopeless, because
+rule 45 on a ring of odd width is a bijection, so that over all first states every last state is
+equally likely (chance ``2 ** -width``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from delethink.errors import ConfigError
+from delethink.types import Problem
+
+MAX_STEPS = 99  # the countdown has two digits
+HELD_OUT_SHARE = 5  # one first state in five is held out
+
+
+def automaton_step(state: str, rule: int) -> str:
+    """One step of an elementary cellular automaton on a ring (Wolfram's numbering)."""
+    width = len(state)
+    return "".join(
+        str(rule >> int(state[i - 1] + state[i] + state[(i + 1) % width], 2) & 1)
+        for i in range(width)
+    )
+
+
+def solution_lines(state: str, steps: int, rule: int) -> Iterator[str]:
+    """The lines of a flawless solution, countdown first: ``steps`` of them."""
+    for left in range(steps - 1, -1, -1):
+        state = automaton_step(state, rule)
+        yield f"{left:02d}:{state}"
+
+
+@dataclass(frozen=True)
+class AutomatonTask:
+    """Problems of the family, indexable without end and split by first state.
+
+    A first state belongs to the held-out split or to the training split for good, whatever the
+    number of steps: no held-out first state is ever the start of a training problem.
+    """
+
+    min_steps: int
+    max_steps: int
+    width: int = 11
+    rule: int = 45
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_steps <= self.max_steps <= MAX_STEPS:
+            raise ConfigError(
+                f"steps must satisfy 1 <= min_steps <= max_steps <= {MAX_STEPS}, "
+                f"got min_steps={self.min_steps} and max_steps={self.max_steps}"
+            )
+        if not 3 <= self.width <= 63 or not 0 <= self.rule <= 255:
+            raise ConfigError(
+                f"width must be in 3..63 and rule in 0..255, got {self.width} and {self.rule}"
+            )
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem ``index`` of ``split`` (``"train"`` or ``"heldout"``); the same for ever."""
+        if split not in ("train", "heldout"):
+            raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")
+        rng = random.Random(f"{self.seed}/{split}/{index}")
+        steps = rng.randint(self.min_steps, self.max_steps)
+        while True:
+            state = format(rng.getrandbits(self.width), f"0{self.width}b")
+            if is_held_out(state) == (split == "heldout"):
+                break
+        *_, last = solution_lines(state, steps, self.rule)
+        return Problem(
+            prompt=f"{steps:02d}:{state}",
+            answer=last.partition(":")[2],
+            metadata={"steps": steps, "state": state, "rule": self.rule},
+        )
+
+
+def is_held_out(state: str) -> bool:
+    """Whether problems that start from ``state`` are kept for evaluation alone."""
+    return random.Random(f"held out? {state}").randrange(HELD_OUT_SHARE) == 0

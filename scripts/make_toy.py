@@ -1,0 +1,148 @@
+"""Makes the toy reasoner from scratch: a small Qwen2-shaped model of the automaton family.
+
+    python scripts/make_toy.py --out toy --seed 0
+
+It is trained on plain long chains of thought, each in one context and never on a reset. The corpus
+is noisy on purpose, as written reasoning is: a line is wrong in one cell with probability
+``--slip``, and what follows builds on it. So the base imitates slips; it knows the rule, it is sound
+on short problems, and it fails on long ones as often as somebody slipped on the way. Reinforcement
+learning is told only whether the last state is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from delethink.envs.automaton import automaton_step, is_held_out
+
+THINK, END_THINK, EOS, PAD = "<think>", "</think>", "<eos>", "<pad>"
+TEMPLATE = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}<think>{% endif %}"
+RULE, WIDTH = 45, 11
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, and one each for the marks of thinking."""
+    vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, "\n", ":"])}
+    vocab |= {digit: len(vocab) + i for i, digit in enumerate("0123456789")}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.add_special_tokens([PAD, EOS])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(seed: int, layers: int, width: int, vocab_size: int) -> Qwen2ForCausalLM:
+    """Random weights of the Qwen2 shape."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=1024,
+            rope_theta=10_000.0,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+def write_trace(rng: random.Random, steps: int, slip: float) -> tuple[str, str]:
+    """A problem of the training split and a solution as somebody who slips would write it."""
+    state = "held out"
+    while state == "held out" or is_held_out(state):
+        state = format(rng.getrandbits(WIDTH), f"0{WIDTH}b")
+    query = f"{steps:02d}:{state}{THINK}"
+    lines = []
+    for left in range(steps - 1, -1, -1):
+        state = automaton_step(state, RULE)
+        if rng.random() < slip:
+            i = rng.randrange(WIDTH)
+            state = state[:i] + "10"[int(state[i])] + state[i + 1 :]
+        lines.append(f"{left:02d}:{state}")
+    return query, "\n".join(lines) + END_THINK + state + EOS
+
+
+def batches(tokenizer, seed: int, max_steps: int, slip: float, tokens: int):
+    """Endless batches of about ``tokens`` tokens, each of traces of one length."""
+    rng = random.Random(seed)
+    while True:
+        steps = rng.randint(1, max_steps)
+        rows = max(1, round(tokens / (15 * steps + 26)))
+        texts = [write_trace(rng, steps, slip) for _ in range(rows)]
+        ids = torch.tensor([tokenizer(q + s)["input_ids"] for q, s in texts])
+        labels = ids.clone()
+        labels[:, : len(tokenizer(texts[0][0])["input_ids"])] = -100
+        yield ids, labels
+
+
+def learning_rate(spent: float, peak: float) -> float:
+    """Warm-up over the first 3 %, constant, then linear to nothing over the last 40 %."""
+    return peak * min(1.0, spent / 0.03, max(0.0, (1 - spent) / 0.4))
+
+
+def train(model, stream, steps: int, peak: float, report) -> None:
+    """Next-token prediction on the solutions for a fixed number of updates."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    started, smooth = time.monotonic(), None
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / steps, peak)
+        ids, labels = next(stream)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+        if step % 50 == 0 or step + 1 == steps:
+            report(step, smooth, time.monotonic() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--max-steps", type=int, default=28)
+    parser.add_argument("--slip", type=float, default=0.03)
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens in a batch")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    args = parser.parse_args()
+
+    tokenizer = make_tokenizer()
+    model = make_model(args.seed, args.layers, args.width, len(tokenizer))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    stream = batches(tokenizer, args.seed, args.max_steps, args.slip, args.tokens)
+
+    def report(step: int, loss: float, seconds: float) -> None:
+        print(f"update {step:5d}  loss {loss:.4f}  {seconds:6.0f} s", flush=True)
+
+    train(model, stream, args.updates, args.lr, report)
+    model.save_pretrained(args.out, safe_serialization=True)
+    tokenizer.save_pretrained(args.out)
+    (args.out / "making.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
+
+
+if __name__ == "__main__":
+    main()
