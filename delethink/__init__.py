@@ -1,0 +1,63 @@
+"""Delethink: reinforcement learning in which a language model thinks in chunks with context resets.
+
+The core, in reading order; what is heavier lives in rooms of its own (``delethink.envs``,
+``delethink.rewards``, ``delethink.serving``, ``delethink.training``, ``delethink.evaluation``) and
+is imported from there. Importing this package loads the standard library only.
+"""
+
+from delethink.errors import (
+    ActionError,
+    ConfigError,
+    DelethinkError,
+    MissingExtraError,
+    ModelError,
+    PolicyError,
+    QueryTooLongError,
+    RolloutError,
+    RunDirectoryError,
+    UserError,
+    WeightSyncError,
+)
+from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
+from delethink.rollout import derive_seed, play_trace, play_traces
+from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.types import Chunk, Group, Problem, StopReason, TokenIds, Trace, TraceStop
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # types: every noun
+    "TokenIds",
+    "StopReason",
+    "TraceStop",
+    "Problem",
+    "Chunk",
+    "Trace",
+    "Group",
+    # rule: how thinking is cut into chunks
+    "ChunkSpec",
+    "ThinkingState",
+    "start",
+    # policy: anything that continues a prompt
+    "Policy",
+    "Sampling",
+    "Completion",
+    "ScriptedPolicy",
+    # rollout: plays traces
+    "play_trace",
+    "play_traces",
+    "derive_seed",
+    # errors
+    "DelethinkError",
+    "UserError",
+    "ConfigError",
+    "QueryTooLongError",
+    "ActionError",
+    "ModelError",
+    "RunDirectoryError",
+    "MissingExtraError",
+    "PolicyError",
+    "RolloutError",
+    "WeightSyncError",
+    "__version__",
+]

@@ -79,7 +79,7 @@ class WeightSyncError(DelethinkError, RuntimeError):
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest allowed name, or the list of them."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1)
+    near = difflib.get_close_matches(name.lower(), allowed, n=1)
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Allowed: {', '.join(allowed)}." if allowed else ""

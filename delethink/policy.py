@@ -7,6 +7,7 @@ script. Engines live in ``delethink.serving``.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,7 @@ class Sampling:
     """How tokens are drawn. Top-p and top-k are left out: they bias the policy gradient."""
 
     temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
-    seed: int | None = None  # of one chunk; None draws from the engine's own stream
+    seed: int | None = None  # None draws from the engine's own stream
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Completion:
     policy_version: int = 0  # number of weight updates of the weights that sampled this
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))
+        object.__setattr__(self, "logprobs", tuple(self.logprobs))
+        if not all(map(math.isfinite, self.logprobs)):
+            raise PolicyError("the policy returned a log-prob that is not a finite number")
         if len(self.token_ids) != len(self.logprobs):
             raise PolicyError(
                 f"the policy returned {len(self.token_ids)} tokens and "
@@ -68,7 +73,7 @@ class ScriptedPolicy:
     def __init__(
         self,
         script: Sequence[TokenIds | Completion | Exception]
-        | Callable[[TokenIds, int], TokenIds | Completion],
+        | Callable[[TokenIds, int], TokenIds | Completion | Exception],
         eos_id: int = 1,
     ) -> None:
         self._script = script

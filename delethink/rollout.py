@@ -8,16 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
-from delethink.policy import Completion, Policy, Sampling
+from delethink.errors import RolloutError, UserError
+from delethink.policy import Policy, Sampling
 from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.types import Chunk, StopReason, TokenIds, Trace
+from delethink.types import Chunk, Problem, StopReason, TokenIds, Trace
+
+_logger = logging.getLogger(__name__)
+
+
+class ReplayEnv(Protocol):
+    """What ``replay_trace`` needs of an environment; Gymnasium's have it."""
+
+    def reset(self, *, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The first observation of an episode."""
+        ...
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Observation, reward, terminated, truncated, info."""
+        ...
 
 
 def derive_seed(*parts: int | str) -> int:
     """A seed for one chunk out of (run seed, step, query, trace, chunk): stable and well mixed."""
-    text = "/".join(map(str, parts)).encode()
+    text = repr(parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
@@ -31,33 +49,64 @@ async def play_trace(
     """Plays one trace to its end.
 
     With ``sampling.seed``, chunk l is drawn with a seed of its own that depends on that seed and l
-    only, so that it does not matter which worker takes it.
+    only, so that it does not matter which worker takes it. Traces of one group need seeds of their
+    own, or they are all the same.
 
     Raises:
         QueryTooLongError: the query leaves no room for a context of thinking.
+        UserError: whatever else of this kind the policy raises: it concerns every trace.
     """
-    state = start(spec, query_ids, max_model_tokens)
-    chunks: list[Chunk] = []
-    while state.stop is None:
-        chunk = await _play_chunk(policy, state, _seed_chunk(sampling, state.num_chunks))
-        chunks.append(chunk)
-        state = state.advance(chunk.output_ids, chunk.stop)
-    return Trace(state.query_ids, tuple(chunks), state.stop)
+    return await _play(policy, start(spec, query_ids, max_model_tokens), sampling)
 
 
 async def play_traces(
     policy: Policy,
     spec: ChunkSpec,
-    queries: list[TokenIds],
-    samplings: list[Sampling],
+    queries: Sequence[TokenIds],
+    samplings: Sequence[Sampling],
     max_model_tokens: int | None = None,
 ) -> list[Trace]:
-    """Plays one trace for each query at the same time, in the order given."""
-    plays = [
-        play_trace(policy, spec, query, sampling, max_model_tokens)
-        for query, sampling in zip(queries, samplings, strict=True)
-    ]
-    return list(await asyncio.gather(*plays))
+    """Plays one trace for each query at the same time, in the order given.
+
+    Raises:
+        QueryTooLongError: a query leaves no room for thinking; nothing is played then.
+        UserError: the policy raised one; the other traces are given up.
+    """
+    pairs = zip(queries, samplings, strict=True)
+    states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
+    tasks = [asyncio.ensure_future(_play(policy, *pair)) for pair in states]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
+    """Takes a trace through an environment chunk by chunk and returns what it earns there.
+
+    Raises:
+        RolloutError: the environment shows another prompt than the policy saw.
+    """
+    observation, _ = env.reset(options={"problem": problem})
+    reward = 0.0
+    for i, chunk in enumerate(trace.chunks):
+        if tuple(map(int, observation)) != chunk.prompt_ids:
+            raise RolloutError(
+                f"chunk {i} was sampled after another prompt than the environment shows: the rollout "
+                "and the environment do not follow one rule"
+            )
+        observation, reward, *_ = env.step(chunk.output_ids)
+    return float(reward)
+
+
+async def _play(policy: Policy, state: ThinkingState, sampling: Sampling) -> Trace:
+    chunks: list[Chunk] = []
+    while state.stop is None:
+        seeded = _seed_chunk(sampling, state.num_chunks)
+        chunk, state = await _play_chunk(policy, state, seeded)
+        chunks.append(chunk)
+    return Trace(state.query_ids, tuple(chunks), state.stop)
 
 
 def _seed_chunk(sampling: Sampling, chunk: int) -> Sampling:
@@ -66,21 +115,43 @@ def _seed_chunk(sampling: Sampling, chunk: int) -> Sampling:
     return replace(sampling, seed=derive_seed(sampling.seed, chunk))
 
 
-async def _play_chunk(policy: Policy, state: ThinkingState, sampling: Sampling) -> Chunk:
-    """One chunk; what the policy raises or breaks becomes a chunk that says so."""
+async def _play_chunk(
+    policy: Policy, state: ThinkingState, sampling: Sampling
+) -> tuple[Chunk, ThinkingState]:
+    """One chunk and the state after it; what the policy raises or breaks becomes data."""
     try:
         done = await policy.generate(state.prompt_ids, state.max_new_tokens, sampling)
-        state.advance(done.token_ids, done.stop)
-        error = None
-    except Exception as problem:  # data with a reason: the boundary between us and any engine
-        done = Completion((), (), StopReason.ERROR)
-        error = f"{type(problem).__name__}: {problem}"
+        after = state.advance(done.token_ids, done.stop)
+        chunk = Chunk(
+            prompt_ids=state.prompt_ids,
+            output_ids=done.token_ids,
+            logprobs=done.logprobs,
+            stop=done.stop,
+            carried=len(state.carried),
+            policy_version=done.policy_version,
+            error=_FAILURES.get(done.stop),
+        )
+    except UserError:
+        raise
+    except Exception as problem:  # the boundary between the library and any engine
+        _logger.warning("a chunk failed", exc_info=True)
+        return _failed_chunk(state, problem), state.advance((), StopReason.ERROR)
+    return chunk, after
+
+
+_FAILURES = {
+    StopReason.ABORT: "the engine gave up the request",
+    StopReason.ERROR: "the engine reported an error and no reason",
+}
+
+
+def _failed_chunk(state: ThinkingState, problem: Exception) -> Chunk:
     return Chunk(
         prompt_ids=state.prompt_ids,
-        output_ids=done.token_ids,
-        logprobs=done.logprobs,
-        stop=done.stop,
+        output_ids=(),
+        logprobs=(),
+        stop=StopReason.ERROR,
         carried=len(state.carried),
-        policy_version=done.policy_version,
-        error=error,
+        policy_version=None,
+        error=f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem),
     )

@@ -52,7 +52,7 @@ class ChunkSpec:
                 f"and context_size={self.context_size}"
             )
         most = self.context_size if self.head_outside else self.carryover_size
-        if not 0 <= self.head_size <= most and not self.is_longcot:
+        if self.head_size < 0 or (self.head_size > most and not self.is_longcot):
             bound = "context_size" if self.head_outside else "carryover_size"
             raise ConfigError(
                 f"head_size must be at least 0 and at most {bound}={most}, got {self.head_size}"
@@ -79,22 +79,20 @@ class ChunkSpec:
         outside = self.head_size if self.head_outside and not self.is_longcot else 0
         return self.context_size + outside
 
-    def carry(self, visible: TokenIds, head: int) -> tuple[TokenIds, int]:
-        """What of the visible thinking tokens goes over a border.
+    def carry(self, head: TokenIds | None, window: TokenIds) -> tuple[TokenIds, TokenIds]:
+        """What goes over a border.
 
         Args:
-            visible: thinking tokens of the context, carried ones first.
-            head: how many at the start of ``visible`` are the head of the trace; 0 at the first
-                border, where the head is cut.
+            head: the head of the trace, or ``None`` at the first border, where it is cut.
+            window: the other thinking tokens of the context, carried ones first.
 
         Returns:
-            The carried tokens, and how many of them are the head.
+            The head and the tail, which are carried in this order.
         """
-        head = head or min(self.head_size, len(visible))
-        room = self.carryover_size if self.head_outside else self.carryover_size - head
-        rest = visible[head:]
-        tail = rest[max(0, len(rest) - room) :] if room > 0 else ()
-        return visible[:head] + tail, head
+        if head is None:
+            head, window = window[: self.head_size], window[self.head_size :]
+        room = self.carryover_size - (0 if self.head_outside else len(head))
+        return head, window[max(0, len(window) - room) :]
 
 
 @dataclass(frozen=True)
@@ -106,23 +104,32 @@ class ThinkingState:
 
     spec: ChunkSpec
     query_ids: TokenIds
-    carried: TokenIds = ()
-    head: int = 0  # how many of the carried tokens are the head of the trace
+    head: TokenIds | None = None  # None before the first border
+    tail: TokenIds = ()
     num_chunks: int = 0  # chunks that have ended
     num_sampled: int = 0  # tokens sampled in them
     stop: TraceStop | None = None  # None while the trace goes on
 
     @property
+    def carried(self) -> TokenIds:
+        """The thinking tokens that the context starts with."""
+        return (self.head or ()) + self.tail
+
+    @property
     def prompt_ids(self) -> TokenIds:
-        """x_l, what the policy sees when the next chunk starts."""
+        """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
         return self.query_ids + self.carried
 
     @property
     def max_new_tokens(self) -> int:
-        """How many tokens the next chunk may have: C, later C - (tokens carried)."""
+        """How many tokens the next chunk may have: C, later C - (tokens carried).
+
+        A head outside is not counted as carried. Never more than is left of the budget, which only
+        matters where a chunk ended early; 0 after the end.
+        """
         if self.stop is not None:
             return 0
-        inside = len(self.carried) - (self.head if self.spec.head_outside else 0)
+        inside = len(self.tail if self.spec.head_outside else self.carried)
         return min(self.spec.context_size - inside, self.spec.budget - self.num_sampled)
 
     def advance(self, output_ids: TokenIds, stop: StopReason) -> ThinkingState:
@@ -130,21 +137,15 @@ class ThinkingState:
 
         Args:
             output_ids: the tokens sampled from ``prompt_ids``, EOS included.
-            stop: why the chunk ended; only ``LENGTH`` leads to a next chunk.
+            stop: why the chunk ended; only ``LENGTH`` leads to a next chunk. A chunk that is not
+                full may end so too: that is an early border.
 
         Raises:
-            PolicyError: more tokens than allowed, none at all where some are needed, or a chunk
-                after the end of the trace.
+            PolicyError: more tokens than allowed, none at all where some are needed, an unknown
+                stop reason, or a chunk after the end of the trace.
         """
-        if self.stop is not None:
-            raise PolicyError(f"the trace has ended ({self.stop.value}); it takes no more chunks")
-        if len(output_ids) > self.max_new_tokens:
-            raise PolicyError(
-                f"the policy returned {len(output_ids)} tokens for a chunk of at most "
-                f"{self.max_new_tokens}"
-            )
-        if not output_ids and stop in (StopReason.EOS, StopReason.LENGTH):
-            raise PolicyError(f"the policy returned no token and the stop reason {stop.value!r}")
+        output_ids, stop = tuple(output_ids), _known(stop)
+        self._check(output_ids, stop)
         after = replace(
             self,
             num_chunks=self.num_chunks + 1,
@@ -155,8 +156,19 @@ class ThinkingState:
             return after
         if after.num_chunks == self.spec.max_chunks or after.num_sampled == self.spec.budget:
             return replace(after, stop=TraceStop.BUDGET)
-        carried, head = self.spec.carry(self.carried + output_ids, self.head)
-        return replace(after, carried=carried, head=head)
+        head, tail = self.spec.carry(self.head, self.tail + output_ids)
+        return replace(after, head=head, tail=tail)
+
+    def _check(self, output_ids: TokenIds, stop: StopReason) -> None:
+        if self.stop is not None:
+            raise PolicyError(f"the trace has ended ({self.stop.value}); it takes no more chunks")
+        if len(output_ids) > self.max_new_tokens:
+            raise PolicyError(
+                f"the policy returned {len(output_ids)} tokens for a chunk of at most "
+                f"{self.max_new_tokens}"
+            )
+        if not output_ids and stop in (StopReason.EOS, StopReason.LENGTH):
+            raise PolicyError(f"the policy returned no token and the stop reason {stop.value!r}")
 
 
 _TRACE_STOP = {
@@ -164,6 +176,15 @@ _TRACE_STOP = {
     StopReason.ABORT: TraceStop.ABORTED,
     StopReason.ERROR: TraceStop.ERROR,
 }
+
+
+def _known(stop: StopReason | str) -> StopReason:
+    """An engine that forgot to translate its own word must not think on past the end."""
+    try:
+        return StopReason(stop)
+    except ValueError:
+        allowed = ", ".join(reason.value for reason in StopReason)
+        raise PolicyError(f"unknown stop reason {stop!r}; allowed: {allowed}") from None
 
 
 def start(spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = None) -> ThinkingState:
@@ -175,16 +196,23 @@ def start(spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = N
         max_model_tokens: the longest sequence that the model takes, if it is known.
 
     Raises:
-        QueryTooLongError: the query and a whole context of thinking are longer than that.
+        QueryTooLongError: the query and a whole context of thinking are longer than that, or the
+            query is empty.
+        ConfigError: a context of thinking alone is.
     """
     query_ids = tuple(query_ids)
+    room = None if max_model_tokens is None else max_model_tokens - spec.max_thinking_context
+    if room is not None and room < 1:
+        raise ConfigError(
+            f"a context of thinking has up to {spec.max_thinking_context} tokens and the model takes "
+            f"{max_model_tokens}, so no query fits; lower context_size"
+        )
     if not query_ids:
         raise QueryTooLongError("the query is empty: it has no token to start from")
-    needed = len(query_ids) + spec.max_thinking_context
-    if max_model_tokens is not None and needed > max_model_tokens:
+    if room is not None and len(query_ids) > room:
         raise QueryTooLongError(
-            f"the query has {len(query_ids)} tokens and a context of thinking up to "
-            f"{spec.max_thinking_context}, together {needed}; the model takes {max_model_tokens}, so "
-            f"a query may have {max_model_tokens - spec.max_thinking_context} at most"
+            f"the query has {len(query_ids)} tokens; with a context of thinking of up to "
+            f"{spec.max_thinking_context} and a model that takes {max_model_tokens}, it may have "
+            f"{room} at most"
         )
     return ThinkingState(spec, query_ids)

@@ -19,7 +19,7 @@ class StopReason(str, Enum):
     """Why a chunk ended. Only ``LENGTH`` leads to a next chunk."""
 
     EOS = "eos"  # the policy ended its answer
-    LENGTH = "length"  # the chunk is full: a border, or the end of the budget
+    LENGTH = "length"  # the chunk is full, or was ended early: a border, or the end of the budget
     ABORT = "abort"  # the engine gave up the request
     ERROR = "error"  # the policy raised
 
@@ -28,7 +28,7 @@ class TraceStop(str, Enum):
     """Why a trace ended."""
 
     COMPLETED = "completed"  # the policy ended its answer
-    BUDGET = "budget"  # every chunk was used up
+    BUDGET = "budget"  # every chunk, or every token, was used up
     ABORTED = "aborted"
     ERROR = "error"
 
@@ -63,8 +63,8 @@ class Chunk:
     logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)]
     stop: StopReason
     carried: int = 0  # how many tokens at the end of prompt_ids were carried over the border
-    policy_version: int = 0  # number of weight updates of the policy that sampled y_l
-    error: str | None = None  # what was raised, where stop is ERROR
+    policy_version: int | None = 0  # number of weight updates that y_l was sampled with; None: failed
+    error: str | None = None  # what went wrong, where stop is ABORT or ERROR
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
 """Thinking environments and the tasks they play (imported as ``delethink.envs``)."""
 
+import gymnasium
+
 if __name__ != "delethink.envs":
     raise ImportError(f"import this package as 'delethink.envs', not {__name__!r}")
+
+gymnasium.register(id="delethink/Thinking-v0", entry_point="delethink.envs.thinking:ThinkingEnv")

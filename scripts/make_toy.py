@@ -26,6 +26,7 @@ from delethink.envs.automaton import automaton_step, is_held_out
 THINK, END_THINK, EOS, PAD = "<think>", "</think>", "<eos>", "<pad>"
 TEMPLATE = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}<think>{% endif %}"
 RULE, WIDTH = 45, 11
+SHORT_STEPS = 4
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,7 +56,7 @@ def make_model(seed: int, layers: int, width: int, vocab_size: int) -> Qwen2ForC
             num_attention_heads=width // 32,
             num_key_value_heads=width // 32,
             max_position_embeddings=1024,
-            rope_theta=10_000.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             tie_word_embeddings=False,
             pad_token_id=0,
             bos_token_id=None,
@@ -81,10 +82,14 @@ def write_trace(rng: random.Random, steps: int, slip: float) -> tuple[str, str]:
 
 
 def batches(tokenizer, seed: int, max_steps: int, slip: float, tokens: int):
-    """Endless batches of about ``tokens`` tokens, each of traces of one length."""
+    """Endless batches of about ``tokens`` tokens, each of traces of one length.
+
+    Every other one is of short traces: in long ones the answer is a small part of the tokens, and
+    copying the last state into it would hardly be learnt.
+    """
     rng = random.Random(seed)
     while True:
-        steps = rng.randint(1, max_steps)
+        steps = rng.randint(1, rng.choice((SHORT_STEPS, max_steps)))
         rows = max(1, round(tokens / (15 * steps + 26)))
         texts = [write_trace(rng, steps, slip) for _ in range(rows)]
         ids = torch.tensor([tokenizer(q + s)["input_ids"] for q, s in texts])
@@ -122,11 +127,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=2000)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--max-steps", type=int, default=28)
     parser.add_argument("--slip", type=float, default=0.03)
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens in a batch")
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens in a batch")
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
 

@@ -1,0 +1,1 @@
+"""The ``delethink`` command: parse first, import heavy things after."""

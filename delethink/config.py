@@ -1,0 +1,243 @@
+"""Recipes: a YAML file sets the values, ``dotted.key=value`` arguments override them.
+
+A recipe is a typed value that refuses unknown keys and impossible combinations before anything
+heavy is imported. Keys of ``training`` keep TRL's names.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.rule import ChunkSpec
+
+try:
+    import yaml
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ImportError as missing:
+    raise MissingExtraError(missing.name or "pydantic", "train") from None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ThinkingConfig(_Section):
+    """How thinking is cut into chunks."""
+
+    context_size: int = Field(gt=0)
+    """Thinking tokens that fit in a context, carried and new ones together (C)."""
+    carryover_size: int = Field(ge=0)
+    """The most thinking tokens carried over a border (m)."""
+    max_chunks: int = Field(ge=1)
+    """The most chunks of a trace (I)."""
+    head_size: int = Field(100, ge=0)
+    """How many of the carried tokens are the first ones of the trace."""
+    head_outside: bool = False
+    """The head comes on top of carryover_size, as in the paper's listing."""
+
+    def spec(self) -> ChunkSpec:
+        """The rule's own value of these sizes."""
+        return ChunkSpec(**self.model_dump())
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ThinkingConfig:
+        self.spec()
+        return self
+
+
+class TaskConfig(_Section):
+    """Where problems come from."""
+
+    name: str
+    """A registered task."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """What the task is made with."""
+
+
+class TrainingConfig(_Section):
+    """The optimiser and the objective, under TRL's names. Batches count traces."""
+
+    max_steps: int = Field(gt=0)
+    """Optimizer steps."""
+    num_generations: int = Field(8, ge=2)
+    """Traces of each problem (G)."""
+    per_device_train_batch_size: int = Field(8, gt=0)
+    """Traces in a micro-batch; it changes memory, not the result."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches in an optimizer step."""
+    learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False)
+    """Of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
+    """How the learning rate goes over the run."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of warm-up."""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Of AdamW."""
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    """Of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Gradients are clipped to this global norm."""
+    temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
+    """Of sampling, and of the log-probs in the loss."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range of the probability ratio."""
+    epsilon_high: float = Field(0.26, gt=0, allow_inf_nan=False)
+    """Upper clip range of the probability ratio ("clip-higher")."""
+    beta: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of the KL divergence from the first weights."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the advantage is divided by: a standard deviation, or nothing."""
+    mask_truncated_completions: bool = False
+    """Leave traces that ran out of budget out of the loss."""
+    loss_type: Literal["grpo"] = "grpo"
+    """The loss of a trace is divided by its own number of sampled tokens; others are not per trace."""
+    forward_tokens: int = Field(16_384, gt=0)
+    """Tokens in one forward pass; a micro-batch with more is recomputed in parts, to save memory."""
+    max_failed_share: float = Field(0.1, ge=0, le=1)
+    """A step with a larger share of failed traces stops the run."""
+    save_steps: int | None = Field(None, gt=0)
+    """A checkpoint is kept every so many steps, and always at the end."""
+
+    @property
+    def traces_per_step(self) -> int:
+        """Traces of an optimizer step, all devices but one left out."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @model_validator(mode="after")
+    def _has_whole_groups(self) -> TrainingConfig:
+        if self.traces_per_step % self.num_generations:
+            raise ValueError(
+                "per_device_train_batch_size x gradient_accumulation_steps must hold whole groups: "
+                f"{self.traces_per_step} traces do not divide by num_generations="
+                f"{self.num_generations}"
+            )
+        return self
+
+
+class EvaluationConfig(_Section):
+    """Held-out problems: a few at intervals, all of them in the table at the end."""
+
+    num_problems: int = Field(256, ge=2)
+    """Problems in each row of the table."""
+    every: int = Field(10, ge=1)
+    """Steps between evaluations."""
+    num_problems_at_intervals: int = Field(64, ge=2)
+    """Problems in those."""
+
+
+class Recipe(_Section):
+    """Everything that decides a run."""
+
+    name: str
+    """What the run is called."""
+    model: str
+    """A folder, a Hugging Face id, or "toy" for the shipped reasoner."""
+    task: TaskConfig
+    rewards: dict[str, float] = Field(min_length=1)
+    """Registered rewards and their weights."""
+    thinking: ThinkingConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What samples: "auto" takes vLLM in Ray workers where it can be imported."""
+    num_workers: int = Field(1, ge=1)
+    """Ray workers, each with an engine of its own; "transformers" has one, in this process."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs that Ray gives each worker; 0 on a machine without."""
+    weight_sync_timeout: float = Field(60.0, gt=0)
+    """Seconds that workers have to take up new weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+    trust_remote_code: bool = False
+    """Let code from the model's repository run."""
+    seed: int = Field(0, ge=0)
+    """Of problems, sampling and training."""
+    output: Path | None = None
+    """The run directory; by default a new one under runs/."""
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies ``dotted.key=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (the text names the nearest one), or an
+            impossible value.
+    """
+    values = _read(Path(path))
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as problem:
+        raise ConfigError(_explain(problem)) from None
+    except ConfigError as problem:
+        raise ConfigError(f"{path}: {problem}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that ``load_recipe`` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"cannot read the recipe {path}: {problem.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        first = " ".join(str(problem).split())
+        raise ConfigError(f"the recipe {path} is not YAML: {first}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"the recipe {path} must be a mapping of keys to values")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"an override is written dotted.key=value, got {override!r}")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
+        values = inner
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[key] = text
+
+
+def _explain(problem: ValidationError) -> str:
+    return "; ".join(_explain_one(error) for error in problem.errors(include_url=False))
+
+
+def _explain_one(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _keys_of(path[:-1])
+        return f"unknown key {dotted!r}.{did_you_mean(path[-1], known)}"
+    if error["type"] == "missing":
+        return f"{dotted!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        kinds = _alternatives(section.model_fields[part].annotation)
+        section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(section.model_fields)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)

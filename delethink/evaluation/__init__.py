@@ -1,0 +1,1 @@
+"""Evaluation: how far thinking scales, measured."""

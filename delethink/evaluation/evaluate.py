@@ -1,0 +1,99 @@
+"""Plays held-out problems against an engine and sums up what came out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from delethink.errors import RolloutError
+from delethink.evaluation.metrics import Interval, mean_interval, wilson
+from delethink.policy import Policy, Sampling
+from delethink.query import Tokenizer, query_ids, reward_text
+from delethink.rollout import derive_seed, play_traces
+from delethink.rule import ChunkSpec
+from delethink.types import Problem, Trace, TraceStop
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of a table: one trace for each problem."""
+
+    setting: str
+    num_problems: int
+    accuracy: float
+    accuracy_interval: Interval  # 95 %, Wilson
+    thinking_tokens: float  # mean of l(tau)
+    thinking_tokens_interval: Interval  # 95 %, normal
+    chunks: float  # mean number of chunks
+    budget_share: float  # share of traces that ran out of budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out problems and how they are asked and scored.
+
+    Args:
+        problems: asked once each.
+        score: (stitched text, gold answer) -> 1 if right, else 0.
+        tokenizer: renders queries and decodes traces.
+        temperature: of sampling.
+        seed: with it, trace i draws with a seed that depends on it and i only.
+    """
+
+    problems: Sequence[Problem]
+    score: Callable[[str, str], float]
+    tokenizer: Tokenizer
+    temperature: float
+    seed: int
+
+    def run(
+        self,
+        policy: Policy,
+        spec: ChunkSpec,
+        setting: str,
+        max_model_tokens: int | None = None,
+        limit: int | None = None,
+    ) -> Summary:
+        """Plays the first ``limit`` problems (all by default) and sums them up.
+
+        Raises:
+            RolloutError: a trace failed; an accuracy over the others would not be one.
+        """
+        problems = self.problems[:limit]
+        queries = [query_ids(self.tokenizer, problem) for problem in problems]
+        samplings = [
+            Sampling(self.temperature, derive_seed("evaluation", self.seed, i))
+            for i in range(len(problems))
+        ]
+        traces = asyncio.run(play_traces(policy, spec, queries, samplings, max_model_tokens))
+        return self._summary(setting, problems, traces)
+
+    def _summary(self, setting: str, problems: Sequence[Problem], traces: list[Trace]) -> Summary:
+        failed = [trace for trace in traces if trace.stop.is_failure]
+        if failed:
+            raise RolloutError(
+                f"{len(failed)} of {len(traces)} traces of the evaluation failed; the first one: "
+                f"{failed[0].error or failed[0].stop.value}"
+            )
+        texts = [reward_text(self.tokenizer, trace.output_ids) for trace in traces]
+        right = sum(
+            self.score(text, problem.answer) for text, problem in zip(texts, problems, strict=True)
+        )
+        n = len(traces)
+        lengths = [float(trace.length) for trace in traces]
+        return Summary(
+            setting=setting,
+            num_problems=n,
+            accuracy=right / n,
+            accuracy_interval=wilson(right, n),
+            thinking_tokens=sum(lengths) / n,
+            thinking_tokens_interval=mean_interval(lengths),
+            chunks=sum(len(trace.chunks) for trace in traces) / n,
+            budget_share=sum(trace.stop is TraceStop.BUDGET for trace in traces) / n,
+        )

@@ -1,0 +1,95 @@
+"""Loads models and tokenizers, and says in a sentence what is wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delethink.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOY = "toy"
+_SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
+
+
+def locate(model: str) -> str:
+    """Where the weights are: a folder, a Hugging Face id, or ``"toy"`` for the shipped reasoner.
+
+    Raises:
+        ModelError: a folder that does not exist or holds no model.
+    """
+    path = _SHIPPED_TOY if model == TOY else Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder {path} holds no model: it has no config.json")
+        return str(path)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"there is no model folder {path}; give a folder with config.json, safetensors weights "
+            f"and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
+        )
+    return model
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-sequence token.
+    """
+    _require_transformers()
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = _load(AutoTokenizer, "tokenizer", model, trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {model} has no end-of-sequence token, so a trace could never end its "
+            "answer; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a checkpoint, its weights from safetensors.
+
+    Raises:
+        ModelError: there is none.
+    """
+    _require_transformers()
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = _load(
+        AutoModelForCausalLM,
+        "model",
+        model,
+        trust_remote_code,
+        dtype=dtype,
+        use_safetensors=True,
+    )
+    return loaded  # type: ignore[no-any-return]
+
+
+def eos_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those of the generation settings."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or ()
+    more = (configured,) if isinstance(configured, int) else tuple(configured)
+    return tuple(dict.fromkeys((int(tokenizer.eos_token_id), *more)))
+
+
+def _load(kind: Any, what: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
+    where = locate(model)
+    try:
+        return kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(f"cannot load the {what} of {model}: {first}") from problem
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "train")

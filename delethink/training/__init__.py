@@ -1,0 +1,1 @@
+"""Training: the TRL seam, the run directory, and the run itself."""

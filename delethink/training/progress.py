@@ -1,0 +1,85 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from delethink.evaluation.evaluate import Summary
+
+
+class Reporter:
+    """Prints the course of a run to ``console`` (standard output by default)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._live: Progress | None = None
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def start_steps(self, total: int) -> None:
+        """The optimizer steps begin."""
+        if not self.console.is_terminal:
+            return
+        self._live = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._bar = self._live.add_task("training", total=total, text="")
+        self._live.start()
+
+    def step(self, metrics: dict[str, Any], total: int) -> None:
+        """An optimizer step is done."""
+        text = (
+            f"reward {metrics['reward']:.2f}  tokens {metrics['thinking_tokens']:.0f}  "
+            f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        )
+        accuracy = metrics.get("heldout_accuracy")
+        if self._live is not None:
+            self._live.update(self._bar, advance=1, text=text)
+        elif metrics["step"] % 5 == 0 or accuracy is not None or metrics["step"] in (1, total):
+            self.say(f"step {metrics['step']:4d}/{total}  {text}")
+        if accuracy is not None:
+            self.say(f"step {metrics['step']:4d}/{total}  held-out accuracy {accuracy:.3f}")
+
+    def stop_steps(self) -> None:
+        """The optimizer steps have ended, however."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def summary(self, row: Summary) -> None:
+        """A row of the table is measured."""
+        low, high = row.accuracy_interval
+        self.say(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
+
+    def table(self, rows: Sequence[Summary], path: Path) -> None:
+        """All rows, and where the run is."""
+        table = Table(title=f"{rows[0].num_problems} held-out problems, 95 % intervals")
+        table.add_column("setting", overflow="fold")
+        for name in ("accuracy", "thinking tokens", "chunks", "out of budget"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            low, high = row.accuracy_interval
+            less, more = row.thinking_tokens_interval
+            table.add_row(
+                row.setting,
+                f"{row.accuracy:.3f} ({low:.3f}-{high:.3f})",
+                f"{row.thinking_tokens:.0f} ({less:.0f}-{more:.0f})",
+                f"{row.chunks:.1f}",
+                f"{row.budget_share:.1%}",
+            )
+        self.console.print(table)
+        self.say(f"run directory: {path}")

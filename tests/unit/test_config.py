@@ -1,0 +1,101 @@
+"""Recipes: what is refused, and that the sentence says how to mend it."""
+
+from pathlib import Path
+
+import pytest
+
+from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.errors import ConfigError
+
+MINIMAL = """
+name: test
+model: toy
+task: {name: automaton}
+rewards: {exact: 1.0}
+thinking: {context_size: 96, carryover_size: 48, max_chunks: 8, head_size: 0}
+training: {max_steps: 2, num_generations: 4}
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_win_over_the_file(recipe_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_path, ["seed=3", "thinking.max_chunks=5", "task.args.max_steps=9", "output=a/b=c"]
+    )
+    assert (recipe.seed, recipe.thinking.max_chunks) == (3, 5)
+    assert recipe.task.args == {"max_steps": 9}
+    assert recipe.output == Path("a/b=c")
+
+
+def test_a_number_written_like_1e_4_is_a_number(recipe_path: Path) -> None:
+    assert load_recipe(recipe_path, ["training.learning_rate=1e-4"]).training.learning_rate == 1e-4
+
+
+def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path, ["output=x"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("sede=1", "unknown key 'sede'. Did you mean 'seed'?"),
+        ("training.learning_rat=1", "'training.learning_rat'. Did you mean 'learning_rate'?"),
+        ("thinking.carryover=1", "Did you mean 'carryover_size'?"),
+        ("thinking.carryover_size=96", "carryover_size=96 and context_size=96"),
+        ("thinking.head_size=49", "at most carryover_size=48, got 49"),
+        ("thinking.context_size=0", "'thinking.context_size' is 0"),
+        ("training.num_generations=3", "8 traces do not divide by num_generations=3"),
+        ("training.temperature=0", "'training.temperature' is 0"),
+        ("training.temperature=.nan", "training.temperature"),
+        ("training.loss_type=dapo", "'training.loss_type' is 'dapo'"),
+        ("training=3", "'training' is 3"),
+        ("engine=vlm", "'engine' is 'vlm'"),
+        ("rewards={}", "'rewards' is {}"),
+        ("seed", "dotted.key=value, got 'seed'"),
+        ("model.path=x", "model is a value, not a section"),
+    ],
+)
+def test_mistakes_are_explained(recipe_path: Path, override: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_path, [override])
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(recipe_path: Path) -> None:
+    recipe_path.write_text(MINIMAL.replace("model: toy\n", ""))
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        load_recipe(recipe_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "\x00"])
+def test_what_is_not_a_recipe_is_refused(recipe_path: Path, text: str) -> None:
+    recipe_path.write_text(text)
+    with pytest.raises(ConfigError, match="recipe"):
+        load_recipe(recipe_path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_key_is_documented() -> None:
+    def sections(model: type) -> list[type]:
+        inner = [f.annotation for f in model.model_fields.values()]  # type: ignore[attr-defined]
+        found = [i for i in inner if isinstance(i, type) and hasattr(i, "model_fields")]
+        return [model, *(s for i in found for s in sections(i))]
+
+    for section in sections(Recipe):
+        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+            if not hasattr(field.annotation, "model_fields"):
+                assert field.description, f"{section.__name__}.{name}"

@@ -1,0 +1,220 @@
+"""The environment: Gymnasium's contract, and the same prompts as a rollout."""
+
+import asyncio
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delethink.envs.automaton import AutomatonTask
+from delethink.envs.thinking import ThinkingEnv, TokenSequence
+from delethink.errors import ActionError, QueryTooLongError, RolloutError
+from delethink.policy import Sampling, ScriptedPolicy
+from delethink.rewards.exact import exact_match
+from delethink.rollout import play_trace, replay_trace
+from delethink.rule import ChunkSpec
+from delethink.types import Problem, Trace
+
+EOS = 1
+
+
+class CharacterTokenizer:
+    """One token a character, as the toy reasoner's; 0 and 1 are left to padding and EOS."""
+
+    alphabet = "</think>0123456789:\n"
+    chat_template = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [2 + self.alphabet.index(c) for c in text]}
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        raise AssertionError("there is no chat template")
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        return "".join(self.alphabet[i - 2] for i in token_ids if i > EOS)
+
+
+def make(spec: ChunkSpec = ChunkSpec(16, 8, 4, 0), **options: Any) -> ThinkingEnv:
+    tokenizer = CharacterTokenizer()
+    return ThinkingEnv(
+        AutomatonTask(1, 3, width=5),
+        exact_match,
+        tokenizer,
+        spec,
+        eos_ids=[EOS],
+        vocabulary=2 + len(tokenizer.alphabet),
+        **options,
+    )
+
+
+def ids(text: str) -> list[int]:
+    return CharacterTokenizer()(text)["input_ids"]
+
+
+def test_gymnasium_finds_no_fault() -> None:
+    check_env(make(), skip_render_check=True)
+
+
+def test_an_episode_by_hand() -> None:
+    env = make(ChunkSpec(6, 2, 3, 0))
+    problem = Problem("01:00000", "11111")
+    observation, info = env.reset(options={"problem": problem})
+    assert env.tokenizer.decode(observation) == "01:00000"
+    assert info["max_new_tokens"] == 6
+
+    observation, reward, terminated, truncated, info = env.step(ids("00:111"))
+    assert env.tokenizer.decode(observation) == "01:00000" + "11"
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert info["max_new_tokens"] == 4
+    assert info["carried"] == 2
+    assert info["budget_left"] == 14 - 6
+
+    env.step(ids("11</"))
+    _, reward, terminated, truncated, info = env.step([*ids("k>1"), EOS])
+    assert (terminated, truncated, info["stop"]) == (True, False, "completed")
+    assert reward == 0.0
+
+
+def test_an_answer_split_over_a_border_is_found() -> None:
+    env = make(ChunkSpec(16, 4, 3, 0))
+    env.reset(options={"problem": Problem("01:00000", "11111")})
+    env.step(ids("00:11111</think>"))
+    _, reward, terminated, *_ = env.step([*ids("11111"), EOS])
+    assert (reward, terminated) == (1.0, True)
+    env.reset(options={"problem": Problem("01:00000", "11111")})
+    env.step(ids("0000:11111</thin"))
+    _, reward, terminated, *_ = env.step([*ids("k>11111"), EOS])
+    assert (reward, terminated) == (1.0, True)
+
+
+def test_the_end_of_the_budget_truncates() -> None:
+    env = make(ChunkSpec(4, 2, 2, 0))
+    env.reset(seed=1)
+    *_, terminated, truncated, _ = env.step(ids("0000"))
+    assert (terminated, truncated) == (False, False)
+    *_, terminated, truncated, info = env.step(ids("00"))
+    assert (terminated, truncated, info["budget_left"]) == (False, True, 0)
+    with pytest.raises(ActionError, match=r"has ended \(budget\); call reset"):
+        env.step(ids("0"))
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        ([], "1 to 6 token ids"),
+        ([999], "below 22"),
+        ([-1], "token ids"),
+        ([0.5], "token ids"),
+        ("0000", "token ids"),
+        (ids("0") * 7, "1 to 6"),
+    ],
+)
+def test_illegal_actions_say_what_is_allowed(action: Any, text: str) -> None:
+    env = make(ChunkSpec(6, 2, 3, 0))
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match=text):
+        env.step(action)
+
+
+def test_a_later_chunk_is_shorter_than_the_action_space() -> None:
+    env = make(ChunkSpec(6, 2, 3, 0))
+    env.reset(seed=0)
+    env.step(ids("000000"))
+    with pytest.raises(ActionError, match="takes 4 tokens at most, got 5"):
+        env.step(ids("00000"))
+
+
+def test_a_step_before_the_first_reset_is_refused() -> None:
+    with pytest.raises(ActionError, match="call reset"):
+        make().step(ids("0"))
+
+
+def test_a_query_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(QueryTooLongError, match="may have 4 at most"):
+        make(max_query_tokens=4).reset(seed=0)
+
+
+def test_render_shows_query_carryover_and_sampled_tokens_apart() -> None:
+    env = make(ChunkSpec(6, 2, 3, 0), render_mode="ansi")
+    env.reset(options={"problem": Problem("01:00000", "11111")})
+    env.step(ids("00:111"))
+    assert env.render() == "[query]\n01:00000\n[carried]\n11\n[sampled so far]\n00:111"
+
+
+def test_the_seed_decides_the_problem() -> None:
+    env, other = make(), make()
+    assert np.array_equal(env.reset(seed=5)[0], other.reset(seed=5)[0])
+
+
+chunk_sizes = st.tuples(st.integers(2, 8), st.integers(0, 7), st.integers(1, 5))
+
+
+@given(chunk_sizes, st.lists(st.integers(2, 20), min_size=40, max_size=40), st.integers(1, 40))
+def test_the_environment_and_a_rollout_show_the_same_prompts(
+    sizes: tuple[int, int, int], stream: list[int], end: int
+) -> None:
+    context, carryover, chunks = sizes
+    spec = ChunkSpec(context, min(carryover, context - 1), chunks, min(1, carryover, context - 1))
+    said = iter([*stream[: end - 1], EOS, *stream])
+
+    def speak(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        output: list[int] = []
+        while len(output) < limit and EOS not in output:
+            output.append(next(said))
+        return tuple(output)
+
+    policy = ScriptedPolicy(speak)
+    env = make(spec)
+    observation, _ = env.reset(seed=0)
+    trace = asyncio.run(play_trace(policy, spec, tuple(observation.tolist()), Sampling()))
+    for chunk in trace.chunks:
+        assert tuple(observation.tolist()) == chunk.prompt_ids
+        observation, _, terminated, truncated, info = env.step(list(chunk.output_ids))
+    assert terminated or truncated
+    assert info["stop"] == trace.stop.value
+
+
+def played(spec: ChunkSpec, *said: list[int]) -> Trace:
+    policy = ScriptedPolicy([tuple(s) for s in said])
+    return asyncio.run(play_trace(policy, spec, tuple(ids("01:00000")), Sampling()))
+
+
+def test_a_trace_replayed_through_the_environment_earns_its_reward() -> None:
+    spec = ChunkSpec(16, 8, 4, 0)
+    trace = played(spec, ids("0000:11111</thin"), [*ids("k>11111"), EOS])
+    assert replay_trace(make(spec), Problem("01:00000", "11111"), trace) == 1.0
+    assert replay_trace(make(spec), Problem("01:00000", "11110"), trace) == 0.0
+
+
+def test_an_environment_with_another_rule_is_found_out() -> None:
+    trace = played(ChunkSpec(16, 8, 4, 0), ids("0000:11111</thin"), [*ids("k>11111"), EOS])
+    with pytest.raises(RolloutError, match="chunk 1 .* another prompt"):
+        replay_trace(make(ChunkSpec(16, 7, 4, 0)), Problem("01:00000", "11111"), trace)
+
+
+def test_gymnasium_makes_it_by_name() -> None:
+    env = gymnasium.make(
+        "delethink.envs:delethink/Thinking-v0",
+        task=AutomatonTask(1, 3, width=5),
+        reward=exact_match,
+        tokenizer=CharacterTokenizer(),
+        chunk_spec=ChunkSpec(6, 2, 3, 0),
+        eos_ids=[EOS],
+        vocabulary=22,
+    )
+    _, info = env.reset(seed=0)
+    assert info["max_new_tokens"] == 6
+
+
+def test_token_sequences_know_their_own() -> None:
+    space = TokenSequence(10, max_length=4, min_length=1)
+    space.seed(0)
+    assert all(space.contains(space.sample()) for _ in range(100))
+    assert space == TokenSequence(10, 4, 1)
+    assert space != TokenSequence(11, 4, 1)
+    for wrong in ([], [10], [-1], [1.5], [[1]], [1] * 5):
+        assert wrong not in space
