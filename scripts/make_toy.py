@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--max-steps", type=int, default=28)
@@ -146,7 +146,8 @@ def main() -> None:
     train(model, stream, args.updates, args.lr, report)
     model.save_pretrained(args.out, safe_serialization=True)
     tokenizer.save_pretrained(args.out)
-    (args.out / "making.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}))
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    (args.out / "making.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@
         traces = asyncio.run(play_traces(pool, spec, queries, samplings))
         pool.update_weights(model.state_dict(), version=1)
 
-The pool joins the Ray cluster that it finds (``RAY_ADDRESS``, ``ray start``, or a submitted job) and
-starts one on the loopback of this machine otherwise.
+The pool joins the Ray cluster that it finds (``RAY_ADDRESS``, ``ray start``, or a submitted job);
+where there is none, it starts one that this machine alone can reach.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +25,14 @@ from delethink.errors import (
     WeightSyncError,
 )
 from delethink.policy import Completion, Sampling
-from delethink.serving.vllm_worker import Packed, VllmWorker, WorkerConfig
+from delethink.serving.ray_calls import cause, connect, gather
+from delethink.serving.vllm_weights import pack
+from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
 from delethink.types import TokenIds
 
 try:
     import ray
-except ImportError:
+except ImportError:  # the constructor says so
     ray = None
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
 _MAX_REQUESTS = 10_000  # in flight at one worker; vLLM queues what it does not run
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False)
@@ -51,6 +51,9 @@ class _Worker:
     tokens_in_flight: int = 0  # the most that its requests may still take: prompts and new tokens
     completions: int = 0
     is_dead: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.pid})" if self.pid else self.name
 
 
 class RayPool:
@@ -65,8 +68,8 @@ class RayPool:
         seed: of the engines' own streams, from which requests without a seed are drawn.
         kv_cache_gib: GiB for the KV cache of each worker, on the CPU.
         gpus_per_worker: GPUs that Ray sets aside for each worker; 0 runs vLLM on the CPU.
-        cpus_per_worker: cores that Ray sets aside, and on the CPU the threads of an engine; ``None``
-            is an equal share of all but one core of this machine on the CPU, and 1 on GPUs.
+        cpus_per_worker: cores that Ray sets aside, and on the CPU the threads of an engine;
+            ``None`` is an equal share of all but one core of this machine on the CPU, 1 on GPUs.
         trust_remote_code: run code from the model's repository.
         weight_sync_timeout_s: seconds that workers have to take up new weights.
         startup_timeout_s: seconds that workers have to start.
@@ -121,7 +124,7 @@ class RayPool:
         self.max_model_tokens = 0
         self._weight_sync_timeout_s = weight_sync_timeout_s
         self._workers: list[_Worker] = []
-        self._owns_ray = _connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
+        self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
             self._start(configs, {"num_cpus": cpus, "num_gpus": gpus_per_worker}, startup_timeout_s)
         except BaseException:
@@ -135,11 +138,14 @@ class RayPool:
         for i, config in enumerate(configs):
             self._workers.append(_Worker(f"worker {i}", remote.remote(config)))
         calls = {worker.actor.start.remote(): worker for worker in self._workers}
-        for worker, state in _gather(calls, timeout_s):
+        for worker, state in gather(calls, timeout_s):
             if isinstance(state, UserError):
                 raise state
-            if isinstance(state, Exception):
-                raise ConfigError(f"{worker.name} did not start: {state}")
+            if isinstance(state, TimeoutError):
+                free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+                state = f"{state}; it asks for {resources}, and Ray has {free} left"
+            if isinstance(state, Exception | str):
+                raise ConfigError(f"{worker} did not start: {state}")
             worker.pid = state.pid
             self.max_model_tokens = state.max_model_tokens
 
@@ -164,9 +170,9 @@ class RayPool:
             ray.cancel(call)  # else it holds up the next update
             raise
         except ray.exceptions.RayError as error:
-            cause = _cause(error)
-            worker.is_dead = isinstance(cause, ConnectionError)
-            raise PolicyError(f"{worker.name} (process {worker.pid}) {cause}") from None
+            problem = cause(error)
+            worker.is_dead = isinstance(problem, ConnectionError)
+            raise PolicyError(f"{worker} {problem}") from None
         finally:
             worker.tokens_in_flight -= needed
         worker.completions += 1
@@ -182,11 +188,11 @@ class RayPool:
         Raises:
             WeightSyncError: names each worker that does not run them in time, and what it said.
         """
-        packed = ray.put(_pack(weights))
+        packed = ray.put(pack(weights))
         calls = {worker.actor.update.remote(packed, version): worker for worker in self._workers}
         failures = [
-            f"{worker.name} (process {worker.pid}) {answer}"
-            for worker, answer in _gather(calls, self._weight_sync_timeout_s)
+            f"{worker} {answer}"
+            for worker, answer in gather(calls, self._weight_sync_timeout_s)
             if answer != version
         ]
         if failures:
@@ -223,66 +229,6 @@ class RayPool:
         if not alive:
             raise PolicyError("the pool is closed, or all its workers have died")
         return min(alive, key=lambda worker: worker.tokens_in_flight)
-
-
-def _gather(calls: Mapping[Any, _Worker], timeout_s: float) -> Iterator[tuple[_Worker, Any]]:
-    """What each worker answers, as it comes: its result or an exception."""
-    deadline = time.monotonic() + timeout_s
-    waiting = list(calls)
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-        if not done:
-            break
-        yield calls[done[0]], _answer(done[0])
-    for call in waiting:
-        yield calls[call], TimeoutError(f"gave no answer within {timeout_s:g} s")
-
-
-def _answer(call: Any) -> Any:
-    try:
-        return ray.get(call)
-    except ray.exceptions.RayError as error:
-        return _cause(error)
-
-
-def _cause(error: Exception) -> Exception:
-    """What went wrong in a worker, without Ray's account of how it got here."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return error.cause if isinstance(error.cause, Exception) else error
-    if isinstance(error, ray.exceptions.RayActorError):
-        return ConnectionError(f"died: {' '.join(str(error).split())}")
-    return error
-
-
-def _pack(weights: Mapping[str, torch.Tensor]) -> Packed:
-    """As bytes: Ray's object store shares arrays of NumPy without a copy, but not tensors."""
-    import torch
-
-    return {
-        name: (
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(tensor.shape),
-        )
-        for name, tensor in weights.items()
-    }
-
-
-def _connect(num_cpus: int) -> bool:
-    """Joins the Ray cluster that there is, or starts one here; whether it was this that did it."""
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    try:
-        try:
-            ray.init(num_cpus=num_cpus, **local, **quiet)
-        except ValueError:  # there is a cluster, and its size is not for us to set
-            ray.init(**quiet)
-    except ConnectionError as error:
-        raise ConfigError(f"the Ray cluster cannot be joined: {error}") from error
-    return True
 
 
 def _cpus(asked: float | None, num_workers: int, on_gpu: bool) -> float:

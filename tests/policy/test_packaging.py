@@ -139,8 +139,8 @@ def fresh_python(folder: Path, core_only: Path) -> Path:
 
 
 def pip_install(python: Path, *what: str | Path, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    run(*command, "--no-deps", "--no-index", *what, cwd=python.parent, **environment)
+    command: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "install"]
+    run(*command, "--quiet", "--no-deps", "--no-index", *what, cwd=python.parent, **environment)
 
 
 @pytest.fixture(scope="module", params=["wheel", "wheel_from_sdist", "editable"])

@@ -1,0 +1,97 @@
+"""What the pool needs of Ray: a cluster, answers before a deadline, and errors without wrapping."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from delethink.errors import ConfigError
+
+try:
+    import ray
+except ImportError:  # the pool says so when one is made
+    ray = None
+
+T = TypeVar("T")
+
+
+def connect(num_cpus: int) -> bool:
+    """Joins the Ray cluster that there is, or starts one on this machine.
+
+    Args:
+        num_cpus: how many cores a cluster that is started may give away.
+
+    Returns:
+        Whether this process had not been connected before, so that it is ours to disconnect.
+
+    Raises:
+        ConfigError: there is a cluster, but it does not answer.
+    """
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        try:
+            with _loopback():
+                ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
+        except ValueError:  # there is a cluster, and its size is not for us to set
+            ray.init(**quiet)
+    except ConnectionError as error:
+        raise ConfigError(f"the Ray cluster cannot be joined: {error}") from None
+    return True
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Without this, even a Ray for one machine listens to the whole network."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def gather(calls: Mapping[Any, T], timeout_s: float) -> Iterator[tuple[T, Any]]:
+    """The result of each call, or the exception that it ended with, as they come.
+
+    Args:
+        calls: object references, and what to yield with the result of each.
+        timeout_s: seconds for all of them; those without an answer end with ``TimeoutError``.
+    """
+    deadline = time.monotonic() + timeout_s
+    waiting = list(calls)
+    while waiting:
+        left = max(0.0, deadline - time.monotonic())
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        if not done:
+            break
+        yield calls[done[0]], _answer(done[0])
+    for call in waiting:
+        yield calls[call], TimeoutError(f"gave no answer within {timeout_s:g} s")
+
+
+def _answer(call: Any) -> Any:
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayError as error:
+        return cause(error)
+
+
+def cause(error: Exception) -> Exception:
+    """What went wrong in an actor, without Ray's account of it.
+
+    Returns:
+        What the actor raised; ``ConnectionError`` where it is dead.
+    """
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return error.cause if isinstance(error.cause, Exception) else error
+    if isinstance(error, ray.exceptions.RayActorError):
+        return ConnectionError(f"is dead: {textwrap.shorten(str(error), 400)}")
+    return error

@@ -1,0 +1,216 @@
+"""``delethink train`` as a person meets it: a small run, mistakes, and interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "quickstart" / "recipe.yaml"
+TOY = ROOT / "delethink" / "assets" / "toy_reasoner"
+SMALL = [
+    "task.args.min_steps=2",
+    "task.args.max_steps=4",
+    "thinking.context_size=32",
+    "thinking.carryover_size=16",
+    "thinking.max_chunks=4",
+    "training.max_steps=3",
+    "training.per_device_train_batch_size=8",
+    "training.gradient_accumulation_steps=2",
+    "evaluation.num_problems=16",
+    "evaluation.num_problems_at_intervals=8",
+    "evaluation.every=2",
+]
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "delethink.cli.main", "train", str(RECIPE), *SMALL, *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*overrides),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    done = run("output=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def test_a_run_ends_with_a_table_and_its_path(finished: tuple[Path, str]) -> None:
+    path, printed = finished
+    for row in ("one context of C", "LongCoT", "zero-shot", "after RL"):
+        assert row in printed
+    assert printed.strip().endswith("run directory: run")
+    rows = json.loads((path / "table.json").read_text())
+    assert [row["num_problems"] for row in rows] == [16] * 4
+
+
+def test_a_run_directory_holds_what_a_reader_needs(finished: tuple[Path, str]) -> None:
+    path, _ = finished
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert [m["policy_version"] for m in metrics[:2]] == [0, 2]  # 2: the evaluation is at version 2
+    assert metrics[1]["heldout_accuracy"] is not None
+    for m in metrics:
+        assert m["trained_tokens"] == m["sampled_tokens"] > 0
+        assert m["logprob_difference"] < 1e-4
+        assert m["traces"] == 16
+        assert m["seconds_sampling"] > 0
+        assert m["seconds_training"] > 0
+        assert {"entropy", "clip_fraction", "budget_share", "tokens_per_second"} <= set(m)
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (path / "checkpoints" / "final" / "model.safetensors").exists()
+    assert "seed: 0" in (path / "config.yaml").read_text()
+
+
+def test_traces_are_what_was_sampled_and_trained(finished: tuple[Path, str]) -> None:
+    path, _ = finished
+    for step in (1, 2, 3):
+        text = (path / "traces" / f"step_{step:06d}.jsonl").read_text()
+        traces = [json.loads(line) for line in text.splitlines()]
+        assert len(traces) == 16
+        for trace in traces:
+            assert {c["policy_version"] for c in trace["chunks"]} == {step - 1}
+            assert trace["length"] == sum(len(c["output_ids"]) for c in trace["chunks"])
+            assert trace["rewards"]["exact"] in (0.0, 1.0)
+            for chunk in trace["chunks"]:
+                assert len(chunk["logprobs"]) == len(chunk["output_ids"])
+                carried = chunk["prompt_ids"][len(trace["query_ids"]) :]
+                assert len(carried) == chunk["carried"] <= 16
+
+
+def test_the_trained_checkpoint_loads_and_differs(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = finished[0] / "checkpoints" / "final"
+    trained = AutoModelForCausalLM.from_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(TOY)
+    pairs = zip(trained.parameters(), base.parameters(), strict=True)
+    assert any((a != b).any() for a, b in pairs)
+    assert AutoTokenizer.from_pretrained(path).eos_token == "<eos>"
+
+
+def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert run("output=run", "training.max_steps=1", cwd=tmp_path).returncode == 0
+    name = "traces/step_000001.jsonl"
+    first = [json.loads(line) for line in (finished[0] / name).read_text().splitlines()]
+    again = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    assert [t["text"] for t in first] == [t["text"] for t in again]
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("delethink: ")
+    for word in words:
+        assert word in last
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainig.max_steps=1", ["unknown key 'trainig'", "'training'"]),
+        ("thinking.carryover_size=32", ["carryover_size=32", "context_size=32"]),
+        ("task.name=automato", ["unknown task", "'automaton'"]),
+        ("task.args.widht=3", ["task.args", "widht"]),
+        ("rewards={exakt: 1}", ["unknown reward", "'exact'"]),
+        ("model=./nowhere", ["no model folder", "nowhere"]),
+        ("output=/dev/null/run", ["cannot write the run to /dev/null/run"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, override: str, words: list[str]) -> None:
+    done = run(override, cwd=tmp_path)
+    assert_one_sentence(done, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(finished: tuple[Path, str]) -> None:
+    path, _ = finished
+    before = (path / "metrics.jsonl").read_bytes()
+    assert_one_sentence(run(f"output={path}", cwd=path.parent), "already holds a run", "output=")
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TOY, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    values = json.loads(settings.read_text())
+    values.pop("eos_token")
+    settings.write_text(json.dumps(values))
+    done = run("model=./model", cwd=tmp_path)
+    assert_one_sentence(done, "no end-of-sequence token", "tokenizer_config.json")
+
+
+def test_a_query_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TOY, tmp_path / "model")
+    settings = tmp_path / "model" / "config.json"
+    values = json.loads(settings.read_text())
+    values["max_position_embeddings"] = 40
+    settings.write_text(json.dumps(values))
+    done = run("model=./model", cwd=tmp_path)
+    assert_one_sentence(done, "the query has 15 tokens", "may have 8 at most")
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    assert callable(condition)
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("phase", ["sampling", "training"])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_run_and_keeps_what_was_written(
+    tmp_path: Path, phase: str, sign: signal.Signals
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command("output=run", "training.max_steps=500", "evaluation.every=500"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    family = psutil.Process(process.pid)
+    try:
+        wait_for(metrics.exists, process)  # step 1 is done: step 2 samples
+        if phase == "training":  # traces are written between sampling and training
+            wait_for((tmp_path / "run" / "traces" / "step_000002.jsonl").exists, process)
+        children = family.children(recursive=True)
+        process.send_signal(sign)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == "delethink: interrupted; what was written before is whole"
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+    assert not any(child.is_running() for child in children)

@@ -1,0 +1,44 @@
+"""The shipped toy reasoner: it loads everywhere, is small, and knows short problems."""
+
+from __future__ import annotations
+
+import pytest
+
+from delethink.envs.automaton import AutomatonTask, solution_lines
+from delethink.evaluation.evaluate import Evaluator
+from delethink.query import query_ids, reward_text
+from delethink.rewards.exact import exact_match
+from delethink.rule import ChunkSpec
+from delethink.serving.checkpoint import TOY, eos_ids, load_model, load_tokenizer, locate
+from delethink.serving.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.integration
+
+
+def test_it_is_at_most_8_megabytes() -> None:
+    from pathlib import Path
+
+    files = [f for f in Path(locate(TOY)).rglob("*") if f.is_file()]
+    assert any(f.suffix == ".safetensors" for f in files)
+    assert sum(f.stat().st_size for f in files) <= 8 * 10**6
+
+
+def test_text_survives_the_tokenizer() -> None:
+    tokenizer = load_tokenizer(TOY)
+    problem = AutomatonTask(3, 3).problem("train", 0)
+    lines = "\n".join(solution_lines(problem.metadata["state"], 3, 45))
+    text = f"{lines}</think>{problem.answer}"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(lines) + 1 + len(problem.answer)
+    assert reward_text(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+    assert tokenizer.decode(query_ids(tokenizer, problem)) == problem.prompt + "<think>"
+
+
+def test_it_is_sound_on_short_problems() -> None:
+    model, tokenizer = load_model(TOY, "float32"), load_tokenizer(TOY)
+    problems = [AutomatonTask(1, 4).problem("heldout", i) for i in range(128)]
+    engine = TransformersEngine(model, eos_ids(model, tokenizer), tokenizer.pad_token_id)
+    evaluator = Evaluator(problems, exact_match, tokenizer, temperature=1.0, seed=0)
+    row = evaluator.run(engine, ChunkSpec.longcot(96), "short")
+    assert row.accuracy_interval.low > 0.8
+    assert row.budget_share == 0

@@ -1,0 +1,180 @@
+"""The in-process engine against a plain forward pass of the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from delethink.errors import WeightSyncError
+from delethink.policy import Completion, Sampling
+from delethink.rollout import play_traces
+from delethink.rule import ChunkSpec
+from delethink.serving.transformers_engine import TransformersEngine
+from delethink.types import StopReason, TokenIds
+
+pytestmark = pytest.mark.integration
+
+EOS, VOCABULARY = 1, 16
+PROMPTS: list[TokenIds] = [(5, 6, 7), (3,), (4, 8, 9, 10, 11, 12, 13), (2, 2)]
+LIMITS = [9, 4, 12, 1]
+
+
+def make_model(seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
+    )
+    with torch.no_grad():  # far from uniform, so that the greedy choice is no tie
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.fixture
+def model() -> Qwen2ForCausalLM:
+    return make_model()
+
+
+def engine_of(model: Any, **options: Any) -> TransformersEngine:
+    return TransformersEngine(model, [EOS], pad_id=0, **options)
+
+
+def ask(
+    engine: TransformersEngine,
+    samplings: list[Sampling],
+    prompts: list[TokenIds] = PROMPTS,
+    limits: list[int] = LIMITS,
+) -> list[Completion]:
+    async def all_at_once() -> list[Completion]:
+        calls = zip(prompts, limits, samplings, strict=True)
+        return list(await asyncio.gather(*(engine.generate(p, n, s) for p, n, s in calls)))
+
+    return asyncio.run(all_at_once())
+
+
+@torch.no_grad()
+def forward(model: Any, prompt: TokenIds, output: TokenIds, temperature: float) -> torch.Tensor:
+    """Log-probs [T, V] of a plain forward pass at the places of ``output``."""
+    logits = model(input_ids=torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_tokens_and_log_probs_are_those_of_a_forward_pass(model: Any, temperature: float) -> None:
+    completions = ask(engine_of(model), [Sampling(temperature, seed=i) for i in range(4)])
+    for prompt, limit, done in zip(PROMPTS, LIMITS, completions, strict=True):
+        expected = forward(model, prompt, done.token_ids, temperature or 1.0)
+        chosen = expected[range(len(done.token_ids)), list(done.token_ids)]
+        torch.testing.assert_close(torch.tensor(done.logprobs), chosen, atol=1e-4, rtol=0)
+        if temperature == 0:
+            assert done.token_ids == tuple(expected.argmax(-1).tolist())
+        ended = done.token_ids[-1] == EOS
+        assert done.stop is (StopReason.EOS if ended else StopReason.LENGTH)
+        assert EOS not in done.token_ids[:-1]
+        assert len(done.token_ids) == limit or ended
+
+
+def test_a_seed_decides_the_tokens_whatever_the_batch(model: Any) -> None:
+    samplings = [Sampling(1.0, seed=i) for i in range(4)]
+    together = ask(engine_of(model), samplings)
+    alone = [
+        ask(engine_of(model, seed=9), [s], [p], [n])[0]
+        for p, n, s in zip(PROMPTS, LIMITS, samplings, strict=True)
+    ]
+    in_twos = ask(engine_of(model, max_batch_size=2), samplings)
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [c.token_ids for c in together] == [c.token_ids for c in in_twos]
+
+
+def test_without_seeds_the_engines_own_decides(model: Any) -> None:
+    def draw(seed: int) -> list[TokenIds]:
+        engine = engine_of(model, seed=seed)
+        return [c.token_ids for _ in range(3) for c in ask(engine, [Sampling()] * 4)]
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_draws_follow_the_distribution(model: Any) -> None:
+    n = 4000
+    samplings = [Sampling(0.7, seed=i) for i in range(n)]
+    done = ask(engine_of(model, max_batch_size=n), samplings, [(5, 6, 7)] * n, [1] * n)
+    counts = Counter(c.token_ids[0] for c in done)
+    expected = forward(model, (5, 6, 7), (0,), 0.7)[0].exp()
+    for token, p in enumerate(expected.tolist()):
+        deviation = (p * (1 - p) / n) ** 0.5
+        assert abs(counts[token] / n - p) < 5 * deviation + 1e-3
+
+
+def test_traces_follow_the_rule(model: Any) -> None:
+    spec = ChunkSpec(8, 4, 5, head_size=2)
+    samplings = [Sampling(1.0, seed=i) for i in range(4)]
+    traces = asyncio.run(play_traces(engine_of(model), spec, PROMPTS, samplings, 128))
+    assert any(len(trace.chunks) > 2 for trace in traces)
+    for query, trace in zip(PROMPTS, traces, strict=True):
+        said = trace.output_ids
+        for i, chunk in enumerate(trace.chunks):
+            before = said[: sum(len(c.output_ids) for c in trace.chunks[:i])]
+            carried = before[:2] + before[-2:] if i else ()
+            assert chunk.prompt_ids == query + carried
+            expected = forward(model, chunk.prompt_ids, chunk.output_ids, 1.0)
+            chosen = expected[range(len(chunk.output_ids)), list(chunk.output_ids)]
+            torch.testing.assert_close(torch.tensor(chunk.logprobs), chosen, atol=1e-4, rtol=0)
+
+
+def test_new_weights_are_taken_up_and_counted(model: Any) -> None:
+    engine, other = engine_of(model), make_model(seed=1)
+    old = ask(engine, [Sampling(0)] * 4)
+    engine.update_weights(other.state_dict(), version=3)
+    new = ask(engine, [Sampling(0)] * 4)
+    assert [c.token_ids for c in new] != [c.token_ids for c in old]
+    assert [c.token_ids for c in new] == [
+        c.token_ids for c in ask(engine_of(other), [Sampling(0)] * 4)
+    ]
+    assert {c.policy_version for c in old} == {0}
+    assert {c.policy_version for c in new} == {3}
+
+
+def test_shared_weights_are_in_force_at_once(model: Any) -> None:
+    engine = engine_of(model)
+    with torch.no_grad():
+        for mine, new in zip(model.parameters(), make_model(1).parameters(), strict=True):
+            mine.copy_(new)
+    engine.update_weights(model.state_dict(), version=1)
+    expected = ask(engine_of(make_model(1)), [Sampling(0)] * 4)
+    assert [c.token_ids for c in ask(engine, [Sampling(0)] * 4)] == [c.token_ids for c in expected]
+
+
+def test_weights_that_do_not_fit_are_refused(model: Any) -> None:
+    with pytest.raises(WeightSyncError, match="refused new weights"):
+        engine_of(model).update_weights({"nonsense": torch.zeros(1)}, version=1)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(model: Any) -> None:
+    model.train()
+    ask(engine_of(model), [Sampling()] * 4)
+    assert model.training
+
+
+def test_a_broken_model_fails_the_requests_and_not_the_loop(model: Any) -> None:
+    engine = engine_of(model)
+    traces = asyncio.run(
+        play_traces(engine, ChunkSpec(8, 4, 2, 0), [(99,), (98,)], [Sampling()] * 2)
+    )
+    assert all("IndexError" in (trace.error or "") for trace in traces)
