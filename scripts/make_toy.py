@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from delethink.envs.automaton import automaton_step, is_held_out
 
@@ -29,19 +29,22 @@ RULE, WIDTH = 45, 11
 SHORT_STEPS = 4
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one each for the marks of thinking."""
-    vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, "\n", ":"])}
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token a character, and one each for the marks of thinking.
+
+    It is byte-level, as the class that ``AutoTokenizer`` takes for this model type: the line break
+    is written as the class writes that byte.
+    """
+    line_break = "\u010a"
+    vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, line_break, ":"])}
     vocab |= {digit: len(vocab) + i for i, digit in enumerate("0123456789")}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.add_special_tokens([PAD, EOS])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD
     )
-    fast.chat_template = TEMPLATE
-    return fast
+    # Not special: rewards read text without special tokens and look for the end of thinking.
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def make_model(seed: int, layers: int, width: int, vocab_size: int) -> Qwen2ForCausalLM:

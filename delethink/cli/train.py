@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 
 from delethink.config import load_recipe
 from delethink.errors import MissingExtraError
+from delethink.training.preflight import prepare
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
     """Checks the recipe before anything heavy is imported, then trains."""
     recipe = load_recipe(recipe_path, overrides)
+    _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
+    prepared = prepare(recipe)
     _quieten()
-    try:
-        from delethink.training.progress import Reporter
-        from delethink.training.run import train
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(missing.name or "a package", "train") from None
-    train(recipe, Reporter())
+    from delethink.training.progress import Reporter
+    from delethink.training.run import train
+
+    train(prepared, Reporter())
     return 0
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "train")
 
 
 def _quieten() -> None:
@@ -29,4 +37,5 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The workers call vLLM themselves; TRL's own use of it, which this is about, is off.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -74,11 +74,23 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
     return loaded  # type: ignore[no-any-return]
 
 
-def eos_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, and those of the generation settings."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or ()
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those of the generation settings.
+
+    Raises:
+        ModelError: the tokenizer's is none that the model could ever sample. ``transformers`` makes
+            one up where a tokenizer names none.
+    """
+    own, vocabulary = int(tokenizer.eos_token_id), int(model.config.vocab_size)
+    if own >= vocabulary:
+        raise ModelError(
+            f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, outside "
+            f"the model's vocabulary of {vocabulary}, so a trace could never end its answer; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    configured = getattr(model.generation_config, "eos_token_id", None) or ()
     more = (configured,) if isinstance(configured, int) else tuple(configured)
-    return tuple(dict.fromkeys((int(tokenizer.eos_token_id), *more)))
+    return tuple(dict.fromkeys((own, *more)))
 
 
 def _load(kind: Any, what: str, model: str, trust_remote_code: bool, **options: Any) -> Any:

@@ -44,12 +44,14 @@ _STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False)
-class _Worker:
+class PoolWorker:
+    """A worker as the pool sees it."""
+
     name: str
     actor: Any
-    pid: int = 0
-    tokens_in_flight: int = 0  # the most that its requests may still take: prompts and new tokens
-    completions: int = 0
+    pid: int = 0  # on its own machine; 0 until it has started
+    tokens_in_flight: int = 0  # of its requests: prompts, and as many new tokens as they may have
+    completions: int = 0  # that it has returned
     is_dead: bool = False
 
     def __str__(self) -> str:
@@ -78,6 +80,10 @@ class RayPool:
     Raises:
         MissingExtraError: Ray, or vLLM on a worker, is not installed.
         ConfigError: a worker did not start; the text is what it said.
+
+    Attributes:
+        max_model_tokens: the longest sequence (prompt and new tokens) that the workers take.
+        workers: the workers, until the pool is closed.
 
     Requests go to the worker with the fewest tokens in flight. A request of a worker that dies
     raises, and the worker gets no more. The pool is bound to no event loop: each training step may
@@ -123,7 +129,7 @@ class RayPool:
         ]
         self.max_model_tokens = 0
         self._weight_sync_timeout_s = weight_sync_timeout_s
-        self._workers: list[_Worker] = []
+        self.workers: list[PoolWorker] = []
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
             self._start(configs, {"num_cpus": cpus, "num_gpus": gpus_per_worker}, startup_timeout_s)
@@ -136,8 +142,8 @@ class RayPool:
     ) -> None:
         remote = ray.remote(max_concurrency=_MAX_REQUESTS, **resources)(VllmWorker)
         for i, config in enumerate(configs):
-            self._workers.append(_Worker(f"worker {i}", remote.remote(config)))
-        calls = {worker.actor.start.remote(): worker for worker in self._workers}
+            self.workers.append(PoolWorker(f"worker {i}", remote.remote(config)))
+        calls = {worker.actor.start.remote(): worker for worker in self.workers}
         for worker, state in gather(calls, timeout_s):
             if isinstance(state, UserError):
                 raise state
@@ -189,7 +195,7 @@ class RayPool:
             WeightSyncError: names each worker that does not run them in time, and what it said.
         """
         packed = ray.put(pack(weights))
-        calls = {worker.actor.update.remote(packed, version): worker for worker in self._workers}
+        calls = {worker.actor.update.remote(packed, version): worker for worker in self.workers}
         failures = [
             f"{worker} {answer}"
             for worker, answer in gather(calls, self._weight_sync_timeout_s)
@@ -203,7 +209,7 @@ class RayPool:
 
     def close(self) -> None:
         """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
-        workers, self._workers = self._workers, []
+        workers, self.workers = self.workers, []
         if workers and ray.is_initialized():
             stops = [worker.actor.stop.remote() for worker in workers]
             ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
@@ -224,8 +230,8 @@ class RayPool:
                 f"temperature must be 0 or at least {_LOWEST_TEMPERATURE}, got {temperature}"
             )
 
-    def _least_busy(self) -> _Worker:
-        alive = [worker for worker in self._workers if not worker.is_dead]
+    def _least_busy(self) -> PoolWorker:
+        alive = [worker for worker in self.workers if not worker.is_dead]
         if not alive:
             raise PolicyError("the pool is closed, or all its workers have died")
         return min(alive, key=lambda worker: worker.tokens_in_flight)

@@ -101,14 +101,18 @@ class TransformersEngine:
         batch = [request for request in batch if not request.answer.done()]
         if not batch:
             return
+        answers: list[Completion] | list[Exception]
         try:
-            completions = self._decode(batch)
-        except Exception as problem:
-            for request in batch:
-                request.answer.set_exception(problem)
-            return
-        for request, completion in zip(batch, completions, strict=True):
-            request.answer.set_result(completion)
+            answers = self._decode(batch)
+        except Exception as problem:  # the callers' affair: each request fails with it
+            answers = [problem] * len(batch)
+        for request, answer in zip(batch, answers, strict=True):
+            if request.answer.done():  # given up meanwhile
+                continue
+            if isinstance(answer, Exception):
+                request.answer.set_exception(answer)
+            else:
+                request.answer.set_result(answer)
 
     def _decode(self, batch: list[_Request]) -> list[Completion]:
         input_ids, attention_mask = self._pad_left([request.prompt_ids for request in batch])

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
-from delethink.config import Recipe, dump_recipe
-from delethink.errors import ConfigError
+from delethink.config import Recipe
+from delethink.errors import UserError
 from delethink.evaluation.evaluate import Evaluator, Summary
 from delethink.policy import Sampling
 from delethink.query import query_ids
@@ -28,6 +29,7 @@ from delethink.serving.engine import Engine
 from delethink.serving.factory import choose_engine, make_engine
 from delethink.training.curves import plot_curves
 from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.preflight import Prepared
 from delethink.training.progress import Reporter
 from delethink.training.run_directory import RunDirectory
 from delethink.types import Chunk, Problem, Trace, TraceStop
@@ -36,28 +38,44 @@ Example = dict[str, Any]  # a row of the dataset: prompt, answer, metadata
 RewardFunction = Callable[[str, str], float]
 
 
-def train(recipe: Recipe, reporter: Reporter) -> Path:
+def train(prepared: Prepared, reporter: Reporter) -> Path:
     """Runs a recipe and returns the path of its run directory.
 
     Raises:
         UserError: something the user can mend, before anything is sampled.
         RolloutError, WeightSyncError: the run broke; what was written stays whole.
     """
-    rewards = {name: resolve("delethink.rewards", name) for name in recipe.rewards}
-    task = make_task(recipe)
-    choose_engine(recipe.engine)
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
+    recipe, task, rewards, run = prepared
     set_seed(recipe.seed)
-    model = load_model(recipe.model, recipe.dtype, recipe.trust_remote_code)
-    heldout = [task.problem("heldout", i) for i in range(recipe.evaluation.num_problems)]
-    examples = _examples(recipe, task)
-    longest = int(model.config.max_position_embeddings)
-    _check_queries(recipe.thinking.spec(), tokenizer, [*examples, *heldout], longest)
+    try:
+        tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+        model = load_model(recipe.model, recipe.dtype, recipe.trust_remote_code)
+        eos_ids(model, tokenizer)
+        heldout = [task.problem("heldout", i) for i in range(recipe.evaluation.num_problems)]
+        examples = _examples(recipe, task)
+        longest = int(model.config.max_position_embeddings)
+        _check_queries(recipe.thinking.spec(), tokenizer, [*examples, *heldout], longest)
+    except UserError:
+        run.discard()
+        raise
 
     reporter.say(f"run directory: {run.path}")
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
-    engine = make_engine(
+    with closing(_make_engine(recipe, model, tokenizer)) as engine:
+        accuracy = rewards[next(iter(rewards))]
+        evaluator = Evaluator(heldout, accuracy, tokenizer, recipe.training.temperature, recipe.seed)
+        job = _Job(recipe, run, reporter, engine, evaluator, task, tokenizer, model)
+        rows = job.measure_baselines()
+        job.fit(examples, rewards)
+        rows.append(job.measure("after RL, Delethink", recipe.thinking.spec()))
+        run.write_table([row.as_dict() for row in rows])
+        plot_curves(run.read_metrics(), recipe.name, run.curves)
+        reporter.table(rows, run.path)
+    return run.path
+
+
+def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
+    return make_engine(
         recipe.engine,
         recipe.model,
         model,
@@ -69,33 +87,6 @@ def train(recipe: Recipe, reporter: Reporter) -> Path:
         weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
     )
-    try:
-        accuracy = rewards[next(iter(rewards))]
-        evaluator = Evaluator(heldout, accuracy, tokenizer, recipe.training.temperature, recipe.seed)
-        job = _Job(recipe, run, reporter, engine, evaluator, task, tokenizer, model)
-        rows = job.measure_baselines()
-        job.fit(examples, rewards)
-        rows.append(job.measure("after RL, Delethink", recipe.thinking.spec()))
-        run.write_table([row.as_dict() for row in rows])
-        plot_curves(run.read_metrics(), recipe.name, run.curves)
-        reporter.table(rows, run.path)
-    finally:
-        engine.close()
-    return run.path
-
-
-def make_task(recipe: Recipe) -> Any:
-    """The recipe's task.
-
-    Raises:
-        ConfigError: no such task, or arguments that it does not take.
-    """
-    make = resolve("delethink.tasks", recipe.task.name)
-    args = {"seed": recipe.seed} | recipe.task.args
-    try:
-        return make(**args)
-    except TypeError as problem:
-        raise ConfigError(f"task.args of {recipe.task.name!r}: {problem}") from None
 
 
 @dataclass
@@ -112,6 +103,7 @@ class _Job:
     model: Any
     trainer: Any = None
     version: int = 0  # of the weights that the engine serves
+    seconds_weight_update: float = 0.0  # since the last step was logged
     step: dict[str, float] = field(default_factory=dict)  # measured for the step at hand
 
     def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
@@ -146,7 +138,7 @@ class _Job:
         started = time.perf_counter()
         self.engine.update_weights(self.model.state_dict(), version)
         self.version = version
-        self.step["seconds_weight_update"] = time.perf_counter() - started
+        self.seconds_weight_update += time.perf_counter() - started
 
     def fit(self, examples: list[Example], rewards: dict[str, RewardFunction]) -> None:
         """The optimizer steps."""
@@ -220,18 +212,19 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._started = 0.0
+        self._updated = 0.0
         self._total = job.recipe.training.max_steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._job.step.clear()
         self._started = time.perf_counter()
+        self._updated = self._job.seconds_weight_update
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = self._job.step
+        step, updated = self._job.step, self._job.seconds_weight_update
         whole = time.perf_counter() - self._started
-        step["seconds_training"] = (
-            whole - step["seconds_sampling"] - step.get("seconds_weight_update", 0.0)
-        )
+        step["seconds_training"] = whole - step["seconds_sampling"] - (updated - self._updated)
+        step["seconds_weight_update"], self._job.seconds_weight_update = updated, 0.0
         step["tokens_per_second"] = step["sampled_tokens"] / step["seconds_sampling"]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -251,7 +244,6 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
             "logprob_difference_max": logs["logprob_difference/max"],
             "trained_tokens": self._job.trainer.take_trained_tokens(),
             "policy_version": self._job.version,
-            "seconds_weight_update": 0.0,
             **self._job.step,
         }
         metrics["heldout_accuracy"] = self._heldout_accuracy(state.global_step)
@@ -325,12 +317,6 @@ def _check_queries(
         start(spec, query_ids(tokenizer, problem), max_model_tokens)
 
 
-def _output(recipe: Recipe) -> Path:
-    if recipe.output is not None:
-        return recipe.output.expanduser()
-    return Path("runs") / f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
 def _trl_reward(name: str, env: Any) -> Any:
     """What an environment pays, as TRL asks for it; a failed trace has no reward.
 
@@ -366,6 +352,7 @@ def _trl_config(recipe: Recipe, checkpoints: Path) -> GRPOConfig:
         bf16=False,
         gradient_checkpointing=False,
         use_vllm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         shuffle_dataset=False,
         logging_steps=1,
         report_to="none",

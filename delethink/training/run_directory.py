@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class RunDirectory:
         except OSError as problem:
             raise RunDirectoryError(f"cannot write the run to {path}: {problem.strerror}") from None
         return run
+
+    def discard(self) -> None:
+        """Takes back what ``create`` made, for a run that ended before it measured anything."""
+        for name in ("config.yaml", "versions.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "traces", self.checkpoints, self.path):
+            with suppress(OSError):  # somebody put something there
+                folder.rmdir()
 
     @property
     def checkpoints(self) -> Path:

@@ -59,3 +59,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     (run.path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunDirectoryError, match="No space left on device"):
         run.add_metrics({"step": 1})
+
+
+def test_a_run_that_measured_nothing_is_taken_back(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "a" / "run", "").discard()
+    assert list((tmp_path / "a").iterdir()) == []
+    mine = RunDirectory.create(tmp_path / "run", "")
+    (mine.path / "notes.txt").write_text("x")
+    mine.discard()
+    assert [p.name for p in mine.path.iterdir()] == ["notes.txt"]

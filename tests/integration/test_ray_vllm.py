@@ -1,0 +1,269 @@
+"""Real vLLM engines in real Ray actors, held against plain forward passes of the same weights.
+
+Two workers are started once; the tests that damage them come last, in this order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from delethink.errors import ConfigError, PolicyError, WeightSyncError
+from delethink.policy import Completion, Sampling
+from delethink.rollout import play_traces
+from delethink.rule import ChunkSpec, start
+from delethink.types import StopReason, TokenIds
+
+pytest.importorskip("ray")
+pytest.importorskip("vllm")
+torch = pytest.importorskip("torch")
+
+from delethink.serving.ray_pool import RayPool  # noqa: E402
+from delethink.serving.vllm_weights import Pair, pair_weights, runs  # noqa: E402
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+pytestmark = pytest.mark.integration
+
+EOS = 1
+MAX_MODEL_TOKENS = 256
+PROMPTS = [(5, 9, 3, 17), (11, 2), (7, 7, 20, 4, 13, 19), (23,)]
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_models: tuple[TinyModel, TinyModel], own_ray: None) -> Iterator[RayPool]:
+    pool = RayPool(
+        tiny_models[0].folder,
+        num_workers=2,
+        eos_ids=(EOS,),
+        max_model_tokens=MAX_MODEL_TOKENS,
+        kv_cache_gib=0.25,
+        weight_sync_timeout_s=60,
+    )
+    yield pool
+    pool.close()
+
+
+def complete(
+    pool: RayPool, prompts: list[TokenIds], limit: int, samplings: list[Sampling]
+) -> list[Completion]:
+    """All at once, in an event loop of their own."""
+
+    async def play() -> list[Completion]:
+        pairs = zip(prompts, samplings, strict=True)
+        return await asyncio.gather(*[pool.generate(p, limit, s) for p, s in pairs])
+
+    return asyncio.run(play())
+
+
+def assert_greedy(model: TinyModel, prompt: TokenIds, completion: Completion) -> None:
+    choices, logprobs = model.forward(prompt, completion.token_ids)
+    assert list(completion.token_ids) == choices
+    assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_greedy_tokens_are_those_of_a_plain_forward_pass(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    for prompt, completion in zip(
+        PROMPTS, complete(pool, PROMPTS, 24, [GREEDY] * len(PROMPTS)), strict=True
+    ):
+        assert_greedy(tiny_models[0], prompt, completion)
+        assert completion.policy_version == 0
+
+
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    samplings = [Sampling(temperature=0.7, seed=i) for i in range(len(PROMPTS))]
+    # Greedy requests share the batch: each row must have its own temperature.
+    completions = complete(pool, PROMPTS * 2, 24, samplings + [GREEDY] * len(PROMPTS))
+    for prompt, completion in zip(PROMPTS, completions[: len(PROMPTS)], strict=True):
+        _, logprobs = tiny_models[0].forward(prompt, completion.token_ids, temperature=0.7)
+        assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
+    for prompt, completion in zip(PROMPTS, completions[len(PROMPTS) :], strict=True):
+        assert_greedy(tiny_models[0], prompt, completion)
+
+
+def test_a_completion_ends_with_eos_or_at_its_limit(pool: RayPool) -> None:
+    completions = complete(pool, [PROMPTS[0]] * 32, 40, [Sampling(seed=i) for i in range(32)])
+    ended = [c for c in completions if c.stop is StopReason.EOS]
+    full = [c for c in completions if c.stop is StopReason.LENGTH]
+    assert ended
+    assert full
+    assert len(ended) + len(full) == len(completions)
+    assert all(c.token_ids.index(EOS) == len(c.token_ids) - 1 for c in ended)
+    assert all(len(c.token_ids) == 40 and EOS not in c.token_ids for c in full)
+
+
+def test_requests_go_to_the_worker_with_the_fewest_tokens_in_flight(pool: RayPool) -> None:
+    before = [worker.completions for worker in pool.workers]
+    complete(pool, [PROMPTS[0]] * 16, 8, [Sampling(seed=i) for i in range(16)])
+    gained = [w.completions - b for w, b in zip(pool.workers, before, strict=True)]
+    assert gained == [8, 8]
+    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
+
+
+def test_a_seed_gives_the_same_tokens_on_either_worker(pool: RayPool) -> None:
+    before = [worker.completions for worker in pool.workers]
+    completions = complete(pool, [PROMPTS[2]] * 6, 24, [Sampling(seed=5)] * 6)
+    assert {worker.completions - b for worker, b in zip(pool.workers, before, strict=True)} == {3}
+    assert len({completion.token_ids for completion in completions}) == 1
+    unseeded = complete(pool, [PROMPTS[2]] * 6, 24, [Sampling()] * 6)
+    assert len({completion.token_ids for completion in unseeded}) > 1
+
+
+def test_a_request_that_does_not_fit_is_refused(pool: RayPool) -> None:
+    assert pool.max_model_tokens == MAX_MODEL_TOKENS
+    with pytest.raises(ConfigError, match="257 tokens.*max_model_tokens=256"):
+        complete(pool, [(5,) * 250], 7, [Sampling()])
+    with pytest.raises(ConfigError, match="temperature must be 0 or at least"):
+        complete(pool, [(5,)], 7, [Sampling(temperature=1e-3)])
+
+
+def test_an_abandoned_request_does_not_hold_up_new_weights(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    async def abandon() -> None:
+        requests = [pool.generate((5,), 250, Sampling(seed=i)) for i in range(64)]
+        tasks = [asyncio.create_task(request) for request in requests]
+        await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(abandon())
+    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
+    pool.update_weights(tiny_models[0].model.state_dict(), version=1)
+
+
+def test_new_weights_reach_every_worker_and_nothing_old_is_left(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    # Longer than a block of the prefix cache, so that what old weights left there would be found.
+    prompt = tuple(2 + i % 22 for i in range(200))
+    for version, model in ((2, tiny_models[1]), (3, tiny_models[0]), (4, tiny_models[1])):
+        pool.update_weights(model.model.state_dict(), version)
+        before = [worker.completions for worker in pool.workers]
+        for completion in complete(pool, [prompt] * 4, 24, [GREEDY] * 4):
+            assert_greedy(model, prompt, completion)
+            assert completion.policy_version == version
+        assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
+
+
+def test_traces_follow_the_chunk_rule(pool: RayPool) -> None:
+    spec = ChunkSpec(context_size=24, carryover_size=12, max_chunks=4, head_size=3)
+    queries = PROMPTS * 4
+    samplings = [Sampling(seed=i) for i in range(len(queries))]
+    traces = asyncio.run(play_traces(pool, spec, queries, samplings, pool.max_model_tokens))
+    assert max(len(trace.chunks) for trace in traces) > 2
+    for query, trace in zip(queries, traces, strict=True):
+        assert trace.error is None
+        state = start(spec, query)
+        for chunk in trace.chunks:
+            assert chunk.prompt_ids == query + state.carried
+            assert chunk.carried == len(state.carried)
+            assert len(chunk.output_ids) <= state.max_new_tokens
+            assert chunk.policy_version == 4
+            state = state.advance(chunk.output_ids, chunk.stop)
+        assert trace.stop is state.stop
+
+
+@pytest.mark.parametrize("mistake", ["missing", "unknown", "shape"])
+def test_weights_that_do_not_fit_are_refused_by_every_worker(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel], mistake: str
+) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights = dict(tiny_models[0].model.state_dict())
+    if mistake == "missing":
+        del weights[name]
+    elif mistake == "unknown":
+        weights["model.layers.9.nothing.weight"] = weights[name]
+    else:
+        weights[name] = weights[name][:-1]
+    with pytest.raises(WeightSyncError, match="version 5") as caught:
+        pool.update_weights(weights, version=5)
+    for worker in pool.workers:
+        assert f"{worker.name} (process {worker.pid})" in str(caught.value)
+    with pytest.raises(PolicyError, match="takes no requests since an update of weights failed"):
+        complete(pool, [PROMPTS[0]], 8, [GREEDY])
+    pool.update_weights(tiny_models[0].model.state_dict(), version=6)
+    (completion,) = complete(pool, [PROMPTS[0]], 8, [GREEDY])
+    assert_greedy(tiny_models[0], PROMPTS[0], completion)
+    assert completion.policy_version == 6
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    victim, survivor = pool.workers
+
+    async def play() -> list[Completion | BaseException]:
+        requests = [pool.generate((5,), 250, Sampling(seed=i)) for i in range(64)]
+        tasks = [asyncio.create_task(request) for request in requests]
+        await asyncio.sleep(0.05)
+        os.kill(victim.pid, signal.SIGKILL)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    engine = psutil.Process(victim.pid).children(recursive=True)
+    answers = asyncio.run(play())
+    failed = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert len(failed) == len(answers) // 2
+    for error in failed:
+        assert isinstance(error, PolicyError)
+        assert f"{victim.name} (process {victim.pid}) is dead" in str(error)
+    assert_gone(engine)
+
+    before = survivor.completions
+    complete(pool, [PROMPTS[0]] * 4, 8, [GREEDY] * 4)
+    assert survivor.completions == before + 4
+    with pytest.raises(WeightSyncError, match=f"1 of 2 workers.*{victim.name} .* is dead"):
+        pool.update_weights(tiny_models[1].model.state_dict(), version=7)
+
+
+def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
+    processes = psutil.Process().children(recursive=True)
+    assert any("EngineCore" in process.name() for process in processes)
+    pool.close()
+    pool.close()
+    assert_gone(processes)
+    with pytest.raises(PolicyError, match="closed"):
+        complete(pool, [PROMPTS[0]], 8, [GREEDY])
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 20
+    while alive := [p for p in processes if p.is_running() and p.status() != "zombie"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+def test_an_update_that_was_not_applied_is_seen() -> None:
+    class Fused(torch.nn.Module):
+        packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.ModuleDict({"qkv_proj": torch.nn.Linear(8, 12, bias=False)})
+
+    model = Fused()
+    held = model.attention["qkv_proj"].weight.detach()
+    parts = [f"attention.{part}_proj.weight" for part in "qkv"]
+    sent = dict(zip(parts, held.clone().split(4), strict=True))
+    (pair,) = pair_weights(model, sent)
+    assert isinstance(pair, Pair)
+    assert runs(pair)
+    for part in range(3):
+        changed = [tensor.clone() for tensor in pair.parts]
+        changed[part][-1, -1] *= 1 + 1e-6
+        assert not runs(replace(pair, parts=changed))
