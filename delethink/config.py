@@ -94,9 +94,9 @@ class TrainingConfig(_Section):
     mask_truncated_completions: bool = False
     """Leave traces that ran out of budget out of the loss."""
     loss_type: Literal["grpo"] = "grpo"
-    """The loss of a trace is divided by its own number of sampled tokens; others are not per trace."""
+    """A trace's loss is divided by its own number of sampled tokens; others are not per trace."""
     forward_tokens: int = Field(16_384, gt=0)
-    """Tokens in one forward pass; a micro-batch with more is recomputed in parts, to save memory."""
+    """Tokens in one forward pass; a micro-batch with more is recomputed in parts."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """A step with a larger share of failed traces stops the run."""
     save_steps: int | None = Field(None, gt=0)

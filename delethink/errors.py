@@ -60,7 +60,8 @@ class MissingExtraError(UserError, ImportError):
 
     def __str__(self) -> str:
         return (
-            f"{self.package} is not installed; install it with: pip install 'delethink[{self.extra}]'"
+            f"{self.package} is not installed; "
+            f"install it with: pip install 'delethink[{self.extra}]'"
         )
 
 

@@ -63,8 +63,9 @@ class ScriptedPolicy:
     """A policy that says what it is told: for tests, examples and demonstrations.
 
     Args:
-        script: the completions in the order of the calls, each as token ids, as a ``Completion``, or
-            as an exception to raise; or a function of (prompt ids, max new tokens) that returns one.
+        script: the completions in the order of the calls, each as token ids, as a ``Completion``,
+            or as an exception to raise; or a function of (prompt ids, max new tokens) that returns
+            one.
         eos_id: a completion given as token ids that ends with it stops with ``EOS``.
 
     ``calls`` records (prompt ids, max new tokens) of each call.
@@ -94,12 +95,12 @@ class ScriptedPolicy:
         stop = StopReason.EOS if ended else StopReason.LENGTH
         return Completion(tuple(said), (0.0,) * len(said), stop)
 
-    def _next(
-        self, prompt_ids: TokenIds, max_new_tokens: int
-    ) -> TokenIds | Completion | Exception:
+    def _next(self, prompt_ids: TokenIds, max_new_tokens: int) -> TokenIds | Completion | Exception:
         self.calls.append((prompt_ids, max_new_tokens))
         if callable(self._script):
             return self._script(prompt_ids, max_new_tokens)
         if len(self.calls) > len(self._script):
-            raise PolicyError(f"the script has {len(self._script)} lines and was asked for one more")
+            raise PolicyError(
+                f"the script has {len(self._script)} lines and was asked for one more"
+            )
         return self._script[len(self.calls) - 1]

@@ -1,4 +1,4 @@
-"""Names for environments, tasks and rewards, so that the library never imports a dataset or a grader.
+"""Names for environments, tasks and rewards: the library imports no dataset and no grader.
 
 Each name stands for ``"module:object"``. Third parties add theirs through the entry-point groups
 ``delethink.envs``, ``delethink.tasks`` and ``delethink.rewards``.

@@ -93,8 +93,8 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     for i, chunk in enumerate(trace.chunks):
         if tuple(map(int, observation)) != chunk.prompt_ids:
             raise RolloutError(
-                f"chunk {i} was sampled after another prompt than the environment shows: the rollout "
-                "and the environment do not follow one rule"
+                f"chunk {i} was sampled after another prompt than the environment shows: the "
+                "rollout and the environment do not follow one rule"
             )
         observation, reward, *_ = env.step(chunk.output_ids)
     return float(reward)

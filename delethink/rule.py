@@ -23,9 +23,9 @@ class ChunkSpec:
         max_chunks: the most chunks of a trace (I).
         head_size: how many of the carried tokens are the first ones of the trace, which may hold a
             plan (footnote 2 of the paper: 100); the rest are the latest ones.
-        head_outside: the head comes on top of ``carryover_size``, as in the paper's listing, so that
-            a context holds up to ``head_size`` more tokens. Off, the bound is exactly |q| + C, as in
-            the code that trained the published models.
+        head_outside: the head comes on top of ``carryover_size``, as in the paper's listing, so
+            that a context holds up to ``head_size`` more tokens. Off, the bound is exactly |q| + C,
+            as in the code that trained the published models.
 
     Raises:
         ConfigError: a combination that leaves no new token in a chunk, or no sense.
@@ -47,8 +47,8 @@ class ChunkSpec:
             )
         if not 0 <= self.carryover_size < self.context_size:
             raise ConfigError(
-                f"carryover_size must be at least 0 and less than context_size, so that a chunk has "
-                f"room for new tokens: got carryover_size={self.carryover_size} "
+                f"carryover_size must be at least 0 and less than context_size, so that a chunk "
+                f"has room for new tokens: got carryover_size={self.carryover_size} "
                 f"and context_size={self.context_size}"
             )
         most = self.context_size if self.head_outside else self.carryover_size
@@ -187,7 +187,9 @@ def _known(stop: StopReason | str) -> StopReason:
         raise PolicyError(f"unknown stop reason {stop!r}; allowed: {allowed}") from None
 
 
-def start(spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = None) -> ThinkingState:
+def start(
+    spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = None
+) -> ThinkingState:
     """The state of a trace that has not begun.
 
     Args:
@@ -204,8 +206,8 @@ def start(spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = N
     room = None if max_model_tokens is None else max_model_tokens - spec.max_thinking_context
     if room is not None and room < 1:
         raise ConfigError(
-            f"a context of thinking has up to {spec.max_thinking_context} tokens and the model takes "
-            f"{max_model_tokens}, so no query fits; lower context_size"
+            f"a context of thinking has up to {spec.max_thinking_context} tokens and the model "
+            f"takes {max_model_tokens}, so no query fits; lower context_size"
         )
     if not query_ids:
         raise QueryTooLongError("the query is empty: it has no token to start from")

@@ -63,7 +63,7 @@ class Chunk:
     logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)]
     stop: StopReason
     carried: int = 0  # how many tokens at the end of prompt_ids were carried over the border
-    policy_version: int | None = 0  # number of weight updates that y_l was sampled with; None: failed
+    policy_version: int | None = 0  # weight updates before y_l was sampled; None where it failed
     error: str | None = None  # what went wrong, where stop is ABORT or ERROR
 
 
@@ -77,7 +77,7 @@ class Trace:
 
     @property
     def length(self) -> int:
-        """l(tau), the number of sampled tokens: carried ones count once, where they were sampled."""
+        """l(tau), its sampled tokens; carried ones count once, where they were sampled."""
         return sum(len(chunk.output_ids) for chunk in self.chunks)
 
     @property

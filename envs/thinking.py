@@ -84,11 +84,11 @@ class ThinkingEnv(gymnasium.Env[Ids, Ids]):
         split: the task's split to draw from.
         max_query_tokens: bound of the observation space on the query.
 
-    An action is the token ids of a chunk. One that ends with EOS ends the trace; any other leads to a
-    border, also where the chunk is not full. The observation is the prompt of the next chunk, and ``info`` says how many tokens that chunk may have
-    (``max_new_tokens``), which chunk it is (``chunk``), how many tokens were sampled
-    (``num_sampled``) and are left (``budget_left``), how many of the observation were carried
-    (``carried``), and at the end why (``stop``).
+    An action is the token ids of a chunk. One that ends with EOS ends the trace; any other leads to
+    a border, also where the chunk is not full. The observation is the prompt of the next chunk, and
+    ``info`` says how many tokens that chunk may have (``max_new_tokens``), which chunk it is
+    (``chunk``), how many tokens were sampled (``num_sampled``) and are left (``budget_left``), how
+    many of the observation were carried (``carried``), and at the end why (``stop``).
     """
 
     metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - the name and type are Gymnasium's
@@ -110,6 +110,7 @@ class ThinkingEnv(gymnasium.Env[Ids, Ids]):
         self.eos_ids, self.split = frozenset(eos_ids), split
         self.max_query_tokens = max_query_tokens
         self.render_mode = render_mode
+        self.vocabulary = vocabulary
         self.action_space = TokenSequence(vocabulary, chunk_spec.context_size, min_length=1)
         longest = max_query_tokens + chunk_spec.max_thinking_context
         self.observation_space = TokenSequence(vocabulary, longest, min_length=1)
@@ -152,7 +153,7 @@ class ThinkingEnv(gymnasium.Env[Ids, Ids]):
         reward = self._score() if state.stop is not None else 0.0
         return self._observation(state), reward, terminated, truncated, self._info(state)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The query, what is carried and all that was sampled, as text."""
         if self.render_mode != "ansi" or self._state is None:
             return None
@@ -173,8 +174,7 @@ class ThinkingEnv(gymnasium.Env[Ids, Ids]):
     def _checked(self, action: Any, limit: int) -> tuple[int, ...]:
         if not self.action_space.contains(action):
             raise ActionError(
-                f"an action is 1 to {limit} token ids below {self.action_space.vocabulary}, "
-                f"got {action!r}"
+                f"an action is 1 to {limit} token ids below {self.vocabulary}, got {action!r}"
             )
         ids = tuple(int(token) for token in action)
         ends = [i for i, token in enumerate(ids) if token in self.eos_ids]

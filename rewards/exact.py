@@ -8,15 +8,15 @@ END_OF_THINKING = "</think>"
 def final_answer(text: str, end: str = END_OF_THINKING) -> str | None:
     """What follows the first end of thinking, stripped; ``None`` where thinking never ends.
 
-    ``text`` is the whole sampled trace, stitched over its chunks, so that it does not matter whether
-    the mark or the answer lies across a border.
+    ``text`` is the whole sampled trace, stitched over its chunks, so that it does not matter
+    whether the mark or the answer lies across a border.
     """
     _, mark, answer = text.partition(end)
     return answer.strip() if mark else None
 
 
 def exact_match(text: str, answer: str) -> float:
-    """1.0 if the final answer of ``text`` equals ``answer`` up to surrounding white space, else 0.0.
+    """1.0 if the final answer of ``text`` is ``answer``, up to white space around it, else 0.0.
 
     A trace that never ends its thinking has no answer and scores 0.0.
     """

@@ -4,9 +4,9 @@
 
 It is trained on plain long chains of thought, each in one context and never on a reset. The corpus
 is noisy on purpose, as written reasoning is: a line is wrong in one cell with probability
-``--slip``, and what follows builds on it. So the base imitates slips; it knows the rule, it is sound
-on short problems, and it fails on long ones as often as somebody slipped on the way. Reinforcement
-learning is told only whether the last state is right.
+``--slip``, and what follows builds on it. So the base imitates slips: it knows the rule, it is
+sound on short problems, and it fails on long ones as often as somebody slipped on the way.
+Reinforcement learning is told only whether the last state is right.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     line_break = "\u010a"
     vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, line_break, ":"])}
     vocab |= {digit: len(vocab) + i for i, digit in enumerate("0123456789")}
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD
-    )
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD)
     # Not special: rewards read text without special tokens and look for the end of thinking.
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])
     tokenizer.chat_template = TEMPLATE

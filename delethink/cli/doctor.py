@@ -56,7 +56,8 @@ def _text(report: dict[str, object], found: dict[str, str | None]) -> str:
     install = report["install"]
     assert isinstance(install, list)
     if install:
-        lines += ["", "to have everything: pip install " + " ".join(f"'{name}'" for name in install)]
+        extras = " ".join(f"'{name}'" for name in install)
+        lines += ["", f"to have everything: pip install {extras}"]
     return "\n".join(lines)
 
 

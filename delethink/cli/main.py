@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="delethink",
-        description="Reasoning whose context is reset every chunk: linear compute, constant memory.",
+        description="Reasoning whose context is reset every chunk: linear compute, bounded memory.",
     )
     parser.add_argument("--version", action="version", version=f"delethink {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -46,11 +46,14 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         help="train a model with reinforcement learning",
         description="Train a model with reinforcement learning in the thinking environment.",
-        epilog="Example: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=20",
+        epilog="Example: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=9",
     )
     command.add_argument("recipe", help="a YAML file; see recipes/")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted.key=value, over the recipe's value"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted.key=value, over the recipe's value",
     )
     command.set_defaults(run=_train)
 

@@ -46,12 +46,12 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     tokenizer: Any = _load(AutoTokenizer, "tokenizer", model, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of {model} has no end-of-sequence token, so a trace could never end its "
-            "answer; set eos_token in its tokenizer_config.json"
+            f"the tokenizer of {model} has no end-of-sequence token, so a trace could never end "
+            "its answer; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -71,7 +71,7 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
         dtype=dtype,
         use_safetensors=True,
     )
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -84,8 +84,8 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     own, vocabulary = int(tokenizer.eos_token_id), int(model.config.vocab_size)
     if own >= vocabulary:
         raise ModelError(
-            f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, outside "
-            f"the model's vocabulary of {vocabulary}, so a trace could never end its answer; "
+            f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, "
+            f"outside the model's vocabulary of {vocabulary}, so a trace could never end its answer; "
             "set eos_token in its tokenizer_config.json"
         )
     configured = getattr(model.generation_config, "eos_token_id", None) or ()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
 _MAX_REQUESTS = 10_000  # in flight at one worker; vLLM queues what it does not run
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(eq=False)
@@ -211,8 +211,8 @@ class RayPool:
         """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
         workers, self.workers = self.workers, []
         if workers and ray.is_initialized():
-            stops = [worker.actor.stop.remote() for worker in workers]
-            ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+            calls = {w.actor.stop.remote(): w for w in workers if w.pid and not w.is_dead}
+            list(gather(calls, _STOP_TIMEOUT_S))  # in time or not, they are killed next
             for worker in workers:
                 ray.kill(worker.actor)
         if self._owns_ray:

@@ -1,8 +1,8 @@
 """The in-process engine: ``transformers``' own ``generate`` over batches of chunks.
 
-It needs no other install, runs wherever torch does, and can share its weights with a trainer. Chunks
-of unequal prompts and limits go into one batch: prompts are padded on the left, and each row stops
-at its own limit.
+It needs no other install, runs wherever torch does, and can share its weights with a trainer.
+Chunks of unequal prompts and limits go into one batch: prompts are padded on the left, and each row
+stops at its own limit.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class TransformersEngine:
     """Implements ``Engine`` with a model in this process.
 
     Args:
-        model: a causal language model; where a trainer updates the very same object, its new weights
-            are in force at once and ``update_weights`` only counts.
+        model: a causal language model; where a trainer updates the very same object, its new
+            weights are in force at once and ``update_weights`` only counts.
         eos_ids: the tokens that end an answer.
         pad_id: what fills rows up; any id will do.
         max_batch_size: the most chunks decoded side by side.
@@ -74,13 +74,14 @@ class TransformersEngine:
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Loads weights that are not the model's own already, and counts the version."""
         own = self.model.state_dict()
-        new = {k: v for k, v in weights.items() if k not in own or v is not own[k]}
-        foreign = {k: v for k, v in new.items() if k not in own or v.data_ptr() != own[k].data_ptr()}
-        if foreign:
+        shared = own.keys() == weights.keys() and all(
+            tensor.data_ptr() == own[name].data_ptr() for name, tensor in weights.items()
+        )
+        if not shared:
             try:
                 self.model.load_state_dict(dict(weights))
             except RuntimeError as problem:
-                raise WeightSyncError(f"the in-process engine refused new weights: {problem}") from None
+                raise WeightSyncError(f"the engine refused new weights: {problem}") from None
         self._version = version
 
     def close(self) -> None:
@@ -101,7 +102,7 @@ class TransformersEngine:
         batch = [request for request in batch if not request.answer.done()]
         if not batch:
             return
-        answers: list[Completion] | list[Exception]
+        answers: Sequence[Completion | Exception]
         try:
             answers = self._decode(batch)
         except Exception as problem:  # the callers' affair: each request fails with it
@@ -133,7 +134,8 @@ class TransformersEngine:
         sampled = sequences[:, input_ids.shape[1] :].cpu()
         logprobs = draw.logprobs(sampled)
         return [
-            self._completion(sampled[i], logprobs[i], limit) for i, limit in enumerate(limits.tolist())
+            self._completion(sampled[i], logprobs[i], limit)
+            for i, limit in enumerate(limits.tolist())
         ]
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
@@ -162,7 +164,7 @@ class TransformersEngine:
         )
 
 
-class _Draw(LogitsProcessor):
+class _Draw(LogitsProcessor):  # type: ignore[misc]  # seen as untyped
     """Draws each row with its own temperature and seed, and keeps the log-probs of what was drawn.
 
     The highest of (log-probs + Gumbel noise) is a sample from the distribution (the Gumbel-max
@@ -206,7 +208,7 @@ class _Draw(LogitsProcessor):
         return (-waits.log()).masked_fill(self._greedy[:, None], 0.0)
 
 
-class _OwnLimit(StoppingCriteria):
+class _OwnLimit(StoppingCriteria):  # type: ignore[misc]  # seen as untyped
     """Ends each row at its own number of new tokens."""
 
     def __init__(self, limits: torch.Tensor, prompt_length: int) -> None:

@@ -121,7 +121,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         if len(failed) > self._max_failed_share * len(self._traces):
             raise RolloutError(
                 f"{len(failed)} of {len(self._traces)} traces failed, more than max_failed_share="
-                f"{self._max_failed_share}; the first one: {failed[0].error or failed[0].stop.value}"
+                f"{self._max_failed_share}; the first one: {failed[0].error}"
             )
 
     # -- log-probs -----------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         logprobs = _scatter([part[0] for part in parts], batches, order, shape)
         entropies = None
         if compute_entropy:
-            entropies = _scatter([part[1] for part in parts], batches, order, shape)
+            entropies = _scatter([p for _, p in parts if p is not None], batches, order, shape)
         self._logprobs = logprobs.detach()
         return logprobs, entropies, None
 
@@ -266,4 +266,5 @@ def _scatter(
 def _connected_zeros(model: Any, shape: tuple[int, int]) -> torch.Tensor:
     """Zeros that a backward pass can go through, for rows of which every token is masked."""
     parameter = next(p for p in model.parameters() if p.requires_grad)
-    return parameter.new_zeros(shape) + 0.0 * parameter.sum()
+    zeros: torch.Tensor = parameter.new_zeros(shape) + 0.0 * parameter.sum()
+    return zeros

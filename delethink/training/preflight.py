@@ -34,7 +34,8 @@ def prepare(recipe: Recipe) -> Prepared:
     task = _make_task(recipe)
     locate(recipe.model)
     choose_engine(recipe.engine)
-    return Prepared(recipe, task, rewards, RunDirectory.create(_output(recipe), dump_recipe(recipe)))
+    run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
+    return Prepared(recipe, task, rewards, run)
 
 
 def _make_task(recipe: Recipe) -> Any:

@@ -63,7 +63,9 @@ def train(prepared: Prepared, reporter: Reporter) -> Path:
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     with closing(_make_engine(recipe, model, tokenizer)) as engine:
         accuracy = rewards[next(iter(rewards))]
-        evaluator = Evaluator(heldout, accuracy, tokenizer, recipe.training.temperature, recipe.seed)
+        evaluator = Evaluator(
+            heldout, accuracy, tokenizer, recipe.training.temperature, recipe.seed
+        )
         job = _Job(recipe, run, reporter, engine, evaluator, task, tokenizer, model)
         rows = job.measure_baselines()
         job.fit(examples, rewards)
@@ -124,8 +126,8 @@ class _Job:
             rows.append(self.measure("base, LongCoT with the whole budget", longcot))
         else:
             self.reporter.say(
-                f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the model's "
-                f"{self.engine.max_model_tokens}"
+                f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the "
+                f"model's {self.engine.max_model_tokens}"
             )
         rows.append(self.measure("base, Delethink zero-shot", spec))
         return rows
@@ -260,9 +262,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
 
 def trace_records(sampled: Sampled, tokenizer: Any) -> list[dict[str, Any]]:
     """One JSON object a trace: what was sampled, exactly as trained."""
-    rows = zip(
-        sampled.examples, sampled.traces, sampled.rewards, sampled.advantages, strict=True
-    )
+    rows = zip(sampled.examples, sampled.traces, sampled.rewards, sampled.advantages, strict=True)
     return [
         {
             "prompt": _problem_of(example).prompt,

@@ -212,6 +212,7 @@ def test_an_interrupt_ends_the_run_and_keeps_what_was_written(
         process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert errors.strip().splitlines()[-1] == "delethink: interrupted; what was written before is whole"
+    last = errors.strip().splitlines()[-1]
+    assert last == "delethink: interrupted; what was written before is whole"
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     assert not any(child.is_running() for child in children)
