@@ -4,10 +4,10 @@ A problem is a first state (a ring of ``width`` cells) and a number of steps. Th
 chain with one line a step, each worked out from the line before it alone:
 
     query     03:01101001101
-    thinking  02:10010100100        (what the rule makes of the line before, and a countdown)
-              01:00100001001
-              00:01001010010
-    answer    01001010010
+    thinking  02:11011001011        (what the rule makes of the line before, and a countdown)
+              01:00110001110
+              00=10100101000
+    answer    10100101000
 
 What makes it a test of thinking across resets: the query does not grow with the work, a line looks
 back one line only, the end is local (the countdown reads zero), and guessing is hopeless, because
@@ -41,7 +41,12 @@ def solution_lines(state: str, steps: int, rule: int) -> Iterator[str]:
     """The lines of a flawless solution, countdown first: ``steps`` of them."""
     for left in range(steps - 1, -1, -1):
         state = automaton_step(state, rule)
-        yield f"{left:02d}:{state}"
+        yield solution_line(left, state)
+
+
+def solution_line(left: int, state: str) -> str:
+    """The line with ``left`` more to come; the last one says so in a sign of its own."""
+    return f"{left:02d}{':' if left else '='}{state}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class AutomatonTask:
         *_, last = solution_lines(state, steps, self.rule)
         return Problem(
             prompt=f"{steps:02d}:{state}",
-            answer=last.partition(":")[2],
+            answer=last.partition("=")[2],
             metadata={"steps": steps, "state": state, "rule": self.rule},
         )
 

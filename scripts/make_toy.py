@@ -21,7 +21,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from delethink.envs.automaton import automaton_step, is_held_out
+from delethink.envs.automaton import automaton_step, is_held_out, solution_line
 
 THINK, END_THINK, EOS, PAD = "<think>", "</think>", "<eos>", "<pad>"
 TEMPLATE = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}<think>{% endif %}"
@@ -37,7 +37,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """
     line_break = "\u010a"
     vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, line_break, ":"])}
-    vocab |= {digit: len(vocab) + i for i, digit in enumerate("0123456789")}
+    vocab |= {sign: len(vocab) + i for i, sign in enumerate("0123456789=")}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD)
     # Not special: rewards read text without special tokens and look for the end of thinking.
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])
@@ -78,7 +78,7 @@ def write_trace(rng: random.Random, steps: int, slip: float) -> tuple[str, str]:
         if rng.random() < slip:
             i = rng.randrange(WIDTH)
             state = state[:i] + "10"[int(state[i])] + state[i + 1 :]
-        lines.append(f"{left:02d}:{state}")
+        lines.append(solution_line(left, state))
     return query, "\n".join(lines) + END_THINK + state + EOS
 
 

@@ -46,7 +46,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         help="train a model with reinforcement learning",
         description="Train a model with reinforcement learning in the thinking environment.",
-        epilog="Example: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=9",
+        epilog="E.g.: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=9",
     )
     command.add_argument("recipe", help="a YAML file; see recipes/")
     command.add_argument(

@@ -16,7 +16,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     recipe = load_recipe(recipe_path, overrides)
     _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     prepared = prepare(recipe)
-    _quieten()
+    _set_environment()
     from delethink.training.progress import Reporter
     from delethink.training.run import train
 
@@ -30,8 +30,10 @@ def _require(*packages: str) -> None:
             raise MissingExtraError(package, "train")
 
 
-def _quieten() -> None:
-    """Keeps the libraries' own chatter off the screen; a value the user has set stays."""
+def _set_environment() -> None:
+    """Settings that libraries read when they are imported; a value the user has set stays."""
+    # On a busy machine, threads that spin while they wait take the cores from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -85,7 +85,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     if own >= vocabulary:
         raise ModelError(
             f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, "
-            f"outside the model's vocabulary of {vocabulary}, so a trace could never end its answer; "
+            f"outside the model's vocabulary of {vocabulary}, so a trace could never end; "
             "set eos_token in its tokenizer_config.json"
         )
     configured = getattr(model.generation_config, "eos_token_id", None) or ()

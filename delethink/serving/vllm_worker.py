@@ -200,6 +200,9 @@ def _engine_args(config: WorkerConfig) -> Any:
     on_device: dict[str, Any] = {
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         "enforce_eager": True,
+        # Where vLLM splits the prompt of a request with a seed, its engine dies on the CPU, because
+        # generators of the CPU cannot be wound back.
+        "enable_chunked_prefill": False,
         "distributed_executor_backend": "uni",
     }
     if config.on_gpu:
@@ -229,6 +232,8 @@ def _set_environment(config: WorkerConfig) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else "uni" becomes one more process
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB only, and overrides ours
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        # vLLM compiles a helper of its sampler even in eager mode: half a minute, to no gain here.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def _last_error() -> str:

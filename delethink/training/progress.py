@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from delethink.evaluation.evaluate import Summary
+from delethink.rule import ChunkSpec
 
 
 class Reporter:
@@ -65,11 +67,13 @@ class Reporter:
         low, high = row.accuracy_interval
         self.say(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
 
-    def table(self, rows: Sequence[Summary], path: Path) -> None:
+    def table(self, rows: Sequence[Summary], spec: ChunkSpec, path: Path) -> None:
         """All rows, and where the run is."""
-        table = Table(title=f"{rows[0].num_problems} held-out problems, 95 % intervals")
-        table.add_column("setting", overflow="fold")
-        for name in ("accuracy", "thinking tokens", "chunks", "out of budget"):
+        sizes = f"C={spec.context_size} m={spec.carryover_size} budget {spec.budget}"
+        title = f"{rows[0].num_problems} held-out problems, {sizes}, 95 % intervals"
+        table = Table(title=title, box=SIMPLE_HEAD)
+        table.add_column("setting")
+        for name in ("accuracy", "thinking\ntokens", "chunks", "out of\nbudget"):
             table.add_column(name, justify="right")
         for row in rows:
             low, high = row.accuracy_interval

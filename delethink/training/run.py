@@ -72,7 +72,7 @@ def train(prepared: Prepared, reporter: Reporter) -> Path:
         rows.append(job.measure("after RL, Delethink", recipe.thinking.spec()))
         run.write_table([row.as_dict() for row in rows])
         plot_curves(run.read_metrics(), recipe.name, run.curves)
-        reporter.table(rows, run.path)
+        reporter.table(rows, recipe.thinking.spec(), run.path)
     return run.path
 
 
@@ -120,16 +120,16 @@ class _Job:
         """The base model in one context of C, as LongCoT, and with Delethink zero-shot."""
         spec = self.recipe.thinking.spec()
         longcot = ChunkSpec.longcot(spec.budget)
-        rows = [self.measure("base, one context of C", ChunkSpec.longcot(spec.context_size))]
+        rows = [self.measure("base, one context", ChunkSpec.longcot(spec.context_size))]
         query = max(len(query_ids(self.tokenizer, p)) for p in self.evaluator.problems)
         if query + spec.budget <= self.engine.max_model_tokens:
-            rows.append(self.measure("base, LongCoT with the whole budget", longcot))
+            rows.append(self.measure("base, LongCoT", longcot))
         else:
             self.reporter.say(
                 f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the "
                 f"model's {self.engine.max_model_tokens}"
             )
-        rows.append(self.measure("base, Delethink zero-shot", spec))
+        rows.append(self.measure("base, Delethink", spec))
         return rows
 
     def serve_current_weights(self) -> None:

@@ -123,6 +123,16 @@ def test_a_seed_gives_the_same_tokens_on_either_worker(pool: RayPool) -> None:
     assert len({completion.token_ids for completion in unseeded}) > 1
 
 
+def test_seeds_hold_where_the_prompts_are_too_many_for_one_batch(pool: RayPool) -> None:
+    # vLLM would split one of these prompts, and its engine dies of that on the CPU.
+    prompts = [tuple(2 + (i + k * k) % 22 for i in range(200)) for k in range(96)]
+    samplings = [Sampling(seed=k) for k in range(96)]
+    together = complete(pool, prompts, 8, samplings)
+    for k in (0, 31, 95):
+        (alone,) = complete(pool, [prompts[k]], 8, [samplings[k]])
+        assert alone.token_ids == together[k].token_ids
+
+
 def test_a_request_that_does_not_fit_is_refused(pool: RayPool) -> None:
     assert pool.max_model_tokens == MAX_MODEL_TOKENS
     with pytest.raises(ConfigError, match="257 tokens.*max_model_tokens=256"):
