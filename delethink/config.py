@@ -16,7 +16,14 @@ from delethink.rule import ChunkSpec
 
 try:
     import yaml
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        FiniteFloat,
+        ValidationError,
+        model_validator,
+    )
 except ImportError as missing:
     raise MissingExtraError(missing.name or "pydantic", "train") from None
 
@@ -84,15 +91,15 @@ class TrainingConfig(_Section):
     temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
     """Of sampling, and of the log-probs in the loss."""
     epsilon: float = Field(0.2, gt=0, lt=1)
-    """Lower clip range of the probability ratio."""
+    """Lower clip range of the probability ratio, which is 1 as long as a batch is used once."""
     epsilon_high: float = Field(0.26, gt=0, allow_inf_nan=False)
-    """Upper clip range of the probability ratio ("clip-higher")."""
+    """Upper clip range of the same ratio ("clip-higher")."""
     beta: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the first weights."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantage is divided by: a standard deviation, or nothing."""
     mask_truncated_completions: bool = False
-    """Leave traces that ran out of budget out of the loss."""
+    """Give traces that ran out of budget no loss; they still count in the mean over traces."""
     loss_type: Literal["grpo"] = "grpo"
     """A trace's loss is divided by its own number of sampled tokens; others are not per trace."""
     forward_tokens: int = Field(16_384, gt=0)
@@ -123,6 +130,8 @@ class EvaluationConfig(_Section):
 
     num_problems: int = Field(256, ge=2)
     """Problems in each row of the table."""
+    reward: str | None = None
+    """The reward that says right (1) or wrong (0); by default the recipe's first."""
     every: int = Field(10, ge=1)
     """Steps between evaluations."""
     num_problems_at_intervals: int = Field(64, ge=2)
@@ -137,7 +146,7 @@ class Recipe(_Section):
     model: str
     """A folder, a Hugging Face id, or "toy" for the shipped reasoner."""
     task: TaskConfig
-    rewards: dict[str, float] = Field(min_length=1)
+    rewards: dict[str, FiniteFloat] = Field(min_length=1)
     """Registered rewards and their weights."""
     thinking: ThinkingConfig
     training: TrainingConfig
@@ -151,13 +160,27 @@ class Recipe(_Section):
     weight_sync_timeout: float = Field(60.0, gt=0)
     """Seconds that workers have to take up new weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights."""
+    """Of vLLM's weights; the trainer's, and with them the in-process engine's, are float32."""
     trust_remote_code: bool = False
     """Let code from the model's repository run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of problems, sampling and training."""
     output: Path | None = None
     """The run directory; by default a new one under runs/."""
+
+    @property
+    def accuracy_reward(self) -> str:
+        """The name of the reward that says right or wrong."""
+        return self.evaluation.reward or next(iter(self.rewards))
+
+    @model_validator(mode="after")
+    def _knows_accuracy(self) -> Recipe:
+        if self.accuracy_reward not in self.rewards:
+            raise ValueError(
+                f"evaluation.reward={self.accuracy_reward!r} is none of the recipe's rewards."
+                f"{did_you_mean(self.accuracy_reward, self.rewards)}"
+            )
+        return self
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -173,9 +196,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as problem:
-        raise ConfigError(_explain(problem)) from None
-    except ConfigError as problem:
-        raise ConfigError(f"{path}: {problem}") from None
+        raise ConfigError(f"{path}: {_explain(problem)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -208,7 +229,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = inner
     try:
         values[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # 2024-13-45 is no date, but a fine string
         values[key] = text
 
 

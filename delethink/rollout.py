@@ -86,17 +86,22 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     """Takes a trace through an environment chunk by chunk and returns what it earns there.
 
     Raises:
-        RolloutError: the environment shows another prompt than the policy saw.
+        RolloutError: the environment shows another prompt than the policy saw, or ends elsewhere.
     """
     observation, _ = env.reset(options={"problem": problem})
-    reward = 0.0
+    reward, ended = 0.0, False
     for i, chunk in enumerate(trace.chunks):
+        if ended:
+            raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
         if tuple(map(int, observation)) != chunk.prompt_ids:
             raise RolloutError(
                 f"chunk {i} was sampled after another prompt than the environment shows: the "
                 "rollout and the environment do not follow one rule"
             )
-        observation, reward, *_ = env.step(chunk.output_ids)
+        observation, reward, terminated, truncated, _ = env.step(chunk.output_ids)
+        ended = terminated or truncated
+    if not ended:
+        raise RolloutError("the environment goes on after the last chunk of the trace")
     return float(reward)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 TokenIds = tuple[int, ...]
 
+END_OF_THINKING = "</think>"  # what follows it is the answer; it ends no chunk
+
 
 class StopReason(str, Enum):
     """Why a chunk ended. Only ``LENGTH`` leads to a next chunk."""

@@ -51,7 +51,10 @@ class TokenSequence(gymnasium.Space[Ids]):
 
     def contains(self, x: Any) -> bool:
         """Whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
-        ids = np.asarray(x)
+        try:
+            ids = np.asarray(x)
+        except ValueError:  # ragged
+            return False
         if ids.ndim != 1 or not self.min_length <= len(ids) <= self.max_length:
             return False
         if len(ids) == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-END_OF_THINKING = "</think>"
+from delethink.types import END_OF_THINKING
 
 
 def final_answer(text: str, end: str = END_OF_THINKING) -> str | None:

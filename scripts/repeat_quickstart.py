@@ -1,6 +1,6 @@
 """Runs a recipe over several seeds and prints the table of all of them.
 
-    python scripts/repeat_quickstart.py --out runs/seeds --seeds 0 1 2 [key=value ...]
+    python scripts/repeat_quickstart.py --out runs/seeds --seeds 0,1,2 [key=value ...]
 
 Each seed is a run of its own under ``--out``; one that is there already is read, not run again.
 """
@@ -17,6 +17,8 @@ from typing import Any
 
 
 def run(recipe: str, seed: int, folder: Path, overrides: list[str]) -> None:
+    if folder.exists():
+        sys.exit(f"{folder} holds a run that did not end: move it away and run this again")
     command = [sys.executable, "-m", "delethink.cli.main", "train", recipe]
     started = time.monotonic()
     subprocess.run([*command, f"seed={seed}", f"output={folder}", *overrides], check=True)
@@ -35,13 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="recipes/quickstart/recipe.yaml")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     lines = []
-    for seed in args.seeds:
+    for seed in map(int, args.seeds.split(",")):
         folder = args.out / f"seed{seed}"
-        if not (folder / "table.json").exists():
+        if not (folder / "seconds.txt").exists():
             run(args.recipe, seed, folder, args.overrides)
         metrics = [json.loads(m) for m in (folder / "metrics.jsonl").read_text().splitlines()]
         gap = max(m["logprob_difference"] for m in metrics)

@@ -18,7 +18,8 @@ from delethink.errors import DelethinkError, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, _interrupt)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -81,7 +82,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _interrupt(*_: object) -> None:
-    """A cluster stops a job with SIGTERM: let it end as Ctrl-C does, engines closed."""
+    """At once, engines closed, for Ctrl-C and for SIGTERM, with which a cluster stops a job.
+
+    Left to asyncio, Ctrl-C would wait for a whole round of sampling.
+    """
     raise KeyboardInterrupt
 
 

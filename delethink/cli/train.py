@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 
@@ -39,5 +40,7 @@ def _set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The workers call vLLM themselves; TRL's own use of it, which this is about, is off.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    # TRL's own account of a trace without a reward is the whole trace; ours is in traces/.
+    logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from delethink.errors import RolloutError
+from delethink.errors import ConfigError, RolloutError
 from delethink.evaluation.metrics import Interval, mean_interval, wilson
 from delethink.policy import Policy, Sampling
 from delethink.query import Tokenizer, query_ids, reward_text
@@ -64,6 +64,7 @@ class Evaluator:
 
         Raises:
             RolloutError: a trace failed; an accuracy over the others would not be one.
+        ConfigError: a score is neither 0 nor 1.
         """
         problems = self.problems[:limit]
         queries = [query_ids(self.tokenizer, problem) for problem in problems]
@@ -81,9 +82,8 @@ class Evaluator:
                 f"{len(failed)} of {len(traces)} traces of the evaluation failed; the first one: "
                 f"{failed[0].error or failed[0].stop.value}"
             )
-        texts = [reward_text(self.tokenizer, trace.output_ids) for trace in traces]
         right = sum(
-            self.score(text, problem.answer) for text, problem in zip(texts, problems, strict=True)
+            self._is_right(trace, problem) for trace, problem in zip(traces, problems, strict=True)
         )
         n = len(traces)
         lengths = [float(trace.length) for trace in traces]
@@ -97,3 +97,12 @@ class Evaluator:
             chunks=sum(len(trace.chunks) for trace in traces) / n,
             budget_share=sum(trace.stop is TraceStop.BUDGET for trace in traces) / n,
         )
+
+    def _is_right(self, trace: Trace, problem: Problem) -> int:
+        score = self.score(reward_text(self.tokenizer, trace.output_ids), problem.answer)
+        if score not in (0, 1):
+            raise ConfigError(
+                f"an accuracy is counted by a reward of 0 or 1, got {score}; name another with "
+                "evaluation.reward"
+            )
+        return int(score)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delethink.errors import MissingExtraError, ModelError
+from delethink.query import reward_text
+from delethink.types import END_OF_THINKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +53,22 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_end_of_thinking(tokenizer)
     return tokenizer
+
+
+def check_end_of_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rewards look for the mark in text without special tokens.
+
+    Raises:
+        ModelError: it would be gone there, and every reward 0.
+    """
+    ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
+    if END_OF_THINKING not in reward_text(tokenizer, ids):
+        raise ModelError(
+            f"the tokenizer loses {END_OF_THINKING}, by which rewards find the answer: make it an "
+            "added token that is not special"
+        )
 
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -81,24 +98,49 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         ModelError: the tokenizer's is none that the model could ever sample. ``transformers`` makes
             one up where a tokenizer names none.
     """
-    own, vocabulary = int(tokenizer.eos_token_id), int(model.config.vocab_size)
+    own, vocabulary = int(tokenizer.eos_token_id), vocabulary_size(model)
     if own >= vocabulary:
         raise ModelError(
             f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, "
             f"outside the model's vocabulary of {vocabulary}, so a trace could never end; "
             "set eos_token in its tokenizer_config.json"
         )
-    configured = getattr(model.generation_config, "eos_token_id", None) or ()
-    more = (configured,) if isinstance(configured, int) else tuple(configured)
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    more = (configured,) if isinstance(configured, int) else tuple(configured or ())
     return tuple(dict.fromkeys((own, *more)))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of token ids of a model.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    return _from_config(model, "vocab_size")
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """The most tokens that a model takes, prompt and new ones together.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    return _from_config(model, "max_position_embeddings")
+
+
+def _from_config(model: PreTrainedModel, key: str) -> int:
+    value = getattr(model.config.get_text_config(), key, None)
+    if value is None:
+        raise ModelError(f"the model's config.json has no {key}")
+    return int(value)
 
 
 def _load(kind: Any, what: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
     where = locate(model)
     try:
         return kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as problem:
-        first = str(problem).strip().splitlines()[0]
+    except Exception as problem:  # a checkpoint can be broken in any way; the reason is told
+        first = (str(problem).strip() or repr(problem)).splitlines()[0]
         raise ModelError(f"cannot load the {what} of {model}: {first}") from problem
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Literal
 
 from delethink.errors import MissingExtraError
-from delethink.serving.checkpoint import eos_ids, locate
+from delethink.serving.checkpoint import eos_ids, locate, longest_sequence
 from delethink.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def make_engine(
         locate(model_path),
         num_workers=num_workers,
         gpus_per_worker=gpus_per_worker,
-        max_model_tokens=int(model.config.max_position_embeddings),
+        max_model_tokens=longest_sequence(model),
         dtype=dtype,
         eos_ids=ends,
         seed=seed,

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
+from delethink.serving.checkpoint import longest_sequence
 from delethink.types import StopReason, TokenIds
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TransformersEngine:
         model: a causal language model; where a trainer updates the very same object, its new
             weights are in force at once and ``update_weights`` only counts.
         eos_ids: the tokens that end an answer.
-        pad_id: what fills rows up; any id will do.
+        pad_id: what fills rows up; any id of the vocabulary will do.
         max_batch_size: the most chunks decoded side by side.
         seed: of the stream that requests without a seed of their own draw from.
     """
@@ -52,7 +53,7 @@ class TransformersEngine:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.max_model_tokens = int(model.config.max_position_embeddings)
+        self.max_model_tokens = longest_sequence(model)
         self._eos_ids = tuple(eos_ids)
         self._pad_id = pad_id
         self._max_batch_size = max_batch_size
@@ -119,8 +120,11 @@ class TransformersEngine:
         input_ids, attention_mask = self._pad_left([request.prompt_ids for request in batch])
         limits = torch.tensor([request.max_new_tokens for request in batch])
         draw = _Draw([request.sampling for request in batch], self._generator)
-        training = self.model.training
+        training, settings = self.model.training, self.model.generation_config
         self.model.eval()
+        # A checkpoint's own settings (a repetition penalty, say) would be mixed into ours and make
+        # another distribution than the one that is trained.
+        self.model.generation_config = GenerationConfig()
         try:
             sequences = self.model.generate(
                 input_ids=input_ids,
@@ -131,6 +135,7 @@ class TransformersEngine:
             )
         finally:
             self.model.train(training)
+            self.model.generation_config = settings
         sampled = sequences[:, input_ids.shape[1] :].cpu()
         logprobs = draw.logprobs(sampled)
         return [

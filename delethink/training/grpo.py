@@ -36,6 +36,15 @@ class Sampled(NamedTuple):
     advantages: list[float]
 
 
+class Statistics(NamedTuple):
+    """Sums over trained tokens, on this process."""
+
+    tokens: int = 0
+    difference: float = 0.0  # of |log-prob of the engine - log-prob of the trainer|
+    largest_difference: float = 0.0
+    entropy: float = 0.0  # nats
+
+
 class _Sequence(NamedTuple):
     """A chunk as the model sees it, and the cells of the [B, T] result that it fills."""
 
@@ -74,9 +83,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         self._examples: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
         self._rewards: list[dict[str, float | None]] = []
-        self._trained_tokens = 0
+        self._statistics = Statistics()
         self._mask: torch.Tensor | None = None  # [B, T] of the rows being forwarded
         self._logprobs: torch.Tensor | None = None  # [B, T] of the last forward pass
+        self._entropies: torch.Tensor | None = None
 
     # -- sampling ------------------------------------------------------------------------------
 
@@ -130,14 +140,28 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         mask = inputs["tool_mask"] * inputs["completion_mask"]
         with self._masked(mask):
             loss: torch.Tensor = super()._compute_loss(model, inputs)
-        self._log_difference(inputs["sampling_per_token_logps"], mask.bool())
-        self._trained_tokens += int(mask.sum())
+        self._measure(inputs["sampling_per_token_logps"], mask.bool())
         return loss
 
-    def take_trained_tokens(self) -> int:
-        """How many tokens had a place in the loss since this was last asked, on this process."""
-        tokens, self._trained_tokens = self._trained_tokens, 0
-        return tokens
+    def _measure(self, engine_logprobs: torch.Tensor, mask: torch.Tensor) -> None:
+        assert self._logprobs is not None
+        assert self._entropies is not None
+        difference = (self._logprobs - engine_logprobs)[mask].abs()
+        seen = self._statistics
+        self._statistics = Statistics(
+            tokens=seen.tokens + int(mask.sum()),
+            difference=seen.difference + difference.sum().item(),
+            largest_difference=max([seen.largest_difference, *difference.tolist()]),
+            entropy=seen.entropy + self._entropies[mask].sum().item(),
+        )
+
+    def take_statistics(self) -> Statistics:
+        """Sums over the tokens that had a place in the loss since this was last asked.
+
+        TRL's own averages weight micro-batches, not tokens, and count empty ones as zero.
+        """
+        taken, self._statistics = self._statistics, Statistics()
+        return taken
 
     @contextmanager
     def _masked(self, mask: torch.Tensor | None) -> Any:
@@ -167,8 +191,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         batches = _pack(sequences, self._forward_tokens)
         shape = (input_ids.size(0), logits_to_keep)
         if not batches:
-            nothing = _connected_zeros(model, shape)
-            return nothing, nothing.detach() if compute_entropy else None, None
+            logprobs = _connected_zeros(model, shape)
+            return self._keep(logprobs, logprobs.detach() if compute_entropy else None)
         recompute = len(batches) > 1 and torch.is_grad_enabled()
         parts = []
         for batch in batches:
@@ -182,7 +206,13 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         entropies = None
         if compute_entropy:
             entropies = _scatter([p for _, p in parts if p is not None], batches, order, shape)
+        return self._keep(logprobs, entropies)
+
+    def _keep(
+        self, logprobs: torch.Tensor, entropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         self._logprobs = logprobs.detach()
+        self._entropies = None if entropies is None else entropies.detach()
         return logprobs, entropies, None
 
     def _forward_chunks(
@@ -197,14 +227,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             model, ids, attention_mask, keep, compute_entropy=compute_entropy
         )
         return logprobs, entropies
-
-    def _log_difference(self, engine_logprobs: torch.Tensor, mask: torch.Tensor) -> None:
-        assert self._logprobs is not None
-        difference = (self._logprobs - engine_logprobs)[mask].abs()
-        if difference.numel():
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["logprob_difference/mean"].append(difference.mean().item())
-            metrics["logprob_difference/max"].append(difference.max().item())
 
 
 def _cut(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,17 +34,34 @@ def prepare(recipe: Recipe) -> Prepared:
     rewards = {name: resolve("delethink.rewards", name) for name in recipe.rewards}
     task = _make_task(recipe)
     locate(recipe.model)
-    choose_engine(recipe.engine)
+    _check_engine(recipe)
     run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
     return Prepared(recipe, task, rewards, run)
 
 
 def _make_task(recipe: Recipe) -> Any:
     make = resolve("delethink.tasks", recipe.task.name)
+    signature = inspect.signature(make)
+    args = dict(recipe.task.args)
+    if "seed" in signature.parameters:
+        args.setdefault("seed", recipe.seed)
     try:
-        return make(**{"seed": recipe.seed} | recipe.task.args)
+        signature.bind(**args)
     except TypeError as problem:
         raise ConfigError(f"task.args of {recipe.task.name!r}: {problem}") from None
+    return make(**args)
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Settings of workers that an engine in this process would ignore are refused."""
+    if choose_engine(recipe.engine) == "vllm":
+        return
+    for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
+        if (value := getattr(recipe, key)) != default:
+            raise ConfigError(
+                f"{key}={value} is for vLLM's workers; the engine here is transformers, in this "
+                f"process, with the trainer's own float32 weights: leave it out or set engine=vllm"
+            )
 
 
 def _output(recipe: Recipe) -> Path:

@@ -44,8 +44,9 @@ class Reporter:
 
     def step(self, metrics: dict[str, Any], total: int) -> None:
         """An optimizer step is done."""
+        reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
         text = (
-            f"reward {metrics['reward']:.2f}  tokens {metrics['thinking_tokens']:.0f}  "
+            f"reward {reward}  tokens {metrics['thinking_tokens']:.0f}  "
             f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s"
         )
         accuracy = metrics.get("heldout_accuracy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,14 +18,20 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 from delethink.config import Recipe
-from delethink.errors import UserError
+from delethink.errors import ConfigError, RolloutError
 from delethink.evaluation.evaluate import Evaluator, Summary
 from delethink.policy import Sampling
 from delethink.query import query_ids
 from delethink.registry import resolve
 from delethink.rollout import derive_seed, play_traces, replay_trace
 from delethink.rule import ChunkSpec, start
-from delethink.serving.checkpoint import eos_ids, load_model, load_tokenizer
+from delethink.serving.checkpoint import (
+    eos_ids,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+    vocabulary_size,
+)
 from delethink.serving.engine import Engine
 from delethink.serving.factory import choose_engine, make_engine
 from delethink.training.curves import plot_curves
@@ -34,7 +41,7 @@ from delethink.training.progress import Reporter
 from delethink.training.run_directory import RunDirectory
 from delethink.types import Chunk, Problem, Trace, TraceStop
 
-Example = dict[str, Any]  # a row of the dataset: prompt, answer, metadata
+Example = dict[str, Any]  # a row of the dataset: prompt, answer
 RewardFunction = Callable[[str, str], float]
 
 
@@ -45,35 +52,47 @@ def train(prepared: Prepared, reporter: Reporter) -> Path:
         UserError: something the user can mend, before anything is sampled.
         RolloutError, WeightSyncError: the run broke; what was written stays whole.
     """
+    try:
+        return _run(prepared, reporter)
+    except BaseException:
+        prepared.run.discard_if_empty()
+        raise
+
+
+def _run(prepared: Prepared, reporter: Reporter) -> Path:
     recipe, task, rewards, run = prepared
     set_seed(recipe.seed)
-    try:
-        tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-        model = load_model(recipe.model, recipe.dtype, recipe.trust_remote_code)
-        eos_ids(model, tokenizer)
-        heldout = [task.problem("heldout", i) for i in range(recipe.evaluation.num_problems)]
-        examples = _examples(recipe, task)
-        longest = int(model.config.max_position_embeddings)
-        _check_queries(recipe.thinking.spec(), tokenizer, [*examples, *heldout], longest)
-    except UserError:
-        run.discard()
-        raise
+    _check_devices()
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    model = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    eos_ids(model, tokenizer)
+    heldout = [task.problem("heldout", i) for i in range(recipe.evaluation.num_problems)]
+    examples = _examples(recipe, task)
+    asked = [*examples, *heldout]
+    _check_queries(recipe.thinking.spec(), tokenizer, asked, longest_sequence(model))
+    trl_config = _trl_config(recipe, run.checkpoints)
+    model.to(trl_config.device)
 
     reporter.say(f"run directory: {run.path}")
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     with closing(_make_engine(recipe, model, tokenizer)) as engine:
-        accuracy = rewards[next(iter(rewards))]
-        evaluator = Evaluator(
-            heldout, accuracy, tokenizer, recipe.training.temperature, recipe.seed
-        )
+        score, temperature = rewards[recipe.accuracy_reward], recipe.training.temperature
+        evaluator = Evaluator(heldout, score, tokenizer, temperature, recipe.seed)
         job = _Job(recipe, run, reporter, engine, evaluator, task, tokenizer, model)
-        rows = job.measure_baselines()
-        job.fit(examples, rewards)
-        rows.append(job.measure("after RL, Delethink", recipe.thinking.spec()))
-        run.write_table([row.as_dict() for row in rows])
-        plot_curves(run.read_metrics(), recipe.name, run.curves)
-        reporter.table(rows, recipe.thinking.spec(), run.path)
+        job.measure_baselines()
+        job.fit(examples, rewards, trl_config)
+        job.add_row("after RL, Delethink", recipe.thinking.spec())
+        reporter.table(job.rows, recipe.thinking.spec(), run.path)
     return run.path
+
+
+def _check_devices() -> None:
+    """In one process, TRL's trainer has one GPU; with more it refuses, but late and unclearly."""
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible and the trainer takes one: choose it "
+            "with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
@@ -106,31 +125,34 @@ class _Job:
     trainer: Any = None
     version: int = 0  # of the weights that the engine serves
     seconds_weight_update: float = 0.0  # since the last step was logged
+    rows: list[Summary] = field(default_factory=list)  # of the table
     step: dict[str, float] = field(default_factory=dict)  # measured for the step at hand
 
     def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
         """Accuracy and lengths on held-out problems with the current weights."""
         self.serve_current_weights()
-        row = self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
-        if limit is None:
-            self.reporter.summary(row)
-        return row
+        return self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
 
-    def measure_baselines(self) -> list[Summary]:
+    def add_row(self, setting: str, spec: ChunkSpec) -> None:
+        """Measures a row of the table on all held-out problems and writes the table so far."""
+        row = self.measure(setting, spec)
+        self.rows.append(row)
+        self.run.write_table([row.as_dict() for row in self.rows])
+        self.reporter.summary(row)
+
+    def measure_baselines(self) -> None:
         """The base model in one context of C, as LongCoT, and with Delethink zero-shot."""
         spec = self.recipe.thinking.spec()
-        longcot = ChunkSpec.longcot(spec.budget)
-        rows = [self.measure("base, one context", ChunkSpec.longcot(spec.context_size))]
+        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
         query = max(len(query_ids(self.tokenizer, p)) for p in self.evaluator.problems)
         if query + spec.budget <= self.engine.max_model_tokens:
-            rows.append(self.measure("base, LongCoT", longcot))
+            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
         else:
             self.reporter.say(
                 f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the "
                 f"model's {self.engine.max_model_tokens}"
             )
-        rows.append(self.measure("base, Delethink", spec))
-        return rows
+        self.add_row("base, Delethink", spec)
 
     def serve_current_weights(self) -> None:
         """Brings the engine up to the trainer's version; does nothing where it is."""
@@ -142,13 +164,15 @@ class _Job:
         self.version = version
         self.seconds_weight_update += time.perf_counter() - started
 
-    def fit(self, examples: list[Example], rewards: dict[str, RewardFunction]) -> None:
-        """The optimizer steps."""
+    def fit(
+        self, examples: list[Example], rewards: dict[str, RewardFunction], trl_config: GRPOConfig
+    ) -> None:
+        """The optimizer steps; the curves are drawn also where they are cut short."""
         recipe = self.recipe
         self.trainer = DelethinkTrainer(
             model=self.model,
             processing_class=self.tokenizer,
-            args=_trl_config(recipe, self.run.checkpoints),
+            args=trl_config,
             train_dataset=Dataset.from_list(examples),
             reward_funcs=[
                 _trl_reward(name, self.make_env(reward)) for name, reward in rewards.items()
@@ -165,6 +189,7 @@ class _Job:
             self.trainer.train()
         finally:
             self.reporter.stop_steps()
+            plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
         self.trainer.save_model(str(self.run.checkpoints / "final"))
 
     def make_env(self, reward: RewardFunction) -> Any:
@@ -175,7 +200,7 @@ class _Job:
             tokenizer=self.tokenizer,
             chunk_spec=self.recipe.thinking.spec(),
             eos_ids=eos_ids(self.model, self.tokenizer),
-            vocabulary=int(self.model.config.vocab_size),
+            vocabulary=vocabulary_size(self.model),
             max_query_tokens=self.engine.max_model_tokens,
         )
 
@@ -232,6 +257,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        trained = self._job.trainer.take_statistics()
         metrics = {
             "step": state.global_step,
             "reward": logs["reward"],
@@ -240,11 +266,11 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
             "loss": logs["loss"],
             "gradient_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
-            "entropy": logs["entropy"],
             "clip_fraction": logs["clip_ratio/region_mean"],
-            "logprob_difference": logs["logprob_difference/mean"],
-            "logprob_difference_max": logs["logprob_difference/max"],
-            "trained_tokens": self._job.trainer.take_trained_tokens(),
+            "entropy": trained.entropy / max(1, trained.tokens),
+            "logprob_difference": trained.difference / max(1, trained.tokens),
+            "logprob_difference_max": trained.largest_difference,
+            "trained_tokens": trained.tokens,
             "policy_version": self._job.version,
             **self._job.step,
         }
@@ -257,7 +283,11 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
         if step % evaluation.every or step == self._total:  # the table has all problems at the end
             return None
         limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
-        return self._job.measure("held-out", self._job.recipe.thinking.spec(), limit).accuracy
+        try:
+            return self._job.measure("held-out", self._job.recipe.thinking.spec(), limit).accuracy
+        except RolloutError as problem:  # the run is worth more than this one point
+            self._job.reporter.say(f"step {step}: not evaluated: {problem}")
+            return None
 
 
 def trace_records(sampled: Sampled, tokenizer: Any) -> list[dict[str, Any]]:
@@ -352,6 +382,8 @@ def _trl_config(recipe: Recipe, checkpoints: Path) -> GRPOConfig:
         bf16=False,
         gradient_checkpointing=False,
         use_vllm=False,
+        disable_dropout=True,  # sampling has none
+        logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         shuffle_dataset=False,
         logging_steps=1,

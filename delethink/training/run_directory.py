@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 class RunDirectory:
-    """Where a run writes. Everything is appended or written once, and flushed line by line.
+    """Where a run writes. What is written stays; a step is appended when it is done.
 
     ``config.yaml`` the resolved recipe, ``versions.json``, ``metrics.jsonl`` one object a step,
     ``traces/step_N.jsonl`` what was sampled for step N, ``checkpoints/``, ``table.json`` and
@@ -62,8 +62,11 @@ class RunDirectory:
             raise RunDirectoryError(f"cannot write the run to {path}: {problem.strerror}") from None
         return run
 
-    def discard(self) -> None:
-        """Takes back what ``create`` made, for a run that ended before it measured anything."""
+    def discard_if_empty(self) -> None:
+        """Takes back what ``create`` made, if the run ended before it measured anything."""
+        measured = any((self.path / name).exists() for name in ("metrics.jsonl", "table.json"))
+        if measured or any((self.path / "traces").iterdir()):
+            return
         for name in ("config.yaml", "versions.json"):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.path / "traces", self.checkpoints, self.path):
@@ -140,8 +143,14 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    source = Path(__file__).parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    # Installed into some other project's .venv, the commit found there would be that project's.
+    own = ["ls-files", "--error-unmatch", Path(__file__).name]
+    commit = ["describe", "--always", "--dirty", "--abbrev=40"]
+    return _git(*commit) if _git(*own) else None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

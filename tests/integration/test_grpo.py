@@ -180,7 +180,7 @@ def test_the_gradient_is_the_formulas(tmp_path: Path, tokenizer: Any, counts: li
     traces, rewards = random_batch(0, counts)
     gradients, trainer, _ = step(tmp_path, tokenizer, traces, rewards)
     assert_same(gradients, reference_gradient(traces, rewards))
-    assert trainer.take_trained_tokens() == sum(trace.length for trace in traces)
+    assert trainer.take_statistics().tokens == sum(trace.length for trace in traces)
 
 
 def test_micro_batches_and_packing_change_nothing(tmp_path: Path, tokenizer: Any) -> None:
@@ -197,7 +197,7 @@ def test_micro_batches_and_packing_change_nothing(tmp_path: Path, tokenizer: Any
     )
     assert_same(in_parts, whole)
     assert_same(accumulated, whole)
-    assert trainer.take_trained_tokens() == sum(trace.length for trace in traces)
+    assert trainer.take_statistics().tokens == sum(trace.length for trace in traces)
 
 
 def test_one_chunk_is_an_unmodified_grpo_trainer(tmp_path: Path, tokenizer: Any) -> None:
@@ -254,7 +254,40 @@ def test_traces_out_of_budget_can_be_left_out(tmp_path: Path, tokenizer: Any) ->
     traces[3] = Trace(traces[3].query_ids, (*traces[3].chunks[:-1], spent), TraceStop.BUDGET)
     _, trainer, _ = step(tmp_path, tokenizer, traces, rewards, mask_truncated_completions=True)
     left = sum(trace.length for i, trace in enumerate(traces) if i != 3)
-    assert trainer.take_trained_tokens() == left
+    assert trainer.take_statistics().tokens == left
+
+
+def test_a_step_of_masked_traces_alone_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(8, [2] * 8)
+    for i, trace in enumerate(traces):
+        cut = trace.chunks[-1]
+        spent = Chunk(cut.prompt_ids, cut.output_ids[:-1], cut.logprobs[:-1], StopReason.LENGTH)
+        traces[i] = Trace(trace.query_ids, (*trace.chunks[:-1], spent), TraceStop.BUDGET)
+    gradients, trainer, _ = step(
+        tmp_path,
+        tokenizer,
+        traces,
+        rewards,
+        mask_truncated_completions=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    assert trainer.take_statistics().tokens == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+def test_statistics_weight_tokens_and_not_micro_batches(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(9, [3, 1, 5, 2, 4, 1, 1, 6])
+    whole = step(tmp_path, tokenizer, traces, rewards)[1].take_statistics()
+    parts = step(
+        tmp_path,
+        tokenizer,
+        traces,
+        rewards,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+    )[1].take_statistics()
+    assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_several_optimizer_steps_for_a_batch_use_the_log_probs_of_sampling(

@@ -90,6 +90,16 @@ def test_tokens_and_log_probs_are_those_of_a_forward_pass(model: Any, temperatur
         assert len(done.token_ids) == limit or ended
 
 
+def test_the_checkpoints_own_generation_settings_change_nothing(model: Any) -> None:
+    samplings = [Sampling(0.7, seed=i) for i in range(4)]
+    plain = ask(engine_of(model), samplings)
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.suppress_tokens = [5, 6]
+    model.generation_config.num_beams = 2
+    assert ask(engine_of(model), samplings) == plain
+    assert model.generation_config.num_beams == 2
+
+
 def test_a_seed_decides_the_tokens_whatever_the_batch(model: Any) -> None:
     samplings = [Sampling(1.0, seed=i) for i in range(4)]
     together = ask(engine_of(model), samplings)

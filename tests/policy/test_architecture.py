@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "envs": RULE | {"policy", "query", "rollout"},
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
-    "serving": RULE | {"policy", "rollout"},
+    "serving": RULE | {"policy", "query", "rollout"},
     "evaluation": PLAY | SETTINGS | {"evaluation.metrics", "serving"},
     "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},

@@ -62,9 +62,16 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_run_that_measured_nothing_is_taken_back(tmp_path: Path) -> None:
-    RunDirectory.create(tmp_path / "a" / "run", "").discard()
+    RunDirectory.create(tmp_path / "a" / "run", "").discard_if_empty()
     assert list((tmp_path / "a").iterdir()) == []
     mine = RunDirectory.create(tmp_path / "run", "")
     (mine.path / "notes.txt").write_text("x")
-    mine.discard()
+    mine.discard_if_empty()
     assert [p.name for p in mine.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_measured_something_is_kept(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "a: 1\n")
+    run.add_metrics({"step": 1})
+    run.discard_if_empty()
+    assert (run.path / "config.yaml").exists()

@@ -196,6 +196,17 @@ def test_an_environment_with_another_rule_is_found_out() -> None:
         replay_trace(make(ChunkSpec(16, 7, 4, 0)), Problem("01:00000", "11111"), trace)
 
 
+def test_an_environment_that_ends_elsewhere_is_found_out() -> None:
+    spec, problem = ChunkSpec(16, 8, 4, 0), Problem("01:00000", "11111")
+    trace = played(spec, ids("0000:11111</thin"), [*ids("k>11111"), EOS])
+    deaf = make(spec)
+    deaf.eos_ids = frozenset()
+    with pytest.raises(RolloutError, match="goes on after the last chunk"):
+        replay_trace(deaf, problem, trace)
+    with pytest.raises(RolloutError, match="ended before chunk 1 of 2"):
+        replay_trace(make(ChunkSpec(16, 8, 1, 0)), problem, trace)
+
+
 def test_gymnasium_makes_it_by_name() -> None:
     env = gymnasium.make(
         "delethink.envs:delethink/Thinking-v0",
@@ -216,5 +227,5 @@ def test_token_sequences_know_their_own() -> None:
     assert all(space.contains(space.sample()) for _ in range(100))
     assert space == TokenSequence(10, 4, 1)
     assert space != TokenSequence(11, 4, 1)
-    for wrong in ([], [10], [-1], [1.5], [[1]], [1] * 5):
+    for wrong in ([], [10], [-1], [1.5], [[1]], [[1], [1, 2]], [1] * 5):
         assert wrong not in space
