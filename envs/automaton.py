@@ -6,7 +6,7 @@ chain with one line a step, each worked out from the line before it alone:
     query     03:01101001101
     thinking  02:11011001011        (what the rule makes of the line before, and a countdown)
               01:00110001110
-              00=10100101000
+              00:10100101000
     answer    10100101000
 
 What makes it a test of thinking across resets: the query does not grow with the work, a line looks
@@ -45,8 +45,8 @@ def solution_lines(state: str, steps: int, rule: int) -> Iterator[str]:
 
 
 def solution_line(left: int, state: str) -> str:
-    """The line with ``left`` more to come; the last one says so in a sign of its own."""
-    return f"{left:02d}{':' if left else '='}{state}"
+    """The line with ``left`` more to come: a countdown of two digits, and the state."""
+    return f"{left:02d}:{state}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class AutomatonTask:
         *_, last = solution_lines(state, steps, self.rule)
         return Problem(
             prompt=f"{steps:02d}:{state}",
-            answer=last.partition("=")[2],
+            answer=last.partition(":")[2],
             metadata={"steps": steps, "state": state, "rule": self.rule},
         )
 

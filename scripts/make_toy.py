@@ -37,7 +37,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """
     line_break = "\u010a"
     vocab = {token: i for i, token in enumerate([PAD, EOS, THINK, END_THINK, line_break, ":"])}
-    vocab |= {sign: len(vocab) + i for i, sign in enumerate("0123456789=")}
+    vocab |= {sign: len(vocab) + i for i, sign in enumerate("0123456789")}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD)
     # Not special: rewards read text without special tokens and look for the end of thinking.
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in (THINK, END_THINK)])

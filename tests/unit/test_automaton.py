@@ -32,13 +32,13 @@ def test_rule_45_is_a_bijection_on_a_ring_of_11_so_guessing_earns_2_to_the_minus
 
 def test_lines_count_down_to_zero() -> None:
     lines = list(solution_lines("01101001101", 12, 45))
-    assert [line[:3] for line in lines] == [*(f"{i:02d}:" for i in range(11, 0, -1)), "00="]
+    assert [line[:3] for line in lines] == [f"{i:02d}:" for i in range(11, -1, -1)]
     assert lines[0] == "11:" + automaton_step("01101001101", 45)
 
 
 def test_the_example_in_the_documentation() -> None:
     lines = list(solution_lines("01101001101", 3, 45))
-    assert lines == ["02:11011001011", "01:00110001110", "00=10100101000"]
+    assert lines == ["02:11011001011", "01:00110001110", "00:10100101000"]
 
 
 def test_no_first_state_is_in_both_splits() -> None:

@@ -25,7 +25,7 @@ EOS = 1
 class CharacterTokenizer:
     """One token a character, as the toy reasoner's; 0 and 1 are left to padding and EOS."""
 
-    alphabet = "</think>0123456789:=\n"
+    alphabet = "</think>0123456789:\n"
     chat_template = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
@@ -106,7 +106,7 @@ def test_the_end_of_the_budget_truncates() -> None:
     ("action", "text"),
     [
         ([], "1 to 6 token ids"),
-        ([999], "below 23"),
+        ([999], "below 22"),
         ([-1], "token ids"),
         ([0.5], "token ids"),
         ("0000", "token ids"),
@@ -215,7 +215,7 @@ def test_gymnasium_makes_it_by_name() -> None:
         tokenizer=CharacterTokenizer(),
         chunk_spec=ChunkSpec(6, 2, 3, 0),
         eos_ids=[EOS],
-        vocabulary=23,
+        vocabulary=22,
     )
     _, info = env.reset(seed=0)
     assert info["max_new_tokens"] == 6
