@@ -136,6 +136,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
 
+    # One thread: sums are then always added in the same order, and the same seed on the same kind
+    # of machine gives the same model.
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = make_model(args.seed, args.layers, args.width, len(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -35,14 +37,32 @@ def connect(num_cpus: int) -> bool:
         return False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        try:
-            with _loopback():
-                ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
-        except ValueError:  # there is a cluster, and its size is not for us to set
-            ray.init(**quiet)
+        with _own_sigterm():
+            _init(num_cpus, quiet)
     except ConnectionError as error:
         raise ConfigError(f"the Ray cluster cannot be joined: {error}") from None
     return True
+
+
+def _init(num_cpus: int, quiet: dict[str, Any]) -> None:
+    try:
+        with _loopback():
+            ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
+    except ValueError:  # there is a cluster, and its size is not for us to set
+        ray.init(**quiet)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in place of the program's, which knows how to end a run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair, for Ray too
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
