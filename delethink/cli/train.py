@@ -43,6 +43,8 @@ def _set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The workers call vLLM themselves; TRL's own use of it, which this is about, is off.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    # A name that TRL gives to transformers and that transformers is about to change.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
     # TRL's own account of a trace without a reward is the whole trace; ours is in traces/.
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
