@@ -48,6 +48,8 @@ def _set_environment() -> None:
     # TRL's own account of a trace without a reward is the whole trace; ours is in traces/.
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # TRL imports parts of vLLM before vLLM has read that.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
