@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from delethink import __version__
+from delethink.cli import cost_options
 from delethink.errors import DelethinkError, UserError
 
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"delethink {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_cost(commands)
     _add_doctor(commands)
     return parser
 
@@ -59,6 +61,19 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.set_defaults(run=_train)
 
 
+def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "cost",
+        help="estimate FLOPs, memory, time and money, LongCoT against Delethink",
+        description="Estimate FLOPs, memory, time and money of LongCoT and Delethink, by "
+        "arithmetic alone. What is counted, and how well it fits what was measured: docs/cost.md",
+        epilog="E.g.: delethink cost --model Qwen/Qwen2.5-1.5B --thinking 24k,96k,1M -C 8k -m 4k "
+        "--gpu h100 --gpus 8",
+    )
+    cost_options.add_to(command)
+    command.set_defaults(run=_cost)
+
+
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
@@ -73,6 +88,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from delethink.cli.train import run
 
     return run(arguments.recipe, arguments.overrides)
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from delethink.cli.cost import run
+
+    return run(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -156,6 +156,7 @@ def test_only_the_registry_names_what_environments_and_rewards_hold(path: str) -
         "import delethink.envs, delethink.rewards",
         "sys.argv[1:] = ['--help']; from delethink.cli.main import main; main()",
         "sys.argv[1:] = ['train', '--help']; from delethink.cli.main import main; main()",
+        "sys.argv[1:] = ['cost', '--thinking', '96k']; from delethink.cli.main import main; main()",
     ],
 )
 def test_nothing_heavy_is_loaded(code: str) -> None:

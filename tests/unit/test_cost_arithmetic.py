@@ -1,0 +1,193 @@
+"""The sums of the estimator against slow ones that follow the definitions."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delethink import ChunkSpec, StopReason, start
+from delethink.cost.chunks import CACHE_BLOCK, LONGCOT, Cut, cut_traces
+from delethink.cost.compare import crossing, flops_polynomial
+from delethink.cost.flops import Accounting, decode_flops, forward_flops, visible_pairs
+from delethink.cost.memory import cache_bytes, longest_context, longest_thinking
+from delethink.cost.shape import FeedForward, Layer, ModelShape, delta_attention, softmax_attention
+from delethink.cost.work import sampling_flops, training_flops
+
+FULL = softmax_attention(8, 2, 1, 4)
+SLIDING = softmax_attention(8, 2, 2, 4, window=6)
+LINEAR = delta_attention(300, 1, 2, 3, 4, 4)
+MIXED = ModelShape(
+    "mixed",
+    hidden_size=8,
+    vocabulary_size=13,
+    layers=(
+        Layer(FULL, FeedForward(100)),
+        Layer(SLIDING, FeedForward(20, expert_weights=30, experts=4, experts_per_token=2)),
+        Layer(LINEAR, FeedForward(100)),
+    ),
+)
+QUADRATIC = ModelShape("quadratic", 8, 13, (Layer(FULL, FeedForward(100)),) * 2)
+SHAPES = pytest.mark.parametrize("shape", [MIXED, QUADRATIC], ids=lambda shape: shape.name)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ChunkSpec:
+    context = draw(st.integers(2, 30))
+    carry = draw(st.integers(0, context - 1))
+    head = draw(st.integers(0, carry))
+    outside = head + carry <= context and draw(st.booleans())
+    return ChunkSpec(context, carry, 1000, head, outside)
+
+
+def play(spec: ChunkSpec, query: int, thinking: int) -> list[tuple[int, int]]:
+    """(prompt, new) of each chunk, by the rule itself."""
+    state, chunks, left = start(spec, (7,) * query), [], thinking
+    while left:
+        new = min(left, state.max_new_tokens)
+        chunks.append((len(state.prompt_ids), new))
+        left -= new
+        state = state.advance((5,) * new, StopReason.LENGTH if left else StopReason.EOS)
+    return chunks
+
+
+@given(specs(), st.integers(1, 40), st.integers(1, 200))
+def test_chunks_are_those_of_the_rule(spec: ChunkSpec, query: int, thinking: int) -> None:
+    chunks = cut_traces(thinking, query, Cut.of(spec))
+    counted = {
+        (int(prompt), int(new)): int(count)
+        for count, prompt, new in zip(chunks.count[2:], chunks.prompt[2:], chunks.new[2:])  # noqa: B905
+        if count
+    }
+    first = (int(chunks.prompt[0]), int(chunks.new[0]))
+    played = play(spec, query, thinking)
+    assert played[0] == first
+    assert chunks.count[:2].sum() == 1
+    later = {chunk: len(list(same)) for chunk, same in itertools.groupby(played[1:])}
+    assert counted == later
+    assert chunks.per_trace == len(played)
+    longest = max(prompt + new for prompt, new in played)
+    assert longest_context(thinking, query, Cut.of(spec)) == longest
+
+
+def test_what_a_cache_of_prefixes_finds() -> None:
+    chunks = cut_traces(100, 40, Cut(32, 16, 0, 10), group=4)
+    assert chunks.count.tolist() == [0.25, 0.75, 4, 1]
+    assert chunks.cached.tolist() == [0, 32, 48, 48]  # whole blocks of 39, 50 and 50 tokens
+    assert CACHE_BLOCK == 16
+    nothing = cut_traces(100, 40, Cut(32, 16, 0, 10), group=4, prefix_cache=False)
+    assert nothing.cached.tolist() == [0, 0, 0, 0]
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.none() | st.integers(1, 70))
+def test_visible_pairs(start: int, more: int, window: int | None) -> None:
+    seen = [min(p + 1, window or 10**9) for p in range(start, start + more)]
+    assert visible_pairs(start, start + more, window) == sum(seen)
+
+
+@SHAPES
+@given(start=st.integers(0, 40), more=st.integers(1, 40))
+def test_a_pass_is_the_sum_of_its_tokens(shape: ModelShape, start: int, more: int) -> None:
+    whole = forward_flops(shape, start, start + more, heads=more)
+    one_by_one = sum(forward_flops(shape, p, p + 1, heads=1) for p in range(start, start + more))
+    assert whole == one_by_one == decode_flops(shape, start, start + more)
+
+
+def test_masked_accounting_counts_every_pair() -> None:
+    masked = forward_flops(MIXED, 3, 9, 1, Accounting.MASKED)
+    true = forward_flops(MIXED, 3, 9, 1)
+    hidden = 6 * 9 - (4 + 5 + 6 + 7 + 8 + 9), 6 * 9 - (4 + 5 + 6 + 6 + 6 + 6)
+    assert masked - true == hidden[0] * FULL.pair_flops + hidden[1] * SLIDING.pair_flops
+
+
+@given(specs(), st.integers(1, 20), st.integers(1, 150))
+def test_a_trace_is_the_sum_of_its_chunks(spec: ChunkSpec, query: int, thinking: int) -> None:
+    chunks = cut_traces(thinking, query, Cut.of(spec), prefix_cache=False)
+    played = play(spec, query, thinking)
+    sampled = sum(
+        forward_flops(MIXED, 0, prompt, 1) + decode_flops(MIXED, prompt, prompt + new - 1)
+        for prompt, new in played
+    )
+    assert sampling_flops(MIXED, chunks) == sampled
+    trained = sum(3 * forward_flops(MIXED, 0, prompt + new, new) for prompt, new in played)
+    assert training_flops(MIXED, chunks) == trained
+
+
+@given(st.integers(1, 150), st.integers(1, 20))
+def test_longcot_is_one_chunk_of_the_same_rule(thinking: int, query: int) -> None:
+    spec = ChunkSpec.longcot(200)
+    assert Cut.of(spec) == LONGCOT
+    one = cut_traces(thinking, query, LONGCOT)
+    same = cut_traces(thinking, query, Cut(200, 0))
+    assert sampling_flops(MIXED, one) == sampling_flops(MIXED, same)
+
+
+def test_sharing_the_query_costs_its_prefill_once_a_group() -> None:
+    alone = sampling_flops(QUADRATIC, cut_traces(50, 33, LONGCOT, group=1))
+    shared = sampling_flops(QUADRATIC, cut_traces(50, 33, LONGCOT, group=4))
+    saved = forward_flops(QUADRATIC, 0, 33, 1) - forward_flops(QUADRATIC, 32, 33, 1)
+    assert alone - shared == pytest.approx(0.75 * saved)
+
+
+@given(st.integers(0, 40))
+def test_a_cache_keeps_windows_and_states(tokens: int) -> None:
+    kept = FULL.cache_numbers * tokens + SLIDING.cache_numbers * min(tokens, 6)
+    assert cache_bytes(MIXED, tokens, 2) == 2 * (kept + LINEAR.state_numbers)
+
+
+def test_a_cache_in_blocks() -> None:
+    assert cache_bytes(QUADRATIC, 17, 2, block=16) == 2 * cache_bytes(QUADRATIC, 16, 2)
+
+
+@given(st.integers(1, 100), st.integers(0, 10_000))
+def test_the_longest_thinking_just_fits(query: int, room: int) -> None:
+    room += int(cache_bytes(MIXED, query))
+    longest = longest_thinking(MIXED, query, room)
+    assert cache_bytes(MIXED, query + longest) <= room < cache_bytes(MIXED, query + longest + 1)
+
+
+def test_a_cache_that_does_not_grow_takes_any_thinking() -> None:
+    bounded = ModelShape("bounded", 8, 13, (Layer(SLIDING, FeedForward(100)),))
+    assert longest_thinking(bounded, 1, 1e6) == np.inf
+    assert longest_thinking(bounded, 1, 10) == 0
+
+
+@SHAPES
+def test_flops_are_the_polynomial(shape: ModelShape) -> None:
+    """Derived from four lengths, it gives every other one, exactly."""
+    for cut in (LONGCOT, Cut(24, 8, 0, 2)):
+        polynomial = flops_polynomial(shape, cut, query=5)
+        step = 1 if cut is LONGCOT else 16
+        for n in range(24, 24 + 40 * step, step):
+            value = polynomial.constant + polynomial.linear * n + polynomial.quadratic * n * n
+            exact = training_flops(shape, cut_traces(n, 5, cut))
+            assert value == Fraction(int(exact))
+    assert flops_polynomial(shape, Cut(24, 8), 5).quadratic == 0
+    assert flops_polynomial(shape, LONGCOT, 5).quadratic > 0
+
+
+def test_the_polynomial_of_longcot_is_the_one_derived_by_hand() -> None:
+    sympy = pytest.importorskip("sympy")
+    n, p, q = sympy.symbols("n p q", positive=True)
+    weights, head, pair = sympy.symbols("N H a", positive=True)
+    pairs = sympy.summation(p + 1, (p, 0, q + n - 1))
+    derived = sympy.Poly(sympy.expand(3 * (2 * weights * (q + n) + 2 * head * n + pair * pairs)), n)
+    values = {
+        weights: QUADRATIC.token_weights,
+        head: QUADRATIC.head_weights,
+        pair: 2 * FULL.pair_flops,
+        q: 5,
+    }
+    quadratic, linear, constant = (c.subs(values) for c in derived.all_coeffs())
+    found = flops_polynomial(QUADRATIC, LONGCOT, query=5)
+    assert (found.constant, found.linear, found.quadratic) == (constant, linear, quadratic)
+
+
+def test_crossing_is_the_last_length_at_which_longcot_is_not_dearer() -> None:
+    assert crossing(lambda n: n**2, lambda n: 1000.0 * n, 10, 10**6) == 1000
+    assert crossing(lambda n: n, lambda n: n**2, 10, 10**6) is None
+    assert crossing(lambda n: n**2, lambda n: n, 10, 10**6) == 10

@@ -1,0 +1,311 @@
+"""``delethink cost`` as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from delethink.cli.main import main
+from delethink.cost.chunks import LONGCOT, Cut
+from delethink.cost.efficiency_file import read_efficiency
+from delethink.cost.estimate import Job, Lengths, estimate
+from delethink.cost.hardware import Efficiency, accelerator
+from delethink.cost.model_config import model_shape
+
+QWEN = "--model Qwen/Qwen2.5-1.5B"
+
+
+def ask(capsys: pytest.CaptureFixture[str], words: str) -> str:
+    assert main(["cost", *words.split()]) == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    return printed.out
+
+
+def ask_json(capsys: pytest.CaptureFixture[str], words: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(ask(capsys, words + " --json"), parse_constant=refuse)
+
+
+def refuse(capsys: pytest.CaptureFixture[str], words: str) -> str:
+    assert main(["cost", *words.split()]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    (line,) = printed.err.strip().splitlines()
+    return line
+
+
+def test_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    text = ask(
+        capsys,
+        f"{QWEN} --thinking 24k,96k,1M -C 8192 --carryover 4096 --gpu h100 --gpus 8 --group 8 "
+        "--prompts 128 --steps 1000 --price 2 --growth --best",
+    )
+    for part in (
+        "Qwen/Qwen2.5-1.5B: 1.54 B parameters, 28 layers",
+        "1,048,576 thinking tokens a trace",
+        "price of the run",
+        "Delethink is cheaper for good, beyond",
+        "LongCoT, times its cost at n",
+        "training FLOPs of a trace of n tokens, Delethink:",
+        "cheapest cuts",
+        "times fewer GPU-hours than LongCoT",
+    ):
+        assert part in text
+    assert "nan" not in text
+    assert max(map(len, text.splitlines()[:20])) < 100
+
+
+def test_json_holds_what_the_library_says(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask_json(capsys, f"{QWEN} --thinking 96k -C 8k -m 2k --gpu a100 --query 300")
+    cost = estimate(
+        model_shape("Qwen/Qwen2.5-1.5B"),
+        Lengths.constant(96 * 1024),
+        Cut(8192, 2048, 0, 100),
+        accelerator("a100"),
+        job=Job(query=300),
+    )
+    (row,) = answer["thinking"]
+    assert row["delethink"]["gpu_hours"] == pytest.approx(float(cost.gpu_hours))
+    low, high = row["delethink"]["gpu_hours_5_95"]
+    assert low < row["delethink"]["gpu_hours"] < high
+    assert answer["crossings"].keys() == {"sampling_flops", "training_flops", "step_seconds"}
+
+
+def test_hybrids_are_told_what_a_reset_does_for_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Only 12 of 48 layers" in ask(capsys, "--model Qwen/Qwen3-Next-80B-A3B-Thinking")
+    bounded = ask(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")
+    assert "LongCoT is linear already" in bounded
+    assert "never" in bounded
+    assert "any length" in bounded
+    assert ask_json(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")["crossings"] == {
+        "sampling_flops": None,
+        "training_flops": None,
+        "step_seconds": None,
+    }
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model Qwen/Qwen2.5-7B --gpu rtx4090 --gpus 8 --thinking 10M"
+    text = ask(capsys, words)
+    assert "does not fit" in text
+    assert "in one context does not fit on this hardware" in text
+    assert "training needs" in text
+    assert ask_json(capsys, words)["thinking"][0]["longcot"]["gpu_hours"] is None
+
+
+@pytest.mark.parametrize("name", ["flops", "figure2c", "throughput", "months"])
+def test_the_papers_numbers(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = ask(capsys, f"--reproduce {name}")
+    says = {
+        "flops": ["28,850", "17.76", "44,082", "11.80"],
+        "figure2c": ["22,100", "6,150", "The largest error is"],
+        "throughput": ["8,500", "6,000"],
+        "months": ["does not reproduce", "30.3"],
+    }
+    for part in says[name]:
+        assert part in text
+    assert ask_json(capsys, f"--reproduce {name}")
+
+
+def test_the_papers_accounting_for_any_model(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask_json(capsys, "--accounting paper --thinking 1000000 -C 8192 -m 4096")
+    (row,) = answer["training_flops"]
+    assert answer["crossing"] == 28_850
+    assert row["longcot"] / row["delethink"] == pytest.approx(17.76, abs=0.005)
+    assert "5.27e+17" in ask(capsys, "--accounting paper --thinking 1000000").replace(
+        "5.268", "5.27"
+    )
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "openai/gpt-oss-120b" in ask(capsys, "--models").splitlines()
+
+
+def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "lengths.csv"
+    file.write_text("# tokens,traces\n4000,6\n20000,3\n90000\n")
+    seen = ask_json(capsys, f"{QWEN} --lengths {file}")["thinking"][0]
+    assert seen["longcot"]["thinking"] == pytest.approx((6 * 4000 + 3 * 20_000 + 90_000) / 10)
+    stretched = ask_json(capsys, f"{QWEN} --lengths {file} --thinking 96k")["thinking"][0]
+    assert stretched["longcot"]["thinking"] == pytest.approx(96 * 1024)
+    equal = ask_json(capsys, f"{QWEN} --thinking 96k")["thinking"][0]
+    assert stretched["longcot"]["sampling_seconds"] > 1.3 * equal["longcot"]["sampling_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--thinking 4k", "4,096 thinking tokens fit in the first context of C = 8,192"),
+        ("--thinking ten", "--thinking: a whole number of tokens, at least 1, like 24576, 24k"),
+        ("--thinking 24k,,96k", "got ''"),
+        ("--thinking -5", "got '-5'"),
+        ("-C 0", "-C: a whole number of tokens, at least 1"),
+        ("-C 1.5", "got '1.5'"),
+        ("-C 8k -m 8k", "carryover_size must be at least 0 and less than context_size"),
+        (
+            "-C 8k -m 50 --head-size 60",
+            "head_size must be at least 0 and at most carryover_size=50",
+        ),
+        ("--gpu h10", "unknown GPU 'h10'. Did you mean 'h100'?"),
+        ("--gpus 0", "gpus must be at least 1, got 0"),
+        ("--parallel 9", "an engine can be spread over 1 to 8 GPUs, got 9"),
+        ("--price nan", "--price must be a number of at least 0"),
+        ("--model hidden_size=64", "num_hidden_layers is missing"),
+        ("--model deepseek-ai/DeepSeek-V3", "does not fit: its weights take 1342 GB"),
+        ("--model google/gemma-3-1b-pt --accounting paper", "plain softmax attention only"),
+        ("--lengths nowhere.csv", "cannot read lengths from nowhere.csv"),
+        ("--efficiency nowhere.json", "cannot read efficiencies from nowhere.json"),
+        ("--calibrate nowhere", "nowhere is not a run directory"),
+        ("--plot nowhere/out.png", "cannot write the picture to nowhere/out.png"),
+        ("--head-outside -C 8k -m 8100", "head_size + carryover_size up to context_size only"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in ("matplotlib",) if "--plot" in words else ():
+        pytest.importorskip(module)
+    assert says in refuse(capsys, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("5000,3\nmany\n", "line 2: a length of at least 1, or length,count: got 'many'"),
+        ("5000,-1\n", "line 1"),
+        ("0\n", "line 1"),
+        ("", "holds no lengths"),
+    ],
+)
+def test_a_broken_histogram(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "h.csv").write_text(text)
+    assert says in refuse(capsys, f"--lengths {tmp_path / 'h.csv'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"bandwith": 0.5}', "unknown figure 'bandwith'. Did you mean 'bandwidth'?"),
+        ('{"bandwidth": 0}', "bandwidth must be a positive number, got 0"),
+        ('{"training": "fast"}', "training must be a positive number"),
+        ("[]", "a JSON object is needed"),
+        ("{", "cannot read"),
+    ],
+)
+def test_a_broken_efficiency_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "e.json").write_text(text)
+    assert says in refuse(capsys, f"--efficiency {tmp_path / 'e.json'}")
+
+
+def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ask(capsys, f"{QWEN} --plot {tmp_path / 'out.png'}")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- calibration ------------------------------------------------------------------------------
+
+TRUTH = Efficiency(decode=0.3, training=0.2, step_seconds=0.002, pass_seconds=0.0005)
+
+
+def write_run(path: Path, context: int, carry: int, chunks: int, length: int) -> Path:
+    """A run directory whose times are those that ``TRUTH`` predicts."""
+    pytest.importorskip("yaml")
+    (path / "traces").mkdir(parents=True)
+    config = {
+        "model": "toy",
+        "engine": "transformers",
+        "num_workers": 1,
+        "gpus_per_worker": 0.0,
+        "thinking": {
+            "context_size": context,
+            "carryover_size": carry,
+            "max_chunks": chunks,
+            "head_size": 0,
+        },
+        "training": {
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "forward_tokens": 100_000,
+        },
+    }
+    (path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    metrics = []
+    for step in (1, 2, 3):
+        lengths = [length * step - i for i in range(8)]
+        record = {"query_ids": [1] * 15, "chunks": [{"prompt_ids": [1] * 15, "output_ids": [2]}]}
+        lines = [json.dumps({**record, "length": n}) + "\n" for n in lengths]
+        (path / "traces" / f"step_{step:06d}.jsonl").write_text("".join(lines))
+        cut = LONGCOT if chunks == 1 else Cut(context, carry)
+        job = Job(15, 4, 2, 1, 1, extra_passes=0.0, prefix_cache=False)
+        cost = estimate(
+            model_shape("toy"),
+            Lengths.empirical(np.array(lengths), 8),
+            cut,
+            accelerator("cpu"),
+            TRUTH,
+            job,
+        )
+        slow = 100.0 if step == 1 else 1.0  # the first step pays for what is made once
+        metrics.append(
+            {
+                "step": step,
+                "seconds_sampling": slow * float(cost.sampling_seconds),
+                "seconds_training": slow * float(cost.training_seconds),
+            }
+        )
+    lines = [json.dumps(row) + "\n" for row in metrics]
+    (path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "seco')  # cut short
+    return path
+
+
+def test_calibrating_on_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "delethink", 90, 45, 60, 400),
+        write_run(tmp_path / "longcot", 3000, 0, 1, 400),
+    ]
+    saved = tmp_path / "efficiency.json"
+    words = f"--calibrate {runs[0]} {runs[1]} --gpu cpu --save-efficiency {saved}"
+    found = ask_json(capsys, words)
+    assert len(found["sampling_errors"]) == len(found["training_errors"]) == 4
+    assert max(map(abs, found["sampling_errors"] + found["training_errors"])) < 0.02
+    assert {"step_seconds", "training"} <= set(found["fitted"])
+    assert read_efficiency(saved).spread < 0.02
+    text = ask(capsys, words)
+    assert "predicted time is off by" in text
+    assert "over 4 steps" in text
+    assert "4 steps of delethink, longcot" in ask(
+        capsys,
+        f"--model toy --gpu cpu --gpus 1 --efficiency {saved} -C 90 -m 45 "
+        "--thinking 450 --query 15",
+    )
+
+
+def test_lengths_from_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 90, 45, 60, 400)
+    words = f"--model toy --gpu cpu --gpus 1 --lengths {run} -C 90 -m 45 --query 15"
+    answer = ask_json(capsys, words)
+    assert answer["thinking"][0]["longcot"]["thinking"] == pytest.approx(796.5)
+
+
+def test_a_run_without_timed_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 90, 45, 60, 400)
+    (run / "metrics.jsonl").write_text("")
+    assert "no step to calibrate on" in refuse(capsys, f"--calibrate {run} --gpu cpu")

@@ -1,0 +1,142 @@
+"""Shapes as they are read from configs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from delethink.cost.hardware import ACCELERATORS, accelerator
+from delethink.cost.model_config import known_models, model_shape, shape_of_config
+from delethink.errors import ConfigError, ModelError
+
+# Billions of parameters as the makers state them: all, and active ones where there are fewer.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": (0.494, None),
+    "Qwen/Qwen2.5-1.5B": (1.544, None),
+    "Qwen/Qwen2.5-7B": (7.616, None),
+    "Qwen/Qwen2.5-72B": (72.71, None),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1.777, None),
+    "Qwen/Qwen3-8B": (8.19, None),
+    "Qwen/Qwen3-30B-A3B": (30.53, 3.35),
+    "Qwen/Qwen3-235B-A22B": (235.1, 22.2),
+    "Qwen/Qwen3-Next-80B-A3B-Thinking": (79.67, 3.87),
+    "meta-llama/Llama-3.1-8B": (8.03, None),
+    "meta-llama/Llama-3.1-70B": (70.55, None),
+    "mistralai/Mistral-7B-v0.1": (7.242, None),
+    "mistralai/Mixtral-8x7B-v0.1": (46.70, 12.88),
+    "google/gemma-3-1b-pt": (1.0, None),
+    "google/gemma-3-27b-pt": (27.01, None),
+    "openai/gpt-oss-20b": (20.91, None),
+    "openai/gpt-oss-120b": (116.8, None),
+    "deepseek-ai/DeepSeek-V3": (671.0, 37.55),
+    "moonshotai/Kimi-Linear-48B-A3B-Instruct": (49.12, None),
+}
+DENSE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_published(name: str) -> None:
+    shape, (everything, active) = model_shape(name), PUBLISHED[name]
+    assert shape.parameters / 1e9 == pytest.approx(everything, rel=2e-3)
+    assert shape.active_parameters / 1e9 == pytest.approx(active or everything, rel=5e-3) or (
+        active is None and shape.expert_weights
+    )
+
+
+def test_every_bundled_model_is_read() -> None:
+    assert len(known_models()) >= 30
+    for name in known_models():
+        assert model_shape(name.upper()).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "unbounded"),
+    [
+        ("Qwen/Qwen2.5-1.5B", 28),
+        ("mistralai/Mistral-7B-v0.1", 0),
+        ("google/gemma-3-27b-pt", 10),
+        ("openai/gpt-oss-120b", 18),
+        ("Qwen/Qwen3-Next-80B-A3B-Thinking", 12),
+        ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 7),
+    ],
+)
+def test_layers_that_look_at_everything(name: str, unbounded: int) -> None:
+    assert model_shape(name).unbounded_layers == unbounded
+
+
+def test_a_model_by_hand_in_a_file_and_in_a_folder(tmp_path: Path) -> None:
+    by_hand = model_shape(",".join(f"{key}={value}" for key, value in DENSE.items()))
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert model_shape(str(path)).layers == by_hand.layers
+    assert model_shape("toy").parameters == 645_120
+
+
+def test_the_text_model_of_a_multimodal_one() -> None:
+    outer = {"model_type": "gemma3", "text_config": {**DENSE}, "tie_word_embeddings": True}
+    assert shape_of_config(outer, "both").tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mamba2"}, "no formula here covers model_type 'mamba2'"),
+        ({"model_type": "qwen4"}, "Did you mean 'qwen"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number >= 1, got 0"),
+        ({"hidden_size": 64.5}, "hidden_size must be a whole number >= 1, got 64.5"),
+        ({"hidden_size": "wide"}, "hidden_size must be a whole number >= 1, got 'wide'"),
+        ({"num_attention_heads": 5}, "no multiple of num_attention_heads=5"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"layer_types": ["mamba"] * 2}, "covers layers of ['mamba']"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "3 of 2"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 5}, "first_k_dense_replace"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "dense layers among"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: dict[str, object], says: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        shape_of_config({**DENSE, **change}, "mine")
+    assert says in str(caught.value)
+    assert str(caught.value).startswith("mine: ")
+
+
+def test_files_that_hold_no_config(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    for name, says in (("broken.json", "not JSON"), ("list.json", "no config"), ("empty", "read")):
+        with pytest.raises(ModelError, match=says):
+            model_shape(str(tmp_path / name))
+    with pytest.raises(ModelError, match="key=value"):
+        model_shape("hidden_size=8,layers")
+
+
+def test_an_unknown_name_names_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"owner/name"):
+        model_shape("qwen2.5-1.5b")
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(ModelError, match=r"Did you mean 'qwen/qwen2.5-1.5b'") as caught:
+        model_shape("Qwen/Qwen2.5-1.6B")
+    assert "could not be had from the hub" in str(caught.value)
+
+
+def test_accelerators() -> None:
+    assert accelerator("RTX 4090") is ACCELERATORS["rtx4090"]
+    assert accelerator("H100").memory == 80e9
+    with pytest.raises(ConfigError, match=r"unknown GPU 'h10'.* Did you mean 'h100'"):
+        accelerator("h10")
+    for device in ACCELERATORS.values():
+        assert device.source
+        assert min(device.peak_flops, device.bandwidth, device.memory, device.link) > 0
