@@ -1,0 +1,93 @@
+"""Predicted cache sizes against what vLLM says of the same configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from delethink.cost.memory import cache_bytes
+from delethink.cost.model_config import model_shape
+
+pytestmark = pytest.mark.integration
+vllm = pytest.importorskip("vllm")
+torch = pytest.importorskip("torch")
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+BLOCK = 16
+SPACE = 2**24  # bytes for the cache of the engine below
+
+# An engine of its own process: it would leave threads and a process group in this one.
+ASK_ENGINE = f"""
+import json, sys
+from vllm import LLM
+engine = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256,
+             skip_tokenizer_init=True, kv_cache_memory_bytes={SPACE}).llm_engine
+cache = engine.vllm_config.cache_config
+print(json.dumps([cache.num_gpu_blocks, cache.block_size]))
+"""
+
+
+def test_blocks_of_a_running_engine(tiny_models: tuple[TinyModel, TinyModel]) -> None:
+    folder = str(tiny_models[0].folder)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ENGINE, folder],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "TORCH_COMPILE_DISABLE": "1",
+        },
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    blocks, size = json.loads(done.stdout.splitlines()[-1])
+    assert blocks == SPACE // cache_bytes(model_shape(folder), size, 4, block=size)
+
+
+def page_bytes(name: str) -> int:
+    """What vLLM keeps in a block of every layer of a bundled model, by its own classes."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+    common: dict[str, Any] = {"block_size": BLOCK, "dtype": torch.bfloat16}
+
+    def full(heads: int, dim: int) -> int:
+        return int(FullAttentionSpec(num_kv_heads=heads, head_size=dim, **common).page_size_bytes)
+
+    def sliding(heads: int, dim: int, window: int) -> int:
+        spec = SlidingWindowSpec(num_kv_heads=heads, head_size=dim, sliding_window=window, **common)
+        return int(spec.page_size_bytes)
+
+    latent = int(MLAAttentionSpec(num_kv_heads=1, head_size=576, **common).page_size_bytes)
+    return {
+        "Qwen/Qwen2.5-1.5B": 28 * full(2, 128),
+        "meta-llama/Llama-3.1-8B": 32 * full(8, 128),
+        "Qwen/Qwen3-30B-A3B": 48 * full(4, 128),
+        "mistralai/Mistral-7B-v0.1": 32 * sliding(8, 128, 4096),
+        "google/gemma-3-27b-pt": 52 * sliding(16, 128, 1024) + 10 * full(16, 128),
+        "openai/gpt-oss-20b": 12 * sliding(8, 64, 128) + 12 * full(8, 64),
+        "deepseek-ai/DeepSeek-V3": 61 * latent,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen2.5-1.5B",
+        "meta-llama/Llama-3.1-8B",
+        "Qwen/Qwen3-30B-A3B",
+        "mistralai/Mistral-7B-v0.1",
+        "google/gemma-3-27b-pt",
+        "openai/gpt-oss-20b",
+        "deepseek-ai/DeepSeek-V3",
+    ],
+)
+def test_bytes_of_a_block(name: str) -> None:
+    assert cache_bytes(model_shape(name), BLOCK, 2, block=BLOCK) == page_bytes(name)
