@@ -1,132 +1,212 @@
-"""Predicted against measured time of training steps on this machine, LongCoT and Delethink.
+"""Predicted against measured seconds of sampling and training on this machine, for both methods.
 
-    python scripts/bench_cost.py --out runs/bench_cost [--steps 5] [--traces 64]
+    python scripts/bench_cost.py [--rounds 3] [--traces 16] [--seed 0]
 
-Runs the shipped toy reasoner through ``delethink train`` at six lengths for each of two methods,
-fits the efficiencies to two of the lengths as ``delethink cost --calibrate`` does, and prints
-predicted and measured seconds of a step for all six as a table. A run that is there already is
-read, not run again. Nothing else should use the cores meanwhile.
+A model of the toy reasoner's shape, with random weights, thinks for exactly as many tokens as it is
+told, at six lengths, as LongCoT and with Delethink: through the in-process engine and through the
+trainer. Efficiencies are fitted to two of the lengths, as ``delethink cost --calibrate`` does, and
+the table holds the prediction against the measurement at all six. Every figure is the shortest of
+the rounds, which go over all settings in turn: whatever else the machine does can only add to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import asyncio
+import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
+from delethink.cli.train import set_up_process
 
-from delethink.cost.calibrate import Measurement, fit
-from delethink.cost.estimate import estimate
-from delethink.cost.hardware import Efficiency, accelerator
-from delethink.cost.model_config import model_shape
-from delethink.cost.records import read_steps
+set_up_process()
 
-LINES = (6, 10, 16, 22, 30, 40)  # steps of the automaton: 15 tokens each, and the answer
-FITTED = (10, 30)
-BUDGET = 900
-METHODS = {
-    "LongCoT": [f"thinking.context_size={BUDGET}", "thinking.carryover_size=0", "max_chunks=1"],
-    "Delethink": ["thinking.context_size=90", "thinking.carryover_size=45", "max_chunks=19"],
-}
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import PreTrainedModel, TrainerCallback  # noqa: E402
+from trl import GRPOConfig  # noqa: E402
+
+from delethink.cost.calibrate import Measurement, fit  # noqa: E402
+from delethink.cost.chunks import Cut  # noqa: E402
+from delethink.cost.estimate import Job, Lengths, estimate  # noqa: E402
+from delethink.cost.hardware import Efficiency, accelerator  # noqa: E402
+from delethink.cost.model_config import model_shape  # noqa: E402
+from delethink.policy import Sampling  # noqa: E402
+from delethink.rollout import play_traces  # noqa: E402
+from delethink.rule import ChunkSpec  # noqa: E402
+from delethink.serving.checkpoint import load_model, load_tokenizer  # noqa: E402
+from delethink.serving.transformers_engine import TransformersEngine  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer  # noqa: E402
+from delethink.types import Trace  # noqa: E402
+
+QUERY, CONTEXT, CARRYOVER = 16, 128, 64
+LENGTHS = (256, 384, 512, 768, 1024, 1536)  # 128 + k x 64: every chunk is full
+FITTED = (384, 1024)
+FORWARD_TOKENS = 4096
+
+
+class Setting(NamedTuple):
+    """A method at a length of thinking."""
+
+    method: str
+    tokens: int
+
+    @property
+    def spec(self) -> ChunkSpec:
+        """The rule whose budget is just that length."""
+        if self.method == "LongCoT":
+            return ChunkSpec.longcot(self.tokens)
+        chunks = 1 + (self.tokens - CONTEXT) // (CONTEXT - CARRYOVER)
+        return ChunkSpec(CONTEXT, CARRYOVER, chunks, head_size=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5, help="of each run; the first is left out")
-    parser.add_argument("--traces", type=int, default=64, help="of a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--traces", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
     flops, bandwidth = peaks()
     print(f"products of float32 matrices: {flops / 1e9:.0f} GFLOP/s")
-    print(f"copying: {bandwidth / 1e9:.1f} GB/s, read and written")
-    measured = {
-        (method, lines): measure(arguments, method, lines) for method in METHODS for lines in LINES
-    }
-    chosen = [m for (_, lines), steps in measured.items() if lines in FITTED for m in steps]
-    found = fit(chosen, model_shape("toy"), accelerator("cpu"), Efficiency(), "this machine")
-    print(f"fitted to {' and '.join(map(str, FITTED))} lines: {found.fitted}")
-    print({name: float(f"{getattr(found.efficiency, name):.4g}") for name in found.fitted})
-    print("| method | mean tokens | part | measured, s | predicted, s | error | |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"copying: {bandwidth / 1e9:.1f} GB/s, read and written", flush=True)
+    model = make_model()
+    settings = [Setting(m, n) for m in ("LongCoT", "Delethink") for n in LENGTHS]
+    sampling = dict.fromkeys(settings, np.inf)
+    training = dict.fromkeys(settings, np.inf)
+    for round_ in range(arguments.rounds):
+        started = time.perf_counter()
+        for setting in settings:
+            seconds, traces = sample(model, setting, arguments.traces)
+            sampling[setting] = min(sampling[setting], seconds)
+            training[setting] = min(training[setting], train(model, traces))
+        print(f"# round {round_}: {time.perf_counter() - started:.0f} s", flush=True)
+    report(sampling, training, arguments.traces)
+
+
+def make_model() -> PreTrainedModel:
+    """The toy's shape, its weights drawn anew, and room for the longest context."""
+    model = load_model("toy", "float32", False)
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"max_position_embeddings": QUERY + max(LENGTHS) + 1}
+    )
+    return type(model)(config)
+
+
+def sample(model: PreTrainedModel, setting: Setting, count: int) -> tuple[float, list[Trace]]:
+    """Seconds of sampling, and the traces; no token ends one."""
+    engine = TransformersEngine(model, eos_ids=[model.config.vocab_size], pad_id=0)
+    queries = [tuple(range(3, 12)) * 2 for _ in range(count)]
+    queries = [query[:QUERY] for query in queries]
+    samplings = [Sampling(1.0, seed) for seed in range(count)]
+    started = time.perf_counter()
+    traces = asyncio.run(play_traces(engine, setting.spec, queries, samplings))
+    seconds = time.perf_counter() - started
+    assert {trace.length for trace in traces} == {setting.tokens}
+    return seconds, traces
+
+
+def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
+    """The shortest of a few optimizer steps on the traces, in seconds."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DelethinkTrainer(
+            model=model,
+            processing_class=load_tokenizer("toy", False),
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=len(traces),
+                num_generations=len(traces),
+                max_steps=steps,
+                learning_rate=0.0,
+                loss_type="grpo",
+                beta=0.0,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+                use_cpu=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}] * steps),
+            reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(len(traces))]],
+            play=lambda examples: traces,
+            on_sampled=lambda sampled: None,
+            forward_tokens=FORWARD_TOKENS,
+            max_failed_share=0.5,
+            callbacks=[clock],
+        )
+        trainer.train()
+    return min(clock.seconds)
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock starts."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock stops."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def report(sampling: dict[Setting, float], training: dict[Setting, float], count: int) -> None:
+    """Fits to two lengths and prints the table."""
+    shape, device = model_shape("toy"), accelerator("cpu")
+    measured = {s: measurement(s, count, sampling[s], training[s]) for s in sampling}
+    chosen = [m for s, m in measured.items() if s.tokens in FITTED]
+    found = fit(chosen, shape, device, Efficiency(), "two lengths")
+    values = {name: float(f"{getattr(found.efficiency, name):.3g}") for name in found.fitted}
+    print(f"fitted to {FITTED[0]} and {FITTED[1]} tokens: {values}\n")
+    print(
+        "| method | tokens | sampling: measured, s | predicted | error "
+        "| training: measured, s | predicted | error | |"
+    )
+    print("| --- " * 9 + "|")
     worst = 0.0
-    for (method, lines), steps in measured.items():
-        for part in ("sampling_seconds", "training_seconds"):
-            ours, theirs, tokens = compare(steps, part, found.efficiency)
-            error = ours / theirs - 1
-            note = "fitted" if lines in FITTED else ""
-            worst = worst if note else max(worst, abs(error))
-            row = [method, f"{tokens:.0f}", part.split("_")[0], f"{theirs:.2f}", f"{ours:.2f}"]
-            print("| " + " | ".join([*row, f"{error:+.1%}", note]) + " |")
+    for setting, m in measured.items():
+        cost = estimate(shape, m.lengths, m.cut, device, found.efficiency, m.job)
+        cells, errors = [], []
+        for theirs, ours in (
+            (sampling[setting], float(cost.sampling_seconds)),
+            (training[setting], float(cost.training_seconds)),
+        ):
+            errors.append(ours / theirs - 1)
+            cells += [f"{theirs:.2f}", f"{ours:.2f}", f"{errors[-1]:+.1%}"]
+        note = "fitted" if setting.tokens in FITTED else ""
+        worst = worst if note else max(worst, *map(abs, errors))
+        print("| " + " | ".join([setting.method, f"{setting.tokens:,}", *cells, note]) + " |")
     print(f"\nThe largest error at the lengths that were not fitted is {worst:.1%}.")
 
 
-def measure(arguments: argparse.Namespace, method: str, lines: int) -> list[Measurement]:
-    """The timed steps of one run."""
-    folder = arguments.out / f"{method.lower()}_{lines}"
-    if not (folder / "checkpoints" / "final").exists():
-        if folder.exists():
-            sys.exit(f"{folder} holds a run that did not end: move it away and run this again")
-        size, carry, chunks = METHODS[method]
-        settings = [
-            size,
-            carry,
-            f"thinking.{chunks}",
-            f"task.args.min_steps={lines}",
-            f"task.args.max_steps={lines}",
-            f"training.max_steps={arguments.steps}",
-            "training.learning_rate=0",  # the lengths stay those of the base
-            f"training.per_device_train_batch_size={arguments.traces}",
-            "training.gradient_accumulation_steps=1",
-            "training.forward_tokens=8192",
-            "evaluation.num_problems=2",
-            "evaluation.num_problems_at_intervals=2",
-            "evaluation.every=1000",
-            f"output={folder}",
-        ]
-        command = [sys.executable, "-m", "delethink.cli.main", "train"]
-        started = time.monotonic()
-        log = subprocess.run(
-            [*command, "recipes/quickstart/recipe.yaml", *settings], capture_output=True, text=True
-        )
-        if log.returncode:
-            sys.exit(log.stdout + log.stderr)
-        print(f"# {method}, {lines} lines: {time.monotonic() - started:.0f} s", flush=True)
-    return read_steps(folder)
-
-
-def compare(
-    steps: Sequence[Measurement], part: str, efficiency: Efficiency
-) -> tuple[float, float, float]:
-    """Median predicted and measured seconds of a step, and mean tokens of a trace."""
-    timed = [m for m in steps if getattr(m, part)]
-    shape, device = model_shape("toy"), accelerator("cpu")
-    ours = [
-        float(getattr(estimate(shape, m.lengths, m.cut, device, efficiency, m.job), part))
-        for m in timed
-    ]
-    tokens = float(np.mean([float(m.lengths.mean) for m in timed]))
-    return float(np.median(ours)), float(np.median([getattr(m, part) for m in timed])), tokens
+def measurement(setting: Setting, count: int, sampling: float, training: float) -> Measurement:
+    """What was timed, as a step of one device."""
+    job = Job(QUERY, count, 1, 1, 1, extra_passes=1.0, prefix_cache=False)
+    lengths = Lengths.constant(setting.tokens)
+    return Measurement(lengths, Cut.of(setting.spec), job, sampling, training)
 
 
 def peaks() -> tuple[float, float]:
     """FLOPs a second in a large product of matrices, and bytes a second read and written."""
-    import torch
-
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     big, to = torch.randn(2**26), torch.empty(2**26)
     return 2 * 2048**3 / best(lambda: a @ b), 2 * big.nbytes / best(lambda: to.copy_(big))
 
 
-def best(call: object) -> float:
-    """The shortest of a few times: what else runs can only add to it."""
+def best(call: Callable[[], object]) -> float:
+    """The shortest of a few times."""
     seconds = []
     for _ in range(8):
         started = time.perf_counter()
-        call()  # type: ignore[operator]
+        call()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

@@ -19,8 +19,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     recipe = load_recipe(recipe_path, overrides)
     _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     prepared = prepare(recipe)
-    _set_environment()
-    _keep_freed_memory()
+    set_up_process()
     from delethink.training.progress import Reporter
     from delethink.training.run import train
 
@@ -34,8 +33,12 @@ def _require(*packages: str) -> None:
             raise MissingExtraError(package, "train")
 
 
-def _set_environment() -> None:
-    """Settings that libraries read when they are imported; a value the user has set stays."""
+def set_up_process() -> None:
+    """What a process that samples or trains wants set before torch and TRL are imported.
+
+    A value that the user has set stays.
+    """
+    _keep_freed_memory()
     # On a busy machine, threads that spin while they wait take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

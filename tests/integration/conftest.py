@@ -39,29 +39,15 @@ class TinyModel:
 
 def make_tiny_model(folder: Path, seed: int) -> TinyModel:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tiny_models import make_qwen2
 
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=24,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # of 32 channels: vLLM on the CPU takes none of 16
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    # Two heads of 32 channels: vLLM on the CPU takes none of 16.
+    sizes = {"vocab_size": 24, "hidden_size": 64, "intermediate_size": 128}
+    model = make_qwen2(seed, **sizes, max_position_embeddings=512, tie_word_embeddings=False).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
-            elif parameter.ndim == 2:
-                parameter.mul_(5.0)
     model.save_pretrained(folder)
     return TinyModel(folder, model)
 

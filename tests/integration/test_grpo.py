@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tiny_models import make_qwen2
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from delethink.errors import RolloutError
@@ -36,25 +37,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> Qwen2ForCausalLM:
-    torch.manual_seed(3)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
+def make_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    model = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
     return model.to(dtype)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny_models import EOS, make_qwen2
+from transformers import PreTrainedModel
 
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
@@ -19,35 +20,17 @@ from delethink.types import StopReason, TokenIds
 
 pytestmark = pytest.mark.integration
 
-EOS, VOCABULARY = 1, 16
+VOCABULARY = 16
 PROMPTS: list[TokenIds] = [(5, 6, 7), (3,), (4, 8, 9, 10, 11, 12, 13), (2, 2)]
 LIMITS = [9, 4, 12, 1]
 
 
-def make_model(seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=EOS,
-        )
-    )
-    with torch.no_grad():  # far from uniform, so that the greedy choice is no tie
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.ndim > 1 else 1)
-    return model
+def make_model(seed: int = 0) -> PreTrainedModel:
+    return make_qwen2(seed, vocab_size=VOCABULARY, max_position_embeddings=128)
 
 
 @pytest.fixture
-def model() -> Qwen2ForCausalLM:
+def model() -> PreTrainedModel:
     return make_model()
 
 
