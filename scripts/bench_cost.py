@@ -71,7 +71,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     flops, bandwidth = peaks()
     print(f"products of float32 matrices: {flops / 1e9:.0f} GFLOP/s")
-    print(f"copying: {bandwidth / 1e9:.1f} GB/s, read and written", flush=True)
+    print(f"copying: {bandwidth / 1e9:.1f} GB/s, read and written")
+    print(f"estimates of 10,000 settings: {best(sweep):.3f} s", flush=True)
     model = make_model()
     settings = [Setting(m, n) for m in ("LongCoT", "Delethink") for n in LENGTHS]
     sampling = dict.fromkeys(settings, np.inf)
@@ -192,6 +193,15 @@ def measurement(setting: Setting, count: int, sampling: float, training: float) 
     job = Job(QUERY, count, 1, 1, 1, extra_passes=1.0, prefix_cache=False)
     lengths = Lengths.constant(setting.tokens)
     return Measurement(lengths, Cut.of(setting.spec), job, sampling, training)
+
+
+def sweep() -> None:
+    """10,000 lengths, C and m at once, sampling and training, in a batch that memory bounds."""
+    rng = np.random.default_rng(0)
+    context = rng.uniform(4096, 65_536, 10_000).round()
+    cut = Cut(context, (context * rng.uniform(0.1, 0.9, 10_000)).round())
+    lengths = Lengths.constant(context * rng.uniform(1, 50, 10_000).round())
+    estimate(model_shape("Qwen/Qwen2.5-1.5B"), lengths, cut, accelerator("h100"))
 
 
 def peaks() -> tuple[float, float]:

@@ -24,7 +24,7 @@ def plot_costs(
     longest: float,
     path: Path,
 ) -> None:
-    """Draws FLOPs of a trace and GPU-hours of the run over thinking length, both log-log.
+    """Draws FLOPs of training and GPU-hours of the run over thinking length, both log-log.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -43,7 +43,7 @@ def plot_costs(
         f"{job.gpus} x {device.name}"
     )
     panels = (
-        ("FLOPs of a trace, sampling and training", "flops", found.training_flops),
+        ("FLOPs of training on a trace", "training_flops", found.training_flops),
         (f"GPU-hours of {job.steps:,} steps", "gpu_hours", found.step_seconds),
     )
     for axes, (label, key, cross) in zip(figure.subplots(1, 2), panels, strict=True):
