@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from delethink.errors import ConfigError
 from delethink.query import Tokenizer, encode
+from delethink.tokens import as_list
 from delethink.types import TokenIds
 
 
@@ -249,7 +250,7 @@ class StateBlock(Carryover):
 
     def _decode(self, ids: TokenIds) -> str:
         assert self.tokenizer is not None
-        return str(self.tokenizer.decode(list(ids)))
+        return str(self.tokenizer.decode(as_list(ids)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from delethink.tokens import as_list
 from delethink.types import Problem, TokenIds
 
 
@@ -57,7 +58,7 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
     Sampled ids need not be those that a tokenizer makes of their text. Who handles text alone would
     go on from other ids than were sampled, from this position.
     """
-    again = encode(tokenizer, str(tokenizer.decode(list(token_ids))))
+    again = encode(tokenizer, str(tokenizer.decode(as_list(token_ids))))
     pairs = enumerate(zip(token_ids, again, strict=False))
     differs = next((i for i, (one, other) in pairs if one != other), None)
     if differs is None and len(again) != len(token_ids):
@@ -67,4 +68,4 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
 
 def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """What a reward reads: the stitched trace without special tokens."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    return str(tokenizer.decode(as_list(token_ids), skip_special_tokens=True))

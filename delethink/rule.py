@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from delethink.border import Border
 from delethink.carryover import Ask, Carryover, HeadTail, name_of
@@ -218,6 +219,11 @@ class ThinkingState:
         return self.head + self.tail if self.head else self.tail
 
     @property
+    def num_carried(self) -> int:
+        """How many they are."""
+        return len(self.head or ()) + len(self.tail)
+
+    @property
     def role(self) -> ChunkRole:
         """What the next chunk is for."""
         return ChunkRole.THINKING if self.context is None else ChunkRole.CARRYOVER
@@ -241,7 +247,7 @@ class ThinkingState:
             return 0
         if self.context is not None:
             return self.spec.max_written
-        inside = len(self.tail if self.spec.policy.head_outside else self.carried)
+        inside = len(self.tail) if self.spec.policy.head_outside else self.num_carried
         room = self.spec.context_size - min(inside, self.spec.carryover_size)
         return min(room, self._thinking_left)
 
@@ -328,20 +334,17 @@ class ThinkingState:
         num_sampled = self.num_sampled + len(output_ids)
         if self.context is not None:
             return self._after_writing(output_ids, stop, num_sampled)
-        after = replace(
-            self,
-            num_chunks=self.num_chunks + 1,
-            num_sampled=num_sampled,
-            stop=_TRACE_STOP.get(stop),
-        )
-        if after.stop is not None:
-            return after
-        if after.num_chunks == self.spec.max_chunks or not after._thinking_left:
-            return replace(after, stop=TraceStop.BUDGET)
+        num_chunks = self.num_chunks + 1
+        after = partial(replace, self, num_chunks=num_chunks, num_sampled=num_sampled)
+        if stop is not StopReason.LENGTH:
+            return after(stop=_TRACE_STOP[stop])
+        spent = self._thinking_left == len(output_ids)
+        if num_chunks == self.spec.max_chunks or spent:
+            return after(stop=TraceStop.BUDGET)
         if self.spec.ask is not None:
-            return replace(after, context=self.carried + output_ids)
+            return after(context=self.carried + output_ids)
         head, tail = self.spec.carry(self.head, self.tail + output_ids)
-        return replace(after, head=head, tail=tail)
+        return after(head=head, tail=tail)
 
     def _after_writing(
         self, output_ids: TokenIds, stop: StopReason, num_sampled: int

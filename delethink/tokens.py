@@ -9,7 +9,7 @@ the tuple that it stands for.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from delethink.types import TokenIds
@@ -65,6 +65,19 @@ def token_array(ids: Any) -> TokenIds:
     return cast("TokenIds", _TokenArray(_numbers(ids)))
 
 
+def joined(parts: Iterable[TokenIds]) -> TokenIds:
+    """All parts in one block of memory, in order."""
+    whole = array("q")
+    for part in parts:
+        whole.extend(_numbers(part))
+    return token_array(_TokenArray(whole))
+
+
+def as_list(ids: Sequence[int]) -> list[int]:
+    """The ids as a list of ints, which other libraries' tokenizers take."""
+    return ids.numbers.tolist() if isinstance(ids, _TokenArray) else list(ids)
+
+
 def memory_of(ids: TokenIds) -> array[int]:
     """The 64-bit numbers of ``ids``, to be read through the buffer protocol and not changed."""
     return _numbers(ids)
@@ -83,6 +96,9 @@ def _numbers(ids: Any) -> array[int]:
     if isinstance(ids, _TokenArray):
         return ids.numbers
     numbers = array("q")
+    if isinstance(ids, tuple):
+        numbers.extend(ids)
+        return numbers
     try:
         view = memoryview(ids)
     except TypeError:

@@ -22,8 +22,8 @@ from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.query import Tokenizer, query_ids, reward_text
 from delethink.registry import make, resolve
 from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.tokens import memory_of, token_array
-from delethink.types import Chunk, Problem, StopReason, TokenIds, Trace, TraceStop
+from delethink.tokens import as_list, joined, memory_of, token_array
+from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
 Observation = TypeVar("Observation")
 Action = TypeVar("Action")
@@ -86,8 +86,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self.tokenizer: Any = CharacterTokenizer() if tokenizer is None else tokenizer
         self.chunk_spec = self._spec(chunk_spec, sizes)  # not `spec`: that is Gymnasium's own
         self.task: Task = make("delethink.tasks", task)
-        named = isinstance(reward, str)
-        self.reward: Reward = resolve("delethink.rewards", reward) if named else reward
+        self.reward = _reward(reward)
         self.vocabulary = self._size(vocabulary)
         self.eos_ids = self._ends(eos_ids)
         if max_query_tokens < 1:
@@ -96,7 +95,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self.render_mode, self.keep_trace = self._known_mode(render_mode), keep_trace
         self.problem: Problem | None = None
         self._state: ThinkingState | None = None
-        self._outputs: list[tuple[TokenIds, StopReason]] = []  # of all chunks, if they are kept
+        self._taken: list[tuple[TokenIds, StopReason, ChunkRole]] = []  # all chunks, where kept
         self._last: TokenIds = ()  # of the chunk before
 
     # -- making --------------------------------------------------------------------------------
@@ -105,7 +104,9 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         known = {field.name for field in fields(ChunkSpec) if field.init}
         for name in sizes:
             if name not in known:
-                own = set(inspect.signature(type(self)).parameters) - {"sizes", "options"}
+                makers = (EpisodeEnv, type(self))
+                own = {p for maker in makers for p in inspect.signature(maker).parameters}
+                own -= {"args", "options", "sizes"}
                 raise ConfigError(
                     f"{type(self).__name__} has no parameter {name!r}."
                     f"{did_you_mean(name, own | known)}"
@@ -163,7 +164,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
                 f"the query has the token {max(query)}, outside the vocabulary of {self.vocabulary}"
             )
         self._state = start(self.chunk_spec, token_array(query), self.longest_context)
-        self._outputs, self._last = [], ()
+        self._taken, self._last = [], ()
         return self._state
 
     def _running_state(self) -> ThinkingState:
@@ -179,13 +180,17 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         state = before.advance(output_ids, stop)
         self._state, self._last = state, output_ids
         if self.keep_trace:
-            self._outputs.append((output_ids, stop))
+            self._taken.append((output_ids, stop, before.role))
         return state, 0.0 if state.stop is None else self._score(before)
 
     def _score(self, before: ThinkingState) -> float:
         assert self.problem is not None
-        read = self.trace.output_ids if self.keep_trace else before.carried + self._last
+        read = self._stitched() if self.keep_trace else before.carried + self._last
         return float(self.reward(reward_text(self.tokenizer, read), self.problem.answer))
+
+    def _stitched(self) -> TokenIds:
+        """All tokens of thinking so far."""
+        return joined(ids for ids, _, role in self._taken if role is ChunkRole.THINKING)
 
     @property
     def trace(self) -> Trace:
@@ -198,7 +203,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             why = "call reset() first" if self.keep_trace else "keep_trace is off"
             raise ActionError(f"there is no trace: {why}")
         state, chunks = start(self.chunk_spec, self._state.query_ids), []
-        for output_ids, stop in self._outputs:
+        for output_ids, stop, _ in self._taken:
             carried = len(state.prompt_ids) - len(state.query_ids)
             chunks.append(
                 Chunk(
@@ -220,7 +225,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         return {
             "max_new_tokens": state.max_new_tokens,
             "chunk": state.num_chunks,
-            "carried": len(state.carried),
+            "carried": state.num_carried,
             "num_sampled": state.num_sampled,
             "budget_left": state.budget_left,
             "role": state.role.value,
@@ -248,13 +253,20 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         )
 
     def _sampled(self) -> tuple[str, TokenIds]:
-        return ("sampled so far", self.trace.output_ids) if self.keep_trace else self._new()
+        return ("sampled so far", self._stitched()) if self.keep_trace else self._new()
 
     def _new(self) -> tuple[str, TokenIds]:
         return "last chunk", self._last
 
     def _text(self, ids: TokenIds) -> str:
-        return str(self.tokenizer.decode(list(ids)))
+        return str(self.tokenizer.decode(as_list(ids)))
+
+
+def _reward(reward: Reward | str) -> Reward:
+    if not isinstance(reward, str):
+        return reward
+    found: Reward = resolve("delethink.rewards", reward)
+    return found
 
 
 def as_array(ids: TokenIds) -> Ids:

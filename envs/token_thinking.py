@@ -144,4 +144,4 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         if not self.keep_trace:
             return self._new()
         chunk = self._chunk() if self._limit else ()
-        return "sampled so far", self.trace.output_ids + tuple(chunk)
+        return "sampled so far", self._stitched() + chunk

@@ -25,11 +25,11 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "tokens": NOUNS,
-    "carryover": NOUNS | {"query"},  # some policies read text
+    "carryover": NOUNS | {"query", "tokens"},  # some policies read text
     "border": NOUNS | {"query"},
     "rule": NOUNS | {"query", "tokens", "carryover", "border"},
     "policy": NOUNS,
-    "query": NOUNS,
+    "query": NOUNS | {"tokens"},
     "rewards": NOUNS,
     "registry": NOUNS,
     "cost": RULE,
