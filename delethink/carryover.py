@@ -60,8 +60,8 @@ class Carryover:
         """What the model is asked at a border, if it writes the carryover itself."""
         return None
 
-    def check(self, size: int) -> None:
-        """Raises a ``ConfigError`` where the policy cannot work with a carryover size."""
+    def check(self, size: int, context_size: int) -> None:
+        """Raises a ``ConfigError`` where the policy cannot work with such sizes, m and C."""
 
     def bind(self, tokenizer: Tokenizer) -> Self:
         """The policy, able to read and write text; itself where it has no need to."""
@@ -111,6 +111,10 @@ class HeadTail(Carryover):
     head_size: int = 100
     head_outside: bool = False
 
+    def __post_init__(self) -> None:
+        if self.head_size < 0:
+            raise ConfigError(f"head_size must be at least 0, got {self.head_size}")
+
     def carry(
         self, head: TokenIds | None, window: TokenIds, size: int
     ) -> tuple[TokenIds, TokenIds]:
@@ -122,6 +126,13 @@ class HeadTail(Carryover):
     def bound(self, size: int) -> int | None:
         """See ``Carryover``."""
         return size + (self.head_size if self.head_outside else 0)
+
+    def check(self, size: int, context_size: int) -> None:
+        """See ``Carryover``."""
+        bound = "context_size" if self.head_outside else "carryover_size"
+        most = context_size if self.head_outside else size
+        if self.head_size > most:
+            raise ConfigError(f"head_size must be at most {bound}={most}, got {self.head_size}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ class SinkWindow(Carryover):
         sinks, window = sinks + window[:missing], window[missing:]
         return sinks, last(window, size - len(sinks))
 
-    def check(self, size: int) -> None:
+    def check(self, size: int, context_size: int) -> None:
         """See ``Carryover``."""
         if not 0 <= self.num_sinks <= size:
             raise ConfigError(
@@ -298,7 +309,7 @@ class Summary(Carryover):
         _, before, after = self._texts()
         return window[:0], before + window[: self._room(size)] + after
 
-    def check(self, size: int) -> None:
+    def check(self, size: int, context_size: int) -> None:
         """See ``Carryover``."""
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(

@@ -66,15 +66,8 @@ class ChunkSpec:
                 f"has room for new tokens: got carryover_size={self.carryover_size} "
                 f"and context_size={self.context_size}"
             )
-        most = self.context_size if self.head_outside else self.carryover_size
-        if self.head_size < 0 or (self.head_size > most and not self.is_longcot):
-            bound = "context_size" if self.head_outside else "carryover_size"
-            raise ConfigError(
-                f"head_size must be at least 0 and at most {bound}={most}, got {self.head_size}"
-            )
-
         if not self.is_longcot:
-            self.policy.check(self.carryover_size)
+            self.policy.check(self.carryover_size, self.context_size)
 
     def _settle_policy(self) -> None:
         """One way to say it: a head and a tail are always ``head_size`` and ``head_outside``."""

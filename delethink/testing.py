@@ -68,7 +68,7 @@ def check_carryover(
     rng, tried = random.Random(seed), 0
     for size in sizes:
         try:
-            policy.check(size)
+            policy.check(size, 2 * size)
         except ConfigError:
             continue
         tried += 1
@@ -137,7 +137,7 @@ def _check_traces(
     policy: Carryover, size: int, rng: random.Random, tokenizer: Tokenizer | None
 ) -> None:
     """Whole traces through the rule, which checks the bound itself."""
-    spec = ChunkSpec(size + rng.randint(1, 9), size, 6, carryover=policy)
+    spec = ChunkSpec(2 * size + rng.randint(1, 9), size, 6, carryover=policy)
     for _ in range(5):
         state = start(spec, _random_ids(rng, 3, tokenizer))
         while state.stop is None:
