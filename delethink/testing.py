@@ -43,7 +43,7 @@ _TAGS = 1000  # ids of random windows; enough that equal tokens seldom stand in 
 
 def check_carryover(
     policy: Carryover,
-    sizes: Iterable[int] = (1, 2, 7, 64),
+    sizes: Iterable[int] = (1, 2, 7, 256),
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
 ) -> None:
