@@ -245,8 +245,12 @@ class StateBlock(Carryover):
     def _block(self, window: TokenIds) -> TokenIds | None:
         """The tokens of the last whole block; those at its ends may hold a little more than it."""
         text = self._decode(window)
-        end = text.rfind(self.closing)
-        start = text.rfind(self.opening, 0, end) if end >= 0 else -1
+        start, end = text.rfind(self.opening), -1
+        while start >= 0:
+            end = text.find(self.closing, start + len(self.opening))
+            if end >= 0:
+                break
+            start = text.rfind(self.opening, 0, start)
         if start < 0:
             return None
         # Tags may share a token with what is beside them, so they are found in the text, and the
