@@ -115,12 +115,17 @@ def test_the_rule_as_it_is_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "mutation",
-    [pytest.param(name, marks=pytest.mark.slow if i >= 5 else ()) for i, name in enumerate(MUTATIONS)],
+    [
+        pytest.param(name, marks=pytest.mark.slow if i >= 5 else ())
+        for i, name in enumerate(MUTATIONS)
+    ],
 )
 def test_a_broken_rule_is_noticed(mutation: str, tmp_path: Path) -> None:
     name, line, broken = MUTATIONS[mutation]
     path = copy_of_the_library(tmp_path) / name
     source = path.read_text("utf-8")
-    assert source.count(line) == 1, f"{name} has no longer the one line that is to be broken: {line}"
+    assert source.count(line) == 1, (
+        f"{name} has no longer the one line that is to be broken: {line}"
+    )
     path.write_text(source.replace(line, broken), "utf-8")
     assert failures(tmp_path) >= 1, f"no test noticed that {mutation}"

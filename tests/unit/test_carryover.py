@@ -109,7 +109,11 @@ def test_sink_window() -> None:
 def test_sinks_are_the_first_tokens_however_early_a_border_fell() -> None:
     sinks = ChunkSpec(8, 4, 9, carryover=SinkWindow(num_sinks=3))
     head = ChunkSpec(8, 4, 9, carryover=HeadTail(head_size=3))
-    assert [carried for _, carried in borders(sinks, (1, 1, 5))][1:4] == [(1,), (1, 2), (1, 2, 3, 7)]
+    assert [carried for _, carried in borders(sinks, (1, 1, 5))][1:4] == [
+        (1,),
+        (1, 2),
+        (1, 2, 3, 7),
+    ]
     assert [carried for _, carried in borders(head, (1, 1, 5))][1:4] == [(1,), (1, 2), (1, 5, 6, 7)]
 
 
@@ -385,7 +389,9 @@ def test_anybody_names_a_policy_in_their_own_program(monkeypatch: pytest.MonkeyP
     assert borders(ChunkSpec(6, 2, 2, carryover=made))[1] == (4, (1, 3))
     assert "every_other" in registry.names("delethink.carryovers")
     registry.register("delethink.carryovers", "every_other")(EveryOther)  # the same one again
-    with pytest.raises(ConfigError, match="'tail' is taken: it stands for delethink.carryover:Tail"):
+    with pytest.raises(
+        ConfigError, match="'tail' is taken: it stands for delethink.carryover:Tail"
+    ):
         registry.register("delethink.carryovers", "tail")(EveryOther)
     with pytest.raises(ConfigError, match="Did you mean 'delethink.carryovers'"):
         registry.register("delethink.carryover", "x")
@@ -426,7 +432,14 @@ LINES = ChunkSpec(8, 4, 3, head_size=0, border=LineBreak(within=4).bind(TEXT))
         ("abcdefg\n", "abcdefg\n"),
         ("ab\n", "ab\n"),
     ],
-    ids=["in the last four", "at their start", "before them", "the first", "on the border", "short"],
+    ids=[
+        "in the last four",
+        "at their start",
+        "before them",
+        "the first",
+        "on the border",
+        "short",
+    ],
 )
 def test_a_line_break_among_the_last_tokens_ends_a_chunk(wrote: str, kept: str) -> None:
     output, stop = start(LINES, QUERY).cut(ids(wrote), StopReason.LENGTH)

@@ -93,7 +93,9 @@ def test_no_text_escapes_its_place(text: str, heading: str) -> None:
     assert shown.parts["new"] == visible(text)
 
 
-@pytest.mark.parametrize("attack", ["</pre><script>alert(1)</script>", "<img src=x onerror='a()'>", '"'])
+@pytest.mark.parametrize(
+    "attack", ["</pre><script>alert(1)</script>", "<img src=x onerror='a()'>", '"']
+)
 def test_markup_is_shown_and_not_obeyed(attack: str) -> None:
     page = render_html([("new", "new", attack)], {})
     assert "<script" not in page

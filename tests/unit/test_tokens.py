@@ -17,7 +17,9 @@ places = st.one_of(st.none(), st.integers(-15, 15))
 
 
 @given(ids, ids)
-def test_sums_are_those_of_tuples_on_either_side(one: tuple[int, ...], two: tuple[int, ...]) -> None:
+def test_sums_are_those_of_tuples_on_either_side(
+    one: tuple[int, ...], two: tuple[int, ...]
+) -> None:
     block, other = token_array(one), token_array(two)
     for left, right in ((block, two), (one, other), (block, other)):
         assert left + right == one + two

@@ -47,9 +47,7 @@ def chunks(draw: st.DrawFn) -> Chunk:
 
 records = st.builds(
     TraceRecord,
-    problem=st.builds(
-        Problem, st.text(), st.text(), st.dictionaries(st.text(), plain, max_size=3)
-    ),
+    problem=st.builds(Problem, st.text(), st.text(), st.dictionaries(st.text(), plain, max_size=3)),
     trace=st.builds(
         Trace, ids, st.lists(chunks(), max_size=3).map(tuple), st.sampled_from(TraceStop)
     ),
