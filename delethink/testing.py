@@ -12,11 +12,12 @@ returns, nothing was found. ``check_thinking_env`` stands beside Gymnasium's own
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from delethink.border import Border
 from delethink.carryover import Carryover, name_of
@@ -35,6 +36,8 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "role": str,
     "stop": (str, type(None)),
 }
+Policy = TypeVar("Policy", Carryover, Border)
+
 _TAGS = 1000  # ids of random windows; enough that equal tokens seldom stand in for each other
 
 
@@ -50,8 +53,8 @@ def check_carryover(
     """Whether a carryover policy keeps what it promises.
 
     It is asked at random borders and through whole traces: whether what it returns is token ids, no
-    more than its bound, and the same each time, in whatever order it is asked, after a copy through
-    ``pickle``, and for tokens in one block of memory as for a tuple.
+    more than its bound, and the same each time, in whatever order it is asked, as a copy of itself,
+    and for tokens in one block of memory as for a tuple.
 
     Args:
         policy: what is checked.
@@ -93,7 +96,7 @@ def _check_borders(
         answer = _carried(policy, head, window, size)
         asked.append((head, window, answer))
         head = answer[0] if rng.random() < 0.7 else heads[0]
-    other = pickle.loads(pickle.dumps(policy))
+    other = _copied(policy)
     rng.shuffle(asked)
     for head, window, answer in asked:
         blocks = (None if head is None else token_array(head), token_array(window))
@@ -151,6 +154,14 @@ def _check_traces(
             state = state.advance(_random_ids(rng, count, tokenizer), StopReason.LENGTH)
 
 
+def _copied(value: Policy) -> Policy:
+    """As it would arrive in another process; a class that is local to a function cannot go there."""
+    try:
+        return pickle.loads(pickle.dumps(value))  # type: ignore[no-any-return]
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return copy.deepcopy(value)
+
+
 def _random_ids(rng: random.Random, count: int, tokenizer: Tokenizer | None) -> TokenIds:
     known = len(tokenizer) if isinstance(tokenizer, Sized) else _TAGS
     return tuple(rng.randrange(known) for _ in range(count))
@@ -189,7 +200,7 @@ def check_border(
         room = rng.randint(1, border.within)
         asked.append((chunk, room, border.ends(chunk, room)))
     rng.shuffle(asked)
-    other = pickle.loads(pickle.dumps(border))
+    other = _copied(border)
     for chunk, room, answer in asked:
         _hold(
             bool(border.ends(chunk, room)) == bool(answer) == bool(other.ends(chunk, room)),
