@@ -155,7 +155,7 @@ def _check_traces(
 
 
 def _copied(value: Policy) -> Policy:
-    """As it would arrive in another process; a class that is local to a function cannot go there."""
+    """As it would arrive in another process, where its class is not local to a function."""
     try:
         return pickle.loads(pickle.dumps(value))  # type: ignore[no-any-return]
     except (pickle.PicklingError, AttributeError, TypeError):
@@ -290,7 +290,7 @@ class _EnvChecker:
             self._check_step(before, seen[-1], budget)
             state = self._follow(state, before, action, seen[-1])
             _hold(len(actions) <= 4 * budget + 4, "the episode does not end within its budget")
-            if wants_end and self.eos_ids:
+            if thinking and self._holds_end(action, seen[-1].info, bool(wants_end)):
                 _hold(seen[-1].terminated, "an end of the answer must terminate the episode")
         self._refuses(self._action(seen[-2].info, False), "a step after the end of the episode")
         return actions, seen
@@ -357,6 +357,15 @@ class _EnvChecker:
             most is None or info["carried"] <= most,
             f"{info['carried']} tokens are carried, more than the bound of {most}",
         )
+
+    def _holds_end(self, action: Any, info: dict[str, Any], wanted: bool) -> bool:
+        """Whether the tokens that were taken end the answer."""
+        if self.by_token:
+            return int(action) in self.eos_ids
+        early = self.spec is not None and self.spec.border is not None
+        if wanted and self.eos_ids and not self.by_text and not early:
+            return True
+        return int(info["output_ids"][-1]) in self.eos_ids
 
     def _start(self, fresh: _Seen) -> ThinkingState | None:
         return None if self.spec is None else start(self.spec, self._visible(fresh))

@@ -70,7 +70,8 @@ class Chunk:
 
     prompt_ids: TokenIds  # x_l: query, then what was carried
     output_ids: TokenIds  # y_l: sampled tokens, EOS included
-    logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)]
+    logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)];
+    # none where an environment was played by hand
     stop: StopReason
     carried: int = 0  # how many tokens at the end of prompt_ids come after the query
     policy_version: int | None = 0  # weight updates before y_l was sampled; None where it failed
