@@ -8,9 +8,11 @@ engine, and no tokenizer of its own. Letters in parentheses are those of The Mar
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from delethink.border import Border
 from delethink.carryover import Ask, Carryover, HeadTail, name_of
@@ -54,6 +56,8 @@ class ChunkSpec:
     policy: Carryover = field(init=False, repr=False, compare=False)  # whichever of both it is
 
     def __post_init__(self) -> None:
+        for name in ("context_size", "carryover_size", "max_chunks", "head_size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         self._settle_policy()
         if self.context_size < 1 or self.max_chunks < 1:
             raise ConfigError(
@@ -356,6 +360,13 @@ _TRACE_STOP = {
     StopReason.ABORT: TraceStop.ABORTED,
     StopReason.ERROR: TraceStop.ERROR,
 }
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _known(stop: StopReason | str) -> StopReason:

@@ -86,6 +86,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self.tokenizer: Any = CharacterTokenizer() if tokenizer is None else tokenizer
         self.chunk_spec = self._spec(chunk_spec, sizes)  # not `spec`: that is Gymnasium's own
         self.task: Task = make("delethink.tasks", task)
+        if not callable(getattr(self.task, "problem", None)):
+            raise ConfigError(f"a task has problem(split, index), got {task!r:.80}")
         self.reward = _reward(reward)
         self.vocabulary = self._size(vocabulary)
         self.eos_ids = self._ends(eos_ids)
@@ -115,6 +117,11 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             if name in sizes:
                 sizes[name] = make(f"delethink.{name}s", sizes[name])
         spec = DEFAULT_SPEC if chunk_spec is None else chunk_spec
+        if not isinstance(spec, ChunkSpec):
+            raise ConfigError(
+                f"chunk_spec must be a delethink.ChunkSpec, got {spec!r:.80}; its sizes may "
+                "also be given one by one: context_size=64"
+            )
         return replace(spec, **sizes).bind(self.tokenizer)
 
     def _size(self, vocabulary: int | None) -> int:
@@ -263,8 +270,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
 
 
 def _reward(reward: Reward | str) -> Reward:
-    if not isinstance(reward, str):
+    if callable(reward):
         return reward
+    if not isinstance(reward, str):
+        raise ConfigError(f"a reward is a name or a function of text and answer, got {reward!r}")
     found: Reward = resolve("delethink.rewards", reward)
     return found
 

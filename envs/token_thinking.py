@@ -91,7 +91,7 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
 
     def _token(self, action: Any) -> int:
         try:
-            token = operator.index(action)
+            token = -1 if isinstance(action, bool) else operator.index(action)
         except TypeError:
             token = -1
         if not 0 <= token < self.vocabulary:

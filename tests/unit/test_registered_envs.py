@@ -100,6 +100,12 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"eos_ids": [99]}, "at least one token below vocabulary=16"),
         ({"eos_ids": []}, "or no answer could ever end"),
         ({"vocabulary": 0}, "vocabulary must be at least 1"),
+        ({"context_size": "64"}, "context_size must be a whole number, got '64'"),
+        ({"context_size": 64.5}, "context_size must be a whole number, got 64.5"),
+        ({"chunk_spec": {"context_size": 64}}, "chunk_spec must be a delethink.ChunkSpec"),
+        ({"task": None}, "a task has problem(split, index), got None"),
+        ({"reward": 3}, "a reward is a name or a function of text and answer, got 3"),
+        ({"carryover": ["tail"]}, "carryover must be a delethink.carryover.Carryover"),
         ({"max_query_tokens": 0}, "max_query_tokens must be at least 1"),
     ],
 )
@@ -150,7 +156,7 @@ def test_the_text_interface_refuses_what_the_tokenizer_does_not_know() -> None:
         env.step("0" * 65)
 
 
-@pytest.mark.parametrize("action", [-1, 16, 1.0, "1", None, [1], np.array([1, 2]), 10**30])
+@pytest.mark.parametrize("action", [-1, 16, 1.0, "1", None, True, [1], np.ones(2), 10**30])
 def test_the_token_interface_refuses_what_is_no_token(action: Any) -> None:
     env = make("delethink/TokenThinking-v0")
     env.reset(seed=0)
