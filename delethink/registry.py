@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from delethink.errors import ConfigError, did_you_mean
+from delethink.errors import ConfigError, UserError, did_you_mean
 
 _SHIPPED = {
     "delethink.envs": {"thinking": "delethink.envs.thinking:ThinkingEnv"},
@@ -69,7 +69,7 @@ def resolve(group: str, name: str) -> Any:
     """The object that ``name`` stands for.
 
     Raises:
-        ConfigError: no such name; the text names the nearest one.
+        ConfigError: no such name (the text names the nearest one), or it stands for nothing.
     """
     known = names(group)
     if name in _IN_PROCESS[group]:
@@ -77,7 +77,15 @@ def resolve(group: str, name: str) -> Any:
     if name not in known:
         raise ConfigError(f"unknown {_kind(group)} {name!r}.{did_you_mean(name, known)}")
     module, _, attribute = known[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except UserError:
+        raise
+    except (ImportError, AttributeError) as problem:
+        raise ConfigError(
+            f"the {_kind(group)} {name!r} stands for {known[name]}, which cannot be loaded: "
+            f"{problem}"
+        ) from problem
 
 
 def make(group: str, value: Any) -> Any:

@@ -34,9 +34,10 @@ def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, objec
         parts: (class, heading, text) of each.
         facts: shown in a line on top.
     """
+    # A line break after <pre> is no part of its text, so that one there keeps those of the text.
     line = " · ".join(f"{name} {value}" for name, value in facts.items())
     sections = "".join(
-        f'<section><h2>{_escape(heading)}</h2><pre class="{_escape(kind)}">{_escape(text)}</pre>'
+        f'<section><h2>{_escape(heading)}</h2><pre class="{_escape(kind)}">\n{_escape(text)}</pre>'
         "</section>"
         for kind, heading, text in parts
     )

@@ -411,10 +411,14 @@ def test_a_package_names_a_policy_by_an_entry_point(
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
         "[delethink.carryovers]\nlast = their_carryovers:Last\n"
+        "lost = their_carryovers:Lost\ngone = their_gone:Gone\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     made = registry.make("delethink.carryovers", "last")
     assert borders(ChunkSpec(6, 2, 3, carryover=made))[1] == (5, (6,))
+    for name in ("lost", "gone"):
+        with pytest.raises(ConfigError, match=f"'{name}' stands for .*which cannot be loaded"):
+            registry.make("delethink.carryovers", name)
 
 
 # -- borders that fall early -----------------------------------------------------------------------

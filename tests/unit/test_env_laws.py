@@ -7,6 +7,7 @@ interface and a rollout, and each is held against the others.
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,6 +282,23 @@ def test_text_and_tokens_agree_or_say_where_they_differ(play: Play) -> None:
         assert said["output_ids"] == chunk.output_ids
         assert said["prompt_ids"] == info["prompt_ids"]
         assert (reward, terminated, truncated) == (earned, *ends)
+
+
+@pytest.mark.parametrize("kind", [ThinkingEnv, TokenThinkingEnv])
+def test_memory_does_not_grow_with_the_chunks_where_no_trace_is_kept(kind: type) -> None:
+    def held(chunks: int, keep_trace: bool) -> int:
+        env = kind(context_size=64, carryover_size=32, max_chunks=2000, keep_trace=keep_trace)
+        env.reset(seed=0)
+        action = 6 if kind is TokenThinkingEnv else [6] * 32
+        tracemalloc.start()
+        while env.step(action)[4]["chunk"] < chunks:
+            pass
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size
+
+    assert held(300, keep_trace=False) < held(10, keep_trace=False) + 2_000
+    assert held(300, keep_trace=True) > held(10, keep_trace=True) + 290 * 32 * 8
 
 
 # -- traces ----------------------------------------------------------------------------------------

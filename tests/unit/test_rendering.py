@@ -34,7 +34,8 @@ class Reader(HTMLParser):
             self.parts[self._open] = ""
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "pre":
+        if tag == "pre" and self._open:
+            self.parts[self._open] = self.parts[self._open].removeprefix("\n")  # as browsers do
             self._open = None
 
     def handle_data(self, data: str) -> None:
