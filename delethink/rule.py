@@ -38,7 +38,7 @@ class ChunkSpec:
             that a context holds up to ``head_size`` more tokens. Off, the bound is exactly |q| + C,
             as in the code that trained the published models.
         carryover: what is carried instead of such a head and tail; it has no use for ``head_size``.
-        border: where a chunk may end before it is full; by default nowhere.
+        border: where a chunk that another follows may end before it is full; by default nowhere.
 
     Raises:
         ConfigError: a combination that leaves no new token in a chunk, or no sense.
@@ -264,10 +264,16 @@ class ThinkingState:
 
     def border_after(self, output_ids: TokenIds) -> bool:
         """Whether a border falls after these first tokens of a chunk before the chunk is full."""
-        border, room = self.spec.border, self.max_new_tokens - len(output_ids)
-        if border is None or self.context is not None or not 0 < room <= border.within:
+        border, room = self._border, self.max_new_tokens - len(output_ids)
+        if border is None or not 0 < room <= border.within:
             return False
         return bool(border.ends(output_ids, room))
+
+    @property
+    def _border(self) -> Border | None:
+        """What may end the chunk at hand early: nothing where no next chunk of thinking follows."""
+        last = self.num_chunks == self.spec.max_chunks - 1
+        return None if last or self.context is not None else self.spec.border
 
     def cut(self, output_ids: Sequence[int], stop: StopReason) -> tuple[TokenIds, StopReason]:
         """A chunk up to its border, and why it ends there.
@@ -280,18 +286,13 @@ class ThinkingState:
             stop: why sampling ended.
         """
         output_ids = as_token_ids(output_ids)
-        if self.spec.border is None or self.context is not None:
+        if self._border is None:
             return output_ids, stop
-        for count in range(self._first_border, len(output_ids)):
+        first = max(1, self.max_new_tokens - self._border.within)
+        for count in range(first, len(output_ids)):
             if self.border_after(output_ids[:count]):
                 return output_ids[:count], StopReason.LENGTH
         return output_ids, stop
-
-    @property
-    def _first_border(self) -> int:
-        """The least number of tokens after which a predicate is asked."""
-        within = self.spec.border.within if self.spec.border else 0
-        return max(1, self.max_new_tokens - within)
 
     def check(self, output_ids: TokenIds, stop: StopReason) -> None:
         """Refuses a chunk that cannot have been sampled from this state.
@@ -310,7 +311,7 @@ class ThinkingState:
             )
         if not output_ids and stop in (StopReason.EOS, StopReason.LENGTH):
             raise PolicyError(f"the policy returned no token and the stop reason {stop.value!r}")
-        if self.spec.border is not None and len(self.cut(output_ids, stop)[0]) < len(output_ids):
+        if self._border is not None and len(self.cut(output_ids, stop)[0]) < len(output_ids):
             raise PolicyError("the chunk goes on beyond a border; cut() tells where it ends")
 
     def advance(self, output_ids: Sequence[int], stop: StopReason) -> ThinkingState:

@@ -473,6 +473,16 @@ def test_a_rollout_ends_chunks_at_borders_with_their_own_log_probs() -> None:
     assert text(trace.chunks[1].prompt_ids[2:]) == "cde\n"
 
 
+def test_the_last_chunk_has_no_border_so_that_no_budget_is_lost() -> None:
+    state = start(LINES, QUERY).advance(ids("abcd\n"), StopReason.LENGTH)
+    state = state.advance(ids("ab\n"), StopReason.LENGTH)
+    assert state.num_chunks == LINES.max_chunks - 1
+    output, stop = state.cut(ids("a\nbc"), StopReason.LENGTH)
+    assert (text(output), stop) == ("a\nbc", StopReason.LENGTH)
+    single = start(replace(LINES, max_chunks=1), QUERY)
+    assert single.cut(ids("abcde\nab"), StopReason.LENGTH)[0] == ids("abcde\nab")
+
+
 def test_a_border_never_gives_a_chunk_more_than_its_room() -> None:
     class Never(Border):
         within = 8
