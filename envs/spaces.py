@@ -135,9 +135,13 @@ class UnicodeText(gymnasium.Space[str]):
         """A random text; ``mask`` is the most pieces or characters to draw."""
         longest = self.sample_length if mask is None else int(mask)
         count = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
-        text = "".join(self._draw() for _ in range(count))
-        while len(text) > self.max_length:  # pieces may have several characters
-            text = "" if not self.min_length else self._draw()
+        text = ""
+        for piece in (self._draw() for _ in range(count)):
+            if len(text) + len(piece) <= self.max_length:
+                text += piece
+        if len(text) < self.min_length:  # long pieces did not fit
+            shortest = min(self.pieces or "?", key=len)
+            text += shortest * -(-(self.min_length - len(text)) // len(shortest))
         return text
 
     def _draw(self) -> str:
