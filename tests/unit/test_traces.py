@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,17 @@ from hypothesis import strategies as st
 
 from delethink.envs.characters import CharacterTokenizer
 from delethink.envs.thinking import ThinkingEnv
-from delethink.errors import RolloutError, TraceFileError
+from delethink.errors import MissingExtraError, RolloutError, TraceFileError
 from delethink.policy import Sampling, ScriptedPolicy
 from delethink.rollout import cut_trace, extend_trace, replay_trace, retrace
 from delethink.rule import ChunkSpec
-from delethink.traces import TRACE_VERSION, TraceRecord, read_traces, write_traces
+from delethink.traces import (
+    TRACE_VERSION,
+    TraceRecord,
+    read_traces,
+    to_dataset,
+    write_traces,
+)
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceStop
 
 ids = st.lists(st.integers(0, 2**40), max_size=4).map(tuple)
@@ -159,6 +166,20 @@ def test_metadata_that_would_change_is_refused(tmp_path: Path, value: Any) -> No
 def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceFileError, match="cannot be written"):
         write_traces(tmp_path / "x.jsonl", [replace(record(), advantage=float("inf"))])
+
+
+def test_without_the_packages_for_it_parquet_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyarrow", "pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for work in (
+        lambda: write_traces(tmp_path / "x.parquet", [record()]),
+        lambda: list(read_traces(tmp_path / "x.parquet")),
+        lambda: to_dataset([record()]),
+    ):
+        with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[train\]'"):
+            work()
 
 
 # -- what can be done with one ---------------------------------------------------------------------
