@@ -5,9 +5,13 @@ The core, in reading order; what is heavier lives in rooms of its own (``delethi
 is imported from there. Importing this package loads the standard library only.
 """
 
+from delethink.border import Border
+from delethink.carryover import Ask, Carryover
 from delethink.errors import (
     ActionError,
+    CarryoverError,
     ConfigError,
+    ConformanceError,
     DelethinkError,
     MissingExtraError,
     ModelError,
@@ -15,13 +19,23 @@ from delethink.errors import (
     QueryTooLongError,
     RolloutError,
     RunDirectoryError,
+    TraceFileError,
     UserError,
     WeightSyncError,
 )
 from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
 from delethink.rollout import derive_seed, play_trace, play_traces
 from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.types import Chunk, Group, Problem, StopReason, TokenIds, Trace, TraceStop
+from delethink.types import (
+    Chunk,
+    ChunkRole,
+    Group,
+    Problem,
+    StopReason,
+    TokenIds,
+    Trace,
+    TraceStop,
+)
 
 __version__ = "0.1.0"
 
@@ -29,6 +43,7 @@ __all__ = [
     # types: every noun
     "TokenIds",
     "StopReason",
+    "ChunkRole",
     "TraceStop",
     "Problem",
     "Chunk",
@@ -38,6 +53,10 @@ __all__ = [
     "ChunkSpec",
     "ThinkingState",
     "start",
+    # carryover and border: what goes over a border, and where one falls early
+    "Carryover",
+    "Ask",
+    "Border",
     # policy: anything that continues a prompt
     "Policy",
     "Sampling",
@@ -53,11 +72,14 @@ __all__ = [
     "ConfigError",
     "QueryTooLongError",
     "ActionError",
+    "CarryoverError",
+    "TraceFileError",
     "ModelError",
     "RunDirectoryError",
     "MissingExtraError",
     "PolicyError",
     "RolloutError",
     "WeightSyncError",
+    "ConformanceError",
     "__version__",
 ]

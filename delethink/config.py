@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.registry import make
 from delethink.rule import ChunkSpec
 
 try:
@@ -22,6 +23,7 @@ try:
         Field,
         FiniteFloat,
         ValidationError,
+        field_validator,
         model_validator,
     )
 except ImportError as missing:
@@ -30,6 +32,20 @@ except ImportError as missing:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class NamedConfig(_Section):
+    """Something registered, by its name."""
+
+    name: str
+    """What it is called."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """What it is made with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class ThinkingConfig(_Section):
@@ -45,10 +61,29 @@ class ThinkingConfig(_Section):
     """How many of the carried tokens are the first ones of the trace."""
     head_outside: bool = False
     """The head comes on top of carryover_size, as in the paper's listing."""
+    carryover: NamedConfig | None = None
+    """A registered carryover instead of such a head and the latest tokens."""
+    border: NamedConfig | None = None
+    """A registered border, which may end a chunk before it is full."""
 
     def spec(self) -> ChunkSpec:
-        """The rule's own value of these sizes."""
-        return ChunkSpec(**self.model_dump())
+        """The rule's own value; policies that read text are still to be bound to a tokenizer."""
+        values = self.model_dump()
+        if self.carryover is not None and "head_size" not in self.model_fields_set:
+            del values["head_size"]
+        for key in ("carryover", "border"):
+            values[key] = make(f"delethink.{key}s", values[key])
+        return ChunkSpec(**values)
+
+    @field_validator("carryover", mode="before")
+    @classmethod
+    def _is_no_size(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError(
+                f"a carryover is a registered name, or a mapping with name and args, got {value}. "
+                "Did you mean 'carryover_size'?"
+            )
+        return value
 
     @model_validator(mode="after")
     def _is_possible(self) -> ThinkingConfig:

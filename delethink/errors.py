@@ -5,12 +5,15 @@
     │   ├── ConfigError         (ValueError)    a setting that is unknown, impossible or in conflict
     │   ├── QueryTooLongError   (ValueError)    a query that leaves no room for thinking
     │   ├── ActionError         (ValueError)    an environment was given a chunk it cannot take
+    │   ├── CarryoverError      (ValueError)    a carryover policy that does not keep its promise
+    │   ├── TraceFileError      (ValueError)    a file of traces that cannot be read or written
     │   ├── ModelError          (ValueError)    a model folder or tokenizer that cannot be used
     │   ├── RunDirectoryError   (OSError)       an output folder that cannot be written or is taken
     │   └── MissingExtraError   (ImportError)   an optional dependency that is not installed
     ├── PolicyError             (RuntimeError)  a policy broke the protocol
     ├── RolloutError            (RuntimeError)  too many traces of a step failed
-    └── WeightSyncError         (RuntimeError)  a worker did not take up new weights
+    ├── WeightSyncError         (RuntimeError)  a worker did not take up new weights
+    └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
 
 Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
 them survive pickling, because they cross process borders.
@@ -40,6 +43,14 @@ class QueryTooLongError(UserError, ValueError):
 
 class ActionError(UserError, ValueError):
     """An environment was given a chunk that its state does not allow."""
+
+
+class CarryoverError(UserError, ValueError):
+    """A carryover policy that returned more than it promised, or no token ids at all."""
+
+
+class TraceFileError(UserError, ValueError):
+    """A file of traces that cannot be read or written, or is of a version that is not known."""
 
 
 class ModelError(UserError, ValueError):
@@ -75,6 +86,10 @@ class RolloutError(DelethinkError, RuntimeError):
 
 class WeightSyncError(DelethinkError, RuntimeError):
     """A worker did not take up new weights in time, or runs others than it should."""
+
+
+class ConformanceError(DelethinkError, AssertionError):
+    """An environment or a policy fails a check of ``delethink.testing``; the text says which."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from delethink.errors import RolloutError, UserError
+from delethink.errors import PolicyError, RolloutError, UserError
 from delethink.policy import Policy, Sampling
 from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.types import Chunk, Problem, StopReason, TokenIds, Trace
+from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
 _logger = logging.getLogger(__name__)
 
@@ -105,19 +105,78 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     return float(reward)
 
 
-async def _play(policy: Policy, state: ThinkingState, sampling: Sampling) -> Trace:
-    chunks: list[Chunk] = []
+def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:
+    """The state that the chunks of a trace lead to.
+
+    Raises:
+        RolloutError: a chunk was sampled after another prompt than the rule of ``spec`` makes, or
+            could not have been sampled under it at all.
+    """
+    state = start(spec, trace.query_ids)
+    for i, chunk in enumerate(trace.chunks):
+        if chunk.prompt_ids != state.prompt_ids or chunk.role is not state.role:
+            raise RolloutError(f"chunk {i} was sampled after another prompt than {spec} makes")
+        try:
+            state = state.advance(chunk.output_ids, chunk.stop)
+        except PolicyError as problem:
+            raise RolloutError(f"chunk {i} does not follow {spec}: {problem}") from None
+    return state
+
+
+def cut_trace(trace: Trace, num_chunks: int) -> Trace:
+    """The first chunks of a trace, as one that ``extend_trace`` can go on with.
+
+    Raises:
+        RolloutError: it has fewer chunks.
+    """
+    if not 0 <= num_chunks <= len(trace.chunks):
+        raise RolloutError(
+            f"a trace of {len(trace.chunks)} chunks cannot be cut to {num_chunks}: 0 to "
+            f"{len(trace.chunks)}"
+        )
+    return replace(trace, chunks=trace.chunks[:num_chunks], stop=TraceStop.CUT)
+
+
+async def extend_trace(
+    policy: Policy,
+    spec: ChunkSpec,
+    trace: Trace,
+    sampling: Sampling,
+    max_model_tokens: int | None = None,
+) -> Trace:
+    """Goes on from where a trace was cut or its budget was spent, to its end under ``spec``.
+
+    With a ``spec`` of more chunks than the trace was played with, it thinks on past its old budget.
+
+    Raises:
+        RolloutError: the trace does not follow ``spec``, or it has ended under it.
+        QueryTooLongError: the query leaves no room for a context of thinking.
+    """
+    start(spec, trace.query_ids, max_model_tokens)  # for its own checks
+    state = retrace(spec, trace)
+    if state.stop is not None:
+        raise RolloutError(
+            f"the trace has ended ({state.stop.value}) under {spec}: cut it, or give it more chunks"
+        )
+    return await _play(policy, state, sampling, trace.chunks)
+
+
+async def _play(
+    policy: Policy, state: ThinkingState, sampling: Sampling, played: tuple[Chunk, ...] = ()
+) -> Trace:
+    chunks = list(played)
     while state.stop is None:
-        seeded = _seed_chunk(sampling, state.num_chunks)
-        chunk, state = await _play_chunk(policy, state, seeded)
+        chunk, state = await _play_chunk(policy, state, _seeded(sampling, state))
         chunks.append(chunk)
     return Trace(state.query_ids, tuple(chunks), state.stop)
 
 
-def _seed_chunk(sampling: Sampling, chunk: int) -> Sampling:
+def _seeded(sampling: Sampling, state: ThinkingState) -> Sampling:
     if sampling.seed is None:
         return sampling
-    return replace(sampling, seed=derive_seed(sampling.seed, chunk))
+    thinking = state.role is ChunkRole.THINKING
+    parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
+    return replace(sampling, seed=derive_seed(sampling.seed, *parts))
 
 
 async def _play_chunk(
@@ -126,22 +185,24 @@ async def _play_chunk(
     """One chunk and the state after it; what the policy raises or breaks becomes data."""
     try:
         done = await policy.generate(state.prompt_ids, state.max_new_tokens, sampling)
-        after = state.advance(done.token_ids, done.stop)
+        output_ids, stop = state.cut(done.token_ids, done.stop)
+        state.check(output_ids, stop)
         chunk = Chunk(
             prompt_ids=state.prompt_ids,
-            output_ids=done.token_ids,
-            logprobs=done.logprobs,
-            stop=done.stop,
-            carried=len(state.carried),
+            output_ids=output_ids,
+            logprobs=done.logprobs[: len(output_ids)],
+            stop=stop,
+            carried=len(state.prompt_ids) - len(state.query_ids),
             policy_version=done.policy_version,
-            error=_FAILURES.get(done.stop),
+            error=_FAILURES.get(stop),
+            role=state.role,
         )
     except UserError:
         raise
     except Exception as problem:  # the boundary between the library and any engine
         _logger.warning("a chunk failed", exc_info=True)
         return _failed_chunk(state, problem), state.advance((), StopReason.ERROR)
-    return chunk, after
+    return chunk, state.advance(output_ids, stop)
 
 
 _FAILURES = {
@@ -156,7 +217,8 @@ def _failed_chunk(state: ThinkingState, problem: Exception) -> Chunk:
         output_ids=(),
         logprobs=(),
         stop=StopReason.ERROR,
-        carried=len(state.carried),
+        carried=len(state.prompt_ids) - len(state.query_ids),
         policy_version=None,
         error=f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem),
+        role=state.role,
     )

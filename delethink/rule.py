@@ -1,16 +1,27 @@
 """The chunk rule: what is carried over a border, how long a chunk may be, when a trace ends.
 
-This is the only place that knows the rule. It is pure arithmetic over token ids: no tokenizer, no
-torch, no engine. Letters in parentheses are those of The Markovian Thinker (arXiv 2510.06557,
-section 4.1 and algorithm 1).
+This is the only place that knows the rule. It is pure arithmetic over token ids: no torch, no
+engine, and no tokenizer of its own. Letters in parentheses are those of The Markovian Thinker
+(arXiv 2510.06557, section 4.1 and algorithm 1). What exactly is carried is a policy's
+(``delethink.carryover``), where an early border falls another's (``delethink.border``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-from delethink.errors import ConfigError, PolicyError, QueryTooLongError
-from delethink.types import StopReason, TokenIds, TraceStop
+from delethink.border import Border
+from delethink.carryover import Ask, Carryover, HeadTail, name_of
+from delethink.errors import CarryoverError, ConfigError, PolicyError, QueryTooLongError
+from delethink.query import Tokenizer
+from delethink.tokens import as_token_ids
+from delethink.types import ChunkRole, StopReason, TokenIds, TraceStop
+
+_HEAD_SIZE = 100  # footnote 2 of the paper
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class ChunkSpec:
         head_outside: the head comes on top of ``carryover_size``, as in the paper's listing, so
             that a context holds up to ``head_size`` more tokens. Off, the bound is exactly |q| + C,
             as in the code that trained the published models.
+        carryover: what is carried instead of such a head and tail; it has no use for ``head_size``.
+        border: where a chunk that another follows may end before it is full; by default nowhere.
 
     Raises:
         ConfigError: a combination that leaves no new token in a chunk, or no sense.
@@ -36,10 +49,16 @@ class ChunkSpec:
     context_size: int
     carryover_size: int
     max_chunks: int
-    head_size: int = 100
+    head_size: int = _HEAD_SIZE
     head_outside: bool = False
+    carryover: Carryover | None = None
+    border: Border | None = None
+    policy: Carryover = field(init=False, repr=False, compare=False)  # whichever of both it is
 
     def __post_init__(self) -> None:
+        for name in ("context_size", "carryover_size", "max_chunks", "head_size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        self._settle_policy()
         if self.context_size < 1 or self.max_chunks < 1:
             raise ConfigError(
                 "context_size and max_chunks must be at least 1, "
@@ -51,12 +70,31 @@ class ChunkSpec:
                 f"has room for new tokens: got carryover_size={self.carryover_size} "
                 f"and context_size={self.context_size}"
             )
-        most = self.context_size if self.head_outside else self.carryover_size
-        if self.head_size < 0 or (self.head_size > most and not self.is_longcot):
-            bound = "context_size" if self.head_outside else "carryover_size"
+        if not self.is_longcot:
+            self.policy.check(self.carryover_size, self.context_size)
+
+    def _settle_policy(self) -> None:
+        """One way to say it: a head and a tail are always ``head_size`` and ``head_outside``."""
+        named = self.carryover
+        for what, given, kind in (("carryover", named, Carryover), ("border", self.border, Border)):
+            if given is not None and not isinstance(given, kind):
+                raise ConfigError(
+                    f"{what} must be a delethink.{what}.{kind.__name__}, got {given!r:.200}; "
+                    f"delethink.registry.make finds one by its name"
+                )
+        if named is not None and (self.head_outside or self.head_size not in (0, _HEAD_SIZE)):
             raise ConfigError(
-                f"head_size must be at least 0 and at most {bound}={most}, got {self.head_size}"
+                f"head_size and head_outside belong to the carryover 'head_tail': leave them out "
+                f"beside {name_of(named)!r}, or give them to the policy"
             )
+        if isinstance(named, HeadTail):
+            object.__setattr__(self, "head_size", named.head_size)
+            object.__setattr__(self, "head_outside", named.head_outside)
+            object.__setattr__(self, "carryover", None)
+        elif named is not None:
+            object.__setattr__(self, "head_size", 0)
+        policy = self.carryover or HeadTail(self.head_size, self.head_outside)
+        object.__setattr__(self, "policy", policy)
 
     @classmethod
     def longcot(cls, budget: int) -> ChunkSpec:
@@ -70,29 +108,88 @@ class ChunkSpec:
 
     @property
     def budget(self) -> int:
-        """The most sampled tokens of a trace: n = C + (I - 1)(C - m)."""
+        """The most sampled tokens of a trace: n = C + (I - 1)(C - m).
+
+        Where the model writes what is carried, those tokens too.
+        """
+        return self.thinking_budget + (self.max_chunks - 1) * self.max_written
+
+    @property
+    def thinking_budget(self) -> int:
+        """The most tokens of thinking: n, without what the model writes to be carried."""
         return self.context_size + (self.max_chunks - 1) * (self.context_size - self.carryover_size)
 
     @property
+    def ask(self) -> Ask | None:
+        """What the model is asked at a border, where it writes the carryover itself."""
+        return None if self.is_longcot else self.policy.ask(self.carryover_size)
+
+    @property
+    def max_written(self) -> int:
+        """The most tokens that the model writes at a border to be carried over it."""
+        return self.ask.max_new_tokens if self.ask else 0
+
+    @property
+    def max_carried(self) -> int | None:
+        """The most tokens that are ever carried; ``None`` where a policy sets no bound."""
+        return 0 if self.is_longcot else self.policy.bound(self.carryover_size)
+
+    @property
     def max_thinking_context(self) -> int:
-        """The most thinking tokens a context ever holds: C, and the head where it is outside."""
-        outside = self.head_size if self.head_outside and not self.is_longcot else 0
-        return self.context_size + outside
+        """The most tokens that a context ever holds beside the query.
+
+        C, and a head where it is outside. A policy without a bound may hold all thinking there is,
+        and a model that is asked at a border needs room for the question and its answer.
+        """
+        if self.is_longcot:
+            return self.context_size
+        carried = self.max_carried
+        if carried is None:
+            most = self.thinking_budget
+        else:
+            most = self.context_size + max(0, carried - self.carryover_size)
+        return most + (len(self.ask.prompt_ids) + self.max_written if self.ask else 0)
 
     def carry(self, head: TokenIds | None, window: TokenIds) -> tuple[TokenIds, TokenIds]:
-        """What goes over a border.
+        """What goes over a border, by this spec's policy and within its bound.
 
         Args:
-            head: the head of the trace, or ``None`` at the first border, where it is cut.
-            window: the other thinking tokens of the context, carried ones first.
+            head: the head of the trace, or ``None`` at the first border.
+            window: the other thinking tokens of the context, carried ones first; or what the model
+                wrote to be carried.
 
         Returns:
             The head and the tail, which are carried in this order.
+
+        Raises:
+            CarryoverError: the policy returned more tokens than its bound, or no tokens.
         """
-        if head is None:
-            head, window = window[: self.head_size], window[self.head_size :]
-        room = self.carryover_size - (0 if self.head_outside else len(head))
-        return head, window[max(0, len(window) - room) :]
+        returned = self.policy.carry(head, window, self.carryover_size)
+        try:
+            head, tail = map(as_token_ids, returned)
+        except (TypeError, ValueError):
+            raise CarryoverError(
+                f"the carryover {name_of(self.policy)!r} must return a head and a tail, each a "
+                f"sequence of token ids, and returned {returned!r:.200}"
+            ) from None
+        most, found = self.max_carried, len(head) + len(tail)
+        if most is not None and found > most:
+            raise CarryoverError(
+                f"the carryover {name_of(self.policy)!r} returned {found} tokens and promised "
+                f"{most} at most"
+            )
+        return head, tail
+
+    def bind(self, tokenizer: Tokenizer) -> ChunkSpec:
+        """The same spec, its policies able to read and write text.
+
+        ``state_block``, ``summary`` and ``line_break`` need it; others are left as they are.
+        """
+        carryover = self.carryover and self.carryover.bind(tokenizer)
+        border = self.border and self.border.bind(tokenizer)
+        if carryover is self.carryover and border is self.border:
+            return self
+        return replace(self, carryover=carryover, border=border)
 
 
 @dataclass(frozen=True)
@@ -100,66 +197,111 @@ class ThinkingState:
     """Where a trace stands: everything that decides what may be sampled next.
 
     A border throws the context away: the next prompt is ``query_ids + carried``, nothing else.
+    Where the model writes the carryover itself, a chunk of its own at the border comes in between.
     """
 
     spec: ChunkSpec
     query_ids: TokenIds
     head: TokenIds | None = None  # None before the first border
     tail: TokenIds = ()
-    num_chunks: int = 0  # chunks that have ended
-    num_sampled: int = 0  # tokens sampled in them
+    num_chunks: int = 0  # chunks of thinking that have ended
+    num_sampled: int = 0  # tokens sampled so far
+    num_written: int = 0  # those of them that were written to be carried
+    context: TokenIds | None = None  # thinking that ends, while the model writes what is carried
     stop: TraceStop | None = None  # None while the trace goes on
 
     @property
     def carried(self) -> TokenIds:
         """The thinking tokens that the context starts with."""
-        return (self.head or ()) + self.tail
+        return self.head + self.tail if self.head else self.tail
+
+    @property
+    def num_carried(self) -> int:
+        """How many they are."""
+        return len(self.head or ()) + len(self.tail)
+
+    @property
+    def role(self) -> ChunkRole:
+        """What the next chunk is for."""
+        return ChunkRole.THINKING if self.context is None else ChunkRole.CARRYOVER
 
     @property
     def prompt_ids(self) -> TokenIds:
         """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
-        return self.query_ids + self.carried
+        ask = None if self.context is None else self.spec.ask
+        if ask is None or self.context is None:
+            return self.query_ids + self.carried
+        return self.query_ids + self.context + ask.prompt_ids
 
     @property
     def max_new_tokens(self) -> int:
         """How many tokens the next chunk may have: C, later C - (tokens carried).
 
-        A head outside is not counted as carried. Never more than is left of the budget, which only
-        matters where a chunk ended early; 0 after the end.
+        A head outside is not counted as carried, nor what a policy carries beyond m. Never more
+        than is left of the budget, which only matters where a chunk ended early; 0 after the end.
         """
         if self.stop is not None:
             return 0
-        inside = len(self.tail if self.spec.head_outside else self.carried)
-        return min(self.spec.context_size - inside, self.spec.budget - self.num_sampled)
+        if self.context is not None:
+            return self.spec.max_written
+        inside = len(self.tail) if self.spec.policy.head_outside else self.num_carried
+        room = self.spec.context_size - min(inside, self.spec.carryover_size)
+        return min(room, self._thinking_left)
 
-    def advance(self, output_ids: TokenIds, stop: StopReason) -> ThinkingState:
-        """The state after a chunk.
+    @property
+    def budget_left(self) -> int:
+        """The most tokens that may still be sampled; 0 after the end."""
+        if self.stop is not None:
+            return 0
+        borders = self.spec.max_chunks - 1 - self.num_chunks
+        if self.context is not None:
+            borders += 1  # the one at hand
+        return self._thinking_left + borders * self.spec.max_written
+
+    @property
+    def _thinking_left(self) -> int:
+        return self.spec.thinking_budget - (self.num_sampled - self.num_written)
+
+    def border_after(self, output_ids: TokenIds) -> bool:
+        """Whether a border falls after these first tokens of a chunk before the chunk is full."""
+        border, room = self._border, self.max_new_tokens - len(output_ids)
+        if border is None or not 0 < room <= border.within:
+            return False
+        return bool(border.ends(output_ids, room))
+
+    @property
+    def _border(self) -> Border | None:
+        """What may end the chunk at hand early: nothing where no next chunk of thinking follows."""
+        last = self.num_chunks == self.spec.max_chunks - 1
+        return None if last or self.context is not None else self.spec.border
+
+    def cut(self, output_ids: Sequence[int], stop: StopReason) -> tuple[TokenIds, StopReason]:
+        """A chunk up to its border, and why it ends there.
+
+        A predicate that places borders early sees the tokens so far and no others, so what a policy
+        sampled beyond one was never part of the trace, exactly as if it had stopped there.
 
         Args:
-            output_ids: the tokens sampled from ``prompt_ids``, EOS included.
-            stop: why the chunk ended; only ``LENGTH`` leads to a next chunk. A chunk that is not
-                full may end so too: that is an early border.
+            output_ids: the tokens sampled from ``prompt_ids``.
+            stop: why sampling ended.
+        """
+        output_ids = as_token_ids(output_ids)
+        if self._border is None:
+            return output_ids, stop
+        first = max(1, self.max_new_tokens - self._border.within)
+        for count in range(first, len(output_ids)):
+            if self.border_after(output_ids[:count]):
+                return output_ids[:count], StopReason.LENGTH
+        return output_ids, stop
+
+    def check(self, output_ids: TokenIds, stop: StopReason) -> None:
+        """Refuses a chunk that cannot have been sampled from this state.
 
         Raises:
-            PolicyError: more tokens than allowed, none at all where some are needed, an unknown
-                stop reason, or a chunk after the end of the trace.
+            PolicyError: more tokens than allowed or tokens beyond a border, none at all where some
+                are needed, an unknown stop reason, or a chunk after the end of the trace.
         """
-        output_ids, stop = tuple(output_ids), _known(stop)
-        self._check(output_ids, stop)
-        after = replace(
-            self,
-            num_chunks=self.num_chunks + 1,
-            num_sampled=self.num_sampled + len(output_ids),
-            stop=_TRACE_STOP.get(stop),
-        )
-        if after.stop is not None:
-            return after
-        if after.num_chunks == self.spec.max_chunks or after.num_sampled == self.spec.budget:
-            return replace(after, stop=TraceStop.BUDGET)
-        head, tail = self.spec.carry(self.head, self.tail + output_ids)
-        return replace(after, head=head, tail=tail)
-
-    def _check(self, output_ids: TokenIds, stop: StopReason) -> None:
+        stop = _known(stop)
         if self.stop is not None:
             raise PolicyError(f"the trace has ended ({self.stop.value}); it takes no more chunks")
         if len(output_ids) > self.max_new_tokens:
@@ -169,6 +311,49 @@ class ThinkingState:
             )
         if not output_ids and stop in (StopReason.EOS, StopReason.LENGTH):
             raise PolicyError(f"the policy returned no token and the stop reason {stop.value!r}")
+        if self._border is not None and len(self.cut(output_ids, stop)[0]) < len(output_ids):
+            raise PolicyError("the chunk goes on beyond a border; cut() tells where it ends")
+
+    def advance(self, output_ids: Sequence[int], stop: StopReason) -> ThinkingState:
+        """The state after a chunk.
+
+        Args:
+            output_ids: the tokens sampled from ``prompt_ids``, EOS included, up to a border.
+            stop: why the chunk ended; only ``LENGTH`` leads to a next chunk of thinking. A chunk
+                that is not full may end so too: that is an early border. A chunk that writes what
+                is carried may end with EOS, too.
+
+        Raises:
+            PolicyError: see ``check``.
+            CarryoverError: the carryover policy broke its promise.
+        """
+        output_ids, stop = as_token_ids(output_ids), _known(stop)
+        self.check(output_ids, stop)
+        num_sampled = self.num_sampled + len(output_ids)
+        if self.context is not None:
+            return self._after_writing(output_ids, stop, num_sampled)
+        num_chunks = self.num_chunks + 1
+        after = partial(replace, self, num_chunks=num_chunks, num_sampled=num_sampled)
+        if stop is not StopReason.LENGTH:
+            return after(stop=_TRACE_STOP[stop])
+        spent = self._thinking_left == len(output_ids)
+        if num_chunks == self.spec.max_chunks or spent:
+            return after(stop=TraceStop.BUDGET)
+        if self.spec.ask is not None:
+            return after(context=self.carried + output_ids)
+        head, tail = self.spec.carry(self.head, self.tail + output_ids)
+        return after(head=head, tail=tail)
+
+    def _after_writing(
+        self, output_ids: TokenIds, stop: StopReason, num_sampled: int
+    ) -> ThinkingState:
+        num_written = self.num_written + len(output_ids)
+        after = replace(self, num_sampled=num_sampled, num_written=num_written)
+        if stop in (StopReason.ABORT, StopReason.ERROR):
+            return replace(after, stop=_TRACE_STOP[stop])
+        written = output_ids[:-1] if stop is StopReason.EOS else output_ids
+        head, tail = self.spec.carry(self.head, written)
+        return replace(after, head=head, tail=tail, context=None)
 
 
 _TRACE_STOP = {
@@ -176,6 +361,13 @@ _TRACE_STOP = {
     StopReason.ABORT: TraceStop.ABORTED,
     StopReason.ERROR: TraceStop.ERROR,
 }
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _known(stop: StopReason | str) -> StopReason:
@@ -188,7 +380,7 @@ def _known(stop: StopReason | str) -> StopReason:
 
 
 def start(
-    spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None = None
+    spec: ChunkSpec, query_ids: Sequence[int], max_model_tokens: int | None = None
 ) -> ThinkingState:
     """The state of a trace that has not begun.
 
@@ -202,7 +394,8 @@ def start(
             query is empty.
         ConfigError: a context of thinking alone is.
     """
-    query_ids = tuple(query_ids)
+    query_ids = as_token_ids(query_ids)
+    _check_bound(spec)
     room = None if max_model_tokens is None else max_model_tokens - spec.max_thinking_context
     if room is not None and room < 1:
         raise ConfigError(
@@ -218,3 +411,13 @@ def start(
             f"{room} at most"
         )
     return ThinkingState(spec, query_ids)
+
+
+def _check_bound(spec: ChunkSpec) -> None:
+    """A policy that reads text needs a tokenizer before a trace begins, not at its first border."""
+    for policy in (spec.policy, spec.border):
+        if policy is not None and policy.unbound and not spec.is_longcot:
+            raise ConfigError(
+                f"{name_of(policy)!r} works on text: give the spec a tokenizer with "
+                "spec.bind(tokenizer)"
+            )

@@ -26,6 +26,13 @@ class StopReason(str, Enum):
     ERROR = "error"  # the policy raised
 
 
+class ChunkRole(str, Enum):
+    """What a chunk was sampled for."""
+
+    THINKING = "thinking"
+    CARRYOVER = "carryover"  # written at a border to be carried over it: a summary
+
+
 class TraceStop(str, Enum):
     """Why a trace ended."""
 
@@ -33,6 +40,7 @@ class TraceStop(str, Enum):
     BUDGET = "budget"  # every chunk, or every token, was used up
     ABORTED = "aborted"
     ERROR = "error"
+    CUT = "cut"  # it did not: chunks were taken off its end, and it can be gone on with
 
     @property
     def is_failure(self) -> bool:
@@ -62,11 +70,13 @@ class Chunk:
 
     prompt_ids: TokenIds  # x_l: query, then what was carried
     output_ids: TokenIds  # y_l: sampled tokens, EOS included
-    logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)]
+    logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)];
+    # none where an environment was played by hand
     stop: StopReason
-    carried: int = 0  # how many tokens at the end of prompt_ids were carried over the border
+    carried: int = 0  # how many tokens at the end of prompt_ids come after the query
     policy_version: int | None = 0  # weight updates before y_l was sampled; None where it failed
     error: str | None = None  # what went wrong, where stop is ABORT or ERROR
+    role: ChunkRole = ChunkRole.THINKING
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,21 @@ class Trace:
 
     @property
     def length(self) -> int:
-        """l(tau), its sampled tokens; carried ones count once, where they were sampled."""
+        """l(tau), its sampled tokens; carried ones count once, where they were sampled.
+
+        A carryover that the model wrote was sampled too, and counts.
+        """
         return sum(len(chunk.output_ids) for chunk in self.chunks)
 
     @property
+    def thinking(self) -> tuple[Chunk, ...]:
+        """The chunks without those in which the model wrote what is carried."""
+        return tuple(chunk for chunk in self.chunks if chunk.role is ChunkRole.THINKING)
+
+    @property
     def output_ids(self) -> TokenIds:
-        """All sampled tokens in order, stitched: what the reward reads."""
-        return tuple(token for chunk in self.chunks for token in chunk.output_ids)
+        """All tokens of thinking in order, stitched: what the reward reads."""
+        return tuple(token for chunk in self.thinking for token in chunk.output_ids)
 
     @property
     def error(self) -> str | None:

@@ -1,205 +1,158 @@
-"""Thinking as a Gymnasium environment: one step is one chunk.
-
-A border between chunks is neither ``terminated`` nor ``truncated``: the context is thrown away and
-the next observation is the query and what the rule carries over. ``terminated`` means that the
-policy ended its answer, ``truncated`` that the budget is spent.
-"""
+"""Thinking as a Gymnasium environment: one step is one chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, SupportsFloat
+from typing import Any
 
-import gymnasium
 import numpy as np
-from numpy.typing import NDArray
 
-from delethink.errors import ActionError
-from delethink.query import Tokenizer, query_ids, reward_text
-from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.types import Problem, StopReason, TraceStop
+from delethink.envs.episode import EpisodeEnv, as_array
+from delethink.envs.spaces import Ids, TokenSequence, UnicodeText
+from delethink.errors import ActionError, ConfigError, did_you_mean
+from delethink.query import encode, retokenized_at
+from delethink.rule import ThinkingState
+from delethink.tokens import as_token_ids, memory_of, token_array
+from delethink.types import StopReason, TokenIds, TraceStop
 
-Ids = NDArray[np.int64]
-
-
-class Task(Protocol):
-    """A stream of problems, indexable without end."""
-
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split``."""
-        ...
+_INTERFACES = ("tokens", "text")
+_BYTES = 4  # the most tokens that a character of Unicode is, where a token is at least a byte
 
 
-class TokenSequence(gymnasium.Space[Ids]):
-    """Sequences of ``min_length`` to ``max_length`` token ids below ``vocabulary``.
-
-    Gymnasium's own ``Sequence`` has no longest length, and ``Text`` no token ids.
-    """
-
-    def __init__(
-        self, vocabulary: int, max_length: int, min_length: int = 0, seed: int | None = None
-    ) -> None:
-        super().__init__(shape=None, dtype=np.int64, seed=seed)
-        self.vocabulary = vocabulary
-        self.min_length = min_length
-        self.max_length = max_length
-
-    def sample(self, mask: Any = None, probability: Any = None) -> Ids:
-        """A sequence of random length and tokens."""
-        length = self.np_random.integers(self.min_length, self.max_length + 1)
-        return self.np_random.integers(0, self.vocabulary, length)
-
-    def contains(self, x: Any) -> bool:
-        """Whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
-        try:
-            ids = np.asarray(x)
-        except ValueError:  # ragged
-            return False
-        if ids.ndim != 1 or not self.min_length <= len(ids) <= self.max_length:
-            return False
-        if len(ids) == 0:
-            return True
-        whole = np.issubdtype(ids.dtype, np.integer)
-        return bool(whole and 0 <= ids.min() and ids.max() < self.vocabulary)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TokenSequence) and vars_of(self) == vars_of(other)
-
-    def __repr__(self) -> str:
-        return f"TokenSequence({self.vocabulary}, {self.max_length}, {self.min_length})"
-
-
-def vars_of(space: TokenSequence) -> tuple[int, int, int]:
-    """What makes two spaces equal."""
-    return space.vocabulary, space.max_length, space.min_length
-
-
-class ThinkingEnv(gymnasium.Env[Ids, Ids]):
+class ThinkingEnv(EpisodeEnv[Any, Any]):
     """One episode is one trace: a problem, answered chunk by chunk.
 
     Args:
-        task: where problems come from.
-        reward: scores the stitched text of a finished trace against the gold answer.
-        tokenizer: turns prompts into ids and traces into text.
-        chunk_spec: the chunk rule's sizes.
-        eos_ids: the tokens that end an answer.
-        vocabulary: number of token ids.
-        split: the task's split to draw from.
-        max_query_tokens: bound of the observation space on the query.
+        interface: ``"tokens"``: actions and observations are token ids. ``"text"``: they are text,
+            which the tokenizer turns into ids; an end of the answer is spelt as its token.
+        options: see ``EpisodeEnv``.
 
-    An action is the token ids of a chunk. One that ends with EOS ends the trace; any other leads to
-    a border, also where the chunk is not full. The observation is the prompt of the next chunk, and
-    ``info`` says how many tokens that chunk may have (``max_new_tokens``), which chunk it is
-    (``chunk``), how many tokens were sampled (``num_sampled``) and are left (``budget_left``), how
-    many of the observation were carried (``carried``), and at the end why (``stop``).
+    An action is a chunk. One that holds EOS ends the trace there; any other leads to a border, also
+    where the chunk is not full. What lies beyond the end, or beyond a border that the spec's
+    predicate places, was never sampled: it is left out (``ignored``). The observation is the prompt
+    of the next chunk, and ``info`` says
+
+    - ``prompt_ids`` and ``output_ids``: the exact ids of that prompt, and of the chunk just taken;
+    - ``max_new_tokens``: how many tokens the next chunk may have; 0 after the end;
+    - ``role``: ``"thinking"``, or ``"carryover"`` where the chunk writes what is carried;
+    - ``chunk``: its index; ``carried``: how many thinking tokens it starts with;
+    - ``num_sampled`` and ``budget_left``: tokens so far, and the most that may follow;
+    - ``ignored``: tokens of the action that were left out;
+    - ``stop``: at the end, why;
+    - ``retokenized_at``, with text only: the first position of ``prompt_ids`` from which the
+      observation, as text, would be other tokens; -1 where there is none.
     """
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - the name and type are Gymnasium's
-
-    def __init__(
-        self,
-        task: Task,
-        reward: Callable[[str, str], SupportsFloat],
-        tokenizer: Tokenizer,
-        chunk_spec: ChunkSpec,
-        eos_ids: Sequence[int],
-        vocabulary: int,
-        split: str = "train",
-        max_query_tokens: int = 2048,
-        render_mode: str | None = None,
-    ) -> None:
-        self.task, self.reward, self.tokenizer = task, reward, tokenizer
-        self.chunk_spec = chunk_spec  # not `spec`: that is the name of Gymnasium's own
-        self.eos_ids, self.split = frozenset(eos_ids), split
-        self.max_query_tokens = max_query_tokens
-        self.render_mode = render_mode
-        self.vocabulary = vocabulary
-        self.action_space = TokenSequence(vocabulary, chunk_spec.context_size, min_length=1)
-        longest = max_query_tokens + chunk_spec.max_thinking_context
-        self.observation_space = TokenSequence(vocabulary, longest, min_length=1)
-        self.problem: Problem | None = None
-        self._state: ThinkingState | None = None
-        self._sampled: list[int] = []
+    def __init__(self, *args: Any, interface: str = "tokens", **options: Any) -> None:
+        super().__init__(*args, **options)
+        if interface not in _INTERFACES:
+            raise ConfigError(
+                f"unknown interface {interface!r}.{did_you_mean(str(interface), _INTERFACES)}"
+            )
+        self.interface = interface
+        spec = self.chunk_spec
+        longest = max(spec.context_size, 1 if spec.is_longcot else spec.max_written)
+        always = spec.context_size - (0 if spec.is_longcot else spec.carryover_size)
+        if spec.max_written:
+            always = min(always, spec.max_written)
+        # Where no chunk had more than C - m tokens, the next may have as many: so random ones do.
+        if interface == "tokens":
+            self.action_space: Any = TokenSequence(
+                self.vocabulary, longest, min_length=1, sample_length=always
+            )
+            self.observation_space: Any = TokenSequence(
+                self.vocabulary, self.longest_context, min_length=1
+            )
+            return
+        pieces = getattr(self.tokenizer, "pieces", None)
+        token = self._longest_token()
+        self.action_space = UnicodeText(
+            longest * token,
+            min_length=1,
+            pieces=pieces,
+            sample_length=always if pieces else max(1, always // _BYTES),
+        )
+        self.observation_space = UnicodeText(self.longest_context * token, pieces=pieces)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Ids, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Draws a problem, or takes ``options["problem"]``.
 
         Raises:
             QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
+            ConfigError: an unknown option.
         """
-        super().reset(seed=seed)
-        self.problem = (options or {}).get("problem") or self.task.problem(
-            self.split, int(self.np_random.integers(2**31))
-        )
-        longest = self.max_query_tokens + self.chunk_spec.max_thinking_context
-        query = query_ids(self.tokenizer, self.problem)
-        self._state = start(self.chunk_spec, query, longest)
-        self._sampled = []
-        return self._observation(self._state), self._info(self._state)
+        return self._seen(self._begin(seed, options), (), 0)
 
-    def step(self, action: Any) -> tuple[Ids, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Takes one chunk.
 
         Raises:
             ActionError: the chunk is empty, too long or not of known ids, or the trace has ended.
         """
         state = self._running_state()
-        output_ids = self._checked(action, state.max_new_tokens)
-        ended = output_ids[-1] in self.eos_ids
-        state = state.advance(output_ids, StopReason.EOS if ended else StopReason.LENGTH)
-        self._state = state
-        self._sampled.extend(output_ids)
-        terminated = state.stop is TraceStop.COMPLETED
-        truncated = state.stop is TraceStop.BUDGET
-        reward = self._score() if state.stop is not None else 0.0
-        return self._observation(state), reward, terminated, truncated, self._info(state)
-
-    def render(self) -> str | None:
-        """The query, what is carried and all that was sampled, as text."""
-        if self.render_mode != "ansi" or self._state is None:
-            return None
-        parts = {
-            "query": self._state.query_ids,
-            "carried": self._state.carried,
-            "sampled so far": self._sampled,
-        }
-        return "\n".join(f"[{name}]\n{self.tokenizer.decode(ids)}" for name, ids in parts.items())
-
-    def _running_state(self) -> ThinkingState:
-        if self._state is None:
-            raise ActionError("call reset() before the first step()")
-        if self._state.stop is not None:
-            raise ActionError(f"the trace has ended ({self._state.stop.value}); call reset()")
-        return self._state
-
-    def _checked(self, action: Any, limit: int) -> tuple[int, ...]:
-        if not self.action_space.contains(action):
+        given = self._ids(action, state)
+        sampled, ended = self._to_end(given)
+        stop = StopReason.EOS if ended else StopReason.LENGTH
+        output_ids, stop = state.cut(token_array(sampled), stop)
+        if len(output_ids) > state.max_new_tokens:
             raise ActionError(
-                f"an action is 1 to {limit} token ids below {self.vocabulary}, got {action!r}"
+                f"this chunk takes {state.max_new_tokens} tokens at most, got {len(output_ids)}"
             )
-        ids = tuple(int(token) for token in action)
-        ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
-        if ends:
-            ids = ids[: ends[0] + 1]  # nothing is sampled after the end
-        if len(ids) > limit:
-            raise ActionError(f"this chunk takes {limit} tokens at most, got {len(ids)}")
-        return ids
+        state, reward = self._take(output_ids, stop)
+        observation, info = self._seen(state, output_ids, len(given) - len(output_ids))
+        terminated, truncated = state.stop is TraceStop.COMPLETED, state.stop is TraceStop.BUDGET
+        return observation, reward, terminated, truncated, info
 
-    def _score(self) -> float:
-        assert self.problem is not None
-        return float(self.reward(reward_text(self.tokenizer, self._sampled), self.problem.answer))
+    def _ids(self, action: Any, state: ThinkingState) -> Ids:
+        """The action as an array of ids."""
+        if self.interface == "text":
+            if not self.action_space.contains(action):
+                raise ActionError(
+                    f"an action is a text of 1 to {self.action_space.max_length} characters that "
+                    f"the tokenizer knows, got {action!r:.200}"
+                )
+            action = encode(self.tokenizer, action)
+        ids, space = self._array(action), self.action_space
+        if self.interface == "text":
+            space = TokenSequence(self.vocabulary, max(1, len(ids)), min_length=1)
+        if not space.contains(ids):
+            raise ActionError(
+                f"an action is 1 to {state.max_new_tokens} token ids below {self.vocabulary}, got "
+                f"{action!r:.200}"
+            )
+        return np.ascontiguousarray(ids, dtype=np.int64)
 
-    def _observation(self, state: ThinkingState) -> Ids:
-        return np.asarray(state.prompt_ids, dtype=np.int64)
+    @staticmethod
+    def _array(action: Any) -> Any:
+        if isinstance(action, np.ndarray):
+            return action
+        try:
+            ids = as_token_ids(action)
+            return np.asarray(memory_of(ids)) if not isinstance(ids, tuple) else np.asarray(ids)
+        except (TypeError, ValueError):
+            return np.asarray(None)
 
-    def _info(self, state: ThinkingState) -> dict[str, Any]:
-        return {
-            "max_new_tokens": state.max_new_tokens,
-            "chunk": state.num_chunks,
-            "carried": len(state.carried),
-            "num_sampled": state.num_sampled,
-            "budget_left": 0 if state.stop else self.chunk_spec.budget - state.num_sampled,
-            "stop": state.stop.value if state.stop else None,
-        }
+    def _to_end(self, ids: Ids) -> tuple[Ids, bool]:
+        """The ids up to the first EOS, as nothing is sampled after it, and whether there is one."""
+        ends = [int(places[0]) for e in self.eos_ids if len(places := np.flatnonzero(ids == e))]
+        return (ids[: min(ends) + 1], True) if ends else (ids, False)
+
+    def _seen(
+        self, state: ThinkingState, output_ids: TokenIds, ignored: int
+    ) -> tuple[Any, dict[str, Any]]:
+        prompt_ids = state.prompt_ids
+        info = self._facts(state)
+        info["prompt_ids"], info["output_ids"] = prompt_ids, token_array(output_ids)
+        info["ignored"] = ignored
+        if self.interface == "tokens":
+            return as_array(prompt_ids), info
+        differs = retokenized_at(self.tokenizer, prompt_ids)
+        info["retokenized_at"] = -1 if differs is None else differs
+        return self._text(prompt_ids), info
+
+    def _longest_token(self) -> int:
+        """The most characters of a token."""
+        if hasattr(self.tokenizer, "get_vocab"):
+            return max(map(len, self.tokenizer.get_vocab()))
+        return max(len(self._text((i,))) for i in range(self.vocabulary))

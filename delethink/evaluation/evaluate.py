@@ -94,7 +94,7 @@ class Evaluator:
             accuracy_interval=wilson(right, n),
             thinking_tokens=sum(lengths) / n,
             thinking_tokens_interval=mean_interval(lengths),
-            chunks=sum(len(trace.chunks) for trace in traces) / n,
+            chunks=sum(len(trace.thinking) for trace in traces) / n,
             budget_share=sum(trace.stop is TraceStop.BUDGET for trace in traces) / n,
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from delethink.errors import RolloutError
 from delethink.types import TokenIds, Trace
 
 
@@ -36,13 +37,22 @@ class Span(NamedTuple):
 
 
 def flatten(trace: Trace, pad_id: int) -> Row:
-    """The row of a trace. A trace without a single token becomes one masked ``pad_id``."""
+    """The row of a trace. A trace without a single token becomes one masked ``pad_id``.
+
+    Raises:
+        RolloutError: a chunk has no log-probs, because nobody sampled it.
+    """
     ids: list[int] = []
     logprobs: list[float] = []
     mask: list[int] = []
     for chunk in trace.chunks:
         if not chunk.output_ids:  # a chunk that failed before its first token
             continue
+        if len(chunk.logprobs) != len(chunk.output_ids):  # played by hand: nothing to train on
+            raise RolloutError(
+                f"a chunk of {len(chunk.output_ids)} tokens has {len(chunk.logprobs)} log-probs; "
+                "a trace that was not sampled by a policy cannot be trained on"
+            )
         prompt: TokenIds = chunk.prompt_ids if ids else ()
         ids += [*prompt, *chunk.output_ids]
         logprobs += [0.0] * len(prompt) + list(chunk.logprobs)

@@ -34,12 +34,13 @@ from delethink.serving.checkpoint import (
 )
 from delethink.serving.engine import Engine
 from delethink.serving.factory import choose_engine, make_engine
+from delethink.traces import TraceRecord
 from delethink.training.curves import plot_curves
 from delethink.training.grpo import DelethinkTrainer, Sampled
 from delethink.training.preflight import Prepared
 from delethink.training.progress import Reporter
 from delethink.training.run_directory import RunDirectory
-from delethink.types import Chunk, Problem, Trace, TraceStop
+from delethink.types import Problem, Trace, TraceStop
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer
 RewardFunction = Callable[[str, str], float]
@@ -69,8 +70,9 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     heldout = [task.problem("heldout", i) for i in range(recipe.evaluation.num_problems)]
     examples = _examples(recipe, task)
     asked = [*examples, *heldout]
-    _check_queries(recipe.thinking.spec(), tokenizer, asked, longest_sequence(model))
-    trl_config = _trl_config(recipe, run.checkpoints)
+    spec = recipe.thinking.spec().bind(tokenizer)
+    _check_queries(spec, tokenizer, asked, longest_sequence(model))
+    trl_config = _trl_config(recipe, spec, run.checkpoints)
     model.to(trl_config.device)
 
     reporter.say(f"run directory: {run.path}")
@@ -78,11 +80,11 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     with closing(_make_engine(recipe, model, tokenizer)) as engine:
         score, temperature = rewards[recipe.accuracy_reward], recipe.training.temperature
         evaluator = Evaluator(heldout, score, tokenizer, temperature, recipe.seed)
-        job = _Job(recipe, run, reporter, engine, evaluator, task, tokenizer, model)
+        job = _Job(recipe, spec, run, reporter, engine, evaluator, task, tokenizer, model)
         job.measure_baselines()
         job.fit(examples, rewards, trl_config)
-        job.add_row("after RL, Delethink", recipe.thinking.spec())
-        reporter.table(job.rows, recipe.thinking.spec(), run.path)
+        job.add_row("after RL, Delethink", spec)
+        reporter.table(job.rows, spec, run.path)
     return run.path
 
 
@@ -115,6 +117,7 @@ class _Job:
     """What the parts of a run share."""
 
     recipe: Recipe
+    spec: ChunkSpec  # bound to the tokenizer
     run: RunDirectory
     reporter: Reporter
     engine: Engine
@@ -142,7 +145,7 @@ class _Job:
 
     def measure_baselines(self) -> None:
         """The base model in one context of C, as LongCoT, and with Delethink zero-shot."""
-        spec = self.recipe.thinking.spec()
+        spec = self.spec
         self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
         query = max(len(query_ids(self.tokenizer, p)) for p in self.evaluator.problems)
         if query + spec.budget <= self.engine.max_model_tokens:
@@ -198,7 +201,7 @@ class _Job:
             task=self.task,
             reward=reward,
             tokenizer=self.tokenizer,
-            chunk_spec=self.recipe.thinking.spec(),
+            chunk_spec=self.spec,
             eos_ids=eos_ids(self.model, self.tokenizer),
             vocabulary=vocabulary_size(self.model),
             max_query_tokens=self.engine.max_model_tokens,
@@ -214,8 +217,8 @@ class _Job:
             Sampling(self.recipe.training.temperature, derive_seed(seed, i))
             for i in range(len(examples))
         ]
-        spec, longest = self.recipe.thinking.spec(), self.engine.max_model_tokens
-        traces = asyncio.run(play_traces(self.engine, spec, queries, samplings, longest))
+        longest = self.engine.max_model_tokens
+        traces = asyncio.run(play_traces(self.engine, self.spec, queries, samplings, longest))
         self.step["seconds_sampling"] = time.perf_counter() - started
         return traces
 
@@ -226,7 +229,7 @@ class _Job:
         self.step["traces"] = n
         self.step["sampled_tokens"] = sum(trace.length for trace in traces)
         self.step["thinking_tokens"] = self.step["sampled_tokens"] / n
-        self.step["chunks"] = sum(len(trace.chunks) for trace in traces) / n
+        self.step["chunks"] = sum(len(trace.thinking) for trace in traces) / n
         self.step["budget_share"] = sum(t.stop is TraceStop.BUDGET for t in traces) / n
         self.step["failed_share"] = sum(t.stop.is_failure for t in traces) / n
         step = int(self.trainer.state.global_step) + 1
@@ -284,7 +287,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
             return None
         limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
         try:
-            return self._job.measure("held-out", self._job.recipe.thinking.spec(), limit).accuracy
+            return self._job.measure("held-out", self._job.spec, limit).accuracy
         except RolloutError as problem:  # the run is worth more than this one point
             self._job.reporter.say(f"step {step}: not evaluated: {problem}")
             return None
@@ -294,31 +297,15 @@ def trace_records(sampled: Sampled, tokenizer: Any) -> list[dict[str, Any]]:
     """One JSON object a trace: what was sampled, exactly as trained."""
     rows = zip(sampled.examples, sampled.traces, sampled.rewards, sampled.advantages, strict=True)
     return [
-        {
-            "prompt": _problem_of(example).prompt,
-            "answer": example["answer"],
-            "query_ids": trace.query_ids,
-            "stop": trace.stop.value,
-            "length": trace.length,
-            "rewards": rewards,
-            "advantage": advantage,
-            "text": tokenizer.decode(list(trace.output_ids)),
-            "chunks": [_chunk_record(chunk) for chunk in trace.chunks],
-        }
+        TraceRecord(
+            problem=_problem_of(example),
+            trace=trace,
+            rewards=rewards,
+            advantage=advantage,
+            text=tokenizer.decode(list(trace.output_ids)),
+        ).to_json()
         for example, trace, rewards, advantage in rows
     ]
-
-
-def _chunk_record(chunk: Chunk) -> dict[str, Any]:
-    record = {
-        "prompt_ids": chunk.prompt_ids,
-        "carried": chunk.carried,
-        "output_ids": chunk.output_ids,
-        "logprobs": chunk.logprobs,
-        "stop": chunk.stop.value,
-        "policy_version": chunk.policy_version,
-    }
-    return record | ({"error": chunk.error} if chunk.error else {})
 
 
 def _problem(prompt: Any, answer: str) -> Problem:
@@ -366,7 +353,7 @@ def _trl_reward(name: str, env: Any) -> Any:
     return scored
 
 
-def _trl_config(recipe: Recipe, checkpoints: Path) -> GRPOConfig:
+def _trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
     """TRL's own settings, with its defaults replaced where they would change the method."""
     own = {"forward_tokens", "max_failed_share", "save_steps"}
     training = recipe.training.model_dump(exclude=own)
@@ -376,7 +363,7 @@ def _trl_config(recipe: Recipe, checkpoints: Path) -> GRPOConfig:
         seed=recipe.seed,
         reward_weights=list(recipe.rewards.values()),
         steps_per_generation=recipe.training.gradient_accumulation_steps,
-        max_completion_length=recipe.thinking.spec().budget,
+        max_completion_length=spec.budget,
         save_strategy="steps" if recipe.training.save_steps else "no",
         save_steps=recipe.training.save_steps or 500,
         bf16=False,

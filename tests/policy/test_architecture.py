@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "delethink"
 HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 
 NOUNS = {"errors", "types"}
-RULE = NOUNS | {"rule"}
+RULE = NOUNS | {"tokens", "carryover", "border", "rule"}
 PLAY = RULE | {"policy", "rollout", "query"}
 SETTINGS = {"config", "registry"}
 
@@ -24,26 +24,31 @@ SETTINGS = {"config", "registry"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
-    "rule": NOUNS,
+    "tokens": NOUNS,
+    "carryover": NOUNS | {"query", "tokens"},  # some policies read text
+    "border": NOUNS | {"query"},
+    "rule": NOUNS | {"query", "tokens", "carryover", "border"},
     "policy": NOUNS,
-    "query": NOUNS,
+    "query": NOUNS | {"tokens"},
     "rewards": NOUNS,
     "registry": NOUNS,
     "cost": RULE,
     "config": RULE | {"registry"},
-    "envs": RULE | {"policy", "query", "rollout"},
+    "envs": RULE | {"policy", "query", "registry", "rollout", "traces"},
+    "traces": PLAY,
+    "testing": PLAY,
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
     "serving": RULE | {"policy", "query", "rollout"},
     "evaluation": PLAY | SETTINGS | {"evaluation.metrics", "serving"},
-    "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving"},  # it measures
+    "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving", "traces"},
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
 }
 ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all of the library
 
 # Rooms that load without any extra, because tests, environments and laptops use them alone.
-CORE = {"", "errors", "types", "rule", "policy", "rollout", "query", "registry", "cost"}
+CORE = {"", *RULE, "policy", "rollout", "query", "registry", "cost", "traces", "testing"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(

@@ -189,6 +189,19 @@ for room in (delethink.envs, delethink.rewards):
     run(installed, "-c", code, cwd=tmp_path)
 
 
+def test_environments_play_with_the_core_dependencies_alone(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys, gymnasium
+from delethink.testing import check_thinking_env
+for kind in ("Thinking", "TextThinking", "TokenThinking"):
+    check_thinking_env(gymnasium.make(f"delethink.envs:delethink/{kind}-v0"), episodes=4)
+print(sorted({"torch", "vllm", "ray", "trl", "transformers", "yaml"} & set(sys.modules)))
+"""
+    assert run(installed, "-c", code, cwd=tmp_path).strip() == "[]"
+
+
 def test_the_version_is_the_same_everywhere(installed: Path, tmp_path: Path) -> None:
     code = "import delethink; from importlib.metadata import version as v; "
     printed = run(

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from delethink.border import LineBreak
+from delethink.carryover import SinkWindow, Tail
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.errors import ConfigError
+from delethink.rule import ChunkSpec
 
 MINIMAL = """
 name: test
@@ -61,6 +64,11 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("engine=vlm", "'engine' is 'vlm'"),
         ("rewards={}", "'rewards' is {}"),
         ("seed", "dotted.key=value, got 'seed'"),
+        ("thinking.carryover=tale", "unknown carryover 'tale'. Did you mean 'tail'?"),
+        ("thinking.carryover={nam: tail}", "Did you mean 'name'?"),
+        ("thinking.carryover={name: tail, args: {m: 3}}", "'tail' has no parameter 'm'"),
+        ("thinking.border=line_brake", "unknown border 'line_brake'. Did you mean 'line_break'?"),
+        ("thinking.carryover={name: sink_window, args: {num_sinks: 99}}", "carryover_size=48"),
         ("model.path=x", "model is a value, not a section"),
     ],
 )
@@ -69,6 +77,19 @@ def test_mistakes_are_explained(recipe_path: Path, override: str, text: str) -> 
         load_recipe(recipe_path, [override])
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_carryover_and_a_border_are_named_with_or_without_parameters(recipe_path: Path) -> None:
+    recipe_path.write_text(MINIMAL.replace(", head_size: 0", ""))
+    named = load_recipe(recipe_path, ["thinking.carryover=tail", "thinking.border=line_break"])
+    assert (named.thinking.spec().carryover, named.thinking.spec().border) == (Tail(), LineBreak())
+    resolved = recipe_path.with_name("resolved.yaml")
+    resolved.write_text(dump_recipe(named))
+    assert load_recipe(resolved).thinking.spec() == named.thinking.spec()
+    sinks = "thinking.carryover={name: sink_window, args: {num_sinks: 7}}"
+    assert load_recipe(recipe_path, [sinks]).thinking.spec().carryover == SinkWindow(7)
+    head = "thinking.carryover={name: head_tail, args: {head_size: 9}}"
+    assert load_recipe(recipe_path, [head]).thinking.spec() == ChunkSpec(96, 48, 8, 9)
 
 
 def test_a_missing_key_is_named(recipe_path: Path) -> None:

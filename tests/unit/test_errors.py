@@ -9,7 +9,9 @@ import pytest
 
 from delethink.errors import (
     ActionError,
+    CarryoverError,
     ConfigError,
+    ConformanceError,
     DelethinkError,
     MissingExtraError,
     ModelError,
@@ -17,6 +19,7 @@ from delethink.errors import (
     QueryTooLongError,
     RolloutError,
     RunDirectoryError,
+    TraceFileError,
     UserError,
     WeightSyncError,
     did_you_mean,
@@ -28,12 +31,15 @@ LEAVES = [
     (ConfigError(TEXT), UserError, ValueError),
     (QueryTooLongError(TEXT), UserError, ValueError),
     (ActionError(TEXT), UserError, ValueError),
+    (CarryoverError(TEXT), UserError, ValueError),
+    (TraceFileError(TEXT), UserError, ValueError),
     (ModelError(TEXT), UserError, ValueError),
     (RunDirectoryError(TEXT), UserError, OSError),
     (MissingExtraError("vllm", "gpu"), UserError, ImportError),
     (PolicyError(TEXT), DelethinkError, RuntimeError),
     (RolloutError(TEXT), DelethinkError, RuntimeError),
     (WeightSyncError(TEXT), DelethinkError, RuntimeError),
+    (ConformanceError(TEXT), DelethinkError, AssertionError),
 ]
 ALL = [DelethinkError(TEXT), UserError(TEXT), *(leaf for leaf, _, _ in LEAVES)]
 

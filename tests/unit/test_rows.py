@@ -1,10 +1,12 @@
 """A trace becomes one row and the row's mask alone says where its chunks lie."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from delethink.errors import RolloutError
 from delethink.training.rows import flatten, spans
-from delethink.types import Chunk, StopReason, Trace, TraceStop
+from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
 
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6).map(tuple)
 
@@ -55,6 +57,26 @@ def test_a_trace_that_failed_at_once_is_one_masked_token() -> None:
     failed = Trace((1, 2), (Chunk((1, 2), (), (), StopReason.ERROR, error="x"),), TraceStop.ERROR)
     assert flatten(failed, pad_id=9) == ([1, 2], [9], [0.0], [0])
     assert spans([0]) == []
+
+
+def test_a_trace_that_nobody_sampled_is_not_trained_on() -> None:
+    by_hand = Trace((1,), (Chunk((1,), (5, 6), (), StopReason.EOS),), TraceStop.COMPLETED)
+    with pytest.raises(RolloutError, match="2 tokens has 0 log-probs"):
+        flatten(by_hand, pad_id=9)
+
+
+def test_what_was_written_to_be_carried_is_trained_where_it_was_sampled() -> None:
+    chunks = (
+        Chunk((1,), (5, 6), (-0.1, -0.2), StopReason.LENGTH),
+        Chunk((1, 5, 6, 2), (7, 0), (-0.3, -0.4), StopReason.EOS, 3, role=ChunkRole.CARRYOVER),
+        Chunk((1, 7), (8, 0), (-0.5, -0.6), StopReason.EOS, 1),
+    )
+    trace = Trace((1,), chunks, TraceStop.COMPLETED)
+    row = flatten(trace, pad_id=9)
+    assert row.completion_ids == [5, 6, 1, 5, 6, 2, 7, 0, 1, 7, 8, 0]
+    assert row.mask == [1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1]
+    assert sum(row.mask) == trace.length == 6
+    assert trace.output_ids == (5, 6, 8, 0)
 
 
 def test_a_chunk_that_failed_late_leaves_the_earlier_ones() -> None:

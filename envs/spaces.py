@@ -1,0 +1,235 @@
+"""Spaces for token sequences and for text, which Gymnasium's own do not cover.
+
+``Sequence`` has no longest length, and ``Text`` takes the letters and digits of English. Both
+spaces here also work in ``AsyncVectorEnv`` with its default of shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector.utils import (
+    create_shared_memory,
+    read_from_shared_memory,
+    write_to_shared_memory,
+)
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+_SURROGATES = range(0xD800, 0xE000)  # halves of characters; no text has them
+_SCRIPTS = (
+    range(0x20, 0x7F),  # English
+    range(0x09, 0x0B),  # tab and line break
+    range(0xA1, 0x250),  # other Latin
+    range(0x370, 0x530),  # Greek and Cyrillic
+    range(0x590, 0x700),  # Hebrew and Arabic
+    range(0x900, 0xE00),  # of India
+    range(0x2000, 0x2400),  # punctuation, and invisible marks
+    range(0x4E00, 0xA000),  # Chinese
+    range(0x1F300, 0x1FAFF),  # pictures
+    range(0x1, 0x110000),  # any
+)
+
+
+class TokenSequence(gymnasium.Space[Ids]):
+    """Sequences of ``min_length`` to ``max_length`` token ids below ``vocabulary``.
+
+    Args:
+        vocabulary: number of token ids.
+        max_length: the longest sequence.
+        min_length: the shortest.
+        seed: of ``sample``.
+        sample_length: the longest sequence that ``sample`` draws by itself; by default any. An
+            action space draws such as every chunk can take.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        max_length: int,
+        min_length: int = 0,
+        seed: int | None = None,
+        sample_length: int | None = None,
+    ) -> None:
+        super().__init__(shape=None, dtype=np.int64, seed=seed)
+        self.vocabulary = vocabulary
+        self.min_length = min_length
+        self.max_length = max_length
+        self.sample_length = max_length if sample_length is None else sample_length
+
+    def sample(self, mask: Any = None, probability: Any = None) -> Ids:
+        """A sequence of random length and tokens.
+
+        Args:
+            mask: the longest length to draw, ``info["max_new_tokens"]`` say, instead of
+                ``sample_length``.
+            probability: [vocabulary], of each token; by default all are alike.
+        """
+        longest = self.sample_length if mask is None else min(int(mask), self.max_length)
+        length = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
+        if probability is not None:
+            return self.np_random.choice(self.vocabulary, length, p=probability)
+        return self.np_random.integers(0, self.vocabulary, length)
+
+    def contains(self, x: Any) -> bool:
+        """Whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
+        try:
+            ids = np.asarray(x)
+        except ValueError:  # ragged
+            return False
+        if ids.ndim != 1 or not self.min_length <= len(ids) <= self.max_length:
+            return False
+        if len(ids) == 0:
+            return True
+        whole = np.issubdtype(ids.dtype, np.integer)
+        return bool(whole and 0 <= ids.min() and ids.max() < self.vocabulary)
+
+    def to_jsonable(self, sample_n: Iterable[Ids]) -> list[Any]:
+        """Plain lists of numbers."""
+        return [np.asarray(ids).tolist() for ids in sample_n]
+
+    def from_jsonable(self, sample_n: list[Any]) -> list[Any]:
+        """What ``to_jsonable`` was given."""
+        return [np.asarray(ids, dtype=np.int64) for ids in sample_n]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenSequence) and repr(self) == repr(other)
+
+    def __repr__(self) -> str:
+        return f"TokenSequence({self.vocabulary}, {self.max_length}, {self.min_length})"
+
+
+class UnicodeText(gymnasium.Space[str]):
+    """Text of ``min_length`` to ``max_length`` characters.
+
+    Args:
+        max_length: the longest text, in characters.
+        min_length: the shortest.
+        pieces: what texts are made of, where a tokenizer knows no others; by default anything in
+            Unicode.
+        seed: of ``sample``.
+        sample_length: the most pieces, or characters, that ``sample`` draws; by default any number.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        min_length: int = 0,
+        pieces: Iterable[str] | None = None,
+        seed: int | None = None,
+        sample_length: int | None = None,
+    ) -> None:
+        super().__init__(shape=None, dtype=str, seed=seed)
+        self.max_length = max_length
+        self.min_length = min_length
+        self.pieces = None if pieces is None else tuple(pieces)
+        self.sample_length = max_length if sample_length is None else sample_length
+        self._made_of = None if self.pieces is None else piece_pattern(self.pieces, "*+")
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """A random text; ``mask`` is the most pieces or characters to draw."""
+        longest = self.sample_length if mask is None else int(mask)
+        count = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
+        text = ""
+        for piece in (self._draw() for _ in range(count)):
+            if len(text) + len(piece) <= self.max_length:
+                text += piece
+        if len(text) < self.min_length:  # long pieces did not fit
+            shortest = min(self.pieces or "?", key=len)
+            text += shortest * -(-(self.min_length - len(text)) // len(shortest))
+        return text
+
+    def _draw(self) -> str:
+        if self.pieces is not None:
+            return self.pieces[int(self.np_random.integers(len(self.pieces)))]
+        script = _SCRIPTS[int(self.np_random.integers(len(_SCRIPTS)))]
+        while (code := script[int(self.np_random.integers(len(script)))]) in _SURROGATES:
+            continue
+        return chr(code)
+
+    def contains(self, x: Any) -> bool:
+        """Whether ``x`` is a text of allowed length, made of known pieces."""
+        if not isinstance(x, str) or not self.min_length <= len(x) <= self.max_length:
+            return False
+        if self._made_of is not None:
+            return self._made_of.fullmatch(x) is not None
+        try:
+            x.encode()
+        except UnicodeEncodeError:  # half a character
+            return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnicodeText) and repr(self) == repr(other)
+
+    def __repr__(self) -> str:
+        return f"UnicodeText({self.max_length}, {self.min_length}, {self.pieces})"
+
+
+def piece_pattern(pieces: Iterable[str], times: str = "") -> re.Pattern[str]:
+    """A pattern that takes the longest piece at each place, and never goes back on it."""
+    longest_first = sorted(pieces, key=len, reverse=True)
+    return re.compile(f"(?:{'|'.join(map(re.escape, longest_first))}){times}")
+
+
+class _Rows(Sequence[Any]):
+    """Observations of all environments in shared memory, read when they are asked for.
+
+    A vector environment reads shared memory once, when it starts, and expects what it got to stay
+    up to date. A copy of this is the observations as they are now.
+    """
+
+    def __init__(self, space: TokenSequence | UnicodeText, memory: Any, count: int) -> None:
+        self._space, self._memory, self._count = space, memory, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        row = _row(self._space, self._memory, range(self._count)[index])
+        kept = row[1 : 1 + row[0]].copy()
+        return kept if isinstance(self._space, TokenSequence) else _text(kept)
+
+    def __deepcopy__(self, memo: Any) -> tuple[Any, ...]:
+        return tuple(self)
+
+
+def _row(space: TokenSequence | UnicodeText, memory: Any, index: int) -> Any:
+    """The numbers of one environment: how many there are, then they."""
+    dtype = np.int64 if isinstance(space, TokenSequence) else np.uint32
+    width = 1 + space.max_length
+    return np.frombuffer(memory.get_obj(), dtype=dtype)[index * width : (index + 1) * width]
+
+
+def _text(codes: Any) -> str:
+    return bytes(codes.astype("<u4").tobytes()).decode("utf-32-le")
+
+
+@create_shared_memory.register(TokenSequence)
+@create_shared_memory.register(UnicodeText)
+def _create(space: TokenSequence | UnicodeText, n: int = 1, ctx: Any = None) -> Any:
+    kind = "q" if isinstance(space, TokenSequence) else "I"
+    return ctx.Array(kind, n * (1 + space.max_length))
+
+
+@read_from_shared_memory.register(TokenSequence)
+@read_from_shared_memory.register(UnicodeText)
+def _read(space: TokenSequence | UnicodeText, shared_memory: Any, n: int = 1) -> _Rows:
+    return _Rows(space, shared_memory, n)
+
+
+@write_to_shared_memory.register(TokenSequence)
+@write_to_shared_memory.register(UnicodeText)
+def _write(space: TokenSequence | UnicodeText, index: int, values: Any, shared_memory: Any) -> None:
+    if isinstance(values, str):
+        values = np.frombuffer(values.encode("utf-32-le"), dtype="<u4")
+    row = _row(space, shared_memory, index)
+    row[0] = len(values)
+    row[1 : 1 + len(values)] = values

@@ -1,0 +1,313 @@
+"""Every registered id: made by its name alone, conformant, vectorised, and the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import delethink.envs  # noqa: F401 - registers the ids
+from delethink.errors import ActionError, ConfigError
+from delethink.testing import check_thinking_env
+from delethink.types import Problem
+
+IDS = [name for name in gymnasium.registry if name.startswith("delethink/")]
+CARRYOVERS: list[Any] = [
+    "tail",
+    "none",
+    "full",
+    "sink_window",
+    {"name": "head_tail", "args": {"head_size": 3, "head_outside": True}},
+    {"name": "state_block", "args": {"opening": "1", "closing": "0"}},
+    {"name": "summary", "args": {"instruction": "\n", "before": ":", "after": "\n"}},
+]
+SMALL = {"context_size": 12, "carryover_size": 6, "max_chunks": 4}
+
+
+def make(name: str, **options: Any) -> Any:
+    return gymnasium.make(name, **options).unwrapped
+
+
+def test_there_are_three() -> None:
+    kinds = ("Thinking", "TextThinking", "TokenThinking")
+    assert sorted(IDS) == sorted(f"delethink/{kind}-v0" for kind in kinds)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_gymnasium_finds_no_fault(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make(name))
+        check_env(make(name, **SMALL))
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("carryover", CARRYOVERS, ids=str)
+def test_they_think_as_the_rule_says(name: str, carryover: Any) -> None:
+    check_thinking_env(gymnasium.make(name, carryover=carryover, **SMALL), episodes=4)
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_chunks": 1},
+        {"keep_trace": False},
+        {"border": {"name": "line_break", "args": {"within": 6}}},
+    ],
+    ids=str,
+)
+def test_they_think_with_other_settings_too(name: str, options: dict[str, Any]) -> None:
+    check_thinking_env(gymnasium.make(name, **{**SMALL, **options}), episodes=4)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_random_actions_are_legal_to_the_end(name: str) -> None:
+    for carryover in ["tail", "none", CARRYOVERS[-1]]:
+        env = make(name, carryover=carryover, **SMALL)
+        env.action_space.seed(0)
+        for seed in range(20):
+            env.reset(seed=seed)
+            while not any(env.step(env.action_space.sample())[2:4]):
+                pass
+
+
+# -- errors name what is near ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"contex_size": 4}, "has no parameter 'contex_size'. Did you mean 'context_size'?"),
+        ({"rewards": "exact"}, "has no parameter 'rewards'. Did you mean 'reward'?"),
+        ({"interfac": "text"}, "has no parameter 'interfac'. Did you mean 'interface'?"),
+        ({"interface": "txt"}, "unknown interface 'txt'. Did you mean 'text'?"),
+        ({"carryover": "tial"}, "unknown carryover 'tial'. Did you mean 'tail'?"),
+        ({"border": "line_brake"}, "unknown border 'line_brake'. Did you mean 'line_break'?"),
+        ({"task": "automatn"}, "unknown task 'automatn'. Did you mean 'automaton'?"),
+        ({"task": {"name": "automaton"}}, "missing a required argument: 'min_steps'"),
+        ({"reward": "exakt"}, "unknown reward 'exakt'. Did you mean 'exact'?"),
+        ({"carryover_size": 64}, "carryover_size=64 and context_size=64"),
+        ({"eos_ids": [99]}, "at least one token below vocabulary=16"),
+        ({"eos_ids": []}, "or no answer could ever end"),
+        ({"vocabulary": 0}, "vocabulary must be at least 1"),
+        ({"context_size": "64"}, "context_size must be a whole number, got '64'"),
+        ({"context_size": 64.5}, "context_size must be a whole number, got 64.5"),
+        ({"chunk_spec": {"context_size": 64}}, "chunk_spec must be a delethink.ChunkSpec"),
+        ({"task": None}, "a task has problem(split, index), got None"),
+        ({"reward": 3}, "a reward is a name or a function of text and answer, got 3"),
+        ({"carryover": ["tail"]}, "carryover must be a delethink.carryover.Carryover"),
+        ({"max_query_tokens": 0}, "max_query_tokens must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_explained(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        gymnasium.make("delethink/Thinking-v0", **options)
+    assert text in str(caught.value)
+
+
+def test_a_wrong_render_mode_names_the_nearest() -> None:
+    from delethink.envs.thinking import ThinkingEnv
+
+    with pytest.raises(ConfigError, match="unknown render_mode 'htm'. Did you mean 'html'?"):
+        ThinkingEnv(render_mode="htm")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"problm": 1}, "no option 'problm'. Did you mean 'problem'?"),
+        ({"problem": 3}, "must be a delethink.Problem, got 3"),
+        ({"problem": {"prompt": "1"}}, "a problem has a prompt, an answer"),
+        ({"problem": Problem("what?", "1")}, "the character 'w' of 'what?"),
+    ],
+)
+def test_wrong_options_of_reset_are_explained(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(IDS[0]).reset(options=options)
+    assert text in str(caught.value)
+
+
+def test_a_problem_may_be_plain_values() -> None:
+    env = make("delethink/TextThinking-v0")
+    given = {"problem": {"prompt": "01:00000000000", "answer": "11111111111"}}
+    observation, _ = env.reset(options=given)
+    assert observation == "01:00000000000<think>"
+    *_, reward, terminated, _, _ = env.step("00:11111111111\n</think>11111111111<eos>")
+    assert (reward, terminated) == (1.0, True)
+
+
+def test_the_text_interface_refuses_what_the_tokenizer_does_not_know() -> None:
+    env = make("delethink/TextThinking-v0")
+    env.reset(seed=0)
+    for wrong in ("", "hello", "<eo", "\ud800", 7, None, ["1"]):
+        with pytest.raises(ActionError, match="characters that the tokenizer knows"):
+            env.step(wrong)
+    with pytest.raises(ActionError, match="takes 64 tokens at most, got 65"):
+        env.step("0" * 65)
+
+
+@pytest.mark.parametrize("action", [-1, 16, 1.0, "1", None, True, [1], np.ones(2), 10**30])
+def test_the_token_interface_refuses_what_is_no_token(action: Any) -> None:
+    env = make("delethink/TokenThinking-v0")
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match="a whole number from 0 to 15"):
+        env.step(action)
+
+
+def test_what_an_action_holds_beyond_the_end_is_left_out_and_counted() -> None:
+    env = make("delethink/Thinking-v0")
+    env.reset(seed=0)
+    *_, terminated, _, info = env.step([6, 7, 1, 9, 9, 9])
+    assert (terminated, info["output_ids"], info["ignored"]) == (True, (6, 7, 1), 3)
+    assert info["num_sampled"] == 3
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+
+def actions_of(name: str, step: int, count: int) -> Any:
+    """Actions that are legal at any time, with ends among them, the same for every kind of run."""
+    drawn = np.random.default_rng(step).integers(0, 16, (count, 3))
+    if step % 5 == 4:
+        drawn[:, -1] = 1  # the end
+    if name == "delethink/TokenThinking-v0":
+        return drawn[:, -1]
+    if name == "delethink/Thinking-v0":
+        return tuple(drawn)
+    from delethink.envs.characters import CharacterTokenizer
+
+    return tuple(CharacterTokenizer().decode(row) for row in drawn)
+
+
+def plain(value: Any) -> Any:
+    """Arrays, dictionaries and token blocks as what compares with ``==``."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items() if not key.startswith("_")}
+    if isinstance(value, np.ndarray):
+        return [plain(inner) for inner in value] if value.dtype == object else value.tolist()
+    rows = isinstance(value, list | tuple) or type(value).__name__ == "_Rows"
+    return [plain(inner) for inner in value] if rows else value
+
+
+def run(name: str, mode: str, autoreset: AutoresetMode, **vector: Any) -> list[Any]:
+    envs = gymnasium.make_vec(
+        name,
+        num_envs=3,
+        vectorization_mode=mode,
+        vector_kwargs={"autoreset_mode": autoreset, **vector},
+        **SMALL,
+    )
+    try:
+        seen = [plain(envs.reset(seed=7))]
+        done = np.zeros(3, dtype=bool)
+        for step in range(25):
+            if autoreset is AutoresetMode.DISABLED and done.any():
+                seen.append(plain(envs.reset(options={"reset_mask": done})))
+            *parts, infos = envs.step(actions_of(name, step, 3))
+            if not isinstance(parts[0], dict | tuple):  # read from shared memory when asked
+                parts[0] = tuple(parts[0])
+            assert parts[0] in envs.observation_space
+            done = parts[2] | parts[3]
+            seen.append(plain([*parts, infos]))
+        return seen
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("autoreset", list(AutoresetMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("name", IDS)
+def test_sync_and_async_vectors_are_the_same(name: str, autoreset: AutoresetMode) -> None:
+    sync = run(name, "sync", autoreset)
+    assert run(name, "async", autoreset) == sync
+    if autoreset is AutoresetMode.NEXT_STEP:
+        assert run(name, "async", autoreset, shared_memory=False) == sync
+        assert run(name, "async", autoreset, copy=False) == sync
+    ends = [step for step in sync[1:] if len(step) == 5 and any(step[2] + step[3])]
+    assert ends, "no episode ended, so that nothing was seen of autoreset"
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_vector_is_its_environments(name: str) -> None:
+    """By hand, next to the vector: reset where an episode ended, in the step after it."""
+    envs = [make(name, **SMALL) for _ in range(3)]
+    seen = run(name, "sync", AutoresetMode.NEXT_STEP)
+    now = [env.reset(seed=7 + i) for i, env in enumerate(envs)]
+    done = [False] * 3
+    for step in range(25):
+        actions = actions_of(name, step, 3)
+        for i, env in enumerate(envs):
+            if done[i]:
+                observation, info = env.reset()
+                reward, ends = 0.0, (False, False)
+            else:
+                observation, reward, *ends, info = env.step(actions[i])
+            done[i] = any(ends)
+            batch, rewards, terminated, truncated, infos = seen[step + 1]
+            one = plain(observation)
+            mine = {k: v[i] for k, v in batch.items()} if isinstance(batch, dict) else batch[i]
+            assert (mine, rewards[i], terminated[i], truncated[i]) == (one, reward, *ends)
+            assert infos["num_sampled"][i] == info["num_sampled"]
+            assert infos["stop"][i] == info["stop"]
+    assert now
+
+
+def test_the_last_observation_of_an_episode_is_kept_in_the_same_step() -> None:
+    envs = gymnasium.make_vec(
+        "delethink/Thinking-v0",
+        num_envs=2,
+        vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+    )
+    first, _ = envs.reset(seed=0)
+    observations, _, terminated, _, infos = envs.step(([6, 7], [6, 1]))
+    assert terminated.tolist() == [False, True]
+    assert np.array_equal(infos["final_obs"][1], first[1])
+    assert infos["final_info"]["stop"][1] == "completed"
+    assert infos["stop"].tolist() == [None, None]
+    assert not np.array_equal(observations[1], first[1]), "a new problem is drawn"
+
+
+def test_random_actions_of_a_vector_are_legal() -> None:
+    for name in IDS:
+        envs = gymnasium.make_vec(name, num_envs=2, **SMALL)
+        envs.reset(seed=0)
+        envs.action_space.seed(0)
+        for _ in range(40):
+            envs.step(envs.action_space.sample())
+
+
+# -- elsewhere -------------------------------------------------------------------------------------
+
+FINGERPRINT = """
+import hashlib, gymnasium, numpy as np
+env = gymnasium.make("delethink.envs:{name}", context_size=12, carryover_size=6, max_chunks=4)
+env.action_space.seed(3)
+seen = []
+for seed in range(5):
+    result = env.reset(seed=seed)
+    while True:
+        seen.append(repr(result))
+        if len(result) == 5 and (result[2] or result[3]):
+            break
+        result = env.step(env.action_space.sample())
+print(hashlib.sha256(repr(seen).encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_seed_gives_the_same_in_every_process(name: str) -> None:
+    printed = set()
+    for salt in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": salt, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", FINGERPRINT.format(name=name)]
+        printed.add(subprocess.check_output(command, env=environment, text=True))
+    assert len(printed) == 1

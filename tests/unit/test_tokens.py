@@ -1,0 +1,74 @@
+"""Token ids in one block of memory behave like the tuple that they stand for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delethink.tokens import as_list, as_token_ids, joined, memory_of, token_array
+from delethink.types import TokenIds
+
+ids = st.lists(st.integers(0, 2**31), max_size=12).map(tuple)
+places = st.one_of(st.none(), st.integers(-15, 15))
+
+
+@given(ids, ids)
+def test_sums_are_those_of_tuples_on_either_side(one: TokenIds, two: TokenIds) -> None:
+    block, other = token_array(one), token_array(two)
+    for left, right in ((block, two), (one, other), (block, other)):
+        assert left + right == one + two
+        assert tuple(left + right) == one + two
+
+
+@given(ids, places, places, st.sampled_from([1, 2, -1]))
+def test_slices_are_those_of_tuples(
+    one: TokenIds, start: int | None, stop: int | None, stride: int
+) -> None:
+    block = token_array(one)
+    assert tuple(block[start:stop:stride]) == one[start:stop:stride]
+    assert block[start:stop:stride] == one[start:stop:stride]
+    assert len(block) == len(one)
+
+
+@given(ids)
+def test_equality_hashes_and_copies_are_those_of_tuples(one: TokenIds) -> None:
+    block = token_array(one)
+    assert block == one
+    assert one == block
+    assert hash(block) == hash(one)
+    assert {one: "found"}[block] == "found"
+    assert repr(block) == repr(one)
+    assert block != (*one, 1)
+    for again in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert again == block
+    assert as_list(block) == list(one) == as_list(one)
+    assert joined([block, one, ()]) == one + one
+
+
+def test_a_strange_neighbour_is_refused_as_by_a_tuple() -> None:
+    block = token_array((1, 2))
+    for wrong in ([3], "ab", 3, None):
+        with pytest.raises(TypeError):
+            block + wrong  # type: ignore[operator]
+        assert block != wrong
+
+
+def test_memory_is_shared_with_numpy_without_a_copy_of_each_number() -> None:
+    numbers = np.arange(10, dtype=np.int64)
+    block = token_array(numbers)
+    numbers[0] = 99
+    assert block[0] == 0, "a block must not change with the array that it was made of"
+    assert np.array_equal(np.frombuffer(memory_of(block), dtype=np.int64), range(10))
+    assert token_array(np.arange(20, dtype=np.int64)[::2]) == tuple(range(0, 20, 2))
+
+
+def test_what_behaves_like_a_tuple_is_left_as_it_is() -> None:
+    block, plain = token_array((1, 2)), (1, 2)
+    assert as_token_ids(block) is block
+    assert as_token_ids(plain) is plain
+    assert as_token_ids([1, 2]) == (1, 2)
