@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delethink.carryover import HeadTail, Nothing, SinkWindow, Tail, name_of
 from delethink.cost.flops import Floats, Numbers
 from delethink.errors import ConfigError
 from delethink.rule import ChunkSpec
@@ -33,10 +34,22 @@ class Cut(NamedTuple):
         """The cut of a rule; one with a single chunk never carries.
 
         Raises:
-            ConfigError: a head outside of a carryover that only the second border can fill.
+            ConfigError: a carryover or a border that the closed form does not cover.
         """
         if spec.is_longcot:
             return LONGCOT
+        policy = spec.policy
+        if spec.border is not None or not isinstance(
+            policy, HeadTail | Tail | SinkWindow | Nothing
+        ):
+            raise ConfigError(
+                "the estimate covers the carryovers head_tail, tail, sink_window and none, without "
+                f"early borders: got {name_of(spec.border or policy)!r}"
+            )
+        if isinstance(policy, Nothing):
+            return cls(spec.context_size, 0)
+        if isinstance(policy, SinkWindow):
+            return cls(spec.context_size, spec.carryover_size, 0, policy.num_sinks)
         if spec.head_outside and spec.head_size + spec.carryover_size > spec.context_size:
             raise ConfigError(
                 "with head_outside the estimate covers head_size + carryover_size up to "

@@ -88,7 +88,7 @@ def read_steps(path: Path) -> list[Measurement]:
 def _measurements(
     config: dict[str, Any], traces: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> Iterator[Measurement]:
-    training, cut = config["training"], Cut.of(ChunkSpec(**config["thinking"]))
+    training, cut = config["training"], Cut.of(_spec(config["thinking"]))
     lengths = np.array([trace["length"] for trace in traces], float)
     group = training["num_generations"]
     engines = max(1, round(config["num_workers"] * config["gpus_per_worker"]))
@@ -112,6 +112,16 @@ def _measurements(
     yield Measurement(seen, cut, job, seconds[0], None)
     alone = Job(**{**job.__dict__, "gpus": 1})
     yield Measurement(seen, cut, alone, None, seconds[1])
+
+
+def _spec(thinking: dict[str, Any]) -> ChunkSpec:
+    for key in ("carryover", "border"):
+        if thinking.get(key) is not None:
+            raise ConfigError(
+                f"a run with a {key} of its own ({thinking[key]['name']}) cannot be calibrated on: "
+                "the estimate covers heads and tails"
+            )
+    return ChunkSpec(**thinking)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink import ChunkSpec, StopReason, start
+from delethink.border import LineBreak
+from delethink.carryover import Full, Nothing, SinkWindow, StateBlock, Tail
 from delethink.cost.chunks import CACHE_BLOCK, LONGCOT, Cut, cut_traces
 from delethink.cost.compare import crossing, flops_polynomial
 from delethink.cost.flops import Accounting, decode_flops, forward_flops, visible_pairs
 from delethink.cost.memory import cache_bytes, longest_context, longest_thinking
 from delethink.cost.shape import FeedForward, Layer, ModelShape, delta_attention, softmax_attention
 from delethink.cost.work import sampling_flops, training_flops
+from delethink.errors import ConfigError
 
 FULL = softmax_attention(8, 2, 1, 4)
 SLIDING = softmax_attention(8, 2, 2, 4, window=6)
@@ -40,6 +44,9 @@ def specs(draw: st.DrawFn) -> ChunkSpec:
     context = draw(st.integers(2, 30))
     carry = draw(st.integers(0, context - 1))
     head = draw(st.integers(0, carry))
+    named = draw(st.sampled_from([None, Tail(), Nothing(), SinkWindow(head)]))
+    if named is not None:
+        return ChunkSpec(context, carry, 1000, carryover=named)
     outside = head + carry <= context and draw(st.booleans())
     return ChunkSpec(context, carry, 1000, head, outside)
 
@@ -72,6 +79,21 @@ def test_chunks_are_those_of_the_rule(spec: ChunkSpec, query: int, thinking: int
     assert chunks.per_trace == len(played)
     longest = max(prompt + new for prompt, new in played)
     assert longest_context(thinking, query, Cut.of(spec)) == longest
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"carryover": Full()}, "full"),
+        ({"carryover": StateBlock()}, "state_block"),
+        ({"border": LineBreak(4)}, "line_break"),
+    ],
+)
+def test_what_the_closed_form_does_not_cover_is_refused(
+    settings: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Cut.of(ChunkSpec(32, 16, 4, 0, **settings))
 
 
 def test_what_a_cache_of_prefixes_finds() -> None:

@@ -151,7 +151,7 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("-C 8k -m 8k", "carryover_size must be at least 0 and less than context_size"),
         (
             "-C 8k -m 50 --head-size 60",
-            "head_size must be at least 0 and at most carryover_size=50",
+            "head_size must be at most carryover_size=50, got 60",
         ),
         ("--gpu h10", "unknown GPU 'h10'. Did you mean 'h100'?"),
         ("--gpus 0", "gpus must be at least 1, got 0"),
