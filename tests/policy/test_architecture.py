@@ -18,6 +18,7 @@ NOUNS = {"errors", "types"}
 RULE = NOUNS | {"rule"}
 PLAY = RULE | {"policy", "rollout", "query"}
 SETTINGS = {"config", "registry"}
+SCORE = {"tasks", "scoring"}
 
 # Each room and the rooms that it may import, itself aside. envs and rewards appear on the right of
 # no other room: the library reaches them by registered name.
@@ -27,16 +28,21 @@ ARROWS: dict[str, set[str]] = {
     "rule": NOUNS,
     "policy": NOUNS,
     "query": NOUNS,
+    "tasks": NOUNS,
+    "scoring": PLAY,
     "rewards": NOUNS,
     "registry": NOUNS,
     "cost": RULE,
     "config": RULE | {"registry"},
-    "envs": RULE | {"policy", "query", "rollout"},
+    "envs": RULE | {"policy", "query", "rollout", "tasks"},
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
     "serving": RULE | {"policy", "query", "rollout"},
-    "evaluation": PLAY | SETTINGS | {"evaluation.metrics", "serving"},
-    "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving"},  # it measures
+    "evaluation": PLAY | SETTINGS | SCORE | {"evaluation.metrics", "serving"},
+    "training": PLAY
+    | SETTINGS
+    | SCORE
+    | {"evaluation", "evaluation.metrics", "serving"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
 }
@@ -44,6 +50,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all
 
 # Rooms that load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", "errors", "types", "rule", "policy", "rollout", "query", "registry", "cost"}
+CORE |= {"tasks", "scoring"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
