@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,6 +258,18 @@ def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as problem:
         raise ConfigError(_explain(problem)) from None
+
+
+def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What ``dotted.key=value`` arguments say, by themselves.
+
+    Raises:
+        ConfigError: an argument of another form.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

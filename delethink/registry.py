@@ -107,6 +107,6 @@ def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
             parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         )
         if needed and key not in given:
-            example = "reasoning_gym/chain_sum" if key == "member" else f"task.args.{key}=..."
+            example = "reasoning_gym/chain_sum" if key == "member" else f"{key}=... there"
             raise ConfigError(f"task.args of {name!r}: {key!r} is missing; write {example}")
     return make(**given)

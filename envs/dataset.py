@@ -174,6 +174,14 @@ class DatasetSpec:
         rates = PassRates.read(pass_rate_key, pass_rates, min_pass_rate, max_pass_rate)
         return _Maker(spec, rates, eval_dataset, eval_split).make(seed)
 
+    @property
+    def summary(self) -> str:
+        """A line for lists of tasks."""
+        if self.dataset is None:
+            return "Problems of a file, a folder, or a data set on the Hugging Face hub."
+        use = "evaluation" if self.for_evaluation else "training"
+        return f"{self.dataset} ({use}; reward {', '.join(self.rewards)})."
+
     def value(self, row: Row, keys: str) -> Any:
         """The value of the first of the columns ``keys`` that a row has.
 

@@ -59,10 +59,11 @@ def _files(folder: Path, split: str, config: str | None, pattern: str | None) ->
         if not chosen and len(of_config) == 1:
             chosen = of_config
     if not chosen:
-        listed = ", ".join(names.values()) or "no file of that kind"
-        what = f"files like {pattern}" if pattern else f"a file of the split {split!r}"
+        listed = ", ".join(list(names.values())[:10]) or "no file of these kinds"
+        what = f"like {pattern!r}" if pattern else f"of the split {split!r}"
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise ConfigError(
-            f"the folder {folder} has no {what} ({', '.join(_KINDS)}); it has {listed[:500]}"
+            f"the folder {folder} has no file {what} ({', '.join(_KINDS)}); it has {listed}{more}"
         )
     return chosen
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from delethink.config import Recipe, dump_recipe, with_rewards
+from delethink.config import Recipe, RewardConfig, ScoringConfig, dump_recipe, with_rewards
 from delethink.errors import ConfigError
 from delethink.registry import make_task, resolve
 from delethink.serving.checkpoint import locate
@@ -37,36 +38,41 @@ def prepare(recipe: Recipe) -> Prepared:
         resolve("delethink.rewards", reward.reward or name)
     task = evaluation_task = make_task(recipe.task.name, recipe.task.args, recipe.seed)
     recipe = recipe if recipe.rewards else _with_rewards_of(task, recipe)
-    scorer = evaluation_scorer = make_scorer(recipe)
+    scorer = evaluation_scorer = _scorer_of(recipe)
     if (other := recipe.evaluation.task) is not None:
         evaluation_task = make_task(other.name, other.args, recipe.seed)
-        evaluation_scorer = make_scorer(_with_rewards_of(evaluation_task, recipe))
+        evaluation_scorer = _scorer_of(_with_rewards_of(evaluation_task, recipe))
     locate(recipe.model)
     _check_engine(recipe)
     run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer, run)
 
 
-def make_scorer(recipe: Recipe) -> Any:
-    """What scores traces with the rewards of a recipe.
+def make_scorer(rewards: Mapping[str, RewardConfig], accuracy: str, scoring: ScoringConfig) -> Any:
+    """What scores traces with these rewards.
 
     Raises:
         UserError: a reward that is unknown, lacks a setting or a package, or cannot run here.
     """
     make_reward = resolve("delethink.scoring", "reward")
-    rewards = []
-    for name, config in recipe.rewards.items():
+    made = []
+    for name, config in rewards.items():
         function = resolve("delethink.rewards", config.reward or name)
         reward = make_reward(name, function, config.weight, config.args, config.isolated)
         reward.check()
-        rewards.append(reward)
-    own = recipe.scoring
+        made.append(reward)
     return resolve("delethink.scoring", "scorer")(
-        rewards,
-        recipe.accuracy_reward,
-        resolve("delethink.scoring", "rules")(own.budget, own.error),
-        resolve("delethink.scoring", "pool")(own.num_workers, own.timeout, own.memory_mb),
+        made,
+        accuracy,
+        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
+        resolve("delethink.scoring", "pool")(
+            scoring.num_workers, scoring.timeout, scoring.memory_mb
+        ),
     )
+
+
+def _scorer_of(recipe: Recipe) -> Any:
+    return make_scorer(recipe.rewards, recipe.accuracy_reward, recipe.scoring)
 
 
 def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
