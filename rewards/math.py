@@ -8,6 +8,7 @@ trace is shown to math-verify, which would look for numbers anywhere.
 from __future__ import annotations
 
 import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -42,16 +43,29 @@ def math_equal(text: str, answer: str, end: str | None = END_OF_THINKING) -> flo
 
 
 def _plain(answer: str) -> str:
-    return (
-        "".join(answer.split()).strip("$").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    )
+    """As it is compared letter by letter, before anything is parsed."""
+    return _SPACE.sub("", _clean(answer)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+
+
+def _clean(answer: str) -> str:
+    """Without what math-verify stumbles over: thin spaces, other minus signs, a last full stop."""
+    answer = answer.translate(_AS_ASCII)
+    for thin in ("\\,", "\\!", "\\;"):
+        answer = answer.replace(thin, "")
+    answer = answer.strip().strip("$").strip()
+    return answer if answer.endswith("..") else answer.removesuffix(".").removesuffix(",")
+
+
+_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")  # not between two digits: 1 2 is not 12
+_AS_ASCII = {0x2212: "-", 0xB0: "^\\circ ", **{0xFF01 + i: chr(0x21 + i) for i in range(94)}}
 
 
 def _equal(gold: str, said: str) -> bool:
     from math_verify import verify
 
-    expected, found = _parse(gold), _parse(said)
-    return bool(found) and bool(verify(list(expected), list(found), timeout_seconds=None))
+    found = list(_parse(said))
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}
+    return bool(found) and bool(verify(list(_parse(gold)), found, **options))
 
 
 @lru_cache(maxsize=1024)
@@ -60,5 +74,4 @@ def _parse(answer: str) -> tuple[Any, ...]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    cleaned = answer.strip().strip("$").replace("\u2212", "-")
-    return tuple(parse(f"\\boxed{{{cleaned}}}", configs, parsing_timeout=None))
+    return tuple(parse(f"\\boxed{{{_clean(answer)}}}", configs, parsing_timeout=None))

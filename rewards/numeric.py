@@ -12,9 +12,11 @@ from delethink.types import END_OF_THINKING
 
 _LONGEST = 200  # characters of a number
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_UNIT_NAME = r"[a-zA-Z]{1,12}(?:\^-?\d)?"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<top>{_DIGITS})/(?P<bottom>{_DIGITS})|(?P<number>{_DIGITS}))"
-    r"(?:(?:e|\*10\^|x10\^)(?P<power>[-+]?\d{1,3}))?(?P<percent>%?)(?P<unit>[a-zA-Z/^0-9*]{0,20})"
+    rf"(?:(?:e|\*10\^|x10\^)(?P<power>[-+]?\d{{1,3}}))?(?P<percent>%?)"
+    rf"(?:{_UNIT_NAME}(?:[/*]{_UNIT_NAME}){{0,3}})?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
@@ -69,8 +71,6 @@ def parse_number(text: str) -> float | None:
 
 
 def _value(parts: re.Match[str]) -> float | None:
-    if parts["unit"] and parts["unit"][0].isdigit():
-        return None
     try:
         value = float((parts["number"] or parts["top"]).replace(",", ""))
         value /= float((parts["bottom"] or "1").replace(",", ""))
