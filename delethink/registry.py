@@ -2,12 +2,15 @@
 
 Each name stands for ``"module:object"``. Third parties add theirs through the entry-point groups
 ``delethink.envs``, ``delethink.tasks`` and ``delethink.rewards``. ``family/member`` is the member
-of a family of tasks: its factory is called with ``member=`` (``reasoning_gym/chain_sum``).
+of a family of tasks: its factory is called with ``member=`` (``reasoning_gym/chain_sum``). A name
+with a colon is ``module:object`` itself, of an installed module or one in the working directory.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -74,12 +77,26 @@ def resolve(group: str, name: str) -> Any:
     Raises:
         ConfigError: no such name; the text names the nearest one.
     """
+    kind = group.rpartition(".")[2].removesuffix("s")
+    if ":" in name:
+        return _imported(kind, name)
     known = names(group)
     if name not in known:
-        kind = group.rpartition(".")[2].removesuffix("s")
         raise ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}")
     module, _, attribute = known[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def _imported(kind: str, path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise ConfigError(
+            f"there is no {kind} {path!r}, which is written module:object: {problem}"
+        ) from None
 
 
 def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
@@ -109,4 +126,7 @@ def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
         if needed and key not in given:
             example = "reasoning_gym/chain_sum" if key == "member" else f"{key}=... there"
             raise ConfigError(f"task.args of {name!r}: {key!r} is missing; write {example}")
-    return make(**given)
+    try:
+        return make(**given)
+    except TypeError as problem:  # a word where a number belongs
+        raise ConfigError(f"task.args of {name!r}: {problem}") from problem
