@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
     task: Task
     evaluation_task: Task  # where held-out problems come from
     scorer: Any  # of training traces; not started
-    evaluation_scorer: Any  # of held-out ones; the same where the task is
+    evaluation_scorer: Any  # of held-out ones: right or wrong; it shares the workers
     run: RunDirectory
 
 
@@ -38,18 +38,27 @@ def prepare(recipe: Recipe) -> Prepared:
         resolve("delethink.rewards", reward.reward or name)
     task = evaluation_task = make_task(recipe.task.name, recipe.task.args, recipe.seed)
     recipe = recipe if recipe.rewards else _with_rewards_of(task, recipe)
-    scorer = evaluation_scorer = _scorer_of(recipe)
+    scorer = make_scorer(recipe.rewards, recipe.accuracy_reward, recipe.scoring)
+    evaluated = recipe
     if (other := recipe.evaluation.task) is not None:
         evaluation_task = make_task(other.name, other.args, recipe.seed)
-        evaluation_scorer = _scorer_of(_with_rewards_of(evaluation_task, recipe))
+        evaluated = _with_rewards_of(evaluation_task, recipe)
+    accuracy = evaluated.accuracy_reward
+    only = {accuracy: evaluated.rewards[accuracy]}  # nothing else is asked of a held-out trace
+    evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
     run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer, run)
 
 
-def make_scorer(rewards: Mapping[str, RewardConfig], accuracy: str, scoring: ScoringConfig) -> Any:
-    """What scores traces with these rewards.
+def make_scorer(
+    rewards: Mapping[str, RewardConfig],
+    accuracy: str,
+    scoring: ScoringConfig,
+    pool: Any = None,
+) -> Any:
+    """What scores traces with these rewards, in the workers of ``pool`` or in its own.
 
     Raises:
         UserError: a reward that is unknown, lacks a setting or a package, or cannot run here.
@@ -68,11 +77,8 @@ def make_scorer(rewards: Mapping[str, RewardConfig], accuracy: str, scoring: Sco
         resolve("delethink.scoring", "pool")(
             scoring.num_workers, scoring.timeout, scoring.memory_mb
         ),
+        pool,
     )
-
-
-def _scorer_of(recipe: Recipe) -> Any:
-    return make_scorer(recipe.rewards, recipe.accuracy_reward, recipe.scoring)
 
 
 def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:

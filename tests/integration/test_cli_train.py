@@ -251,3 +251,76 @@ def test_an_interrupt_ends_the_run_and_keeps_what_was_written(
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     psutil.wait_procs(processes_of(tmp_path), timeout=20)  # Ray's own take a moment to see it
     assert not processes_of(tmp_path)
+
+
+STALLS = """
+calls = []
+
+
+def sometimes(text, answer):
+    calls.append(text)
+    while len(calls) == 3:
+        pass
+    return 0.5
+
+
+def theirs(completions, solution, **columns):
+    return [float(c[0]["content"].endswith(s)) for c, s in zip(completions, solution)]
+"""
+
+
+def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(STALLS)
+    done = run(
+        "output=run",
+        "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
+        " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
+        " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
+        "scoring={budget: -1.0, timeout: 0.5, num_workers: 2}",
+        "training.max_failed_share=1.0",
+        "training.max_steps=1",
+        "evaluation.num_problems=2",
+        "evaluation.num_problems_at_intervals=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    lines = (tmp_path / "run" / "traces" / "step_000001.jsonl").read_text().splitlines()
+    traces = [json.loads(line) for line in lines]
+    stalled = [trace for trace in traces if "reward_errors" in trace]
+    assert 0 < metrics["verifier/timeout"] == len(stalled) < len(traces)
+    assert metrics["rewards/stalls/applied_share"] == 1 - len(stalled) / len(traces)
+    for trace in traces:
+        parts = trace["rewards"]
+        if trace in stalled:
+            assert trace["reward"] is None
+            assert trace["advantage"] == 0.0
+            assert trace["reward_errors"]["stalls"].startswith("timeout: ")
+            assert parts["stalls"] is None
+        elif trace["stop"] == "budget":
+            assert trace["reward"] == -1.0
+        else:
+            expected = parts["exact"] + 0.5 * parts["long"] + 0.1 * parts["stalls"]
+            assert trace["reward"] == pytest.approx(expected)
+        assert parts["theirs"] == float(
+            trace["text"].removesuffix("<eos>").endswith(trace["answer"])
+        )
+    assert metrics["rewards/exact/mean"] == pytest.approx(
+        sum(t["rewards"]["exact"] for t in traces) / len(traces)
+    )
+    assert not processes_of(tmp_path)
+
+
+def test_rewards_that_cannot_be_computed_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text("def broken(text):\n    return text.nonsense\n")
+    done = run(
+        "output=run",
+        "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}",
+        "evaluation.num_problems=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "16 of 16 traces failed or could not be scored" in last
+    assert "broken: error: AttributeError: 'str' object has no attribute 'nonsense'" in last
