@@ -12,7 +12,7 @@ from typing import Any
 
 from delethink.envs.pass_rates import PassRates
 from delethink.envs.sources import Row, read_rows
-from delethink.errors import ConfigError, did_you_mean
+from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.tasks import check_split
 from delethink.types import END_OF_THINKING, Problem
 
@@ -274,8 +274,9 @@ class _Maker:
         assert spec.dataset is not None
         found: dict[str, Problem] = {}
         answers: dict[str, set[str]] = {}
-        for row in read_rows(spec.dataset, spec.split, spec.config, spec.files):
-            problem = spec.convert(spec, row)
+        rows = read_rows(spec.dataset, spec.split, spec.config, spec.files)
+        for number, row in enumerate(rows, 1):
+            problem = self._converted(spec, row, number)
             if problem is None:
                 self.left_out[prefix + "without_problem_or_answer"] += 1
                 continue
@@ -287,6 +288,17 @@ class _Maker:
         contradictory = [key for key in found if len(answers[key]) > 1]
         self.left_out[prefix + "contradictory"] += len(contradictory)
         return [problem for key, problem in found.items() if len(answers[key]) == 1]
+
+    def _converted(self, spec: DatasetSpec, row: Row, number: int) -> Problem | None:
+        try:
+            return spec.convert(spec, row)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as problem:
+            raise ConfigError(
+                f"row {number} of {spec.dataset} is not of the schema of {spec.name!r}: "
+                f"{type(problem).__name__}: {problem}"
+            ) from problem
 
     def _of_difficulty(self, problems: list[Problem]) -> list[Problem]:
         kept = [problem for problem in problems if self.rates.keeps(problem)]

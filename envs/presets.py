@@ -7,7 +7,6 @@ asked and what scores it. ``task.args.dataset`` points at a local copy instead.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import pickle
@@ -101,7 +100,7 @@ def _unpack(packed: str) -> str:
     """Private tests come as JSON, pickled, compressed and in base 64."""
     try:
         text = _NothingButText(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
-    except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as problem:
+    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as problem:
         raise ConfigError(f"private tests cannot be unpacked: {problem}") from None
     if not isinstance(text, str):
         raise ConfigError(f"private tests are not a text but a {type(text).__name__}")

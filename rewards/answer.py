@@ -19,7 +19,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)")
 _DEEPEST = 20  # braces around an answer that are taken off
 _TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).){1,5000})</answer>", re.DOTALL)
 _PHRASE = re.compile(
-    r"(?:\banswer\W{0,8}?(?:\s*is\b)?\s{0,9}[:=]|\banswer\s{1,9}is\b|^\s{0,9}\#{4})"
+    r"(?:\banswer\W{0,8}?(?:\s{0,9}is\b)?\s{0,9}[:=]|\banswer\s{1,9}is\b|^\s{0,9}\#{4})"
     r"[ \t*]{0,9}(?P<said>[^\n]{1,500})",
     re.IGNORECASE | re.MULTILINE,
 )

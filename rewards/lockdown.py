@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -198,17 +199,24 @@ def _restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
         raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
     read = 1 << 0 | 1 << 2 | 1 << 3  # execute, read files, list folders
     of_files = 1 << 0 | 1 << 1 | 1 << 2 | (1 << 14 if abi >= 3 else 0)
-    for path, allowed in [(p, read) for p in readable] + [(p, rights) for p in writable]:
-        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        if not os.path.isdir(path):
-            allowed &= of_files
-        rule = struct.pack("=Qi", allowed, folder)
-        if libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0):
-            raise OSError(ctypes.get_errno(), f"landlock_add_rule for {path}")
-        os.close(folder)
+    for path in readable:
+        with suppress(OSError):  # what cannot be opened cannot be read either way
+            _allow(ruleset, path, read if os.path.isdir(path) else read & of_files)
+    for path in writable:
+        _allow(ruleset, path, rights)
     if libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0):
         raise OSError(ctypes.get_errno(), "landlock_restrict_self")
     os.close(ruleset)
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = struct.pack("=Qi", rights, folder)
+        if _libc().syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0):
+            raise OSError(ctypes.get_errno(), f"landlock_add_rule for {path}")
+    finally:
+        os.close(folder)
 
 
 def _drop_capabilities() -> None:

@@ -210,7 +210,7 @@ class _Owner(threading.Thread):
 
     def _feed(self) -> bool:
         """Gives the worker calls ahead; waits for one where it has none. False at the end."""
-        while not self._ended and len(self._given) < _IN_FLIGHT:
+        while not self._ended and len(self._given) < self._most_given():
             call, self._held = self._held, None
             try:
                 call = call or self._pool._calls.get(block=not self._given)
@@ -224,6 +224,11 @@ class _Owner(threading.Thread):
             elif not call.future.cancelled():
                 self._give(call)
         return not self._ended
+
+    def _most_given(self) -> int:
+        """Few where few are waiting, so that no worker sits idle behind a slow call of another."""
+        waiting = self._pool._calls.qsize()
+        return min(_IN_FLIGHT, 1 + waiting // self._pool.num_workers)
 
     def _give(self, call: _Call) -> None:
         if self._ended:

@@ -11,6 +11,7 @@ from delethink.config import RewardConfig, ScoringConfig, parse_values
 from delethink.errors import ConfigError
 from delethink.query import query_ids
 from delethink.registry import make_task, names, resolve
+from delethink.serving.checkpoint import load_tokenizer, locate
 from delethink.tasks import (
     SPLITS,
     Task,
@@ -40,6 +41,8 @@ def run(
         report: dict[str, Any] = {"tasks": _summaries("tasks"), "rewards": _summaries("rewards")}
         print(json.dumps(report, indent=2) if as_json else _listed(report))
         return 0
+    if model is not None:
+        locate(model)
     given = {key: value for key, value in options.items() if value is not None}
     task = make_task(name, parse_values(overrides) | given, seed)
     sizes = {each: size_of(task, each) for each in SPLITS}
@@ -84,8 +87,6 @@ def _shown(problem: Problem, model: str | None) -> dict[str, Any]:
     if model is None:
         asked = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
         return {"prompt": asked, "answer": problem.answer, "metadata": sorted(problem.metadata)}
-    from delethink.serving.checkpoint import load_tokenizer
-
     tokenizer = load_tokenizer(model)
     ids = query_ids(tokenizer, problem)
     return {

@@ -332,6 +332,24 @@ def test_private_tests_that_would_run_code_are_refused(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("crosswordbench", {"reference_answer": "[{}]", "puzzle_state": "{"}),
+        ("crosswordbench", {"reference_answer": "[{}]", "puzzle_state": '{"wordlist": [1]}'}),
+        ("crosswordbench", {}),
+        ("livecodebench", {"question_content": "Add.", "public_test_cases": "[1]"}),
+        ("livecodebench", {"question_content": "Add.", "private_test_cases": "no base 64"}),
+        ("gpqa_diamond", {"Question": "Which?", "Correct Answer": "this"}),
+    ],
+)
+def test_a_row_of_another_schema_is_refused(name: str, row: dict[str, Any], tmp_path: Path) -> None:
+    split = {"crosswordbench": "7x7", "livecodebench": "test"}.get(name, "train")
+    write_lines(tmp_path / f"{split}.jsonl", [row])
+    with pytest.raises(ConfigError, match="row 1 of|no column|cannot be unpacked"):
+        make_task(name, {"dataset": str(tmp_path)}, 0)
+
+
 def test_a_crossword_shows_its_grid_and_not_its_key(hub_copy: HubCopy) -> None:
     problem = first("crosswordbench", hub_copy)
     assert "_ _ _\n# _ #" in problem.prompt
