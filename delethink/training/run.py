@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig
 
-from delethink.config import Recipe
+from delethink.config import Recipe, TaskConfig
 from delethink.errors import ConfigError, RolloutError
 from delethink.evaluation.evaluate import Evaluator, Summary
 from delethink.policy import Sampling
@@ -66,8 +66,15 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
     eos_ids(model, tokenizer)
-    problems = _take(prepared.task, "train", recipe, tokenizer, reporter)
-    heldout = _take(prepared.evaluation_task, "heldout", recipe, tokenizer, reporter)
+    training, other = recipe.training, recipe.evaluation.task or recipe.task
+    needed = training.max_steps * training.traces_per_step // training.num_generations
+    taken = {
+        "train": _take(prepared.task, "train", needed, recipe.task, tokenizer),
+        "heldout": _take(
+            prepared.evaluation_task, "heldout", recipe.evaluation.num_problems, other, tokenizer
+        ),
+    }
+    problems, heldout = taken["train"].problems, taken["heldout"].problems
     spec, longest = recipe.thinking.spec(), longest_sequence(model)
     for problem in (*problems, *heldout):
         start(spec, query_ids(tokenizer, problem), longest)
@@ -76,6 +83,7 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     model.to(trl_config.device)
 
     reporter.say(f"run directory: {run.path}")
+    _report_problems(prepared, taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     scorer, evaluation_scorer = prepared.scorer, prepared.evaluation_scorer
     with (
@@ -93,31 +101,37 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     return run.path
 
 
-def _take(
-    task: Task, split: str, recipe: Recipe, tokenizer: Any, reporter: Reporter
-) -> list[Problem]:
-    """The problems of a split that the run uses; what is left out of it is said, never silent."""
-    config = recipe.task
-    if split == "heldout":
-        number, config = recipe.evaluation.num_problems, recipe.evaluation.task or recipe.task
-    else:
-        training = recipe.training
-        number = training.max_steps * training.traces_per_step // training.num_generations
+def _take(task: Task, split: str, number: int, config: TaskConfig, tokenizer: Any) -> Taken:
+    """The problems of a split that the run uses."""
 
     def length(problem: Problem) -> int:
         return len(query_ids(tokenizer, problem))
 
-    taken: Taken = take(task, split, number, length, config.max_query_tokens)
-    if taken.overlong:
-        reporter.say(
-            f"{split} problems of {config.name}: {taken.overlong} of "
-            f"{taken.overlong + number} passed over, their queries have more than "
-            f"{config.max_query_tokens} tokens (the longest {taken.longest})"
-        )
-    if split == "train" and (left_out := left_out_of(task)):
-        listed = ", ".join(f"{number} {name}" for name, number in left_out.items())
-        reporter.say(f"left out of {config.name}: {listed}")
-    return taken.problems
+    return take(task, split, number, length, config.max_query_tokens)
+
+
+def _report_problems(prepared: Prepared, taken: dict[str, Taken], reporter: Reporter) -> None:
+    """What was left out is said and kept: a data set never shrinks in silence."""
+    tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
+    counts: dict[str, dict[str, Any]] = {
+        split: {
+            "taken": len(some.problems),
+            "overlong_queries": some.overlong,
+            "longest_query_passed_over": some.longest,
+            "left_out": left_out_of(tasks[split]),
+        }
+        for split, some in taken.items()
+    }
+    prepared.run.write_problems(counts)
+    for split, some in taken.items():
+        if some.overlong:
+            reporter.say(
+                f"{split}: {some.overlong} of {some.overlong + len(some.problems)} problems passed "
+                f"over, their queries are too long (the longest has {some.longest} tokens)"
+            )
+        if left_out := counts[split]["left_out"]:
+            listed = ", ".join(f"{number} {why}" for why, number in left_out.items())
+            reporter.say(f"{split}: left out of the data set: {listed}")
 
 
 def _check_devices() -> None:

@@ -269,6 +269,43 @@ def theirs(completions, solution, **columns):
 """
 
 
+@pytest.mark.slow
+def test_over_long_queries_are_counted_said_and_kept(tmp_path: Path) -> None:
+    """A task out of a file, evaluated on the toy family, with rewards that neither recipe names."""
+    rows = [{"problem": "0" * (3 + i % 7), "answer": str(i)} for i in range(40)]
+    rows = [row | {"problem": f"{i:02d}" + row["problem"]} for i, row in enumerate(rows)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.read_text().replace("rewards:\n  exact: 1.0\n", "")
+    recipe.write_text(text)
+    options = [option for option in SMALL if not option.startswith("task.args")]
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "delethink.cli.main", "train", str(recipe), *options],
+            "output=run",
+            "task={name: dataset, max_query_tokens: 6, args: {dataset: data.jsonl,"
+            " template: '{problem}', reward: normalized, heldout_share: 0.0}}",
+            "evaluation.task={name: automaton, args: {min_steps: 1, max_steps: 2}}",
+            "evaluation.num_problems=4",
+            "training.max_steps=1",
+        ],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "their queries are too long" in done.stdout
+    counts = json.loads((tmp_path / "run" / "problems.json").read_text())
+    assert counts["train"]["taken"] == 2
+    assert counts["train"]["overlong_queries"] > 0
+    assert counts["train"]["longest_query_passed_over"] > 6
+    assert "normalized: " in (tmp_path / "run" / "config.yaml").read_text().replace("\n", " ")
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert "rewards/normalized/mean" in metrics
+
+
 def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(STALLS)
     done = run(
