@@ -83,8 +83,14 @@ class RewardConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _from_weight(cls, value: Any) -> Any:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return {"weight": value} if is_number else value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"weight": value}
+        if not isinstance(value, dict | RewardConfig):
+            raise ValueError(
+                f"a reward is a weight, or a section with {', '.join(cls.model_fields)}; "
+                f"got {value!r}"
+            )
+        return value
 
 
 class ScoringConfig(_Section):

@@ -42,7 +42,8 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluated = recipe
     if (other := recipe.evaluation.task) is not None:
         evaluation_task = make_task(other.name, other.args, recipe.seed)
-        evaluated = _with_rewards_of(evaluation_task, recipe)
+        own = recipe.evaluation.model_copy(update={"reward": None})  # it names a training reward
+        evaluated = _with_rewards_of(evaluation_task, recipe.model_copy(update={"evaluation": own}))
     accuracy = evaluated.accuracy_reward
     only = {accuracy: evaluated.rewards[accuracy]}  # nothing else is asked of a held-out trace
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
