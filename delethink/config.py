@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,9 +96,51 @@ class TaskConfig(_Section):
     """Where problems come from."""
 
     name: str
-    """A registered task."""
+    """A registered task, or family/member."""
     args: dict[str, Any] = Field(default_factory=dict)
     """What the task is made with."""
+    max_query_tokens: int | None = Field(None, gt=0)
+    """Longer queries are passed over, counted and reported; unset, what does not fit is refused."""
+
+
+class RewardConfig(_Section):
+    """A reward; a bare number stands for one with that weight."""
+
+    weight: FiniteFloat = 1.0
+    """What its value is multiplied with in the sum; 0 only measures it."""
+    reward: str | None = None
+    """The registered name, where it is not the key: so one reward can be there twice."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """The reward's own settings."""
+    isolated: bool | None = None
+    """Run it in a worker that can be killed, or not; unset, as the reward itself says."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_weight(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"weight": value}
+        if not isinstance(value, dict | RewardConfig):
+            raise ValueError(
+                f"a reward is a weight, or a section with {', '.join(cls.model_fields)}; "
+                f"got {value!r}"
+            )
+        return value
+
+
+class ScoringConfig(_Section):
+    """What stands in the place of the sum of rewards, and how far verifiers may go."""
+
+    budget: FiniteFloat | None = None
+    """Score of a trace that ran out of budget; unset, it is scored as any other."""
+    error: FiniteFloat | None = None
+    """Score of a trace that failed, or whose reward cannot be computed; unset, it has none."""
+    num_workers: int | None = Field(None, gt=0)
+    """Processes for rewards that may hang; unset, one for each core, at most eight."""
+    timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """Seconds of one such reward; it is killed then."""
+    memory_mb: int = Field(2048, ge=64)
+    """Megabytes of memory of one such reward; it is killed beyond."""
 
 
 class TrainingConfig(_Section):
@@ -167,6 +210,8 @@ class EvaluationConfig(_Section):
     """Problems in each row of the table."""
     reward: str | None = None
     """The reward that says right (1) or wrong (0); by default the recipe's first."""
+    task: TaskConfig | None = None
+    """Where held-out problems come from, scored by that task's own rewards; by default the task."""
     every: int = Field(10, ge=1)
     """Steps between evaluations."""
     num_problems_at_intervals: int = Field(64, ge=2)
@@ -181,8 +226,9 @@ class Recipe(_Section):
     model: str
     """A folder, a Hugging Face id, or "toy" for the shipped reasoner."""
     task: TaskConfig
-    rewards: dict[str, FiniteFloat] = Field(min_length=1)
-    """Registered rewards and their weights."""
+    rewards: dict[str, RewardConfig] = Field(default_factory=dict)
+    """Registered rewards: a weight each, or a section. Left out, those of the task."""
+    scoring: ScoringConfig = ScoringConfig()
     thinking: ThinkingConfig
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -205,12 +251,14 @@ class Recipe(_Section):
 
     @property
     def accuracy_reward(self) -> str:
-        """The name of the reward that says right or wrong."""
-        return self.evaluation.reward or next(iter(self.rewards))
+        """The name of the reward that says right or wrong; ``""`` where rewards are the task's."""
+        return self.evaluation.reward or next(iter(self.rewards), "")
 
     @model_validator(mode="after")
     def _knows_accuracy(self) -> Recipe:
-        if self.accuracy_reward not in self.rewards:
+        if "rewards" in self.model_fields_set and not self.rewards:
+            raise ValueError("'rewards' is {}: name one, or leave the key out for the task's own")
+        if self.rewards and self.accuracy_reward not in self.rewards:
             raise ValueError(
                 f"evaluation.reward={self.accuracy_reward!r} is none of the recipe's rewards."
                 f"{did_you_mean(self.accuracy_reward, self.rewards)}"
@@ -236,7 +284,33 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that ``load_recipe`` reads back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    unnamed = set() if recipe.rewards else {"rewards"}
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=unnamed), sort_keys=False)
+
+
+def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
+    """The recipe with these rewards in the place of its own.
+
+    Raises:
+        ConfigError: evaluation.reward is none of them.
+    """
+    values = recipe.model_dump() | {"rewards": dict(weights)}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as problem:
+        raise ConfigError(_explain(problem)) from None
+
+
+def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What ``dotted.key=value`` arguments say, by themselves.
+
+    Raises:
+        ConfigError: an argument of another form.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -289,11 +363,16 @@ def _explain_one(error: Any) -> str:
 def _keys_of(path: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in path:
+        if part not in section.model_fields:
+            continue  # a name that the user chose, as of a reward: what is in it is known already
         kinds = _alternatives(section.model_fields[part].annotation)
         section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return list(section.model_fields)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value may have, for a mapping those of its values."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
+    if union or typing.get_origin(annotation) is dict:
+        return typing.get_args(annotation)
+    return (annotation,)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from delethink.errors import ModelError
 from delethink.tokens import as_list
-from delethink.types import Problem, TokenIds
+from delethink.types import END_OF_THINKING, Problem, TokenIds
 
 
 class Tokenizer(Protocol):
@@ -31,12 +32,13 @@ def query_ids(tokenizer: Tokenizer, problem: Problem) -> TokenIds:
     """q, the ids of the templated prompt.
 
     The tokenizer's chat template is used where it has one, also one that opens the thinking itself;
-    otherwise the prompt is taken as it stands.
+    otherwise the messages are taken as they stand, with an empty line between.
     """
     if tokenizer.chat_template is None:
-        return tuple(tokenizer(problem.prompt)["input_ids"])
+        said = [message["content"] for message in problem.messages]
+        return tuple(tokenizer("\n\n".join(said))["input_ids"])
     encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem.prompt}],
+        problem.messages,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -69,3 +71,21 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
 def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """What a reward reads: the stitched trace without special tokens."""
     return str(tokenizer.decode(as_list(token_ids), skip_special_tokens=True))
+
+
+def check_thinking_is_open(tokenizer: Tokenizer, problem: Problem) -> None:
+    """Rewards look for the end of thinking in what is sampled, so the query must not hold it.
+
+    Raises:
+        ModelError: the chat template closes the thinking itself, and every reward would be 0.
+    """
+    if tokenizer.chat_template is None:
+        return
+    asked = problem.prompt + "".join(message["content"] for message in problem.before)
+    query = str(tokenizer.decode(list(query_ids(tokenizer, problem))))
+    if query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in asked:
+        raise ModelError(
+            f"the tokenizer's chat template ends with {END_OF_THINKING}: it closes the thinking "
+            "before the model begins, and no answer after it would ever be found; use a template "
+            "that leaves it open"
+        )

@@ -3,12 +3,16 @@
 Each name stands for ``"module:object"``, so that the library imports no dataset and no grader.
 Third parties add theirs through entry points, in the groups ``delethink.envs``,
 ``delethink.tasks``, ``delethink.rewards``, ``delethink.carryovers`` and ``delethink.borders``; a
-program names what it defines itself with ``register``.
+program names what it defines itself with ``register``. ``family/member`` is the member of a family
+of tasks: its factory is called with ``member=`` (``reasoning_gym/chain_sum``). A name with a colon
+is ``module:object`` itself, of an installed module or one in the working directory.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -16,10 +20,50 @@ from typing import Any, TypeVar
 
 from delethink.errors import ConfigError, UserError, did_you_mean
 
+_PRESETS = (
+    "deepscaler",
+    "openmath",
+    "math_500",
+    "aime_2024",
+    "aime_2025",
+    "hmmt_2025",
+    "gpqa_diamond",
+    "livecodebench",
+    "crosswordbench",
+)
 _SHIPPED = {
     "delethink.envs": {"thinking": "delethink.envs.thinking:ThinkingEnv"},
-    "delethink.tasks": {"automaton": "delethink.envs.automaton:AutomatonTask"},
-    "delethink.rewards": {"exact": "delethink.rewards.exact:exact_match"},
+    "delethink.tasks": {
+        "automaton": "delethink.envs.automaton:AutomatonTask",
+        "dataset": "delethink.envs.dataset:dataset_task",
+        "reasoning_gym": "delethink.envs.gym:GymTask",
+        **{name: f"delethink.envs.presets:{name}" for name in _PRESETS},
+    },
+    "delethink.rewards": {
+        "chunks": "delethink.rewards.length:chunks",
+        "closes_thinking": "delethink.rewards.format:closes_thinking",
+        "code": "delethink.rewards.code:passes_tests",
+        "cosine": "delethink.rewards.length:cosine",
+        "crossword": "delethink.rewards.crossword:crossword",
+        "exact": "delethink.rewards.exact:exact_match",
+        "format": "delethink.rewards.format:well_formed",
+        "language": "delethink.rewards.format:language",
+        "math": "delethink.rewards.math:math_equal",
+        "multiple_choice": "delethink.rewards.choice:multiple_choice",
+        "normalized": "delethink.rewards.exact:normalized_match",
+        "numeric": "delethink.rewards.numeric:numeric",
+        "overlong": "delethink.rewards.length:overlong",
+        "reasoning_gym": "delethink.rewards.reasoning_gym:gym_score",
+        "ternary": "delethink.rewards.length:ternary",
+    },
+    # How rewards are put together; what the library itself needs of the room of rewards.
+    "delethink.scoring": {
+        "pool": "delethink.rewards.pool:PoolSettings",
+        "reward": "delethink.rewards.reward:Reward",
+        "rules": "delethink.rewards.combine:Rules",
+        "scorer": "delethink.rewards.combine:Scorer",
+        "answer": "delethink.rewards.answer:extract_answer",
+    },
     "delethink.carryovers": {
         "tail": "delethink.carryover:Tail",
         "head_tail": "delethink.carryover:HeadTail",
@@ -71,6 +115,9 @@ def resolve(group: str, name: str) -> Any:
     Raises:
         ConfigError: no such name (the text names the nearest one), or it stands for nothing.
     """
+    kind = group.rpartition(".")[2].removesuffix("s")
+    if ":" in name:
+        return _imported(kind, name)
     known = names(group)
     if name in _IN_PROCESS[group]:
         return _IN_PROCESS[group][name]
@@ -88,12 +135,17 @@ def resolve(group: str, name: str) -> Any:
         ) from problem
 
 
-def make(group: str, value: Any) -> Any:
+def make(group: str, value: Any, **defaults: Any) -> Any:
     """What a setting describes: a name, or ``{"name": ..., "args": {...}}``; others as they are.
 
+    Args:
+        group: where the name is looked up.
+        value: the setting.
+        defaults: arguments for what takes them (``seed``, say), where the setting has none.
+
     Raises:
-        ConfigError: an unknown name or parameter (the text names the nearest one), or a missing
-        one.
+        UserError: an unknown name or parameter (the text names the nearest one), a missing one, or
+            a value that cannot be used.
     """
     if isinstance(value, str):
         value = {"name": value}
@@ -106,19 +158,54 @@ def make(group: str, value: Any) -> Any:
     name, args = value.get("name"), dict(value.get("args") or {})
     if not isinstance(name, str):
         raise ConfigError(f"a {kind} is a name, or a mapping with name and args; got {value!r}")
-    made = resolve(group, name)
-    signature = inspect.signature(made)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    if not open_ended and (wrong := sorted(map(str, set(args) - set(signature.parameters)))):
-        raise ConfigError(
-            f"the {kind} {name!r} has no parameter {wrong[0]!r}."
-            f"{did_you_mean(wrong[0], signature.parameters) or ' It has none.'}"
-        )
+    family, slash, member = name.partition("/") if group == "delethink.tasks" else (name, "", "")
+    made = resolve(group, family)
+    parameters = inspect.signature(made).parameters
+    if slash and "member" not in parameters:
+        raise ConfigError(f"the {kind} {family!r} is no family: {name!r} names nothing")
+    args |= {"member": member} if slash else {}
+    args = {k: v for k, v in defaults.items() if k in parameters} | args
+    _check_arguments(f"the {kind} {name!r}", args, parameters)
     try:
-        signature.bind(**args)
-    except TypeError as problem:
-        raise ConfigError(f"the {kind} {name!r}: {problem}") from None
-    return made(**args)
+        return made(**args)
+    except TypeError as problem:  # a word where a number belongs
+        raise ConfigError(f"the {kind} {name!r}: {problem}") from problem
+
+
+def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
+    """The task called ``name``, made with ``args``, and with ``seed`` where it takes one.
+
+    Raises:
+        UserError: no such name, or arguments that it does not take.
+    """
+    return make("delethink.tasks", {"name": name, "args": dict(args)}, seed=seed)
+
+
+def _check_arguments(
+    what: str, args: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    kinds = {p.kind for p in parameters.values()}
+    wrong = sorted(map(str, set(args) - set(parameters)))
+    if wrong and inspect.Parameter.VAR_KEYWORD not in kinds:
+        near = did_you_mean(wrong[0], parameters) or " It has none."
+        raise ConfigError(f"{what} has no parameter {wrong[0]!r}.{near}")
+    for key, parameter in parameters.items():
+        open_ended = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if not open_ended and parameter.default is parameter.empty and key not in args:
+            example = "reasoning_gym/chain_sum" if key == "member" else f"{key}=... in its args"
+            raise ConfigError(f"{what} needs {key!r}; write {example}")
+
+
+def _imported(kind: str, path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise ConfigError(
+            f"there is no {kind} {path!r}, which is written module:object: {problem}"
+        ) from None
 
 
 def _kind(group: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -65,8 +65,11 @@ async def play_traces(
     queries: Sequence[TokenIds],
     samplings: Sequence[Sampling],
     max_model_tokens: int | None = None,
+    on_end: Callable[[int, Trace], None] = lambda index, trace: None,
 ) -> list[Trace]:
     """Plays one trace for each query at the same time, in the order given.
+
+    ``on_end`` is told the place and the trace of each that has ended, while the others go on.
 
     Raises:
         QueryTooLongError: a query leaves no room for thinking; nothing is played then.
@@ -74,7 +77,13 @@ async def play_traces(
     """
     pairs = zip(queries, samplings, strict=True)
     states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
-    tasks = [asyncio.ensure_future(_play(policy, *pair)) for pair in states]
+
+    async def play(index: int, state: ThinkingState, sampling: Sampling) -> Trace:
+        trace = await _play(policy, state, sampling)
+        on_end(index, trace)
+        return trace
+
+    tasks = [asyncio.ensure_future(play(i, *pair)) for i, pair in enumerate(states)]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

@@ -19,6 +19,7 @@ from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceS
 
 TRACE_VERSION = 1
 _SUFFIXES = (".jsonl", ".parquet")
+_AS_JSON = ("before", "metadata", "rewards", "reward_errors")  # columns without a fixed shape
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class TraceRecord:
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # None: does not apply
     advantage: float | None = None  # where it was trained on
     text: str | None = None  # the trace in text, for people; nothing is read from it
+    reward: float | None = None  # their weighted sum; None: no reward applies, or one failed
+    reward_errors: Mapping[str, str] = field(default_factory=dict)  # by name: why there is none
 
     def rescored(
         self, name: str, reward: Callable[[str, str], float], tokenizer: Tokenizer
@@ -52,13 +55,16 @@ class TraceRecord:
         trace = self.trace
         return {
             "version": TRACE_VERSION,
+            "before": [dict(message) for message in self.problem.before],
             "prompt": self.problem.prompt,
             "answer": self.problem.answer,
             "metadata": _checked(self.problem.metadata),
             "query_ids": list(trace.query_ids),
             "stop": trace.stop.value,
             "length": trace.length,
+            "reward": self.reward,
             "rewards": dict(self.rewards),
+            "reward_errors": dict(self.reward_errors),
             "advantage": self.advantage,
             "text": self.text,
             "chunks": [_chunk_to_json(chunk) for chunk in trace.chunks],
@@ -98,9 +104,16 @@ class TraceRecord:
     def _from_json(cls, values: Mapping[str, Any]) -> TraceRecord:
         chunks = tuple(_chunk_from_json(chunk) for chunk in values["chunks"])
         return cls(
-            problem=Problem(values["prompt"], values["answer"], dict(values.get("metadata") or {})),
+            problem=Problem(
+                values["prompt"],
+                values["answer"],
+                dict(values.get("metadata") or {}),
+                tuple(map(dict, values.get("before") or ())),
+            ),
             trace=Trace(tuple(values["query_ids"]), chunks, TraceStop(values["stop"])),
             rewards=dict(values["rewards"]),
+            reward=values.get("reward"),
+            reward_errors=dict(values.get("reward_errors") or {}),
             advantage=values["advantage"],
             text=values["text"],
         )
@@ -192,6 +205,12 @@ def _chunk_from_json(values: Mapping[str, Any]) -> Chunk:
     )
 
 
+def json_like(value: Any) -> Any:
+    """The value as JSON would give it back: tuples become lists, what it does not know, text."""
+    text = json.dumps(value, default=str, skipkeys=True)
+    return json.loads(text, parse_constant=str)
+
+
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no tuples and no keys but text: what it would change is refused, not changed."""
     for key, value in metadata.items():
@@ -238,16 +257,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(record: TraceRecord) -> dict[str, Any]:
-    """One row: what has no fixed shape, metadata and rewards, as JSON."""
+    """One row: what has no fixed shape as JSON."""
     values = record.to_json()
-    for key in ("metadata", "rewards"):
+    for key in _AS_JSON:
         values[key] = _dump(values[key])
     values["chunks"] = [{"error": None, **chunk} for chunk in values["chunks"]]
     return values
 
 
 def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "metadata": json.loads(row["metadata"]), "rewards": json.loads(row["rewards"])}
+    return {**row, **{key: json.loads(row[key]) for key in _AS_JSON}}
 
 
 def _table(records: Iterable[TraceRecord]) -> Any:
@@ -271,13 +290,16 @@ def _schema() -> Any:
     return arrow.schema(
         {
             "version": number,
+            "before": text,
             "prompt": text,
             "answer": text,
             "metadata": text,
             "query_ids": ids,
             "stop": text,
             "length": number,
+            "reward": real,
             "rewards": text,
+            "reward_errors": text,
             "advantage": real,
             "text": text,
             "chunks": arrow.list_(arrow.struct(chunk)),

@@ -58,6 +58,12 @@ class Problem:
     prompt: str  # the user's message; the tokenizer's chat template is put around it
     answer: str  # the gold answer
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[Mapping[str, str], ...] = ()  # messages before it: {"role": ..., "content": ...}
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation that the tokenizer's chat template renders."""
+        return [*map(dict, self.before), {"role": "user", "content": self.prompt}]
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,29 @@ class Group:
 
     problem: Problem
     traces: tuple[Trace, ...]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A finished trace as rewards see it. The query is no part of it, so no answer is found there.
+
+    ``text`` is stitched over the chunks, so that it does not matter where their borders lie.
+    """
+
+    problem: Problem
+    text: str  # all that was sampled, without special tokens
+    stop: TraceStop
+    length: int  # l(tau), sampled tokens
+    num_chunks: int
+    budget: int  # n, the most sampled tokens
+    max_chunks: int  # I
+    output_ids: TokenIds = ()  # what ``text`` was decoded from
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an attempt earned, and of what the sum is made."""
+
+    total: float | None  # None: no reward applies, or one could not be computed
+    parts: Mapping[str, float | None]  # by the recipe's names, before weighting; None: not scored
+    errors: Mapping[str, str] = field(default_factory=dict)  # by name: why there is no score

@@ -20,9 +20,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from delethink.errors import ConfigError
-from delethink.types import Problem
+from delethink.types import END_OF_THINKING, Problem
 
 MAX_STEPS = 99  # the countdown has two digits
 HELD_OUT_SHARE = 5  # one first state in five is held out
@@ -57,6 +58,8 @@ class AutomatonTask:
     number of steps: no held-out first state is ever the start of a training problem.
     """
 
+    rewards: ClassVar[dict[str, float]] = {"exact": 1.0}
+
     min_steps: int
     max_steps: int
     width: int = 11
@@ -90,6 +93,13 @@ class AutomatonTask:
             answer=last.partition(":")[2],
             metadata={"steps": steps, "state": state, "rule": self.rule},
         )
+
+    def demonstrations(self, problem: Problem) -> tuple[str, str]:
+        """A flawless solution, and the same one with its last cell turned."""
+        state, steps = problem.metadata["state"], problem.metadata["steps"]
+        thinking = "\n".join(solution_lines(state, steps, self.rule)) + END_OF_THINKING
+        turned = problem.answer[:-1] + ("1" if problem.answer[-1] == "0" else "0")
+        return thinking + problem.answer, thinking + turned
 
 
 def is_held_out(state: str) -> bool:

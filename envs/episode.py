@@ -23,7 +23,16 @@ from delethink.query import Tokenizer, query_ids, reward_text
 from delethink.registry import make, resolve
 from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.tokens import as_list, joined, memory_of, token_array
-from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
+from delethink.types import (
+    Attempt,
+    Chunk,
+    ChunkRole,
+    Problem,
+    StopReason,
+    TokenIds,
+    Trace,
+    TraceStop,
+)
 
 Observation = TypeVar("Observation")
 Action = TypeVar("Action")
@@ -188,12 +197,26 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self._state, self._last = state, output_ids
         if self.keep_trace:
             self._taken.append((output_ids, stop, before.role))
-        return state, 0.0 if state.stop is None else self._score(before)
+        return state, 0.0 if state.stop is None else self._score(before, state)
 
-    def _score(self, before: ThinkingState) -> float:
+    def _score(self, before: ThinkingState, after: ThinkingState) -> float:
         assert self.problem is not None
+        assert after.stop is not None
         read = self._stitched() if self.keep_trace else before.carried + self._last
-        return float(self.reward(reward_text(self.tokenizer, read), self.problem.answer))
+        text = reward_text(self.tokenizer, read)
+        if not hasattr(self.reward, "arguments"):
+            return float(self.reward(text, self.problem.answer))
+        attempt = Attempt(
+            problem=self.problem,
+            text=text,
+            stop=after.stop,
+            length=after.num_sampled,
+            num_chunks=after.num_chunks,
+            budget=self.chunk_spec.budget,
+            max_chunks=self.chunk_spec.max_chunks,
+            output_ids=tuple(read),
+        )
+        return float(self.reward.function(**self.reward.arguments(attempt)) or 0.0)
 
     def _stitched(self) -> TokenIds:
         """All tokens of thinking so far."""
@@ -269,13 +292,23 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         return str(self.tokenizer.decode(as_list(ids)))
 
 
-def _reward(reward: Reward | str) -> Reward:
+def _reward(reward: Reward | str) -> Any:
+    """A function of text and answer, or a registered reward with the parameters that it asks for.
+
+    A reward that does not apply (``None``) pays nothing here.
+    """
     if callable(reward):
         return reward
     if not isinstance(reward, str):
         raise ConfigError(f"a reward is a name or a function of text and answer, got {reward!r}")
-    found: Reward = resolve("delethink.rewards", reward)
-    return found
+    named = resolve("delethink.scoring", "reward")(reward, resolve("delethink.rewards", reward))
+    if named.kind in ("async", "trl") or named.needs_correctness:
+        raise ConfigError(
+            f"the reward {reward!r} cannot be asked about one trace alone: name it in a recipe, or "
+            "give a function of text and answer"
+        )
+    named.check()
+    return named
 
 
 def as_array(ids: TokenIds) -> Ids:

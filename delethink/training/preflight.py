@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from delethink.config import Recipe, dump_recipe
+from delethink.config import Recipe, RewardConfig, ScoringConfig, dump_recipe, with_rewards
 from delethink.errors import ConfigError
-from delethink.registry import resolve
+from delethink.registry import make_task, resolve
 from delethink.serving.checkpoint import locate
 from delethink.serving.factory import choose_engine
+from delethink.tasks import Task, rewards_of
 from delethink.training.run_directory import RunDirectory
 
 
 class Prepared(NamedTuple):
     """A recipe whose names are known and whose run directory is made."""
 
-    recipe: Recipe
-    task: Any
-    rewards: dict[str, Any]  # by name: (stitched text, gold answer) -> float
+    recipe: Recipe  # resolved: its rewards are there, if only the task named them
+    task: Task
+    evaluation_task: Task  # where held-out problems come from
+    scorer: Any  # of training traces; not started
+    evaluation_scorer: Any  # of held-out ones: right or wrong; it shares the workers
     run: RunDirectory
 
 
@@ -28,28 +31,62 @@ def prepare(recipe: Recipe) -> Prepared:
     """Resolves every name of a recipe, then makes its run directory.
 
     Raises:
-        UserError: a name, an argument, a model folder, an engine or an output folder is wrong;
-            nothing is left behind.
+        UserError: a name, an argument, a package, a data set, a model folder, an engine or an
+            output folder is wrong; nothing is left behind.
     """
-    rewards = {name: resolve("delethink.rewards", name) for name in recipe.rewards}
-    task = _make_task(recipe)
+    for name, reward in recipe.rewards.items():
+        resolve("delethink.rewards", reward.reward or name)
+    task = evaluation_task = make_task(recipe.task.name, recipe.task.args, recipe.seed)
+    recipe = recipe if recipe.rewards else _with_rewards_of(task, recipe)
+    scorer = make_scorer(recipe.rewards, recipe.accuracy_reward, recipe.scoring)
+    evaluated = recipe
+    if (other := recipe.evaluation.task) is not None:
+        evaluation_task = make_task(other.name, other.args, recipe.seed)
+        own = recipe.evaluation.model_copy(update={"reward": None})  # it names a training reward
+        evaluated = _with_rewards_of(evaluation_task, recipe.model_copy(update={"evaluation": own}))
+    accuracy = evaluated.accuracy_reward
+    only = {accuracy: evaluated.rewards[accuracy]}  # nothing else is asked of a held-out trace
+    evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
     run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
-    return Prepared(recipe, task, rewards, run)
+    return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer, run)
 
 
-def _make_task(recipe: Recipe) -> Any:
-    make = resolve("delethink.tasks", recipe.task.name)
-    signature = inspect.signature(make)
-    args = dict(recipe.task.args)
-    if "seed" in signature.parameters:
-        args.setdefault("seed", recipe.seed)
-    try:
-        signature.bind(**args)
-    except TypeError as problem:
-        raise ConfigError(f"task.args of {recipe.task.name!r}: {problem}") from None
-    return make(**args)
+def make_scorer(
+    rewards: Mapping[str, RewardConfig],
+    accuracy: str,
+    scoring: ScoringConfig,
+    pool: Any = None,
+) -> Any:
+    """What scores traces with these rewards, in the workers of ``pool`` or in its own.
+
+    Raises:
+        UserError: a reward that is unknown, lacks a setting or a package, or cannot run here.
+    """
+    make_reward = resolve("delethink.scoring", "reward")
+    made = []
+    for name, config in rewards.items():
+        function = resolve("delethink.rewards", config.reward or name)
+        reward = make_reward(name, function, config.weight, config.args, config.isolated)
+        reward.check()
+        made.append(reward)
+    return resolve("delethink.scoring", "scorer")(
+        made,
+        accuracy,
+        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
+        resolve("delethink.scoring", "pool")(
+            scoring.num_workers, scoring.timeout, scoring.memory_mb
+        ),
+        pool,
+    )
+
+
+def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
+    named = rewards_of(task)
+    if not named:
+        raise ConfigError("the task names no rewards of its own: write rewards: {NAME: WEIGHT}")
+    return with_rewards(recipe, named)
 
 
 def _check_engine(recipe: Recipe) -> None:

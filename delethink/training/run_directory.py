@@ -30,7 +30,8 @@ _PACKAGES = (
 class RunDirectory:
     """Where a run writes. What is written stays; a step is appended when it is done.
 
-    ``config.yaml`` the resolved recipe, ``versions.json``, ``metrics.jsonl`` one object a step,
+    ``config.yaml`` the resolved recipe, ``versions.json``, ``problems.json`` how many problems were
+    taken and what was left out, ``metrics.jsonl`` one object a step,
     ``traces/step_N.jsonl`` what was sampled for step N, ``checkpoints/``, ``table.json`` and
     ``curves.png``.
     """
@@ -67,7 +68,7 @@ class RunDirectory:
         measured = any((self.path / name).exists() for name in ("metrics.jsonl", "table.json"))
         if measured or any((self.path / "traces").iterdir()):
             return
-        for name in ("config.yaml", "versions.json"):
+        for name in ("config.yaml", "versions.json", "problems.json"):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.path / "traces", self.checkpoints, self.path):
             with suppress(OSError):  # somebody put something there
@@ -90,6 +91,10 @@ class RunDirectory:
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Appends the traces sampled for a step."""
         self._append(f"traces/step_{step:06d}.jsonl", records)
+
+    def write_problems(self, counts: dict[str, Any]) -> None:
+        """Writes ``problems.json``."""
+        self._write("problems.json", json.dumps(counts, indent=2) + "\n")
 
     def write_table(self, rows: list[dict[str, Any]]) -> None:
         """Writes ``table.json``."""

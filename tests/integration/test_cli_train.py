@@ -251,3 +251,113 @@ def test_an_interrupt_ends_the_run_and_keeps_what_was_written(
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     psutil.wait_procs(processes_of(tmp_path), timeout=20)  # Ray's own take a moment to see it
     assert not processes_of(tmp_path)
+
+
+STALLS = """
+calls = []
+
+
+def sometimes(text, answer):
+    calls.append(text)
+    while len(calls) == 3:
+        pass
+    return 0.5
+
+
+def theirs(completions, solution, **columns):
+    return [float(c[0]["content"].endswith(s)) for c, s in zip(completions, solution)]
+"""
+
+
+@pytest.mark.slow
+def test_over_long_queries_are_counted_said_and_kept(tmp_path: Path) -> None:
+    """A task out of a file, evaluated on the toy family, with rewards that neither recipe names."""
+    rows = [{"problem": "0" * (3 + i % 7), "answer": str(i)} for i in range(40)]
+    rows = [row | {"problem": f"{i:02d}" + row["problem"]} for i, row in enumerate(rows)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.read_text().replace("rewards:\n  exact: 1.0\n", "")
+    recipe.write_text(text)
+    options = [option for option in SMALL if not option.startswith("task.args")]
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "delethink.cli.main", "train", str(recipe), *options],
+            "output=run",
+            "task={name: dataset, max_query_tokens: 6, args: {dataset: data.jsonl,"
+            " template: '{problem}', reward: normalized, heldout_share: 0.0}}",
+            "evaluation.task={name: automaton, args: {min_steps: 1, max_steps: 2}}",
+            "evaluation.num_problems=4",
+            "training.max_steps=1",
+        ],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "their queries are too long" in done.stdout
+    counts = json.loads((tmp_path / "run" / "problems.json").read_text())
+    assert counts["train"]["taken"] == 2
+    assert counts["train"]["overlong_queries"] > 0
+    assert counts["train"]["longest_query_passed_over"] > 6
+    assert "normalized: " in (tmp_path / "run" / "config.yaml").read_text().replace("\n", " ")
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert "rewards/normalized/mean" in metrics
+
+
+def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(STALLS)
+    done = run(
+        "output=run",
+        "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
+        " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
+        " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
+        "scoring={budget: -1.0, timeout: 0.5, num_workers: 2}",
+        "training.max_failed_share=1.0",
+        "training.max_steps=1",
+        "evaluation.num_problems=2",
+        "evaluation.num_problems_at_intervals=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    lines = (tmp_path / "run" / "traces" / "step_000001.jsonl").read_text().splitlines()
+    traces = [json.loads(line) for line in lines]
+    stalled = [trace for trace in traces if "reward_errors" in trace]
+    assert 0 < metrics["verifier/timeout"] == len(stalled) < len(traces)
+    assert metrics["rewards/stalls/applied_share"] == 1 - len(stalled) / len(traces)
+    for trace in traces:
+        parts = trace["rewards"]
+        if trace in stalled:
+            assert trace["reward"] is None
+            assert trace["advantage"] == 0.0
+            assert trace["reward_errors"]["stalls"].startswith("timeout: ")
+            assert parts["stalls"] is None
+        elif trace["stop"] == "budget":
+            assert trace["reward"] == -1.0
+        else:
+            expected = parts["exact"] + 0.5 * parts["long"] + 0.1 * parts["stalls"]
+            assert trace["reward"] == pytest.approx(expected)
+        assert parts["theirs"] == float(
+            trace["text"].removesuffix("<eos>").endswith(trace["answer"])
+        )
+    assert metrics["rewards/exact/mean"] == pytest.approx(
+        sum(t["rewards"]["exact"] for t in traces) / len(traces)
+    )
+    assert not processes_of(tmp_path)
+
+
+def test_rewards_that_cannot_be_computed_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text("def broken(text):\n    return text.nonsense\n")
+    done = run(
+        "output=run",
+        "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}",
+        "evaluation.num_problems=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "16 of 16 traces failed or could not be scored" in last
+    assert "broken: error: AttributeError: 'str' object has no attribute 'nonsense'" in last

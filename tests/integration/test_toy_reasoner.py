@@ -7,7 +7,9 @@ import pytest
 from delethink.envs.automaton import AutomatonTask, solution_lines
 from delethink.evaluation.evaluate import Evaluator
 from delethink.query import query_ids, reward_text
+from delethink.rewards.combine import Scorer
 from delethink.rewards.exact import exact_match
+from delethink.rewards.reward import Reward
 from delethink.rule import ChunkSpec
 from delethink.serving.checkpoint import TOY, eos_ids, load_model, load_tokenizer, locate
 from delethink.serving.transformers_engine import TransformersEngine
@@ -38,7 +40,8 @@ def test_it_is_sound_on_short_problems() -> None:
     model, tokenizer = load_model(TOY, "float32"), load_tokenizer(TOY)
     problems = [AutomatonTask(1, 4).problem("heldout", i) for i in range(128)]
     engine = TransformersEngine(model, eos_ids(model, tokenizer), tokenizer.pad_token_id)
-    evaluator = Evaluator(problems, exact_match, tokenizer, temperature=1.0, seed=0)
-    row = evaluator.run(engine, ChunkSpec.longcot(96), "short")
+    with Scorer([Reward("exact", exact_match)]) as scorer:
+        evaluator = Evaluator(problems, scorer, tokenizer, temperature=1.0, seed=0)
+        row = evaluator.run(engine, ChunkSpec.longcot(96), "short")
     assert row.accuracy_interval.low > 0.8
     assert row.budget_share == 0

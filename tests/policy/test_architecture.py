@@ -18,6 +18,7 @@ NOUNS = {"errors", "types"}
 RULE = NOUNS | {"tokens", "carryover", "border", "rule"}
 PLAY = RULE | {"policy", "rollout", "query"}
 SETTINGS = {"config", "registry"}
+SCORE = {"tasks", "scoring"}
 
 # Each room and the rooms that it may import, itself aside. envs and rewards appear on the right of
 # no other room: the library reaches them by registered name.
@@ -30,18 +31,23 @@ ARROWS: dict[str, set[str]] = {
     "rule": NOUNS | {"query", "tokens", "carryover", "border"},
     "policy": NOUNS,
     "query": NOUNS | {"tokens"},
+    "tasks": NOUNS,
+    "scoring": PLAY,
     "rewards": NOUNS,
     "registry": NOUNS,
     "cost": RULE,
     "config": RULE | {"registry"},
-    "envs": RULE | {"policy", "query", "registry", "rollout", "traces"},
+    "envs": RULE | {"policy", "query", "registry", "rollout", "tasks", "traces"},
     "traces": PLAY,
     "testing": PLAY,
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
     "serving": RULE | {"policy", "query", "rollout"},
-    "evaluation": PLAY | SETTINGS | {"evaluation.metrics", "serving"},
-    "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving", "traces"},
+    "evaluation": PLAY | SETTINGS | SCORE | {"evaluation.metrics", "serving"},
+    "training": PLAY
+    | SETTINGS
+    | SCORE
+    | {"evaluation", "evaluation.metrics", "serving", "traces"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
 }
@@ -49,6 +55,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all
 
 # Rooms that load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *RULE, "policy", "rollout", "query", "registry", "cost", "traces", "testing"}
+CORE |= {"tasks", "scoring"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(

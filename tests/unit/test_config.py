@@ -6,7 +6,7 @@ import pytest
 
 from delethink.border import LineBreak
 from delethink.carryover import SinkWindow, Tail
-from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.config import Recipe, dump_recipe, load_recipe, with_rewards
 from delethink.errors import ConfigError
 from delethink.rule import ChunkSpec
 
@@ -63,6 +63,11 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("training=3", "'training' is 3"),
         ("engine=vlm", "'engine' is 'vlm'"),
         ("rewards={}", "'rewards' is {}"),
+        ("rewards={exact: high}", "rewards.exact: a reward is a weight, or a section with weight"),
+        ("rewards={exact: {wieght: 1}}", "'rewards.exact.wieght'. Did you mean 'weight'?"),
+        ("evaluation.reward=exat", "Did you mean 'exact'?"),
+        ("scoring.timout=1", "Did you mean 'timeout'?"),
+        ("scoring.memory_mb=1", "'scoring.memory_mb' is 1"),
         ("seed", "dotted.key=value, got 'seed'"),
         ("thinking.carryover=tale", "unknown carryover 'tale'. Did you mean 'tail'?"),
         ("thinking.carryover={nam: tail}", "Did you mean 'name'?"),
@@ -90,6 +95,27 @@ def test_a_carryover_and_a_border_are_named_with_or_without_parameters(recipe_pa
     assert load_recipe(recipe_path, [sinks]).thinking.spec().carryover == SinkWindow(7)
     head = "thinking.carryover={name: head_tail, args: {head_size: 9}}"
     assert load_recipe(recipe_path, [head]).thinking.spec() == ChunkSpec(96, 48, 8, 9)
+
+
+def test_a_reward_is_a_weight_or_a_section(recipe_path: Path) -> None:
+    given = "rewards={exact: 2, long: {reward: overlong, weight: 0.5, args: {cache: 9}}}"
+    rewards = load_recipe(recipe_path, [given]).rewards
+    assert (rewards["exact"].weight, rewards["exact"].args) == (2.0, {})
+    assert (rewards["long"].reward, rewards["long"].args) == ("overlong", {"cache": 9})
+    assert load_recipe(recipe_path).accuracy_reward == "exact"
+
+
+def test_rewards_may_be_left_to_the_task(recipe_path: Path, tmp_path: Path) -> None:
+    recipe_path.write_text(MINIMAL.replace("rewards: {exact: 1.0}\n", ""))
+    recipe = load_recipe(recipe_path)
+    assert recipe.rewards == {}
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+    assert with_rewards(recipe, {"math": 0.5}).rewards["math"].weight == 0.5
+    other = load_recipe(recipe_path, ["evaluation.reward=exact"])
+    with pytest.raises(ConfigError, match="none of the recipe's rewards"):
+        with_rewards(other, {"math": 0.5})
 
 
 def test_a_missing_key_is_named(recipe_path: Path) -> None:

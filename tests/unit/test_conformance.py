@@ -100,7 +100,7 @@ class Moody(ThinkingEnv):
 
     count = itertools.count()
 
-    def _score(self, before: Any) -> float:
+    def _score(self, before: Any, after: Any) -> float:
         return float(next(self.count))
 
 

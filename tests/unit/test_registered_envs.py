@@ -94,7 +94,7 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"carryover": "tial"}, "unknown carryover 'tial'. Did you mean 'tail'?"),
         ({"border": "line_brake"}, "unknown border 'line_brake'. Did you mean 'line_break'?"),
         ({"task": "automatn"}, "unknown task 'automatn'. Did you mean 'automaton'?"),
-        ({"task": {"name": "automaton"}}, "missing a required argument: 'min_steps'"),
+        ({"task": {"name": "automaton"}}, "needs 'min_steps'"),
         ({"reward": "exakt"}, "unknown reward 'exakt'. Did you mean 'exact'?"),
         ({"carryover_size": 64}, "carryover_size=64 and context_size=64"),
         ({"eos_ids": [99]}, "at least one token below vocabulary=16"),
@@ -311,3 +311,19 @@ def test_a_seed_gives_the_same_in_every_process(name: str) -> None:
         command = [sys.executable, "-c", FINGERPRINT.format(name=name)]
         printed.add(subprocess.check_output(command, env=environment, text=True))
     assert len(printed) == 1
+
+
+@pytest.mark.parametrize(("text", "pays"), [("1:0</think>1", 1.0), ("1:0", 0.0)])
+def test_a_reward_by_name_is_asked_with_what_it_wants_to_see(text: str, pays: float) -> None:
+    env = gymnasium.make("delethink/Thinking-v0", reward="closes_thinking")
+    env.reset(seed=0)
+    tokenizer: Any = env.unwrapped.tokenizer  # type: ignore[attr-defined]
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    _, reward, terminated, _, _ = env.step(np.array(ids))
+    assert (reward, terminated) == (pays, True)
+
+
+@pytest.mark.parametrize("name", ["cosine", "overlong"])
+def test_a_reward_that_needs_more_than_a_trace_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        gymnasium.make("delethink/Thinking-v0", reward=name)

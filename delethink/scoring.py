@@ -1,0 +1,95 @@
+"""Plays traces and scores each as soon as it has ended, while the others are still being sampled.
+
+The rewards themselves are reached by name, through the registry; this is what is asked of whatever
+puts them together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from delethink.policy import Policy, Sampling
+from delethink.query import Tokenizer, reward_text
+from delethink.rollout import play_traces
+from delethink.rule import ChunkSpec
+from delethink.types import Attempt, Problem, Score, TokenIds, Trace
+
+
+class Scorer(Protocol):
+    """Scores attempts: each one's parts when it has ended, the rest when all have."""
+
+    accuracy: str  # the name of the reward that says right or wrong
+
+    async def parts(self, attempt: Attempt) -> Any:
+        """What can be said of one attempt alone."""
+        ...
+
+    async def finish(
+        self, attempts: Sequence[Attempt], parts: Sequence[Awaitable[Any]]
+    ) -> list[Score]:
+        """The scores of all of them."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        ...
+
+
+class Played(NamedTuple):
+    """Traces, their scores, and the seconds for which only scores were waited for."""
+
+    traces: list[Trace]
+    scores: list[Score]
+    seconds_scoring: float
+
+
+def attempt_at(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: ChunkSpec) -> Attempt:
+    """A finished trace as rewards see it."""
+    return Attempt(
+        problem=problem,
+        text=reward_text(tokenizer, trace.output_ids),
+        stop=trace.stop,
+        length=trace.length,
+        num_chunks=len(trace.thinking),
+        budget=spec.budget,
+        max_chunks=spec.max_chunks,
+        output_ids=trace.output_ids,
+    )
+
+
+async def play_and_score(
+    policy: Policy,
+    spec: ChunkSpec,
+    problems: Sequence[Problem],
+    queries: Sequence[TokenIds],
+    samplings: Sequence[Sampling],
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    max_model_tokens: int | None = None,
+) -> Played:
+    """Plays one trace for each problem, and scores it, in the order given.
+
+    Raises:
+        QueryTooLongError: a query leaves no room for thinking; nothing is played then.
+        UserError: the policy or a reward raised one; the other traces are given up.
+    """
+    attempts: dict[int, Attempt] = {}
+    parts: dict[int, asyncio.Task[Any]] = {}
+
+    def begin(index: int, trace: Trace) -> None:
+        attempts[index] = attempt_at(problems[index], trace, tokenizer, spec)
+        parts[index] = asyncio.ensure_future(scorer.parts(attempts[index]))
+
+    try:
+        traces = await play_traces(policy, spec, queries, samplings, max_model_tokens, begin)
+        played = time.perf_counter()
+        order = range(len(traces))
+        scores = await scorer.finish([attempts[i] for i in order], [parts[i] for i in order])
+        return Played(traces, scores, time.perf_counter() - played)
+    finally:
+        for task in parts.values():
+            task.cancel()
+        await asyncio.gather(*parts.values(), return_exceptions=True)

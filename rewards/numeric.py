@@ -1,0 +1,81 @@
+"""Numbers, compared within a tolerance."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+
+from delethink.rewards.answer import extract_answer
+from delethink.rewards.reward import light
+from delethink.types import END_OF_THINKING
+
+_LONGEST = 200  # characters of a number
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_UNIT_NAME = r"[a-zA-Z]{1,12}(?:\^-?\d)?"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?:(?P<top>{_DIGITS})/(?P<bottom>{_DIGITS})|(?P<number>{_DIGITS}))"
+    rf"(?:(?:e|\*10\^|x10\^)(?P<power>[-+]?\d{{1,3}}))?(?P<percent>%?)"
+    rf"(?:{_UNIT_NAME}(?:[/*]{_UNIT_NAME}){{0,3}})?"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
+
+
+@light
+def numeric(
+    text: str,
+    answer: str,
+    relative: float = 1e-6,
+    absolute: float = 1e-9,
+    end: str | None = END_OF_THINKING,
+) -> float | None:
+    """1.0 if the final answer of ``text`` is a number near ``answer``, else 0.0.
+
+    Near means within ``absolute`` or within ``relative`` times the gold number, whichever is more.
+    A unit behind the number is not looked at. ``None`` where the gold answer is no number.
+    """
+    gold = parse_number(extract_answer(answer, None) or answer)
+    if gold is None:
+        return None
+    said = extract_answer(text, end)
+    found = None if said is None else parse_number(said)
+    if found is None:
+        return 0.0
+    return float(abs(found - gold) <= max(absolute, relative * abs(gold)))
+
+
+def parse_number(text: str) -> float | None:
+    r"""The finite number that ``text`` is: ``1,234.5``, ``3/4``, ``\\frac{3}{4}``, ``2e-3``,
+    ``5%``.
+
+    >>> parse_number(r"-\\frac{1}{4}"), parse_number(r"6.02 \\times 10^{23}"), parse_number("abc")
+    (-0.25, 6.02e+23, None)
+    """
+    if len(text) > _LONGEST:
+        return None
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u00d7", "x")
+    text = _FRACTION.sub(r"\1/\2", _UNIT.sub(r"\1", text))
+    for wide, narrow in (
+        (r"\times", "x"),
+        (r"\cdot", "x"),
+        (r"\%", "%"),
+        (r"\$", ""),
+        ("{,}", ","),
+    ):
+        text = text.replace(wide, narrow)
+    text = re.sub(r"\^\{([^{}]*)\}", r"^\1", text).strip("$ ").replace("\\,", "")
+    text = text.removeprefix("=").strip()
+    parts = _NUMBER.fullmatch("".join(text.split()).rstrip("."))
+    return None if parts is None else _value(parts)
+
+
+def _value(parts: re.Match[str]) -> float | None:
+    try:
+        value = float((parts["number"] or parts["top"]).replace(",", ""))
+        value /= float((parts["bottom"] or "1").replace(",", ""))
+        value *= 10.0 ** int(parts["power"] or 0)
+    except (ZeroDivisionError, OverflowError):
+        return None
+    value *= (-1 if parts["sign"] == "-" else 1) * (0.01 if parts["percent"] else 1)
+    return value if math.isfinite(value) else None

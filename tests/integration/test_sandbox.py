@@ -1,0 +1,177 @@
+"""Code that nobody has read: what it can do, what it cannot, and how it is scored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from delethink.errors import ConfigError
+from delethink.rewards import lockdown
+from delethink.rewards.code import passes_tests
+from delethink.rewards.sandbox import Limits, Ran, run_python
+
+pytestmark = pytest.mark.integration
+if lockdown.missing():
+    pytest.skip(
+        f"this kernel cannot keep code from {lockdown.missing()}, and it must not be run without",
+        allow_module_level=True,
+    )
+
+LIMITS = Limits(seconds=2.0, memory_mb=300, file_mb=1)
+
+
+def run(code: str, stdin: str = "") -> Ran:
+    return run_python(code, stdin, LIMITS)
+
+
+def test_a_program_reads_and_prints() -> None:
+    assert run("print(sum(map(int, input().split())))", "1 2\n") == Ran("ended", 0, "3\n", "")
+
+
+def test_it_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    said = run("import os, sys; print(dict(os.environ), sys.argv, sys.path, list(sys.modules))")
+    assert said.exit_code == 0
+    assert "hush" not in said.stdout
+    assert "SECRET_TOKEN" not in said.stdout
+    assert "delethink.rewards" not in said.stdout
+
+
+def test_its_folder_is_its_own_and_goes_away() -> None:
+    said = run("import os; open('x', 'w').write('1'); print(os.getcwd(), sorted(os.listdir('.')))")
+    folder, _, listed = said.stdout.strip().partition(" ")
+    assert listed == "['main.py', 'x']"
+    assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import socket; socket.socket()", "PermissionError"),
+        ("import urllib.request as u; u.urlopen('http://127.0.0.1:9')", "not permitted"),
+        ("import os\nwhile True: os.fork()", "BlockingIOError"),
+        ("import subprocess; subprocess.run(['ls'])", "BlockingIOError"),
+        ("import os; os.system('true') and 1/0", ""),
+        ("import multiprocessing as m; m.Process(target=print).start()", "Error"),
+        ("open('/etc/passwd').read()", "PermissionError"),
+        ("open('/tmp/delethink-escaped', 'w')", "PermissionError"),
+        ("open('/dev/shm/delethink-escaped', 'w')", "PermissionError"),
+        ("import os; open(f'/proc/{os.getppid()}/environ').read()", "PermissionError"),
+        ("import os; os.listdir('/root')", "PermissionError"),
+        ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
+        ("import os; os.kill(-1, 9)", "PermissionError"),
+        ("import os; os.setsid()", "PermissionError"),
+        ("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))", "Error"),
+        ("x = [0] * 10**10", "MemoryError"),
+        ("f = open('a', 'w')\nfor i in range(999): f.write('x' * 9999)", "File too large"),
+        ("while True: print('x' * 9999)", "File too large"),
+        ("def f(n): return f(n + 1)\nf(0)", ""),
+        ("import ctypes; ctypes.string_at(0)", ""),
+        ("import sys; sys.exit(3)", ""),
+        ("syntax error", "SyntaxError"),
+        ("import os; os.rename('main.py', '/tmp/delethink-escaped')", "Error"),
+        ("import os; os.symlink('/etc/passwd', 'p'); open('p').read()", "PermissionError"),
+        ("import os; os.chroot('/')", "PermissionError"),
+    ],
+)
+def test_what_it_must_not_do_fails(code: str, error: str) -> None:
+    ran = run(code)
+    assert ran.status == "ended"
+    if "os.system" in code:
+        return  # it says so by its value alone
+    assert ran.exit_code != 0
+    assert error in ran.stderr
+    assert not Path("/tmp/delethink-escaped").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(1000)",
+        "import signal\nfor s in range(1, 32):\n  try: signal.signal(s, signal.SIG_IGN)\n"
+        "  except OSError: pass\nwhile True: pass",
+        "3 ** (10 ** 10)",
+        "import re; re.match('(a+)+$', 'a' * 60 + 'b')",
+        "import sys; sys.stdin.read(); import threading; threading.Event().wait()",
+    ],
+)
+def test_what_runs_for_ever_is_killed(code: str) -> None:
+    before = set(psutil.Process(os.getpid()).children(recursive=True))
+    assert run_python(code, "", Limits(seconds=0.7)).status == "timeout"
+    assert set(psutil.Process(os.getpid()).children(recursive=True)) <= before
+
+
+def test_a_flood_on_standard_output_fills_no_memory() -> None:
+    assert len(run("while True: print('x' * 9999)").stdout) <= 1 << 20
+
+
+ADD = {"tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "2 2\n", "output": "4\n"}]}
+
+
+def fenced(code: str) -> str:
+    return f"let me see</think>\n```python\n{code}\n```"
+
+
+@pytest.mark.parametrize(
+    ("code", "score", "share"),
+    [
+        ("print(sum(map(int, input().split())))", 1.0, 1.0),
+        ("print(3)", 0.0, 0.5),
+        ("print(5)", 0.0, 0.0),
+        ("import os; print(3); os._exit(0)", 0.0, 0.0),  # what is not flushed was not printed
+        ("print(sum(map(int, input().split()))); 1/0", 0.0, 0.0),
+        ("print('3\\n4')", 0.0, 0.0),
+    ],
+)
+def test_code_is_scored_by_its_tests(code: str, score: float, share: float) -> None:
+    assert passes_tests(fenced(code), ADD) == score
+    assert passes_tests(fenced(code), ADD, partial=True) == share
+
+
+def test_code_that_is_not_there_or_has_no_tests() -> None:
+    assert passes_tests("no code</think>", ADD) == 0.0
+    assert passes_tests(fenced("print(3)").replace("</think>", ""), ADD) == 0.0
+    assert passes_tests(fenced("print(3)"), {}) is None
+    assert passes_tests(fenced("print(3)"), ADD, max_tests=1) == 1.0
+
+
+FUNCTION: Mapping[str, Any] = {
+    "function": "add",
+    "tests": [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "type": "functional"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "score"),
+    [
+        ("def add(xs, x): return xs + [x]", 1.0),
+        ("class Solution:\n    def add(self, xs, x): return [*xs, x]", 1.0),
+        ("def add(xs, x):\n    print('[1, 2, 3]')\n    return xs", 0.0),
+        ("def add(xs, x): return float('nan')", 0.0),
+        ("def add(xs, x): return {1}", 0.0),
+        ("def sub(xs, x): return xs + [x]", 0.0),
+        ("import sys; print('[1, 2, 3]'); sys.exit(0)", 0.0),
+    ],
+)
+def test_a_function_is_called(code: str, score: float) -> None:
+    assert passes_tests(fenced(code), FUNCTION) == score
+
+
+def test_a_stronger_sandbox_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_box.py").write_text(
+        "from delethink.rewards.sandbox import Ran\n"
+        "def run(code, stdin, limits): return Ran('ended', 0, '3', '')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    one = {"tests": ADD["tests"][:1]}
+    assert passes_tests(fenced("anything"), one, sandbox="my_box:run") == 1.0
+    with pytest.raises(ConfigError, match="no sandbox 'my_box:walk'"):
+        passes_tests(fenced("anything"), one, sandbox="my_box:walk")

@@ -1,0 +1,53 @@
+"""Names: shipped ones, families, and objects of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delethink.envs.automaton import AutomatonTask
+from delethink.errors import ConfigError
+from delethink.registry import make_task, resolve
+
+
+def test_a_name_with_a_colon_is_an_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_rewards.py").write_text("def good(text): return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    assert resolve("delethink.rewards", "my_own_rewards:good")("x") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("no_such_module:good", "No module named 'no_such_module'"),
+        ("json:no_such_function", "no attribute"),
+        (":", "written module:object"),
+    ],
+)
+def test_an_object_that_is_not_there_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        resolve("delethink.rewards", name)
+
+
+def test_a_task_gets_the_seed_it_takes() -> None:
+    args = {"min_steps": 1, "max_steps": 3}
+    assert make_task("automaton", args, 7) == AutomatonTask(1, 3, seed=7)
+    assert make_task("automaton", args | {"seed": 2}, 7) == AutomatonTask(1, 3, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "text"),
+    [
+        ("automatn", {}, "Did you mean 'automaton'"),
+        ("automaton", {"min_steps": 1}, "needs 'max_steps'"),
+        ("automaton", {"widht": 3}, "Did you mean 'width'"),
+        ("automaton", {"min_steps": "few", "max_steps": 3}, "the task 'automaton': '<='"),
+        ("automaton/x", {"min_steps": 1, "max_steps": 2}, "is no family"),
+    ],
+)
+def test_mistakes_are_explained(name: str, args: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_task(name, args, 0)
