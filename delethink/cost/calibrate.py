@@ -140,6 +140,8 @@ def _select(
 def _minimise(errors: Errors, start: Efficiency, names: Sequence[str]) -> Efficiency:
     """Levenberg and Marquardt's method on the logarithms of the named figures."""
 
+    most = np.array([np.inf if name.endswith("_seconds") else 0.0 for name in names])  # of shares
+
     def at(logs: Floats) -> Efficiency:
         values: dict[str, Any] = dict(zip(names, np.exp(logs).tolist(), strict=True))
         return dataclasses.replace(start, **values)
@@ -152,6 +154,7 @@ def _minimise(errors: Errors, start: Efficiency, names: Sequence[str]) -> Effici
         normal = jacobian.T @ jacobian
         normal += damping * np.diag(np.diag(normal) + 1e-9)
         step = np.clip(np.linalg.solve(normal, -jacobian.T @ now), -2, 2)
+        step = np.minimum(logs + step, most) - logs
         tried = errors(at(logs + step))
         if tried @ tried < now @ now:
             close = now @ now - tried @ tried < 1e-10 * (now @ now)
