@@ -1,6 +1,6 @@
 """Predicted against measured seconds of sampling and training on this machine, for both methods.
 
-    python scripts/bench_cost.py [--rounds 3] [--traces 16] [--seed 0]
+    python scripts/bench_cost.py [--rounds 3] [--traces 16] [--threads 1] [--seed 0]
 
 A model of the toy reasoner's shape, with random weights, thinks for exactly as many tokens as it is
 told, at six lengths, as LongCoT and with Delethink: through the in-process engine and through the
@@ -66,9 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--traces", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1, help="one leaves the rest to others")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads)
     flops, bandwidth = peaks()
     print(f"products of float32 matrices: {flops / 1e9:.0f} GFLOP/s")
     print(f"copying: {bandwidth / 1e9:.1f} GB/s, read and written")
