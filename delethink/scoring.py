@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from delethink.policy import Policy, Sampling
 from delethink.query import Tokenizer, reward_text
+from delethink.registry import resolve
 from delethink.rollout import play_traces
 from delethink.rule import ChunkSpec
 from delethink.types import Attempt, Problem, Score, TokenIds, Trace
@@ -36,6 +37,36 @@ class Scorer(Protocol):
     def close(self) -> None:
         """Ends what it has started."""
         ...
+
+
+def make_scorer(rewards: Mapping[str, Any], accuracy: str, scoring: Any, pool: Any = None) -> Any:
+    """What scores traces with these rewards, in the workers of ``pool`` or in its own.
+
+    Args:
+        rewards: by name, a ``RewardConfig`` each.
+        accuracy: the name of the one that says right or wrong.
+        scoring: a ``ScoringConfig``.
+        pool: workers that another scorer has.
+
+    Raises:
+        UserError: a reward that is unknown, lacks a setting or a package, or cannot run here.
+    """
+    make_reward = resolve("delethink.scoring", "reward")
+    made = []
+    for name, config in rewards.items():
+        function = resolve("delethink.rewards", config.reward or name)
+        reward = make_reward(name, function, config.weight, config.args, config.isolated)
+        reward.check()
+        made.append(reward)
+    return resolve("delethink.scoring", "scorer")(
+        made,
+        accuracy,
+        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
+        resolve("delethink.scoring", "pool")(
+            scoring.num_workers, scoring.timeout, scoring.memory_mb
+        ),
+        pool,
+    )
 
 
 class Played(NamedTuple):

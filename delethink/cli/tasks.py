@@ -11,6 +11,7 @@ from delethink.config import RewardConfig, ScoringConfig, parse_values
 from delethink.errors import ConfigError
 from delethink.query import query_ids
 from delethink.registry import make_task, names, resolve
+from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import load_tokenizer, locate
 from delethink.tasks import (
     SPLITS,
@@ -20,7 +21,6 @@ from delethink.tasks import (
     rewards_of,
     size_of,
 )
-from delethink.training.preflight import make_scorer
 from delethink.types import Attempt, Problem, TraceStop
 
 

@@ -139,7 +139,6 @@ def _select(
 
 def _minimise(errors: Errors, start: Efficiency, names: Sequence[str]) -> Efficiency:
     """Levenberg and Marquardt's method on the logarithms of the named figures."""
-
     most = np.array([np.inf if name.endswith("_seconds") else 0.0 for name in names])  # of shares
 
     def at(logs: Floats) -> Efficiency:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from delethink.config import Recipe, RewardConfig, ScoringConfig, dump_recipe, with_rewards
+from delethink.config import Recipe, dump_recipe, with_rewards
 from delethink.errors import ConfigError
 from delethink.registry import make_task, resolve
+from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import locate
 from delethink.serving.factory import choose_engine
 from delethink.tasks import Task, rewards_of
@@ -51,35 +51,6 @@ def prepare(recipe: Recipe) -> Prepared:
     _check_engine(recipe)
     run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer, run)
-
-
-def make_scorer(
-    rewards: Mapping[str, RewardConfig],
-    accuracy: str,
-    scoring: ScoringConfig,
-    pool: Any = None,
-) -> Any:
-    """What scores traces with these rewards, in the workers of ``pool`` or in its own.
-
-    Raises:
-        UserError: a reward that is unknown, lacks a setting or a package, or cannot run here.
-    """
-    make_reward = resolve("delethink.scoring", "reward")
-    made = []
-    for name, config in rewards.items():
-        function = resolve("delethink.rewards", config.reward or name)
-        reward = make_reward(name, function, config.weight, config.args, config.isolated)
-        reward.check()
-        made.append(reward)
-    return resolve("delethink.scoring", "scorer")(
-        made,
-        accuracy,
-        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
-        resolve("delethink.scoring", "pool")(
-            scoring.num_workers, scoring.timeout, scoring.memory_mb
-        ),
-        pool,
-    )
 
 
 def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:

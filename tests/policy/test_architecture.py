@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "policy": NOUNS,
     "query": NOUNS | {"tokens"},
     "tasks": NOUNS,
-    "scoring": PLAY,
+    "scoring": PLAY | {"registry"},
     "rewards": NOUNS,
     "registry": NOUNS,
     "cost": RULE,
