@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from delethink.errors import MissingExtraError, ModelError
 from delethink.query import reward_text
@@ -89,6 +89,30 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
         use_safetensors=True,
     )
     return loaded
+
+
+class Shell(NamedTuple):
+    """What a checkpoint says of its model, without the weights."""
+
+    config: Any
+    generation_config: Any
+
+
+def load_shell(model: str, trust_remote_code: bool = False) -> Any:
+    """A stand-in for the model of a checkpoint wherever only its settings are read.
+
+    Raises:
+        ModelError: there is no model.
+    """
+    _require_transformers()
+    from transformers import AutoConfig, GenerationConfig
+
+    config = _load(AutoConfig, "configuration", model, trust_remote_code)
+    try:
+        settings = GenerationConfig.from_pretrained(locate(model))
+    except OSError:  # a checkpoint need not have any
+        settings = None
+    return Shell(config, settings)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

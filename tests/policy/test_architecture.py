@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
     "serving": RULE | {"policy", "query", "rollout"},
-    "evaluation": PLAY | SETTINGS | {"evaluation.metrics", "serving"},
+    "evaluation": PLAY | SETTINGS | {"cost", "evaluation.metrics", "serving"},
     "training": PLAY | SETTINGS | {"evaluation", "evaluation.metrics", "serving"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
@@ -155,6 +155,7 @@ def test_only_the_registry_names_what_environments_and_rewards_hold(path: str) -
         "import delethink.registry",
         "import delethink.envs, delethink.rewards",
         "sys.argv[1:] = ['--help']; from delethink.cli.main import main; main()",
+        "sys.argv[1:] = ['eval', '--help']; from delethink.cli.main import main; main()",
         "sys.argv[1:] = ['train', '--help']; from delethink.cli.main import main; main()",
         "sys.argv[1:] = ['cost', '--thinking', '96k']; from delethink.cli.main import main; main()",
     ],
