@@ -93,9 +93,7 @@ class Sampler:
                 outcomes = await self._outcomes(setting, trace, problem, sampling)
             except UserError:
                 raise
-            except (
-                Exception
-            ) as failure:  # the boundary to any grader, and to the engine that answers
+            except Exception as failure:  # the boundary to any grader, and to the engine
                 error = f"{type(failure).__name__}: {failure}"
         return Record(
             place=place,
