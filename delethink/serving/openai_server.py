@@ -96,6 +96,7 @@ class OpenAIServer:
         self.base_url = base_url.rstrip("/")
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
+        self._api_key = api_key
         self._retries = retries
         self._first_wait_s = first_wait_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -213,18 +214,15 @@ class OpenAIServer:
         except (httpx.HTTPError, OSError) as problem:
             raise _TransientError(f"no whole answer ({_said(problem)})") from None
         if answer.status_code in _TRANSIENT or answer.status_code >= 500:
-            raise _TransientError(_status(answer), _retry_after(answer))
+            raise _TransientError(self._status(answer), _retry_after(answer))
         if answer.status_code in (401, 403):
-            raise ConfigError(
-                f"the server at {self.base_url} refuses the key ({_status(answer)}); it is read "
-                "from the environment variable that --api-key-env names"
-            )
+            raise self._refused_key(answer)
         if answer.status_code != 200:
-            raise _RefusedError(_status(answer))
+            raise _RefusedError(self._status(answer))
         try:
             return answer.json()
         except ValueError:
-            raise _TransientError(f"an answer that is no JSON: {answer.text[:80]!r}") from None
+            raise _TransientError(f"an answer that is no JSON: {self._status(answer)}") from None
 
     def _completion(self, dialect: Dialect, answer: Any, max_new_tokens: int) -> Completion:
         """What the server said, held against what was asked of it."""
@@ -268,6 +266,18 @@ class OpenAIServer:
             )
         return self._clients[loop]
 
+    def _refused_key(self, answer: Any) -> ConfigError:
+        return ConfigError(
+            f"the server at {self.base_url} refuses the key ({self._status(answer)}); it is read "
+            "from the environment variable that --api-key-env names"
+        )
+
+    def _status(self, answer: Any) -> str:
+        """What the server said, without the key, which some servers repeat."""
+        said = " ".join(answer.text.split()) or "no text"
+        said = said.replace(self._api_key, "***") if self._api_key else said
+        return f"HTTP {answer.status_code}: {said[:200]}"
+
     def _find(self, model: str | None) -> ServedModel:
         """The model among those that the server lists.
 
@@ -284,10 +294,7 @@ class OpenAIServer:
                 f"the server at {self.base_url} cannot be reached: {_said(problem)}"
             ) from None
         if answer.status_code in (401, 403):
-            raise ConfigError(
-                f"the server at {self.base_url} refuses the key ({_status(answer)}); it is read "
-                "from the environment variable that --api-key-env names"
-            )
+            raise self._refused_key(answer)
         listed: dict[str, Any] = {}
         with contextlib.suppress(ValueError, KeyError, TypeError):
             listed = {str(one["id"]): one for one in answer.json()["data"]}
@@ -300,10 +307,6 @@ class OpenAIServer:
             )
         longest = listed.get(model, {}).get("max_model_len")
         return ServedModel(model, longest if isinstance(longest, int) else None)
-
-
-def _status(answer: Any) -> str:
-    return f"HTTP {answer.status_code}: {' '.join(answer.text.split())[:200] or 'no text'}"
 
 
 def _said(problem: Exception) -> str:

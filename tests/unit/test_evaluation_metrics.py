@@ -28,7 +28,9 @@ several = st.lists(scores, min_size=1, max_size=12)
 
 
 @given(several)
-def test_avg_is_the_mean_over_problems_of_the_mean_over_samples(scores_P: list[list[float]]) -> None:
+def test_avg_is_the_mean_over_problems_of_means_over_samples(
+    scores_P: list[list[float]],
+) -> None:
     found = avg_at_n(scores_P)
     assert found.value == pytest.approx(np.mean([np.mean(s) for s in scores_P]))
     assert 0 <= found.interval.low <= found.value + 1e-12
@@ -159,9 +161,7 @@ def test_a_comparison_with_the_sides_swapped_is_its_negative(scores_P: list[list
 def test_the_bootstrap_is_that_of_drawn_indices() -> None:
     rng = np.random.default_rng(3)
     right = rng.random((12, 32)) < rng.beta(1, 1, size=(12, 1))
-    drawn = [
-        np.mean([np.mean(one[rng.integers(0, 32, 16)]) for one in right]) for _ in range(4000)
-    ]
+    drawn = [np.mean([np.mean(one[rng.integers(0, 32, 16)]) for one in right]) for _ in range(4000)]
     found = bootstrap_avg(right.astype(float).tolist(), k=16, resamples=5000, seed=1)
     assert found.mean == pytest.approx(right.mean(), abs=0.003)
     assert found.sd == pytest.approx(np.std(drawn), rel=0.06)
