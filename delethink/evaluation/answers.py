@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from delethink.types import END_OF_THINKING
 
 _BOX = "\\boxed{"
+_LONGEST = 200  # letters of a vote; of a longer answer its digest is kept
 
 
 def vote(text: str) -> str | None:
@@ -18,7 +21,10 @@ def vote(text: str) -> str | None:
     """
     _, _, answer = text.partition(END_OF_THINKING)
     boxed = _last_box(answer)
-    return " ".join((answer if boxed is None else boxed).split()) or None
+    said = " ".join((answer if boxed is None else boxed).split())
+    if len(said) > _LONGEST:
+        return f"digest {hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}"
+    return said or None
 
 
 def _last_box(text: str) -> str | None:

@@ -82,7 +82,7 @@ def pass_at_k(scores_P: Scores, k: int) -> Estimate:
     values = np.array([_pass_at_k(len(s), _count_right(s), k) for s in scores_P])
     if not values.size:
         raise ValueError("pass@k of no problem")
-    return Estimate(float(values.mean()), proportion_interval(values, 1.0))
+    return Estimate(float(values.mean()), proportion_interval(values, _mean_samples(scores_P)))
 
 
 def _pass_at_k(n: int, right: int, k: int) -> float:
@@ -142,7 +142,8 @@ def maj_at_k(
         picks = [rng.permutation(len(votes))[:k] for _ in range(draws if k < len(votes) else 1)]
         one = [majority([votes[i] for i in pick], [scores[i] for i in pick]) for pick in picks]
         values.append(sum(one) / len(one))
-    return Estimate(float(np.mean(values)), proportion_interval(np.array(values), 1.0))
+    interval = proportion_interval(np.array(values), _mean_samples(scores_P))
+    return Estimate(float(np.mean(values)), interval)
 
 
 def proportion_interval(values_P: Floats, samples: float = 1.0) -> Interval:

@@ -113,7 +113,7 @@ def test_an_evaluation_over_http(
 
 @pytest.mark.parametrize("dialect", ["ids", "text"])
 def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialect: str) -> None:
-    """Greedy, chunk by chunk over borders: the same tokens as ``transformers``, with ids or text."""
+    """Greedy, over borders: the same tokens as ``transformers``, with ids or text."""
     from delethink.envs.automaton import AutomatonTask
     from delethink.serving.openai_server import OpenAIServer
     from delethink.serving.transformers_engine import TransformersEngine

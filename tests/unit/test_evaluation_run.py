@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 
-from delethink import ConfigError, RunDirectoryError
+from delethink import Completion, ConfigError, RunDirectoryError, StopReason
 from delethink.evaluation.plan import Asked, make_settings
 from delethink.evaluation.results import Results
 from delethink.evaluation.run import Evaluation, check_window, evaluate
@@ -244,3 +244,25 @@ def test_killed_ten_times_and_resumed_it_gives_what_an_undisturbed_run_gives(
     )
     assert found == expected
     assert len(lines(tmp_path / "out")) == 72
+
+
+def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
+    """What is held at a time is the traces in flight; each here has 20,000 tokens."""
+    import tracemalloc
+
+    class Endless(GuessingPolicy):
+        async def generate(self, prompt_ids: Any, max_new_tokens: int, sampling: Any) -> Completion:
+            ids = tuple(range(1000, 1000 + max_new_tokens))
+            return Completion(ids, (0.0,) * max_new_tokens, StopReason.LENGTH)
+
+    def peak(samples: int) -> int:
+        settings = make_settings(["x"], ["delethink"], [4000], [2000], [9], head_size=0)
+        asked = Evaluation(guessing_problems(4), settings, Asked(samples), in_flight=1)
+        tracemalloc.start()
+        run(tmp_path / str(samples), Endless(), evaluation=asked)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    few, many = peak(1), peak(20)
+    assert many < few + 80 * 20_000  # bytes: an eighth of what the tokens of 80 traces take
