@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+from delethink.cli.main import main
 
 pytestmark = pytest.mark.integration
 
@@ -28,17 +31,23 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "delethink.cli.main", "eval", *arguments]
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: str, cwd: Path) -> Done:
+    """The command in this process, where torch has been loaded once for all."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(["eval", *arguments])
+        finally:
+            for sign, handler in handlers.items():
+                signal.signal(sign, handler)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def results(path: Path) -> dict[str, Any]:
@@ -50,8 +59,8 @@ def results(path: Path) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
     done = run(*SMALL, "--max-chunks", "1,2,4", "-o", "out", "--bootstrap", "128", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout
+    assert done.code == 0, done.err
+    return folder / "out", done.out
 
 
 def test_it_prints_tables_with_intervals_progress_and_the_folder(
@@ -94,7 +103,7 @@ def test_a_smaller_budget_equals_a_run_of_its_own(
 ) -> None:
     """The toy itself, through the engine: other batches, other lengths, the same seeds."""
     done = run(*SMALL, "--max-chunks", f"{chunks},{chunks}", "-o", "own", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     budget = 30 + 30 * chunks
 
     def at_budget(path: Path) -> dict[tuple[Any, ...], Any]:
@@ -134,10 +143,10 @@ def test_killed_and_interrupted_and_resumed_it_gives_the_same_results(
     before = traces.read_bytes()
     assert 0 < before.count(b"\n") < 32
     done = run(*arguments, "--resume", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert traces.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert results(tmp_path / "out") == results(finished[0])
-    said = json.loads(done.stdout)
+    said = json.loads(done.out)
     assert said["rows"] == results(tmp_path / "out")["rows"]
 
 
@@ -176,8 +185,8 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
         *["-o", "out", "--json", "--no-curves", "--head-size", "0", "--no-tokens"],
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert [row["model"] for row in found["rows"]] == ["toy", "trained"]
     (one,) = found["comparisons"]
     assert one["difference"]["value"] == 0
@@ -221,31 +230,18 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(
-    arguments: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: str, said: str, tmp_path: Path
 ) -> None:
-    from delethink.cli.main import main
-
-    monkeypatch.chdir(tmp_path)
     write_problems(tmp_path / "problems.jsonl", {"problem": "01:01101001101", "answer": "1"})
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"problem": "a", "answer": "b"}\n[1]\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    handlers = [signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        code = main(["eval", "--engine", "transformers", *arguments.split()])
-    finally:
-        for sign, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(sign, handler)
-    printed = capsys.readouterr().err
-    assert code == 2
-    assert said in printed
-    assert len(printed.strip().splitlines()) == 1
+    done = run("--engine", "transformers", *arguments.split(), cwd=tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -253,6 +249,17 @@ def test_longcot_can_be_capped_at_the_window_on_purpose(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"problem": "01:01101001101", "answer": "1"})
     arguments = "-m toy --mode longcot -C 8k --max-chunks 5,23 -n 1 --engine transformers --json"
     done = run("--task", file, *arguments.split(), "--cap-longcot", "-o", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["rows"]
+    assert done.code == 0, done.err
+    (row,) = json.loads(done.out)["rows"]
     assert row["budget"] < 8192
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/evaluation.md", "exec"), {})
+    assert "toy | longcot" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "traces.jsonl").read_text().splitlines()) == 32
