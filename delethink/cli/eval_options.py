@@ -84,7 +84,14 @@ def add_to(command: argparse.ArgumentParser) -> None:
     engine.add_argument("--dtype", help="default float32, bfloat16 on GPUs")
     engine.add_argument("--trust-remote-code", action="store_true", help="run a model's own code")
     engine.add_argument(
-        "--in-flight", type=int, default=128, metavar="N", help="traces at a time (default 128)"
+        "--in-flight", type=int, default=256, metavar="N", help="traces at a time (default 256)"
+    )
+    engine.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of them decoded side by side, by transformers (default 128)",
     )
     engine.add_argument(
         "--base-url", metavar="URL", help="an OpenAI-compatible server: http://127.0.0.1:8000/v1"

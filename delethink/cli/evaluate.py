@@ -29,7 +29,13 @@ from delethink.evaluation.run import (
     longcot_cap,
     longest_query,
 )
-from delethink.serving.checkpoint import eos_ids, load_shell, load_tokenizer, longest_sequence
+from delethink.serving.checkpoint import (
+    digest,
+    eos_ids,
+    load_shell,
+    load_tokenizer,
+    longest_sequence,
+)
 from delethink.serving.factory import choose_engine
 
 _MODES = ("delethink", "longcot")
@@ -76,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine=_engine_name(arguments),
         in_flight=arguments.in_flight,
         keep_tokens=not arguments.no_tokens,
+        weights={model: digest(model) for model in _models(arguments)},
     )
     reading = Reading(
         margin=arguments.margin,
@@ -133,7 +140,14 @@ def _check(arguments: argparse.Namespace) -> None:
             "--base-url takes one -m, the tokenizer of what is served; evaluate other models in "
             "folders of their own"
         )
-    at_least = {"samples": 1, "in_flight": 1, "num_workers": 1, "retries": 0, "force_answer": 0}
+    at_least = {
+        "samples": 1,
+        "in_flight": 1,
+        "batch_size": 1,
+        "num_workers": 1,
+        "retries": 0,
+        "force_answer": 0,
+    }
     for name, least in (at_least | {"bootstrap": 1, "resamples": 1, "margin": 0.0}).items():
         value = getattr(arguments, name)
         if value is not None and not value >= least:
@@ -244,7 +258,7 @@ def _open(arguments: argparse.Namespace, model: str) -> Iterator[OpenModel]:
             gpus_per_worker=arguments.gpus_per_worker,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
-            max_batch_size=arguments.in_flight,
+            max_batch_size=arguments.batch_size,
             seed=arguments.seed,
         )
         window = min(window, engine.max_model_tokens)

@@ -6,17 +6,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from delethink.evaluation.metrics import Estimate, avg_at_n
+from delethink.evaluation.metrics import Estimate, proportion_interval
 from delethink.evaluation.plan import Setting
 from delethink.evaluation.records import Record
 from delethink.evaluation.results import Results, Row
 
 _PLAIN_LINES = 10  # of a setting, where there is no terminal
+_REFRESH_S = 0.25  # of the live line
 _PLAIN_WIDTH = 120  # columns, there
 
 
@@ -37,7 +39,8 @@ class Reporter:
     def begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
         """A setting begins."""
         self._total, self._done, self._failed = total, 0, 0
-        self._scores: dict[int, list[float]] = {}
+        self._right: dict[int, tuple[float, int]] = {}  # by problem: right ones, and how many
+        self._shown = 0.0
         self._started, self._tokens, self._new = time.monotonic(), 0, 0
         for record in known:
             self._count(record)
@@ -60,7 +63,9 @@ class Reporter:
         self._new += 1
         self._tokens += record.outcomes[-1].length if record.outcomes else 0
         if self._live is not None:
-            self._live.update(self._bar, completed=self._done, text=self._text())
+            if time.monotonic() - self._shown > _REFRESH_S or self._done == self._total:
+                self._shown = time.monotonic()
+                self._live.update(self._bar, completed=self._done, text=self._text())
         elif self._done * _PLAIN_LINES % self._total < _PLAIN_LINES:
             self.say(f"  {self._done}/{self._total}  {self._text()}{self._remaining()}")
 
@@ -91,15 +96,19 @@ class Reporter:
         if record.error is not None:
             self._failed += 1
             return
-        self._scores.setdefault(record.place.problem, []).append(record.outcomes[-1].score)
+        right, number = self._right.get(record.place.problem, (0.0, 0))
+        score = record.outcomes[-1].score
+        self._right[record.place.problem] = (right + score, number + 1)
 
     def _text(self) -> str:
         rate = self._tokens / max(1e-9, time.monotonic() - self._started)
         failed = f"  {self._failed} failed" if self._failed else ""
-        if not self._scores:
+        if not self._right:
             return f"no score yet{failed}"
-        accuracy = _share(avg_at_n(list(self._scores.values())))
-        return f"accuracy {accuracy}  {rate:.0f} tokens/s{failed}"
+        means = np.array([right / number for right, number in self._right.values()])
+        samples = (self._done - self._failed) / len(means)
+        accuracy = Estimate(float(means.mean()), proportion_interval(means, samples))
+        return f"accuracy {_share(accuracy)}  {rate:.0f} tokens/s{failed}"
 
     def _remaining(self) -> str:
         each = (time.monotonic() - self._started) / max(1, self._new)

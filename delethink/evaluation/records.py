@@ -9,6 +9,7 @@ trace counts.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ class Place(NamedTuple):
     sample: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are many
 class Outcome:
     """A trace at one budget.
 
@@ -50,7 +51,7 @@ class Outcome:
     forced: bool = False  # the answer was asked for when the budget was spent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A line: a trace with its outcome at every budget, or why there is none."""
 
@@ -221,19 +222,34 @@ class ResultsDirectory:
 
     def _open(self, settings: Mapping[str, Any]) -> None:
         try:
-            self.write(_SETTINGS, json.dumps(settings, indent=2) + "\n")
             for name in (_TRACES, _TOKENS):
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
                 self._files[name] = os.open(self.path / name, flags, 0o644)
+                self._lock(self._files[name])
                 os.ftruncate(self._files[name], _end_of_last_line(self._files[name]))
+            self.write(_SETTINGS, json.dumps(settings, indent=2) + "\n")
         except OSError as problem:
             raise _cannot_write(self.path, problem) from None
+
+    def _lock(self, file: int) -> None:
+        """Two that write to one folder would sample every trace twice."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"another process is writing to {self.path}: wait until it has ended, or choose "
+                "another folder with -o PATH"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
 
 def _may_become(name: str, old: Any, new: Any) -> bool:
     """Samples and settings may be added: the seeds of those that there are stay the same."""
     if name == "samples":
         return bool(new >= old)
+    if name == "models":
+        return all(new.get(model) == weights for model, weights in old.items())
     if name == "settings":
         return all(setting in new for setting in old)
     return bool(old == new)

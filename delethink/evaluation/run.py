@@ -66,6 +66,7 @@ class Evaluation:
         engine: what samples, for the record: results of two engines are not mixed unknowingly.
         in_flight: the most traces played at the same time.
         keep_tokens: whether records hold what was sampled.
+        weights: of each model, what tells its weights from others (``checkpoint.digest``).
     """
 
     problems: Problems
@@ -74,6 +75,7 @@ class Evaluation:
     engine: str = "transformers"
     in_flight: int = 64
     keep_tokens: bool = True
+    weights: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.in_flight < 1 or self.asked.samples < 1:
@@ -97,6 +99,7 @@ class Evaluation:
             "problems_fingerprint": fingerprint(self.problems.problems),
             "reward": self.problems.reward,
             "engine": self.engine,
+            "models": dict(self.weights),
             **asdict(self.asked),
             "settings": [{**s.as_dict(), "budgets": list(s.budgets)} for s in self.settings],
         }

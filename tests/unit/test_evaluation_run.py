@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 
 from delethink import Completion, ConfigError, RunDirectoryError, StopReason
 from delethink.evaluation.plan import Asked, make_settings
+from delethink.evaluation.records import ResultsDirectory
 from delethink.evaluation.results import Results
 from delethink.evaluation.run import Evaluation, check_window, evaluate
 
@@ -107,6 +109,43 @@ def test_changed_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="no evaluation to go on with"):
         run(tmp_path / "elsewhere", resume=True)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_other_weights_under_the_same_name_are_refused_and_more_models_are_not(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path / "out", evaluation=evaluation(weights={"guess": "a"}))
+    with pytest.raises(RunDirectoryError, match="models was"):
+        run(tmp_path / "out", evaluation=evaluation(weights={"guess": "b"}), resume=True)
+    run(tmp_path / "out", evaluation=evaluation(weights={"guess": "a", "more": "c"}), resume=True)
+
+
+def test_two_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    asked = evaluation().as_dict()
+    directory = ResultsDirectory.create(tmp_path / "out", asked)
+    before = (tmp_path / "out/settings.json").read_bytes()
+    with pytest.raises(RunDirectoryError, match="another process is writing"):
+        ResultsDirectory.resume(tmp_path / "out", {**asked, "samples": 99})
+    assert (tmp_path / "out/settings.json").read_bytes() == before
+    directory.close()
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_written_stays_whole(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    size = (tmp_path / "whole/traces.jsonl").stat().st_size // 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(RunDirectoryError, match="cannot write"):
+            run(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert 0 < len(lines(tmp_path / "out")) < 72
+    run(tmp_path / "out", resume=True)
+    found, expected = ((tmp_path / name / "results.json").read_bytes() for name in ("out", "whole"))
+    assert found == expected
 
 
 def test_a_failed_trace_is_a_line_with_its_reason_and_never_a_zero(tmp_path: Path) -> None:
