@@ -39,6 +39,11 @@ from delethink.serving.checkpoint import (
 from delethink.serving.factory import choose_engine
 
 _MODES = ("delethink", "longcot")
+_AT_LEAST = {
+    **dict.fromkeys(("samples", "in_flight", "batch_size", "num_workers"), 1),
+    **dict.fromkeys(("bootstrap", "resamples"), 1),
+    **dict.fromkeys(("retries", "force_answer", "margin"), 0),
+}
 _USUAL: dict[str, Any] = {
     "samples": 4,
     "temperature": 0.6,
