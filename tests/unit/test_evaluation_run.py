@@ -305,3 +305,15 @@ def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
 
     few, many = peak(1), peak(20)
     assert many < few + 80 * 20_000  # bytes: an eighth of what the tokens of 80 traces take
+
+
+def test_samples_of_a_problem_differ_and_settings_begin_alike(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    sampled = [json.loads(x) for x in (tmp_path / "out/tokens.jsonl").read_text().splitlines()]
+    first = {(s["setting"], s["problem"], s["sample"]): s["output_ids"][0] for s in sampled}
+    delethink, longcot = (setting.key for setting in evaluation().settings)
+    for problem in range(12):
+        samples = [tuple(first[longcot, problem, i]) for i in range(3)]
+        assert len(set(samples)) == 3
+        for i, whole in enumerate(samples):
+            assert tuple(first[delethink, problem, i]) == whole[:20]
