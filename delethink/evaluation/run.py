@@ -208,7 +208,11 @@ def _sample(
         for record in _fitting(evaluation, directory)
         if record.error is None or not retry_errors
     }
-    missing = [s for s in settings if _count_done(evaluation, s, done) < evaluation.total]
+    missing = [
+        setting
+        for setting in settings
+        if sum(place.setting == setting.key for place in done) < evaluation.total
+    ]
     if not missing:
         return
     with open_model(model) as opened:
@@ -280,10 +284,6 @@ def _fitting(evaluation: Evaluation, directory: ResultsDirectory) -> list[Record
             or tuple(o.budget for o in record.outcomes) == budgets[record.place.setting]
         )
     ]
-
-
-def _count_done(evaluation: Evaluation, setting: Setting, done: set[Place]) -> int:
-    return sum(place.setting == setting.key for place in done)
 
 
 def longcot_cap(longest: int, max_model_tokens: int | None, answer_tokens: int = 0) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from delethink.errors import ConfigError, UserError
 from delethink.evaluation.answers import vote
@@ -13,10 +14,28 @@ from delethink.evaluation.budgets import cut
 from delethink.evaluation.plan import Asked, Setting
 from delethink.evaluation.problems import Score
 from delethink.evaluation.records import Outcome, Place, Record
-from delethink.policy import Policy, Sampling
+from delethink.policy import Completion, Policy, Sampling
 from delethink.query import Tokenizer, query_ids, reward_text
 from delethink.rollout import derive_seed, play_trace
 from delethink.types import END_OF_THINKING, Problem, StopReason, TokenIds, Trace, TraceStop
+
+
+class _Lean:
+    """Passes on what a policy samples in less memory: long traces are many in flight.
+
+    Log-probs, which nothing here reads, become zeros, and equal tokens become one object.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._tokens: dict[int, int] = {}
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        done = await self._policy.generate(prompt_ids, max_new_tokens, sampling)
+        ids = tuple(self._tokens.setdefault(token, token) for token in done.token_ids)
+        return replace(done, token_ids=ids, logprobs=(0.0,) * len(ids))
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,10 @@ class Sampler:
     in_flight: int = 64
     max_model_tokens: int | None = None
     keep_tokens: bool = True
+
+    @cached_property
+    def _lean(self) -> _Lean:
+        return _Lean(self.policy)
 
     async def run(
         self, setting: Setting, done: Collection[Place], keep: Callable[[Record], None]
@@ -85,7 +108,7 @@ class Sampler:
             # comparisons of the same problems sharper.
             derive_seed("evaluation", self.asked.seed, place.problem, place.sample),
         )
-        trace = await play_trace(self.policy, setting.spec, query, sampling, self.max_model_tokens)
+        trace = await play_trace(self._lean, setting.spec, query, sampling, self.max_model_tokens)
         outcomes: tuple[Outcome, ...] = ()
         error = (trace.error or trace.stop.value) if trace.stop.is_failure else None
         if error is None:
