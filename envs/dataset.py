@@ -147,7 +147,8 @@ class DatasetSpec:
             reward: the name of the reward that scores it.
             eval_dataset: where held-out problems come from; by default the same data set.
             eval_split: which part of it; by default a share of the problems themselves.
-            heldout_share: how many then, by a hash of the problem: the same ones for ever.
+            heldout_share: how many then, by a hash of the problem: the same ones for ever;
+                1 holds out all.
             pass_rate_key: the column with a measured pass rate.
             pass_rates: a file with measured pass rates, or with scored traces (``pass_rates.py``).
             min_pass_rate: easier problems are kept, and those as hard.
@@ -217,8 +218,8 @@ def _replace(spec: DatasetSpec, given: Mapping[str, Any]) -> DatasetSpec:
             "the template holds a backslash and an n where a new line is meant: in YAML, write it "
             "in double quotes"
         )
-    if not 0 <= spec.heldout_share < 1:
-        raise ConfigError(f"heldout_share must be in 0..1, less than 1, got {spec.heldout_share}")
+    if not 0 <= spec.heldout_share <= 1:
+        raise ConfigError(f"heldout_share must be in 0..1, got {spec.heldout_share}")
     return spec
 
 

@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from delethink.cli.sizes import size
 from delethink.cost import paper
 from delethink.cost.calibrate import Fit, fit
 from delethink.cost.chunks import LONGCOT, Cut
@@ -26,8 +26,6 @@ from delethink.cost.records import read_lengths, read_model, read_steps
 from delethink.cost.report import Answer, Comparison, as_text, table
 from delethink.errors import ConfigError
 from delethink.rule import ChunkSpec
-
-_SIZES = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -157,7 +155,7 @@ def _efficiency(arguments: argparse.Namespace) -> Efficiency:
 
 def _job(arguments: argparse.Namespace) -> Job:
     return Job(
-        query=_size(arguments.query, "--query"),
+        query=size(arguments.query, "--query"),
         group=arguments.group,
         prompts=arguments.prompts,
         steps=arguments.steps,
@@ -167,8 +165,8 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
-    context = _size(arguments.context_size, "-C")
-    carry = context // 2 if arguments.carryover is None else _size(arguments.carryover, "-m", 0)
+    context = size(arguments.context_size, "-C")
+    carry = context // 2 if arguments.carryover is None else size(arguments.carryover, "-m", 0)
     head = _head(arguments, carry)
     # The rule itself refuses sizes that make no sense.
     return Cut.of(ChunkSpec(context, carry, 2, head, arguments.head_outside))
@@ -178,14 +176,14 @@ def _head(arguments: argparse.Namespace, carry: int) -> int:
     """The paper's head of 100, or all that is carried where that is less."""
     if arguments.head_size is None:
         return min(100, carry)
-    return _size(arguments.head_size, "--head-size", 0)
+    return size(arguments.head_size, "--head-size", 0)
 
 
 def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Lengths]:
     seen = None if arguments.lengths is None else read_lengths(arguments.lengths)
     if arguments.thinking is None and seen is not None:
         return [Lengths.empirical(seen, batch)]
-    means = [_size(part, "--thinking") for part in (arguments.thinking or "24k,96k,1M").split(",")]
+    means = [size(part, "--thinking") for part in (arguments.thinking or "24k,96k,1M").split(",")]
     for mean in means:
         if mean < cut.context_size:
             raise ConfigError(
@@ -199,15 +197,3 @@ def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Length
         np.maximum(1, seen * mean / seen.mean()), batch
     )
     return [stretch(mean) for mean in sorted(means)]
-
-
-def _size(text: str, option: str, least: int = 1) -> int:
-    """``8k`` -> 8,192."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", text.lower())
-    value = float(found[1]) * _SIZES[found[2]] if found else math.nan
-    if not value >= least or value != int(value):
-        raise ConfigError(
-            f"{option}: a whole number of tokens, at least {least}, like 24576, 24k or 1M: "
-            f"got {text!r}"
-        )
-    return int(value)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from delethink import __version__
-from delethink.cli import cost_options
+from delethink.cli import cost_options, eval_options
 from delethink.errors import DelethinkError, UserError
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"delethink {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_eval(commands)
     _add_cost(commands)
     _add_tasks(commands)
     _add_doctor(commands)
@@ -75,6 +76,19 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="dotted.key=value, over the recipe's value",
     )
     command.set_defaults(run=_train)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="measure how far thinking scales, Delethink against LongCoT",
+        description="Sample each problem many times at the largest budget, cut the traces to every "
+        "smaller one, and report accuracies with intervals: docs/evaluation.md",
+        epilog="E.g.: delethink eval -m toy --task automaton --task-arg min_steps=16 --task-arg "
+        "max_steps=24 -C 90 --carryover 45 --head-size 0 --max-chunks 9 -n 4 -o out",
+    )
+    eval_options.add_to(command)
+    command.set_defaults(run=_evaluate)
 
 
 def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,6 +166,12 @@ def _tasks(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         as_json=arguments.json,
     )
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from delethink.cli.evaluate import run
+
+    return run(arguments)
 
 
 def _cost(arguments: argparse.Namespace) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from delethink.errors import MissingExtraError, ModelError
 from delethink.query import reward_text
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOY = "toy"
+_ENDS = 2**20  # bytes at each end of a file that its digest reads
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 
 
@@ -89,6 +91,50 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
         use_safetensors=True,
     )
     return loaded
+
+
+def digest(model: str) -> str | None:
+    """What tells the weights of a local checkpoint from others: sizes, and both ends of each file.
+
+    Returns:
+        ``None`` for a model on the hub.
+    """
+    folder = Path(locate(model))
+    if not folder.is_dir():
+        return None
+    mark = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        mark.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as weights:
+            mark.update(weights.read(_ENDS))
+            weights.seek(max(0, size - _ENDS))
+            mark.update(weights.read(_ENDS))
+    return mark.hexdigest()
+
+
+class Shell(NamedTuple):
+    """What a checkpoint says of its model, without the weights."""
+
+    config: Any
+    generation_config: Any
+
+
+def load_shell(model: str, trust_remote_code: bool = False) -> Any:
+    """A stand-in for the model of a checkpoint wherever only its settings are read.
+
+    Raises:
+        ModelError: there is no model.
+    """
+    _require_transformers()
+    from transformers import AutoConfig, GenerationConfig
+
+    config = _load(AutoConfig, "configuration", model, trust_remote_code)
+    try:
+        settings = GenerationConfig.from_pretrained(locate(model))
+    except OSError:  # a checkpoint need not have any
+        settings = None
+    return Shell(config, settings)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from delethink.errors import MissingExtraError
-from delethink.serving.checkpoint import eos_ids, locate, longest_sequence
+from delethink.serving.checkpoint import (
+    eos_ids,
+    load_model,
+    load_shell,
+    locate,
+    longest_sequence,
+)
 from delethink.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -66,4 +72,54 @@ def make_engine(
         seed=seed,
         trust_remote_code=trust_remote_code,
         weight_sync_timeout_s=weight_sync_timeout,
+    )
+
+
+def make_evaluation_engine(
+    name: EngineName,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_workers: int = 1,
+    gpus_per_worker: float = 0.0,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    max_batch_size: int = 256,
+    seed: int = 0,
+) -> Engine:
+    """The engine called ``name`` for a model that nobody trains; only the engine loads weights.
+
+    Args:
+        name: of the engine.
+        model_path: folder, hub id, or ``"toy"``.
+        tokenizer: of the model.
+        num_workers: vLLM engines.
+        gpus_per_worker: of vLLM; 0 runs it on the CPU.
+        dtype: ``None`` for bfloat16 on GPUs and float32 elsewhere.
+        trust_remote_code: run code from the model's repository.
+        max_batch_size: chunks decoded side by side, in this process.
+        seed: of requests without a seed of their own.
+    """
+    if choose_engine(name) == "transformers":
+        import torch
+
+        from delethink.serving.transformers_engine import TransformersEngine
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        used = dtype or ("bfloat16" if device == "cuda" else "float32")
+        model: Any = load_model(model_path, used, trust_remote_code)
+        model.to(device)
+        ends = eos_ids(model, tokenizer)
+        pad = int(tokenizer.pad_token_id)
+        return TransformersEngine(model, ends, pad, max_batch_size, seed)
+    return make_engine(
+        "vllm",
+        model_path,
+        load_shell(model_path, trust_remote_code),
+        tokenizer,
+        num_workers=num_workers,
+        gpus_per_worker=gpus_per_worker,
+        dtype=dtype or ("bfloat16" if gpus_per_worker else "float32"),
+        trust_remote_code=trust_remote_code,
+        seed=seed,
     )

@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
     "serving": RULE | {"policy", "query", "rollout"},
-    "evaluation": PLAY | SETTINGS | SCORE | {"evaluation.metrics", "serving"},
+    "evaluation": PLAY | SETTINGS | SCORE | {"cost", "evaluation.metrics", "serving"},
     "training": PLAY
     | SETTINGS
     | SCORE
@@ -167,6 +167,7 @@ def test_only_the_registry_names_what_environments_and_rewards_hold(path: str) -
         "import delethink.registry",
         "import delethink.envs, delethink.rewards",
         "sys.argv[1:] = ['--help']; from delethink.cli.main import main; main()",
+        "sys.argv[1:] = ['eval', '--help']; from delethink.cli.main import main; main()",
         "sys.argv[1:] = ['train', '--help']; from delethink.cli.main import main; main()",
         "sys.argv[1:] = ['cost', '--thinking', '96k']; from delethink.cli.main import main; main()",
     ],

@@ -239,7 +239,7 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
         (lambda f: good(f, answer_key="x|y"), "no column 'x or y'"),
         (lambda f: good(f, template="Solve."), "has no {problem}"),
         (lambda f: good(f, template="{problem}\\n\\nSolve."), "double quotes"),
-        (lambda f: good(f, heldout_share=1.0), "heldout_share"),
+        (lambda f: good(f, heldout_share=1.5), "heldout_share"),
         (lambda f: good(f, min_pass_rate=0.5), "need measured rates"),
         (lambda f: good(f, min_pass_rate=0.5, max_pass_rate=0.1), "0 <= min_pass_rate"),
         (lambda f: good(f, pass_rate_key="rat"), "no column 'rat'"),

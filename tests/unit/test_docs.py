@@ -52,7 +52,8 @@ def test_an_example_runs(page: str, code: str, printed: str, tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "example.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(DOCS.parent), *sys.path])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(DOCS.parent), *sys.path]), "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,141 @@
+"""``delethink eval`` against a real vLLM server on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from delethink import ChunkSpec, Sampling, TraceStop, play_traces
+from delethink.cli.main import main
+from delethink.query import query_ids
+from delethink.serving.checkpoint import eos_ids, load_model, load_tokenizer, locate
+
+pytestmark = pytest.mark.integration
+
+KEY = "a-key-for-this-test-alone"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server and what it has started, each by its number."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(process.pid)
+        family = [*server.children(recursive=True), server]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for one in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the toy reasoner."""
+    pytest.importorskip("vllm")
+    httpx = pytest.importorskip("httpx")
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", locate("toy"), "--served-model-name", "toy", "--dtype", "float32"]
+    command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
+    command += ["--no-enable-chunked-prefill", "--max-num-seqs", "64"]
+    address = f"http://127.0.0.1:{port}/v1"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{address[:-3]}/health").status_code == 200:
+                        break
+                said = (folder / "log").read_text(errors="replace")[-3000:]
+                assert process.poll() is None, said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.2)
+            yield address
+        finally:
+            stop(process)
+
+
+def test_an_evaluation_over_http(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", "-m", "toy", "--task", "automaton", "--task-arg", "min_steps=3"]
+    arguments += ["--task-arg", "max_steps=8", "--num-problems", "8", "-n", "2", "-C", "60"]
+    arguments += ["--carryover", "30", "--head-size", "0", "--max-chunks", "4", "--no-curves"]
+    arguments += ["--base-url", server, "--api-key-env", "KEY_OF_TEST", "--json"]
+    monkeypatch.setenv("KEY_OF_TEST", "wrong")
+    assert main([*arguments, "-o", str(tmp_path / "refused")]) == 2
+    assert "refuses the key" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+    monkeypatch.setenv("KEY_OF_TEST", KEY)
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    rows = json.loads(said.out)["rows"]
+    assert [row["budget"] for row in rows] == [60, 90, 120, 150] * 2
+    for last in (rows[3], rows[7]):
+        assert last["errors"] == 0
+        assert last["samples"] == 16
+        assert last["avg"]["value"] > 0.8
+        assert last["out_of_budget"] < 0.2
+    written = "".join(file.read_text() for file in (tmp_path / "out").iterdir())
+    assert KEY not in written + said.out + said.err
+
+
+@pytest.mark.parametrize("dialect", ["ids", "text"])
+def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialect: str) -> None:
+    """Greedy, over borders: the same tokens as ``transformers``, with ids or text."""
+    from delethink.envs.automaton import AutomatonTask
+    from delethink.serving.openai_server import OpenAIServer
+    from delethink.serving.transformers_engine import TransformersEngine
+
+    tokenizer, model = load_tokenizer("toy"), load_model("toy", "float32")
+    ends, spec = eos_ids(model, tokenizer), ChunkSpec(60, 30, 6, 0)
+    problems = [AutomatonTask(3, 10).problem("heldout", i) for i in range(6)]
+    queries = [query_ids(tokenizer, problem) for problem in problems]
+    samplings = [Sampling(0.0)] * len(queries)
+    served = OpenAIServer(server, None, tokenizer, api_key=KEY, eos_ids=ends)
+    assert served.max_model_tokens
+    own = TransformersEngine(model, ends, int(tokenizer.pad_token_id))
+
+    async def over_http() -> list[tuple[int, ...]]:
+        if dialect == "text":
+            served._dialect = "text"
+        traces = await play_traces(served, spec, queries, samplings)
+        await served.disconnect()
+        assert all(trace.stop is TraceStop.COMPLETED for trace in traces), traces[0].error
+        assert max(len(trace.chunks) for trace in traces) > 1
+        return [trace.output_ids for trace in traces]
+
+    expected = [t.output_ids for t in asyncio.run(play_traces(own, spec, queries, samplings))]
+    assert asyncio.run(over_http()) == expected
+    assert served.dialect == dialect

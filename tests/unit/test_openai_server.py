@@ -1,0 +1,237 @@
+"""The client of OpenAI-compatible servers against servers that misbehave, each in its own way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from evaluation_fakes import EOS, LetterTokenizer
+
+from delethink import (
+    ChunkSpec,
+    Completion,
+    ConfigError,
+    PolicyError,
+    Sampling,
+    StopReason,
+    TraceStop,
+    play_trace,
+)
+from delethink.serving.openai_server import OpenAIServer
+
+pytest.importorskip("httpx")
+
+Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+KEY = "sk-a-key-that-must-not-show"
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def say(text: str, reason: str = "stop", ids: list[int] | None = None) -> Answer:
+    """A sound answer; with token ids where the request asks for them and ``ids`` are given."""
+
+    def answer(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        choice: dict[str, Any] = {"text": text, "finish_reason": reason}
+        if ids is not None and asked.get("return_token_ids"):
+            choice["token_ids"] = ids[: asked["max_tokens"]]
+        reply(handler, 200, json.dumps({"choices": [choice]}).encode())
+
+    return answer
+
+
+def fail(status: int, body: bytes = b"no", **headers: str) -> Answer:
+    return lambda handler, asked: reply(handler, status, body, **headers)
+
+
+def half(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    reply(handler, 200, b'{"choices": [', Content_Length="500")
+    handler.close_connection = True
+
+
+def nothing(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+    handler.close_connection = True
+
+
+class Served:
+    """A server that gives its answers in turn, the last one for ever."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.asked: list[dict[str, Any]] = []
+        self.url = ""
+
+
+@contextmanager
+def serving(*answers: Answer, models: Any = None) -> Iterator[Served]:
+    served = Served(*answers)
+    listed = {"data": [{"id": "m", "max_model_len": 100}]} if models is None else models
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = 200 if self.headers.get("Authorization") == f"Bearer {KEY}" else 401
+            reply(self, status, json.dumps(listed).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            served.asked.append(body)
+            answer = served.answers.pop(0) if len(served.answers) > 1 else served.answers[0]
+            answer(self, body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client(served: Served, **options: Any) -> OpenAIServer:
+    given = {"api_key": KEY, "eos_ids": (EOS,), "retries": 2, "first_wait_s": 0.001, **options}
+    return OpenAIServer(served.url, given.pop("model", None), LetterTokenizer(), **given)
+
+
+def ask(served: Served, limit: int = 10, **options: Any) -> Completion:
+    async def one() -> Completion:
+        server = client(served, **options)
+        try:
+            return await server.generate((5, 6), limit, Sampling(0.6, seed=3))
+        finally:
+            await server.disconnect()
+
+    return asyncio.run(one())
+
+
+def test_token_ids_go_in_and_come_out() -> None:
+    with serving(say("abc", ids=[97, 98, 99, EOS])) as served:
+        done = ask(served)
+        assert done.token_ids == (97, 98, 99, EOS)
+        assert done.stop is StopReason.EOS
+        probe, asked = served.asked
+    assert probe["max_tokens"] == 1
+    assert asked["prompt"] == [5, 6]
+    assert (asked["seed"], asked["temperature"], asked["top_p"], asked["top_k"]) == (3, 0.6, 1, -1)
+
+
+def test_text_where_the_server_returns_no_ids() -> None:
+    with serving(say("ab")) as served:
+        done = ask(served)
+        assert [type(asked["prompt"]) for asked in served.asked[:2]] == [list, list]
+        assert "top_k" not in served.asked[-1]
+    assert done.token_ids == (97, 98, EOS)
+
+
+def test_text_where_the_server_refuses_ids() -> None:
+    def picky(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        if isinstance(asked["prompt"], list):
+            fail(400, b"prompt must be a string")(handler, asked)
+        else:
+            say("abcdefghijklmn", "length")(handler, asked)
+
+    with serving(picky) as served:
+        done = ask(served)
+        assert served.asked[-1]["prompt"] == chr(5) + chr(6)
+    assert done.token_ids == tuple(range(97, 107))  # never more than were asked for
+    assert done.stop is StopReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        fail(429, Retry_After="0"),
+        fail(500),
+        fail(503),
+        fail(200, b"<html>garbage"),
+        fail(200, b'{"choices": []}'),
+        fail(200, b"[1]"),
+        half,
+        nothing,
+        say("", ids=[]),
+        say("a", "content_filter", ids=[97]),
+    ],
+    ids=["429", "500", "503", "garbage", "no choice", "a list", "half", "nothing", "empty", "odd"],
+)
+def test_what_fails_in_passing_is_tried_again_and_then_an_error_of_the_trace(bad: Answer) -> None:
+    sound = say("ab", ids=[97, 98, EOS])
+    with serving(sound, bad, bad, sound) as served:
+        assert ask(served).token_ids == (97, 98, EOS)
+    with serving(sound, bad) as served:
+        with pytest.raises(PolicyError, match="after 3 attempts"):
+            ask(served)
+        assert len(served.asked) == 4
+    with serving(sound, bad) as served:
+        spec, sampling = ChunkSpec(10, 5, 2, 0), Sampling(1.0, 1)
+        trace = asyncio.run(play_trace(client(served), spec, (5,), sampling))
+        assert trace.stop is TraceStop.ERROR
+        assert "after 3 attempts" in str(trace.error)
+
+
+def test_a_server_that_does_not_answer_in_time_is_given_up() -> None:
+    release = threading.Event()
+
+    def hang(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        release.wait(5)
+        handler.close_connection = True
+
+    with serving(say("a", ids=[97]), hang) as served:
+        with pytest.raises(PolicyError, match="ReadTimeout"):
+            ask(served, timeout_s=0.2, retries=1)
+        release.set()
+
+
+def test_a_refusal_concerns_every_trace_and_is_not_repeated() -> None:
+    with serving(fail(400, b"this model's window is 100 tokens")) as served:
+        with pytest.raises(ConfigError, match="window is 100 tokens"):
+            ask(served)
+        assert len(served.asked) == 3  # once in each dialect
+    with serving(say("a", ids=[97]), fail(401)) as served, pytest.raises(ConfigError, match="key"):
+        ask(served)
+
+
+def test_the_key_shows_nowhere() -> None:
+    with serving(fail(500, f"your key is {KEY}".encode())) as served:
+        server = client(served)
+        with pytest.raises(PolicyError) as caught:
+            ask(served)
+        with pytest.raises(ConfigError, match="refuses the key") as refused:
+            client(served, api_key=f"{KEY}x")
+    assert KEY not in f"{caught.value!r} {refused.value!r} {server!r}"
+
+
+def test_the_model_is_found_or_the_ones_there_are_named() -> None:
+    with serving(say("a"), models={"data": [{"id": "x"}, {"id": "y"}]}) as served:
+        for model in (None, "z"):
+            with pytest.raises(ConfigError, match="serves x, y"):
+                client(served, model=model)
+        assert client(served, model="y").model == "y"
+    with serving(say("a")) as served:
+        assert (client(served).model, client(served).max_model_tokens) == ("m", 100)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://no.such.host.invalid/v1"])
+def test_a_server_that_is_not_there_is_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        OpenAIServer(url, None, LetterTokenizer(), timeout_s=5)
+
+
+def test_an_address_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="must start with http"):
+        OpenAIServer("localhost:8000", None, LetterTokenizer())
