@@ -248,6 +248,7 @@ def _play(
             progress.add(record)
 
     async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(_leave_out_interrupts)
         try:
             await sampler.run(setting, done, keep)
         finally:
@@ -264,6 +265,12 @@ def _play(
     finally:
         if progress is not None:
             progress.end()
+
+
+def _leave_out_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An interrupt ends tasks wherever they are; the command says so once."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _fitting(evaluation: Evaluation, directory: ResultsDirectory) -> list[Record]:
