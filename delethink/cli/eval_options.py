@@ -61,7 +61,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--preset",
         choices=["paper"],
-        help="paper: 256 samples, temperature 0.6, C = 8k, m = 4k, avg@128 by bootstrap",
+        help="paper: 256 samples, avg@128 by bootstrap (its C, m, T are the defaults)",
     )
     where = command.add_argument_group("where it is written")
     where.add_argument("-o", "--output", type=Path, metavar="PATH", help="default evaluations/…")

@@ -16,6 +16,7 @@ from typing import Any
 
 from delethink.cli.sizes import size, sizes
 from delethink.cost.hardware import accelerator
+from delethink.cost.model_config import model_shape
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.evaluation.plan import Asked, Setting, make_settings
 from delethink.evaluation.problems import Problems, load_problems
@@ -46,10 +47,10 @@ _USUAL: dict[str, Any] = {
     "max_chunks": "5",
     "bootstrap": None,
 }
-# Section 5 and appendix D of the paper.
+# Section 5 and appendix D of the paper; its C, m, head and temperature are the usual values.
 _PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    "paper": {"samples": 256, "carryover": "4k", "head_size": "100", "bootstrap": 128},
+    "paper": {"samples": 256, "bootstrap": 128},
 }
 
 
@@ -164,6 +165,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, got {arguments.timeout}")
     accelerator(arguments.gpu)
+    if arguments.cost_model is not None:
+        model_shape(arguments.cost_model)
     _modes(arguments)
     if arguments.base_url is None:
         choose_engine(arguments.engine)

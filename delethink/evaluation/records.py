@@ -94,6 +94,7 @@ class ResultsDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.mixed: dict[str, list[str]] = {}  # what changed under --force, for the results
         self._files: dict[str, int] = {}
         self._made: list[Path] = []  # folders that were not there before, innermost first
 
@@ -132,12 +133,13 @@ class ResultsDirectory:
                 line before the last one cannot be read.
         """
         try:
-            before = json.loads((path / _SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            before = dict(json.loads((path / _SETTINGS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             raise RunDirectoryError(
                 f"{path} holds no evaluation to go on with (no {_SETTINGS} that can be read); "
                 "leave out --resume"
             ) from None
+        mixed = before.pop("forced", [])
         changed = [
             f"{name} was {json.dumps(old)} and is now {json.dumps(settings.get(name))}"
             for name, old in before.items()
@@ -149,6 +151,8 @@ class ResultsDirectory:
                 "with -o PATH, or mix them knowingly with --force"
             )
         directory = cls(path)
+        if mixed + changed:
+            directory.mixed = {"forced": mixed + changed}
         directory._open(settings)
         return directory
 
@@ -227,7 +231,7 @@ class ResultsDirectory:
                 self._files[name] = os.open(self.path / name, flags, 0o644)
                 self._lock(self._files[name])
                 os.ftruncate(self._files[name], _end_of_last_line(self._files[name]))
-            self.write(_SETTINGS, json.dumps(settings, indent=2) + "\n")
+            self.write(_SETTINGS, json.dumps({**settings, **self.mixed}, indent=2) + "\n")
         except OSError as problem:
             raise _cannot_write(self.path, problem) from None
 

@@ -21,11 +21,10 @@ from delethink.evaluation.plan import Asked, Setting, fingerprint
 from delethink.evaluation.problems import Problems
 from delethink.evaluation.records import Place, Record, ResultsDirectory
 from delethink.evaluation.results import Reading, Results, collect, summarise
-from delethink.evaluation.sampling import Sampler
+from delethink.evaluation.sampling import Sampler, end_mark
 from delethink.policy import Policy
 from delethink.query import Tokenizer, query_ids
 from delethink.rule import ChunkSpec, start
-from delethink.types import END_OF_THINKING
 
 
 class OpenModel(NamedTuple):
@@ -150,7 +149,8 @@ def evaluate(
             reading or Reading(),
             cost_models,
         )
-        directory.write("results.json", json.dumps(asked | results.as_dict(), indent=2) + "\n")
+        found = asked | directory.mixed | results.as_dict()
+        directory.write("results.json", json.dumps(found, indent=2) + "\n")
         directory.write("timing.json", json.dumps(results.timing, indent=2) + "\n")
     return results
 
@@ -191,7 +191,7 @@ def answer_room(tokenizer: Tokenizer, asked: Asked) -> int:
     """Tokens that a context needs beyond its thinking, where answers are asked for."""
     if not asked.forced_answer_tokens:
         return 0
-    return asked.forced_answer_tokens + len(tokenizer(END_OF_THINKING)["input_ids"])
+    return asked.forced_answer_tokens + len(end_mark(tokenizer))
 
 
 def _sample(
@@ -248,6 +248,7 @@ def _play(
             progress.add(record)
 
     async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(_leave_out_interrupts)
         try:
             await sampler.run(setting, done, keep)
         finally:
@@ -264,6 +265,12 @@ def _play(
     finally:
         if progress is not None:
             progress.end()
+
+
+def _leave_out_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An interrupt ends tasks wherever they are; the command says so once."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _fitting(evaluation: Evaluation, directory: ResultsDirectory) -> list[Record]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from delethink.errors import ConfigError, UserError
 from delethink.evaluation.answers import vote
@@ -27,6 +28,12 @@ from delethink.types import (
     Trace,
     TraceStop,
 )
+
+
+def end_mark(tokenizer: Tokenizer) -> TokenIds:
+    """The tokens of the end of thinking, and no others."""
+    encode: Any = tokenizer
+    return tuple(encode(END_OF_THINKING, add_special_tokens=False)["input_ids"])
 
 
 class _Lean:
@@ -157,7 +164,7 @@ class Sampler:
         spent = trace.stop is TraceStop.BUDGET
         forced = self.asked.forced_answer_tokens > 0 and spent and END_OF_THINKING not in text
         if forced:
-            mark = tuple(self.tokenizer(END_OF_THINKING)["input_ids"])
+            mark = end_mark(self.tokenizer)
             text += END_OF_THINKING + await self._answer(trace, mark, sampling, budget)
         score = await self.grade(
             Attempt(

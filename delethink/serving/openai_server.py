@@ -189,9 +189,9 @@ class OpenAIServer:
         if sampling.seed is not None:
             body["seed"] = sampling.seed
         if dialect == "text":
-            body["prompt"] = str(
-                self._tokenizer.decode(list(prompt_ids), skip_special_tokens=False)
-            )
+            begin = getattr(self._tokenizer, "bos_token_id", None)  # the server puts it there
+            ids = prompt_ids[1:] if begin is not None and prompt_ids[0] == begin else prompt_ids
+            body["prompt"] = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
         if dialect == "ids":
             # Else a server takes these from the checkpoint, and another distribution is measured.
             body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -221,6 +221,7 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
         ("-m toy --task problems.jsonl -C 90 --temperature -1", "at least 0, got -1.0"),
         ("-m toy,toy --task problems.jsonl", "names a model twice"),
         ("-m toy --task problems.jsonl --gpu h900", "h900"),
+        ("-m toy --task problems.jsonl --cost-model ./nosuch", "nosuch"),
         ("-m toy --task problems.jsonl --resume", "--resume needs -o PATH"),
         ("-m toy --task problems.jsonl --force", "--force goes with --resume"),
         ("-m toy --task problems.jsonl -C 90 --resume -o gone", "no evaluation to go on with"),
@@ -270,3 +271,23 @@ def test_the_example_of_the_documentation_runs(
     exec(compile(code, "docs/evaluation.md", "exec"), {})
     assert "toy | longcot" in capsys.readouterr().out
     assert len((tmp_path / "out" / "traces.jsonl").read_text().splitlines()) == 32
+
+
+def test_the_papers_preset_and_answers_that_are_asked_for(tmp_path: Path) -> None:
+    file = write_problems(tmp_path / "p.jsonl", {"problem": "09:01101001101", "answer": "1"})
+    arguments = "-m toy --mode delethink -C 40 --max-chunks 2 --engine transformers --json"
+    done = run(
+        *["--task", file, *arguments.split(), "--preset", "paper", "--force-answer", "14"],
+        *["-o", "out", "--no-curves"],
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["samples"], found["temperature"]) == (256, 0.6)
+    assert [row["budget"] for row in found["rows"]] == [40, 60]
+    for row in found["rows"]:
+        assert row["samples"] == 256
+        assert (row["bootstrap"]["k"], row["bootstrap"]["resamples"]) == (128, 5000)
+        assert row["forced"] == row["out_of_budget"] > 0.9
+    lines = (tmp_path / "out" / "traces.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["outcomes"][0]["vote"] for line in lines)

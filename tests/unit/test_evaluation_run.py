@@ -101,6 +101,9 @@ def test_changed_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"temperature was 1.0 and is now 0.5"):
         run(tmp_path / "out", evaluation=changed, resume=True)
     run(tmp_path / "out", evaluation=changed, resume=True, force=True)
+    run(tmp_path / "out", evaluation=changed, resume=True)
+    said = json.loads((tmp_path / "out/results.json").read_text())
+    assert said["forced"] == ["temperature was 1.0 and is now 0.5"]
     other = evaluation(chunks=(2,))
     with pytest.raises(RunDirectoryError, match="settings was"):
         run(tmp_path / "out", evaluation=other, resume=True)
