@@ -38,6 +38,8 @@ _SHIPPED = {
         "dataset": "delethink.envs.dataset:dataset_task",
         "reasoning_gym": "delethink.envs.gym:GymTask",
         **{name: f"delethink.envs.presets:{name}" for name in _PRESETS},
+        "aime24": "delethink.envs.presets:aime_2024",  # as evaluators call them
+        "aime25": "delethink.envs.presets:aime_2025",
     },
     "delethink.rewards": {
         "chunks": "delethink.rewards.length:chunks",
