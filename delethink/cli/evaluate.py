@@ -125,6 +125,9 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     for name, value in (_USUAL | _PRESETS[arguments.preset]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    if arguments.in_flight is None:
+        # Well above what an engine runs side by side, so that unequal chunks keep it full.
+        arguments.in_flight = 512 if arguments.base_url is None else 256
 
 
 def _check(arguments: argparse.Namespace) -> None:
