@@ -84,7 +84,10 @@ def add_to(command: argparse.ArgumentParser) -> None:
     engine.add_argument("--dtype", help="default float32, bfloat16 on GPUs")
     engine.add_argument("--trust-remote-code", action="store_true", help="run a model's own code")
     engine.add_argument(
-        "--in-flight", type=int, default=256, metavar="N", help="traces at a time (default 256)"
+        "--in-flight",
+        type=int,
+        metavar="N",
+        help="traces at a time (default 512; 256 with --base-url)",
     )
     engine.add_argument(
         "--batch-size",

@@ -129,6 +129,9 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     for name, value in (_USUAL | _PRESETS[arguments.preset]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    if arguments.in_flight is None:
+        # Well above what an engine runs side by side, so that unequal chunks keep it full.
+        arguments.in_flight = 512 if arguments.base_url is None else 256
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -150,15 +153,7 @@ def _check(arguments: argparse.Namespace) -> None:
             "--base-url takes one -m, the tokenizer of what is served; evaluate other models in "
             "folders of their own"
         )
-    at_least = {
-        "samples": 1,
-        "in_flight": 1,
-        "batch_size": 1,
-        "num_workers": 1,
-        "retries": 0,
-        "force_answer": 0,
-    }
-    for name, least in (at_least | {"bootstrap": 1, "resamples": 1, "margin": 0.0}).items():
+    for name, least in _AT_LEAST.items():
         value = getattr(arguments, name)
         if value is not None and not value >= least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
