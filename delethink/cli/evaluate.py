@@ -40,6 +40,11 @@ from delethink.serving.checkpoint import (
 from delethink.serving.factory import choose_engine
 
 _MODES = ("delethink", "longcot")
+_AT_LEAST = {
+    **dict.fromkeys(("samples", "in_flight", "batch_size", "num_workers"), 1),
+    **dict.fromkeys(("bootstrap", "resamples"), 1),
+    **dict.fromkeys(("retries", "force_answer", "margin"), 0),
+}
 _USUAL: dict[str, Any] = {
     "samples": 4,
     "temperature": 0.6,
@@ -58,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks everything that can be checked, then samples and sums up."""
     _fill_in(arguments)
     _check(arguments)
-    _set_environment()
+    set_environment()
     problems = load_problems(
         arguments.task,
-        _task_arguments(arguments.task_arg),
+        task_arguments(arguments.task_arg),
         arguments.num_problems,
         arguments.reward,
         arguments.split,
@@ -211,7 +216,7 @@ def _modes(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(modes))
 
 
-def _task_arguments(pairs: list[str]) -> dict[str, Any]:
+def task_arguments(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` with values as Python writes them, or plain text."""
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -282,7 +287,7 @@ def _draw(output: Path, task: str, rows: Any) -> None:
     plot(curve, title, output / "curves.png")
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Settings that libraries read when they are imported; a value the user has set stays."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from delethink import __version__
-from delethink.cli import cost_options, eval_options
+from delethink.cli import cost_options, eval_options, probe_options
 from delethink.errors import DelethinkError, UserError
 
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_probe(commands)
     _add_cost(commands)
     _add_tasks(commands)
     _add_doctor(commands)
@@ -89,6 +90,19 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     eval_options.add_to(command)
     command.set_defaults(run=_evaluate)
+
+
+def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "probe",
+        help="say how Markovian a model is already: what a reset costs it",
+        description="Score the tokens after each border twice, after the whole history and after "
+        "what a reset leaves, and report what is lost: docs/evaluation.md",
+        epilog="E.g.: delethink probe -m toy --task automaton --task-arg min_steps=16 --task-arg "
+        "max_steps=24 -C 90 --carryover 15,30,45 --head-size 0 --budget 450",
+    )
+    probe_options.add_to(command)
+    command.set_defaults(run=_probe)
 
 
 def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -170,6 +184,12 @@ def _tasks(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from delethink.cli.evaluate import run
+
+    return run(arguments)
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from delethink.cli.probe import run
 
     return run(arguments)
 

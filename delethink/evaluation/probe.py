@@ -1,0 +1,274 @@
+"""How Markovian a model is already: what it loses where the context is thrown away.
+
+The tokens of a trace are scored twice with teacher forcing: after the whole history, and after what
+a reset leaves (query and carryover). What a reset costs is the difference, token by token: the gap
+in log-likelihood, log p(y | history) - log p(y | carried), and the Kullback-Leibler divergence of
+the two distributions over the next token, KL(history || carried), both in nats.
+
+As controls, the carryover is left out altogether, and replaced by another trace's: a model that
+does not use what is carried would lose no more by either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from delethink.evaluation.metrics import t_quantile
+from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.types import StopReason, TokenIds, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Condition = Literal["carried", "none", "other"]
+CONDITIONS: tuple[Condition, ...] = ("carried", "none", "other")
+
+Floats = npt.NDArray[np.float64]
+
+
+class Border(NamedTuple):
+    """A chunk after a border, scored under one condition.
+
+    Args:
+        trace: index of the trace.
+        chunk: index of the chunk, from 1.
+        carryover_size: m.
+        condition: what the context held in the carryover's place.
+        gap: log p(y | history) - log p(y | context), in nats [T].
+        divergence: KL(history || context) of the next token, in nats [T].
+    """
+
+    trace: int
+    chunk: int
+    carryover_size: int
+    condition: Condition
+    gap: Floats
+    divergence: Floats
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Scores traces of one model.
+
+    Args:
+        model: in evaluation mode; on any device.
+        max_model_tokens: the longest sequence that it takes.
+    """
+
+    model: PreTrainedModel
+    max_model_tokens: int
+
+    def fits(self, trace: Trace) -> bool:
+        """Whether the whole history fits in one context."""
+        return len(trace.query_ids) + len(trace.output_ids) <= self.max_model_tokens
+
+    def borders(
+        self, traces: Sequence[Trace], specs: Sequence[ChunkSpec], controls: ChunkSpec
+    ) -> Iterator[Border]:
+        """Scores what follows each border of each trace, under each rule.
+
+        Args:
+            traces: those that do not fit are passed over.
+            specs: rules that differ in their carryover size.
+            controls: the one under which the carryover is also left out and replaced.
+        """
+        for index, trace in enumerate(traces):
+            if not self.fits(trace):
+                continue
+            other = traces[index - 1] if len(traces) > 1 else None  # of the first one: the last
+            for spec in specs:
+                conditions = CONDITIONS if spec == controls else CONDITIONS[:1]
+                yield from self._of_trace(index, trace, other, spec, conditions)
+
+    @torch.no_grad()
+    def _of_trace(
+        self,
+        index: int,
+        trace: Trace,
+        other: Trace | None,
+        spec: ChunkSpec,
+        conditions: Sequence[Condition],
+    ) -> Iterator[Border]:
+        cuts = list(cut(trace.query_ids, trace.output_ids, spec))
+        if len(cuts) < 2:
+            return
+        history = self._history(trace.query_ids, [output for _, output in cuts])
+        borrowed = None if other is None else carried_at(other, spec)
+        for chunk, ((state, output), expected) in enumerate(zip(cuts, history, strict=True)):
+            if chunk == 0:
+                continue
+            for condition in conditions:
+                context = _context(state, condition, borrowed)
+                if context is None:
+                    continue
+                found = self._logprobs(context, output)
+                yield Border(
+                    index,
+                    chunk,
+                    spec.carryover_size,
+                    condition,
+                    *_compare(expected, found, output),
+                )
+
+    def _history(self, query_ids: TokenIds, outputs: Sequence[TokenIds]) -> Iterator[torch.Tensor]:
+        """Log-probs [T, V] of each chunk's tokens after all that went before, chunk by chunk."""
+        seen = self.model(input_ids=self._ids(query_ids), use_cache=True, logits_to_keep=1)
+        last = seen.logits[0]
+        for output in outputs:
+            seen = self.model(
+                input_ids=self._ids(output), past_key_values=seen.past_key_values, use_cache=True
+            )
+            yield torch.cat([last, seen.logits[0, :-1]]).float().log_softmax(-1)
+            last = seen.logits[0, -1:]
+
+    def _logprobs(self, context: TokenIds, output: TokenIds) -> torch.Tensor:
+        """Log-probs [T, V] of the tokens of ``output`` after ``context``."""
+        ids = self._ids((*context, *output))
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(output) + 1).logits
+        logprobs: torch.Tensor = logits[0, :-1].float().log_softmax(-1)
+        return logprobs
+
+    def _ids(self, ids: TokenIds) -> torch.Tensor:
+        return torch.tensor([list(ids)], device=self.model.device)
+
+
+def cut(
+    query_ids: TokenIds, output_ids: TokenIds, spec: ChunkSpec
+) -> Iterator[tuple[ThinkingState, TokenIds]]:
+    """A trace's tokens as the chunks that ``spec`` makes of them, and the state before each.
+
+    However they were sampled: borders fall where this rule puts them.
+    """
+    state, begin = start(spec, query_ids), 0
+    while begin < len(output_ids) and state.stop is None:
+        output = tuple(output_ids[begin : begin + state.max_new_tokens])
+        yield state, output
+        begin += len(output)
+        state = state.advance(output, StopReason.LENGTH)
+
+
+def carried_at(trace: Trace, spec: ChunkSpec) -> TokenIds | None:
+    """What a trace carries over its first border; ``None`` where it has none."""
+    cuts = list(cut(trace.query_ids, trace.output_ids, spec))
+    return tuple(cuts[1][0].carried) if len(cuts) > 1 else None
+
+
+def _context(
+    state: ThinkingState, condition: Condition, borrowed: TokenIds | None
+) -> TokenIds | None:
+    if condition == "carried":
+        return tuple(state.prompt_ids)
+    if condition == "none":
+        return tuple(state.query_ids)
+    return None if borrowed is None else (*state.query_ids, *borrowed)
+
+
+def _compare(
+    expected: torch.Tensor, found: torch.Tensor, output: TokenIds
+) -> tuple[Floats, Floats]:
+    index = torch.tensor(list(output), device=expected.device)[:, None]
+    gap = (expected.gather(1, index) - found.gather(1, index))[:, 0]
+    divergence = (expected.exp() * (expected - found)).nan_to_num(0.0).sum(-1)
+    return gap.double().cpu().numpy(), divergence.clamp_min(0.0).double().cpu().numpy()
+
+
+# -- what needs no model ------------------------------------------------------------------------
+
+
+def longest_repeat(output_ids: TokenIds, context_size: int) -> int:
+    """The longest run of tokens that occurs again, starting at least a context later.
+
+    A chain of bounded states can run in circles without knowing it; one that sees its whole history
+    could notice. Found by binary search over lengths: a run that repeats has shorter ones that do.
+    """
+    low, high = 0, len(output_ids) - context_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _repeats(output_ids, middle, context_size):
+            low = middle
+        else:
+            high = middle - 1
+    return max(low, 0)
+
+
+def _repeats(output_ids: TokenIds, length: int, apart: int) -> bool:
+    first: dict[TokenIds, int] = {}
+    for begin in range(len(output_ids) - length + 1):
+        run = tuple(output_ids[begin : begin + length])
+        if begin - first.setdefault(run, begin) >= apart:
+            return True
+    return False
+
+
+def last_window(trace: Trace, spec: ChunkSpec) -> TokenIds:
+    """What the last context held: carried tokens and the last chunk.
+
+    A reward that reads no more than this misses answers that were thrown away at a border.
+    """
+    cuts = list(cut(trace.query_ids, trace.output_ids, spec))
+    if not cuts:
+        return ()
+    state, output = cuts[-1]
+    return (*state.carried, *output)
+
+
+class Point(NamedTuple):
+    """A mean over traces with its 95 % interval, in nats."""
+
+    mean: float
+    low: float
+    high: float
+    traces: int
+
+
+def over_traces(values: dict[int, list[float]]) -> Point:
+    """The mean over traces of each trace's mean: traces are independent, their tokens are not.
+
+    Args:
+        values: by trace.
+
+    Raises:
+        ValueError: no trace.
+    """
+    means = np.array([float(np.mean(v)) for v in values.values()])
+    if not means.size:
+        raise ValueError("a mean over no trace")
+    mean, n = float(means.mean()), len(means)
+    if n == 1:
+        return Point(mean, float("-inf"), float("inf"), 1)
+    half = float(t_quantile(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
+    return Point(mean, mean - half, mean + half, n)
+
+
+def by_distance(
+    borders: Sequence[Border],
+    carryover_size: int,
+    condition: Condition,
+    what: Literal["gap", "divergence"],
+    edges: Sequence[int],
+) -> list[Point | None]:
+    """Means over the tokens at a distance from the border in ``edges[i]..edges[i+1]-1``."""
+    bins: list[dict[int, list[float]]] = [{} for _ in edges[1:]]
+    for border in borders:
+        if border.carryover_size != carryover_size or border.condition != condition:
+            continue
+        values: Any = getattr(border, what)
+        for i, (begin, end) in enumerate(pairwise(edges)):
+            if begin < len(values):
+                bins[i].setdefault(border.trace, []).extend(values[begin:end].tolist())
+    return [over_traces(found) if found else None for found in bins]
+
+
+def distance_edges(longest: int) -> list[int]:
+    """Bins that double: 0, 1, 2, 4, 8 and so on, to the longest distance."""
+    edges = [0, 1]
+    while edges[-1] < longest:
+        edges.append(min(2 * edges[-1], longest))
+    return edges
