@@ -140,7 +140,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> 
         ("trainig.max_steps=1", ["unknown key 'trainig'", "'training'"]),
         ("thinking.carryover_size=32", ["carryover_size=32", "context_size=32"]),
         ("task.name=automato", ["unknown task", "'automaton'"]),
-        ("task.args.widht=3", ["task.args", "widht"]),
+        ("task.args.widht=3", ["'automaton' has no parameter 'widht'", "'width'"]),
         ("rewards={exakt: 1}", ["unknown reward", "'exact'"]),
         ("model=./nowhere", ["no model folder", "nowhere"]),
         ("output=/dev/null/run", ["cannot write the run to /dev/null/run"]),
