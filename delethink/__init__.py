@@ -29,7 +29,6 @@ from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import (
     Chunk,
     ChunkRole,
-    Group,
     Problem,
     StopReason,
     TokenIds,
@@ -48,7 +47,6 @@ __all__ = [
     "Problem",
     "Chunk",
     "Trace",
-    "Group",
     # rule: how thinking is cut into chunks
     "ChunkSpec",
     "ThinkingState",

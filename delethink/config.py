@@ -92,13 +92,9 @@ class ThinkingConfig(_Section):
         return self
 
 
-class TaskConfig(_Section):
-    """Where problems come from."""
+class TaskConfig(NamedConfig):
+    """Where problems come from: a registered task, or family/member."""
 
-    name: str
-    """A registered task, or family/member."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """What the task is made with."""
     max_query_tokens: int | None = Field(None, gt=0)
     """Longer queries are passed over, counted and reported; unset, what does not fit is refused."""
 

@@ -118,14 +118,6 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Group:
-    """G traces of one problem: the baseline of GRPO is taken over them, never over chunks."""
-
-    problem: Problem
-    traces: tuple[Trace, ...]
-
-
-@dataclass(frozen=True)
 class Attempt:
     """A finished trace as rewards see it. The query is no part of it, so no answer is found there.
 
