@@ -327,7 +327,7 @@ def test_private_tests_that_would_run_code_are_refused(
     evil = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
     row = {"question_content": "Add.", "private_test_cases": evil, "metadata": "{}"}
     write_lines(tmp_path / "test.jsonl", [row])
-    with pytest.raises(ConfigError, match="cannot be unpacked: a test names builtins.print"):
+    with pytest.raises(ConfigError, match=r"cannot be unpacked: a test names [\w.]*print"):
         make_task("livecodebench", {"dataset": str(tmp_path)}, 0)
     assert capsys.readouterr().out == ""
 
