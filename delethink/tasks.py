@@ -8,9 +8,9 @@ the rewards that score it and their weights, ``left_out`` how many problems each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from delethink.errors import ConfigError
 from delethink.types import Problem
@@ -105,8 +105,3 @@ def check_split(split: str) -> None:
     """Raises a ``ConfigError`` unless ``split`` is one of the two."""
     if split not in SPLITS:
         raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")
-
-
-def as_rewards(named: Mapping[str, Any]) -> dict[str, float]:
-    """Names and weights as plain values."""
-    return {str(name): float(weight) for name, weight in named.items()}

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from delethink.cli.train import set_up_process
+from delethink.cli.process import set_up_process
 
 set_up_process()
 

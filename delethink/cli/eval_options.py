@@ -8,6 +8,14 @@ from pathlib import Path
 
 def add_to(command: argparse.ArgumentParser) -> None:
     """The options of ``delethink eval``; a value of ``None`` is filled in by the preset."""
+    _add_what(command)
+    _add_how(command)
+    _add_where(command)
+    _add_engine(command)
+    _add_read(command)
+
+
+def _add_what(command: argparse.ArgumentParser) -> None:
     what = command.add_argument_group("what is measured")
     what.add_argument(
         "-m",
@@ -29,6 +37,9 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--split", default="heldout", help="of a registered task (default heldout)")
     what.add_argument("--num-problems", type=int, metavar="N", help="the first N (default: all)")
     what.add_argument("--reward", help="what says right (1) or wrong (0); default: the task's own")
+
+
+def _add_how(command: argparse.ArgumentParser) -> None:
     how = command.add_argument_group("how it thinks (k is 1,024; lists with commas)")
     how.add_argument("--mode", default="delethink,longcot", help="default delethink,longcot")
     how.add_argument("-C", "--context-size", metavar="LIST", help="default 8k")
@@ -63,6 +74,9 @@ def add_to(command: argparse.ArgumentParser) -> None:
         choices=["paper"],
         help="paper: 256 samples, avg@128 by bootstrap (its C, m, T are the defaults)",
     )
+
+
+def _add_where(command: argparse.ArgumentParser) -> None:
     where = command.add_argument_group("where it is written")
     where.add_argument("-o", "--output", type=Path, metavar="PATH", help="default evaluations/…")
     where.add_argument("--resume", action="store_true", help="go on where PATH ends")
@@ -72,6 +86,9 @@ def add_to(command: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--no-tokens", action="store_true", help="keep no sampled tokens")
     where.add_argument("--no-curves", action="store_true", help="draw no picture and no page")
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
     engine = command.add_argument_group("what samples")
     engine.add_argument(
         "--engine",
@@ -108,6 +125,9 @@ def add_to(command: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--retries", type=int, default=5, help="of a request (default 5)")
     engine.add_argument("--timeout", type=float, default=600.0, help="seconds (default 600)")
+
+
+def _add_read(command: argparse.ArgumentParser) -> None:
     read = command.add_argument_group("how it is read")
     read.add_argument(
         "--margin", type=float, default=0.02, help="a difference that matters (default 0.02)"

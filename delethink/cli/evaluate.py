@@ -7,13 +7,13 @@ import ast
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from delethink.cli.process import set_up_process
 from delethink.cli.sizes import size, sizes
 from delethink.cost.hardware import accelerator
 from delethink.cost.model_config import model_shape
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks everything that can be checked, then samples and sums up."""
     _fill_in(arguments)
     _check(arguments)
-    set_environment()
+    set_up_process()
     problems = load_problems(
         arguments.task,
         task_arguments(arguments.task_arg),
@@ -285,13 +285,3 @@ def _draw(output: Path, task: str, rows: Any) -> None:
     (output / "curves.csv").write_text(as_csv(curve), encoding="utf-8")
     (output / "curves.html").write_text(as_html(curve, title), encoding="utf-8")
     plot(curve, title, output / "curves.png")
-
-
-def set_environment() -> None:
-    """Settings that libraries read when they are imported; a value the user has set stays."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delethink.cli.evaluate import set_environment, task_arguments
+from delethink.cli.evaluate import task_arguments
+from delethink.cli.process import set_up_process
 from delethink.cli.sizes import size, sizes
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.problems import load_problems
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("say whose traces: either --traces PATH or --task NAME")
     specs = _specs(arguments)
     output = _output(arguments)
-    set_environment()
+    set_up_process()
     findings = _probe(arguments, specs)
     _write(findings, output)
     if arguments.json:

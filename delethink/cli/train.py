@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import logging
-import os
-import warnings
-from contextlib import suppress
 
+from delethink.cli.process import set_up_process
 from delethink.config import load_recipe
 from delethink.errors import MissingExtraError
 from delethink.training.preflight import prepare
@@ -31,40 +27,3 @@ def _require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "train")
-
-
-def set_up_process() -> None:
-    """What a process that samples or trains wants set before torch and TRL are imported.
-
-    A value that the user has set stays.
-    """
-    _keep_freed_memory()
-    # On a busy machine, threads that spin while they wait take the cores from those that work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # The workers call vLLM themselves; TRL's own use of it, which this is about, is off.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
-    # A name that TRL gives to transformers and that transformers is about to change.
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
-    # TRL's own account of a trace without a reward is the whole trace; ours is in traces/.
-    logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # TRL imports parts of vLLM before vLLM has read that.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep freed memory for the next tensor, where it is glibc.
-
-    On the CPU, decoding and training free and take the same large tensors over and over; handed
-    back to the kernel each time, half the time of a long decode goes into clearing pages.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the names of malloc.h
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**26)
