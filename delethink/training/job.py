@@ -26,9 +26,11 @@ from delethink.training.curves import plot_curves
 from delethink.training.grpo import DelethinkTrainer, Sampled
 from delethink.training.progress import Reporter
 from delethink.training.recorder import Recorder
-from delethink.training.records import reward_metrics, trace_records
+from delethink.training.records import trace_records
 from delethink.training.run_directory import RunDirectory
-from delethink.types import Problem, Score, Trace, TraceStop
+from delethink.training.step_metrics import reward_metrics, sampled_metrics
+from delethink.training.trl_config import lora, objective
+from delethink.types import Problem, Score, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
 
@@ -106,8 +108,8 @@ class Job:
             reward_funcs=[self.pay_out(self.make_env())],
             play=self.play,
             on_sampled=self.record_traces,
-            forward_tokens=recipe.training.forward_tokens,
-            max_failed_share=recipe.training.max_failed_share,
+            objective=objective(recipe),
+            peft_config=lora(recipe.training.lora),
             callbacks=[Recorder(self)],
         )
         self.trainer.remove_callback(PrinterCallback)
@@ -201,14 +203,8 @@ class Job:
 
     def record_traces(self, sampled: Sampled) -> None:
         """Writes what was sampled and keeps the figures of the step."""
-        traces = sampled.traces
-        n = len(traces)
-        self.step["traces"] = n
-        self.step["sampled_tokens"] = sum(trace.length for trace in traces)
-        self.step["thinking_tokens"] = self.step["sampled_tokens"] / n
-        self.step["chunks"] = sum(len(trace.thinking) for trace in traces) / n
-        self.step["budget_share"] = sum(t.stop is TraceStop.BUDGET for t in traces) / n
-        self.step["failed_share"] = sum(t.stop.is_failure for t in traces) / n
+        group = self.recipe.training.num_generations
+        self.step |= sampled_metrics(sampled, self.scores, group)
         self.step |= reward_metrics(self.scores, self.scorer.rewards)
         step = int(self.trainer.state.global_step) + 1
         records = trace_records(sampled, self.problems, self.scores, self.tokenizer)
