@@ -61,6 +61,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         play: plays a trace for each example (rows of the dataset, repeated once for each trace of a
             group) with the current weights, in that order.
         on_sampled: told what was sampled and how it was scored, once for each batch.
+        draw: the examples that a batch of rows of the dataset stands for; by default themselves.
         forward_tokens: tokens in one forward pass, padding included; more are forwarded in parts
             that are recomputed in the backward pass, so that memory does not grow with thinking.
         max_failed_share: a larger share of failed traces in a batch is an error.
@@ -75,10 +76,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         on_sampled: Callable[[Sampled], None],
         forward_tokens: int,
         max_failed_share: float,
+        draw: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
-        self._play, self._on_sampled = play, on_sampled
+        self._play, self._on_sampled, self._draw = play, on_sampled, draw
         self._forward_tokens, self._max_failed_share = forward_tokens, max_failed_share
         self._examples: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
@@ -91,6 +93,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     # -- sampling ------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self._draw(inputs)
         # The examples are kept as they came: TRL adds what the rollout returned to `inputs`.
         self._examples = [dict(example) for example in inputs]
         with self._masked(None):

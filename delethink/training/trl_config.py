@@ -14,7 +14,7 @@ from delethink.rule import ChunkSpec
 
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
     """TRL's own settings, with its defaults replaced where they would change the method."""
-    own = {"forward_tokens", "max_failed_share", "save_steps"}
+    own = {"forward_tokens", "max_failed_share", "on_nonfinite", "save_steps"}
     training = recipe.training.model_dump(exclude=own)
     make = partial(GRPOConfig, **training)
     return make(
