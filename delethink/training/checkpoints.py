@@ -22,6 +22,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from delethink.errors import RunDirectoryError
 from delethink.training.durable import PART, put_in_place, write_text
 
+# What torch.save says where it cannot write; the system's own reason is lost there.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "file write failed")
 _PREFIX, _STATE, _WRITING = "checkpoint-", "delethink.json", f"writing{PART}"
 
 
@@ -128,7 +130,7 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
                 put_in_place(writing / path.name, path)
                 writing.rmdir()
         except (OSError, SafetensorError, RuntimeError) as problem:
-            reason = _why_not_written(problem)
+            reason = _why_not_written(problem, path.parent)
             if reason is None:
                 raise
             shutil.rmtree(writing, ignore_errors=True)
@@ -176,7 +178,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return dict(state["job"])
 
 
-def _why_not_written(problem: BaseException) -> str | None:
+def _why_not_written(problem: BaseException, folder: Path) -> str | None:
     """What the system said of a file that could not be written; ``None`` for another error.
 
     The writers of weights and of tensors wrap it into errors of their own.
@@ -188,8 +190,9 @@ def _why_not_written(problem: BaseException) -> str | None:
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             if f"os error {code})" in text:
                 return os.strerror(code)
-        if "PytorchStreamWriter" in text or "file write failed" in text:
-            return text.splitlines()[0]
+        if any(words in text for words in _TORCH_WRITER):
+            free = shutil.disk_usage(folder).free
+            return f"a file could not be written to its end, with {free / 1e9:.1f} GB free"
         if problem.__cause__ is None and problem.__context__ is None:
             return None
         problem = problem.__cause__ or problem.__context__  # type: ignore[assignment]

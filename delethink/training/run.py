@@ -122,8 +122,8 @@ def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | N
     reporter.say(f"taking the run up {begins}")
     if superseded:
         reporter.say(
-            f"what was written of steps {superseded[0]} to {superseded[-1]} is now under "
-            f"{run.path / 'superseded'}; they are made again"
+            f"what was written beyond it, of {len(superseded)} steps up to {superseded[-1]}, lies "
+            f"under {run.path / 'superseded'} now; they are made again"
         )
     return checkpoint
 

@@ -275,7 +275,12 @@ class RunDirectory:
             ) from None
 
     def _write(self, name: str, text: str) -> None:
-        write_text(self.path / name, text)
+        try:
+            write_text(self.path / name, text)
+        except OSError as problem:
+            raise RunDirectoryError(
+                f"cannot write {self.path / name}: {problem.strerror}; it is as it was before"
+            ) from None
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -1,18 +1,21 @@
 """Runs ``delethink`` again and again in children that have everything imported already.
 
-A program of its own: it reads one JSON object a line, ``{"args", "log", "die_at"}``, answers with
-the child's process id, and when the child has ended with its exit code (minus the signal). A child
-with ``die_at = {"path": part, "count": n, "delay": seconds}`` kills itself with SIGKILL that long
-after its n-th opening of a file for writing whose path has that part.
+A program of its own: it reads one JSON object a line, ``{"args", "log", "die_at",
+"largest_file"}``, and answers with the child's exit code (minus the signal) when it has ended. A
+child with ``die_at = {"path": part, "count": n, "delay": seconds}`` kills itself with SIGKILL that
+long after its n-th opening of a file for writing whose path has that part. With ``largest_file``,
+the system refuses to write more bytes than that into any file.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
+import traceback
 from typing import Any
 
 
@@ -27,7 +30,6 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             run(request)
-        print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
@@ -39,6 +41,9 @@ def run(request: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     sys.stdout = os.fdopen(1, "w", buffering=1)
+    if request["largest_file"]:
+        limits = (request["largest_file"], request["largest_file"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if request["die_at"]:
         die_at(**request["die_at"])
     code = 1
@@ -46,6 +51,8 @@ def run(request: dict[str, Any]) -> None:
         from delethink.cli.main import main as command
 
         code = command(request["args"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
