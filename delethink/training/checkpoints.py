@@ -70,6 +70,8 @@ def remove_unfinished(folder: Path) -> bool:
 class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
     """A trainer whose checkpoints are whole, to be mixed into one.
 
+    What it is mixed into says with ``is_between_batches`` when a checkpoint may be made.
+
     Args:
         job_state: what a checkpoint is to hold beside the trainer's own state.
     """
@@ -79,12 +81,6 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
         self._job_state = job_state
         self._writing: Path | None = None  # where a checkpoint goes at this moment
         self.add_callback(_BetweenBatches(self))
-
-    @property
-    def between_batches(self) -> bool:
-        """Whether the next optimizer step samples anew: only then is nothing lost between."""
-        steps = self.args.steps_per_generation * self.num_iterations
-        return bool(self._step % steps == 0)
 
     def save_weights(self, name: str) -> None:
         """Saves the weights alone, whole or not at all.
@@ -149,7 +145,7 @@ class _BetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformers' c
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Decides for ``transformers``, which counts steps only."""
         due = self._due or control.should_save
-        control.should_save = due and self._trainer.between_batches
+        control.should_save = due and self._trainer.is_between_batches
         self._due = due and not control.should_save
         return control
 

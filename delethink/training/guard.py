@@ -23,13 +23,13 @@ class NonFinite(NamedTuple):
     Args:
         step: of the optimizer, from 1.
         what: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the first that was found.
-        rows: sampled tokens of the rows with such a log-prob, on this process, as in
-            ``rows.flatten``; none where only a sum is known to be wrong.
+        traces: places of the traces with such a log-prob in the batch that was sampled last, on
+            this process; none where only a sum is known to be wrong.
     """
 
     step: int
     what: str
-    rows: list[tuple[int, ...]]
+    traces: list[int]
 
 
 class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
@@ -45,24 +45,24 @@ class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untype
         super().__init__(*args, **kwargs)
         self._on_nonfinite = on_nonfinite
         self._what: str | None = None  # was not finite, since the last optimizer step
-        self._rows: list[tuple[int, ...]] = []
+        self._guilty: set[int] = set()
+        self._places: list[int] = []  # of the micro-batch's traces in the batch
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        loss: torch.Tensor = super()._compute_loss(model, inputs)
-        self._look(loss, self._logprobs, inputs)
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch, looked at."""
+        self._places = inputs["place"]
+        loss: torch.Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            self._what = self._what or "loss"
         return loss
 
-    def _look(self, loss: torch.Tensor, logprobs: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """Looks at a micro-batch: its loss, and the log-probs [B, T] of its rows."""
-        broken = ~torch.isfinite(logprobs).all(1)
+    def _complete(self, part: Any, logprobs: torch.Tensor, entropies: Any) -> None:
+        broken = ~torch.isfinite(logprobs.detach()).all(1)  # [K], chunks of a forward batch
         if bool(broken.any()):
-            self._what = self._what or "log-prob"
-            ids, kept = inputs["completion_ids"], inputs["completion_mask"].bool()
-            self._rows += [
-                tuple(ids[row][kept[row]].tolist()) for row in broken.nonzero()[:, 0].tolist()
-            ]
-        elif not bool(torch.isfinite(loss)):
-            self._what = self._what or "loss"
+            self._what = "log-prob"
+            rows = broken.nonzero()[:, 0].tolist()
+            self._guilty |= {self._places[part.rows[row].trace] for row in rows}
+        super()._complete(part, logprobs, entropies)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A micro-batch; what it adds to the mean loss that is logged is finite."""
@@ -74,10 +74,10 @@ class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untype
         # The last word before the optimizer's step; the norm is that before clipping.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self._any_process_found(norm):
-            what, rows = self._what or "gradient", self._rows
-            self._what, self._rows = None, []
+            what, guilty = self._what or "gradient", sorted(self._guilty)
+            self._what, self._guilty = None, set()
             model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
-            self._on_nonfinite(NonFinite(self.state.global_step + 1, what, rows))
+            self._on_nonfinite(NonFinite(self.state.global_step + 1, what, guilty))
         return norm
 
     def _any_process_found(self, norm: Any) -> bool:

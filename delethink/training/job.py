@@ -29,10 +29,11 @@ from delethink.training.guard import Guarded, NonFinite
 from delethink.training.progress import Reporter
 from delethink.training.prompts import PromptCursor
 from delethink.training.recorder import Recorder
-from delethink.training.records import reward_metrics, trace_records
-from delethink.training.rows import flatten
+from delethink.training.records import trace_records
 from delethink.training.run_directory import RunDirectory
-from delethink.types import Problem, Score, Trace, TraceStop
+from delethink.training.step_metrics import reward_metrics, sampled_metrics
+from delethink.training.trl_config import lora, objective
+from delethink.types import Problem, Score, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
 AFTER = "after RL, Delethink"  # the last row of the table
@@ -69,7 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         training = self.recipe.training
-        self.prompts = PromptCursor(training.traces_per_step // training.num_generations)
+        self.prompts = PromptCursor(training.traces_per_batch // training.num_generations)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of a run, beside what the trainer keeps itself."""
@@ -149,8 +150,8 @@ class Job:
             draw=self.draw,
             job_state=self.state_dict,
             on_nonfinite=self.leave_out,
-            forward_tokens=recipe.training.forward_tokens,
-            max_failed_share=recipe.training.max_failed_share,
+            objective=objective(recipe),
+            peft_config=lora(recipe.training.lora),
             callbacks=[Recorder(self)],
         )
         self.trainer.remove_callback(PrinterCallback)
@@ -214,13 +215,8 @@ class Job:
             NonFiniteError: as the recipe says, or because it is one of too many in a row.
         """
         assert self.sampled is not None
-        rows, pad = set(found.rows), self.tokenizer.pad_token_id
         records = trace_records(self.sampled, self.problems, self.scores, self.tokenizer)
-        guilty = [
-            record
-            for record, trace in zip(records, self.sampled.traces, strict=True)
-            if not rows or tuple(flatten(trace, pad).completion_ids) in rows
-        ]
+        guilty = [records[place] for place in found.traces] or records
         path = self.run.add_nonfinite(found.step, guilty)
         self.skipped.append(found.step)
         self.step |= {"step_skipped": 1, "loss": None}
@@ -279,15 +275,8 @@ class Job:
     def record_traces(self, sampled: Sampled) -> None:
         """Writes what was sampled and keeps the figures of the step."""
         self.sampled = sampled
-        traces = sampled.traces
-        n = len(traces)
-        self.step["step_skipped"] = 0
-        self.step["traces"] = n
-        self.step["sampled_tokens"] = sum(trace.length for trace in traces)
-        self.step["thinking_tokens"] = self.step["sampled_tokens"] / n
-        self.step["chunks"] = sum(len(trace.thinking) for trace in traces) / n
-        self.step["budget_share"] = sum(t.stop is TraceStop.BUDGET for t in traces) / n
-        self.step["failed_share"] = sum(t.stop.is_failure for t in traces) / n
+        group = self.recipe.training.num_generations
+        self.step |= sampled_metrics(sampled, self.scores, group)
         self.step |= reward_metrics(self.scores, self.scorer.rewards)
         step = int(self.trainer.state.global_step) + 1
         records = trace_records(sampled, self.problems, self.scores, self.tokenizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from delethink.errors import RolloutError
+from delethink.training.step_metrics import trained_metrics
 
 if TYPE_CHECKING:
     from delethink.training.job import Job
@@ -32,30 +33,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         """What was not sampling, scoring or an update of weights was training."""
         step, updated = self._job.step, self._job.seconds_weight_update
         whole = time.perf_counter() - self._started
-        sampled = step["seconds_sampling"] + step["seconds_scoring"]
+        sampled = step.get("seconds_sampling", 0.0) + step.get("seconds_scoring", 0.0)
         step["seconds_training"] = whole - sampled - (updated - self._updated)
         step["seconds_weight_update"], self._job.seconds_weight_update = updated, 0.0
-        step["tokens_per_second"] = step["sampled_tokens"] / step["seconds_sampling"]
+        if sampled:
+            step["tokens_per_second"] = step["sampled_tokens"] / step["seconds_sampling"]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Writes the line of the step."""
         if not logs or "loss" not in logs:
             return
-        trained = self._job.trainer.take_statistics()
         metrics = {
             "step": state.global_step,
-            "reward": logs["reward"],
-            "reward_std": logs["reward_std"],
-            "groups_without_signal": logs["frac_reward_zero_std"],
             "loss": logs["loss"],
             "gradient_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
-            "clip_fraction": logs["clip_ratio/region_mean"],
-            "entropy": trained.entropy / max(1, trained.tokens),
-            "logprob_difference": trained.difference / max(1, trained.tokens),
-            "logprob_difference_max": trained.largest_difference,
-            "trained_tokens": trained.tokens,
             "policy_version": self._job.version,
+            "step_skipped": 0,
+            **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
             **self._job.step,
         }
         metrics["heldout_accuracy"] = self._heldout_accuracy(state.global_step)

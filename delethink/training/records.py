@@ -1,4 +1,4 @@
-"""What is kept of a step: its traces, and the breakdown of their rewards."""
+"""What is kept of the traces of a batch."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ from typing import Any
 from delethink.traces import TraceRecord, json_like
 from delethink.training.grpo import Sampled
 from delethink.types import Problem, Score
-
-
-def reward_metrics(scores: list[Score], rewards: Any) -> dict[str, float | int | None]:
-    """The breakdown of a step: of each reward, over the traces that it applies to, and errors.
-
-    Errors are counted by trace and kind: ``timeout``, ``memory`` or ``error``.
-    """
-    metrics: dict[str, float | int | None] = {}
-    for reward in rewards:
-        values = [v for score in scores if (v := score.parts.get(reward.name)) is not None]
-        mean = sum(values) / len(values) if values else None
-        metrics[f"rewards/{reward.name}/mean"] = mean
-        metrics[f"rewards/{reward.name}/applied_share"] = len(values) / len(scores)
-    kinds = [
-        next(iter(score.errors.values())).partition(":")[0] for score in scores if score.errors
-    ]
-    for kind in ("timeout", "memory", "error"):
-        metrics[f"verifier/{kind}"] = kinds.count(kind)
-    return metrics
 
 
 def trace_records(

@@ -57,7 +57,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
     eos_ids(model, tokenizer)
     training, other = recipe.training, recipe.evaluation.task or recipe.task
-    needed = training.max_steps * training.traces_per_step // training.num_generations
+    needed = training.num_batches * training.traces_per_batch // training.num_generations
     taken = {
         "train": _take(prepared.task, "train", needed, recipe.task, tokenizer),
         "heldout": _take(

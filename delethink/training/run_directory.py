@@ -137,11 +137,7 @@ class RunDirectory:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Appends one line to ``metrics.jsonl``; a number that is not finite becomes ``null``."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in metrics.items()
-        }
-        self._append("metrics.jsonl", [finite])
+        self._append("metrics.jsonl", [_finite(metrics)])
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Appends the traces sampled for a step."""
@@ -281,6 +277,14 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"cannot write {self.path / name}: {problem.strerror}; it is as it was before"
             ) from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

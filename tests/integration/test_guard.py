@@ -14,7 +14,7 @@ from tiny_models import make_qwen2
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
 from delethink.training.guard import Guarded, NonFinite
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
@@ -75,6 +75,7 @@ class Run:
         rewards: list[list[float]],
         poison: float = 3e38,
         on_nonfinite: Callable[[NonFinite], None] | None = None,
+        forward_tokens: int = 10_000,
         **options: Any,
     ) -> None:
         self.found: list[NonFinite] = []
@@ -110,8 +111,7 @@ class Run:
             play=lambda examples: next(play),
             on_sampled=self._see,
             on_nonfinite=on_nonfinite or self.found.append,
-            forward_tokens=10_000,
-            max_failed_share=0.5,
+            objective=Objective(forward_tokens=forward_tokens),
         )
 
     def train(self) -> Run:
@@ -136,18 +136,20 @@ BAD = [trace(PLAIN), trace(BROKEN), trace((7, 7, 1)), trace((8, 1))]
 REWARDS = [1.0, 0.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("forward_tokens", [10_000, 6])
 @pytest.mark.parametrize("micro_batch", [GROUP, 1])
 def test_a_log_prob_that_is_none_leaves_weights_and_moments_alone(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, micro_batch: int
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, micro_batch: int, forward_tokens: int
 ) -> None:
     options = {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": GROUP // micro_batch,
         "steps_per_generation": GROUP // micro_batch,
+        "forward_tokens": forward_tokens,
     }
     batches = [GOOD, BAD, GOOD]
     run = Run(tmp_path, tokenizer, batches, [REWARDS] * 3, math.inf, **options).train()
-    assert run.found == [NonFinite(2, "log-prob", [BROKEN])]
+    assert run.found == [NonFinite(2, "log-prob", [1])]
     first, second, third, last = run.weights
     assert not torch.equal(first, second)
     assert torch.equal(second, third)
@@ -158,9 +160,9 @@ def test_a_log_prob_that_is_none_leaves_weights_and_moments_alone(
 
 
 def test_an_infinite_loss_is_found(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    far = [3e38, -3e38, 3e38, -3e38]
+    far = [1e39, -1e39, 1e39, -1e39]  # infinite in float32
     run = Run(tmp_path, tokenizer, [GOOD, GOOD], [far, REWARDS]).train()
-    assert [(found.step, found.what, found.rows) for found in run.found] == [(1, "loss", [])]
+    assert [(found.step, found.what, found.traces) for found in run.found] == [(1, "loss", [])]
     assert torch.equal(run.weights[0], run.weights[1])
     assert run.moments == [0, 0, 1]
     assert torch.isfinite(run.weights[-1]).all()
