@@ -15,6 +15,7 @@ from delethink.errors import (
     DelethinkError,
     MissingExtraError,
     ModelError,
+    NonFiniteError,
     PolicyError,
     QueryTooLongError,
     RolloutError,
@@ -78,6 +79,7 @@ __all__ = [
     "PolicyError",
     "RolloutError",
     "WeightSyncError",
+    "NonFiniteError",
     "ConformanceError",
     "__version__",
 ]

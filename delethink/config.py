@@ -224,8 +224,12 @@ class TrainingConfig(_Section):
     """Tokens in one forward and backward pass: what memory depends on. It changes no result."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """A step with a larger share of failed traces stops the run."""
-    save_steps: int | None = Field(None, gt=0)
-    """A checkpoint is kept every so many steps, and always at the end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss, gradient or log-prob that is not finite does: stop the run, or skip the step."""
+    save_steps: int | None = Field(10, gt=0)
+    """Steps between checkpoints, from which a run is taken up; null keeps the last weights only."""
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints that are kept, the newest ones."""
 
     @property
     def traces_per_step(self) -> int:
@@ -315,8 +319,10 @@ class Recipe(_Section):
     """Let code from the model's repository run."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of problems, sampling and training."""
+    preflight: Literal["refuse", "warn"] = "refuse"
+    """What a problem does that is found before anything heavy starts: end the run, or be told."""
     output: Path | None = None
-    """The run directory; by default a new one under runs/."""
+    """The run directory, also that of a run to go on with; by default a new one under runs/."""
 
     @property
     def accuracy_reward(self) -> str:

@@ -98,6 +98,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         play: plays a trace for each example (rows of the dataset, repeated once for each trace of a
             group) with the current weights, in that order.
         on_sampled: told what was sampled and how it was scored, once for each batch.
+        draw: the examples that a batch of rows of the dataset stands for; by default themselves.
         objective: what ``GRPOConfig`` does not say.
 
     The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
@@ -113,13 +114,14 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         play: Callable[[list[dict[str, Any]]], list[Trace]],
         on_sampled: Callable[[Sampled], None],
         objective: Objective,
+        draw: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
         remove_dropout(self.model)
         check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
         self.objective = objective
-        self._play, self._on_sampled = play, on_sampled
+        self._play, self._on_sampled, self._draw = play, on_sampled, draw
         self._examples: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
         self._rewards: list[dict[str, float | None]] = []
@@ -139,6 +141,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     # -- sampling ------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self._draw(inputs)
         # The examples are kept as they came: TRL adds what the rollout returned to `inputs`.
         self._examples = [dict(example) for example in inputs]
         self._ledger.close()

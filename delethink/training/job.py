@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig
 
 from delethink.config import Recipe
-from delethink.errors import RolloutError
+from delethink.errors import NonFiniteError, RolloutError
 from delethink.evaluation.evaluate import Evaluator, Summary
 from delethink.policy import Sampling
 from delethink.query import query_ids
@@ -22,9 +22,12 @@ from delethink.rule import ChunkSpec
 from delethink.scoring import play_and_score
 from delethink.serving.checkpoint import eos_ids, vocabulary_size
 from delethink.serving.engine import Engine
+from delethink.training.checkpoints import AtomicCheckpoints, Checkpoint
 from delethink.training.curves import plot_curves
 from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.guard import Guarded, NonFinite
 from delethink.training.progress import Reporter
+from delethink.training.prompts import PromptCursor
 from delethink.training.recorder import Recorder
 from delethink.training.records import trace_records
 from delethink.training.run_directory import RunDirectory
@@ -33,6 +36,12 @@ from delethink.training.trl_config import lora, objective
 from delethink.types import Problem, Score, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
+AFTER = "after RL, Delethink"  # the last row of the table
+_MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that skipping does not mend
+
+
+class _Trainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
+    """The trainer of a run, which survives."""
 
 
 @dataclass
@@ -55,6 +64,26 @@ class Job:
     rows: list[Summary] = field(default_factory=list)  # of the table
     step: dict[str, Any] = field(default_factory=dict)  # measured for the step at hand
     scores: list[Score] = field(default_factory=list)  # of the traces sampled last, in order
+    sampled: Sampled | None = None  # last
+    skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
+    prompts: PromptCursor = field(init=False)
+
+    def __post_init__(self) -> None:
+        training = self.recipe.training
+        self.prompts = PromptCursor(training.traces_per_batch // training.num_generations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of a run, beside what the trainer keeps itself."""
+        return {
+            "prompts": self.prompts.state_dict(),
+            "policy_version": int(self.trainer.state.global_step),
+            "skipped_steps": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.prompts.load_state_dict(state["prompts"])
+        self.skipped = list(state["skipped_steps"])
 
     def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
         """Accuracy and lengths on held-out problems with the current weights."""
@@ -62,7 +91,12 @@ class Job:
         return self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
 
     def add_row(self, setting: str, spec: ChunkSpec) -> None:
-        """Measures a row of the table on all held-out problems and writes the table so far."""
+        """Measures a row of the table on all held-out problems and writes the table so far.
+
+        A row that was measured before the run was cut short stays as it is.
+        """
+        if setting in [row.setting for row in self.rows]:
+            return
         row = self.measure(setting, spec)
         self.rows.append(row)
         self.run.write_table([row.as_dict() for row in self.rows])
@@ -97,10 +131,15 @@ class Job:
         self.version = version
         self.seconds_weight_update += time.perf_counter() - started
 
-    def fit(self, settings: GRPOConfig) -> None:
-        """The optimizer steps; the curves are drawn also where they are cut short."""
+    def fit(self, settings: GRPOConfig, checkpoint: Checkpoint | None = None) -> None:
+        """The optimizer steps, from a checkpoint on where there is one.
+
+        The curves are drawn also where they are cut short.
+        """
         recipe = self.recipe
-        self.trainer = DelethinkTrainer(
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint.job)
+        self.trainer = _Trainer(
             model=self.model,
             processing_class=self.tokenizer,
             args=settings,
@@ -108,18 +147,21 @@ class Job:
             reward_funcs=[self.pay_out(self.make_env())],
             play=self.play,
             on_sampled=self.record_traces,
+            draw=self.draw,
+            job_state=self.state_dict,
+            on_nonfinite=self.leave_out,
             objective=objective(recipe),
             peft_config=lora(recipe.training.lora),
             callbacks=[Recorder(self)],
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.reporter.start_steps(recipe.training.max_steps)
+        self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
         try:
-            self.trainer.train()
+            self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
             self.reporter.stop_steps()
             plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
-        self.trainer.save_model(str(self.run.checkpoints / "final"))
+        self.trainer.save_weights("final")
 
     def make_env(self) -> Any:
         """The thinking environment; what it pays is set for each trace."""
@@ -160,6 +202,35 @@ class Job:
         total = score.total
         env.reward = lambda text, answer: total
         return replay_trace(env, problem, trace)
+
+    def draw(self, rows: list[Example]) -> list[Example]:
+        """The problems that come next, in the places of a batch of rows."""
+        places = self.prompts.fill([row["problem"] for row in rows])
+        return [_example(self.problems, place) for place in places]
+
+    def leave_out(self, found: NonFinite) -> None:
+        """An optimizer step that is not taken: its traces are kept, and the run stops or goes on.
+
+        Raises:
+            NonFiniteError: as the recipe says, or because it is one of too many in a row.
+        """
+        assert self.sampled is not None
+        records = trace_records(self.sampled, self.problems, self.scores, self.tokenizer)
+        guilty = [records[place] for place in found.traces] or records
+        path = self.run.add_nonfinite(found.step, guilty)
+        self.skipped.append(found.step)
+        self.step |= {"step_skipped": 1, "loss": None}
+        text = f"step {found.step}: a {found.what} of training is not finite"
+        kept = f"its traces ({len(guilty)} of {len(records)}) are in {path}"
+        if self.recipe.training.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{text}; no weight was changed; {kept}; the same command goes on from the newest "
+                "checkpoint: add training.on_nonfinite=skip to leave such steps out"
+            )
+        last = list(range(found.step - _MOST_SKIPPED + 1, found.step + 1))
+        if self.skipped[-_MOST_SKIPPED:] == last:
+            raise NonFiniteError(f"{text}, like the {_MOST_SKIPPED - 1} before it; {kept}")
+        self.reporter.say(f"{text}: skipped; {kept}")
 
     def play(self, examples: list[Example]) -> list[Trace]:
         """A trace for each example, with the current weights, scored."""
@@ -203,6 +274,7 @@ class Job:
 
     def record_traces(self, sampled: Sampled) -> None:
         """Writes what was sampled and keeps the figures of the step."""
+        self.sampled = sampled
         group = self.recipe.training.num_generations
         self.step |= sampled_metrics(sampled, self.scores, group)
         self.step |= reward_metrics(self.scores, self.scorer.rewards)
@@ -213,7 +285,9 @@ class Job:
 
 def _examples(problems: list[Problem]) -> list[Example]:
     """The training problems as rows, each once."""
-    return [
-        {"prompt": problem.messages, "answer": problem.answer, "problem": i}
-        for i, problem in enumerate(problems)
-    ]
+    return [_example(problems, i) for i in range(len(problems))]
+
+
+def _example(problems: list[Problem], place: int) -> Example:
+    problem = problems[place % len(problems)]
+    return {"prompt": problem.messages, "answer": problem.answer, "problem": place % len(problems)}

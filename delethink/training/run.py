@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from delethink.config import Recipe, TaskConfig
-from delethink.errors import ConfigError
-from delethink.evaluation.evaluate import Evaluator
+from delethink.config import Recipe, TaskConfig, dump_recipe
+from delethink.errors import ConfigError, RunDirectoryError
+from delethink.evaluation.evaluate import Evaluator, Summary
 from delethink.query import check_thinking_is_open, query_ids
 from delethink.rule import start
 from delethink.serving.checkpoint import (
@@ -24,29 +24,33 @@ from delethink.serving.checkpoint import (
 from delethink.serving.engine import Engine
 from delethink.serving.factory import choose_engine, make_engine
 from delethink.tasks import Taken, Task, left_out_of, take
-from delethink.training.job import Job
-from delethink.training.preflight import Prepared
+from delethink.training.checkpoints import Checkpoint, find, remove_unfinished
+from delethink.training.job import AFTER, Job
+from delethink.training.preflight import Place, Prepared
 from delethink.training.progress import Reporter
+from delethink.training.run_directory import RunDirectory
 from delethink.training.trl_config import trl_config
 from delethink.types import Problem
 
 
-def train(prepared: Prepared, reporter: Reporter) -> Path:
-    """Runs a recipe and returns the path of its run directory.
+def train(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
+    """Runs a recipe, or goes on with its run, and returns the path of its run directory.
 
     Raises:
         UserError: something the user can mend, before anything is sampled.
         RolloutError, WeightSyncError: the run broke; what was written stays whole.
     """
     try:
-        return _run(prepared, reporter)
+        return _run(prepared, place, reporter)
     except BaseException:
-        prepared.run.discard_if_empty()
+        place.run.discard_if_empty()
         raise
+    finally:
+        place.run.release()
 
 
-def _run(prepared: Prepared, reporter: Reporter) -> Path:
-    recipe, run = prepared.recipe, prepared.run
+def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
+    recipe, run = prepared.recipe, place.run
     set_seed(recipe.seed)
     _check_devices()
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
@@ -69,7 +73,8 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
     model.to(settings.device)
 
     reporter.say(f"run directory: {run.path}")
-    _report_problems(prepared, taken, reporter)
+    checkpoint = _take_up(place, recipe, reporter) if place.begun else None
+    _report_problems(prepared, run, taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     scorer, evaluation_scorer = prepared.scorer, prepared.evaluation_scorer
     with (
@@ -82,11 +87,45 @@ def _run(prepared: Prepared, reporter: Reporter) -> Path:
         job = Job(
             recipe, spec, run, reporter, engine, evaluator, problems, scorer, tokenizer, model
         )
+        job.rows = [Summary.from_dict(row) for row in run.read_table()]
         job.measure_baselines()
-        job.fit(settings)
-        job.add_row("after RL, Delethink", spec)
+        job.fit(settings, checkpoint)
+        job.add_row(AFTER, spec)
+        run.finish(training.max_steps)
         reporter.table(job.rows, spec, run.path)
     return run.path
+
+
+def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | None:
+    """Goes back to the newest whole checkpoint, and says all that is not as it was."""
+    run, last = place.run, recipe.training.max_steps
+    if remove_unfinished(run.checkpoints):
+        reporter.say("a checkpoint that was not written to its end is taken away")
+    checkpoint, rejected = find(run.checkpoints)
+    for text in rejected:
+        reporter.say(f"not whole, and passed over: {text}")
+    step = checkpoint.step if checkpoint else 0
+    finished = run.finished_step
+    if finished is not None and step < finished:
+        raise RunDirectoryError(
+            f"{run.path} holds a finished run of {finished} steps whose last checkpoint is gone; "
+            f"to train on, start from its weights: model={run.checkpoints}/final output=PATH"
+        )
+    for key, (old, new) in place.changed.items():
+        reporter.say(f"{key} was {old} and is {new} from here on")
+    rows = run.read_table()
+    if step < last or "training.max_steps" in place.changed:
+        rows = [row for row in rows if row["setting"] != AFTER]
+    run.write_table(rows)
+    superseded = run.take_up(step, dump_recipe(recipe), place.changed)
+    begins = f"after step {step}" if step else "from the first step, as there is no checkpoint"
+    reporter.say(f"taking the run up {begins}")
+    if superseded:
+        reporter.say(
+            f"what was written beyond it, of {len(superseded)} steps up to {superseded[-1]}, lies "
+            f"under {run.path / 'superseded'} now; they are made again"
+        )
+    return checkpoint
 
 
 def _take(task: Task, split: str, number: int, config: TaskConfig, tokenizer: Any) -> Taken:
@@ -98,7 +137,9 @@ def _take(task: Task, split: str, number: int, config: TaskConfig, tokenizer: An
     return take(task, split, number, length, config.max_query_tokens)
 
 
-def _report_problems(prepared: Prepared, taken: dict[str, Taken], reporter: Reporter) -> None:
+def _report_problems(
+    prepared: Prepared, run: RunDirectory, taken: dict[str, Taken], reporter: Reporter
+) -> None:
     """What was left out is said and kept: a data set never shrinks in silence."""
     tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
     counts: dict[str, dict[str, Any]] = {
@@ -110,7 +151,7 @@ def _report_problems(prepared: Prepared, taken: dict[str, Taken], reporter: Repo
         }
         for split, some in taken.items()
     }
-    prepared.run.write_problems(counts)
+    run.write_problems(counts)
     for split, some in taken.items():
         if some.overlong:
             reporter.say(
