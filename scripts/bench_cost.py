@@ -191,7 +191,7 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
 
 def measurement(setting: Setting, count: int, sampling: float, training: float) -> Measurement:
     """What was timed, as a step of one device."""
-    job = Job(QUERY, count, 1, 1, 1, extra_passes=1.0, prefix_cache=False)
+    job = Job(QUERY, count, 1, 1, 1, extra_passes=0.0, prefix_cache=False)
     lengths = Lengths.constant(setting.tokens)
     return Measurement(lengths, Cut.of(setting.spec), job, sampling, training)
 

@@ -25,6 +25,7 @@ from delethink.errors import RolloutError
 from delethink.training.chunk_rows import ChunkRow, Layout, Packed, chunk_rows, pack_rows
 from delethink.training.ledger import Ledger
 from delethink.training.objective import LossType, token_weight
+from delethink.training.randomness import check_repeatable, remove_dropout
 from delethink.training.rows import flatten
 from delethink.training.statistics import ChunkStatistics, StepStatistics
 from delethink.types import Trace, TraceStop
@@ -102,6 +103,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
 
     The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
     ``importance_sampling_level`` of its configuration are not looked at.
+
+    Raises:
+        ConfigError: the model is random while it trains, beyond its dropouts, which are set to 0.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        remove_dropout(self.model)
+        check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
         self.objective = objective
         self._play, self._on_sampled, self._draw = play, on_sampled, draw
         self._examples: list[dict[str, Any]] = []
