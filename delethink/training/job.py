@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,24 @@ _MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that ski
 
 
 class _Trainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
-    """The trainer of a run, which survives."""
+    """The trainer of a run, which survives, and reports what the run measures.
+
+    Args:
+        measure: what there is to report of a step beside what the trainer logs of it.
+    """
+
+    def __init__(
+        self, *args: Any, measure: Callable[[dict[str, Any]], dict[str, float]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._measure = measure
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Logs a step to wherever metrics are reported to."""
+        if "loss" in logs:
+            measured = self._measure(logs)
+            logs = logs | (measured if self.args.report_to else {})
+        super().log(logs, start_time)
 
 
 @dataclass
@@ -158,7 +176,7 @@ class Job:
 
         The curves are drawn also where they are cut short.
         """
-        recipe = self.recipe
+        recipe, recorder = self.recipe, Recorder(self)
         if checkpoint is not None:
             self.load_state_dict(checkpoint.job)
         self.trainer = _Trainer(
@@ -173,7 +191,8 @@ class Job:
             on_nonfinite=self.leave_out,
             objective=objective(recipe),
             peft_config=lora(recipe.training.lora),
-            callbacks=[Recorder(self)],
+            measure=recorder.measure,
+            callbacks=[recorder],
         )
         self.trainer.remove_callback(PrinterCallback)
         self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
