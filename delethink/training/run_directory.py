@@ -52,10 +52,15 @@ class RunDirectory:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, path: Path, config: str) -> RunDirectory:
+    def create(cls, path: Path, config: str, weights: str | None = None) -> RunDirectory:
         """Makes the directory of a new run.
 
         What a run has left that was killed while it did so is no obstacle.
+
+        Args:
+            path: of the directory.
+            config: the resolved recipe.
+            weights: what tells the first weights from others, where that is known.
 
         Raises:
             RunDirectoryError: it cannot be written, is in use, or holds a run or anything else.
@@ -69,7 +74,8 @@ class RunDirectory:
             run._take()
             for folder in ("traces", "checkpoints"):
                 (path / folder).mkdir(exist_ok=True)
-            run._write("versions.json", json.dumps(describe_environment(), indent=2) + "\n")
+            versions = {**describe_environment(), "first_weights": weights}
+            run._write("versions.json", json.dumps(versions, indent=2) + "\n")
             run._write(_CONFIG, config)  # the last: with it, the directory holds a run
         except RunDirectoryError:
             run.release()
@@ -106,6 +112,13 @@ class RunDirectory:
     def config(self) -> Path:
         """The resolved recipe."""
         return self.path / _CONFIG
+
+    @property
+    def first_weights(self) -> str | None:
+        """What told the weights that the run began with from others, where that was known."""
+        path = self.path / "versions.json"
+        versions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return versions.get("first_weights")
 
     def release(self) -> None:
         """Lets another process write here. Safe to call twice."""
