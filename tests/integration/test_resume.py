@@ -185,6 +185,17 @@ def test_another_recipe_is_refused_before_anything_is_touched(
     assert (copy / "finished.json").exists()
 
 
+def test_a_run_killed_before_its_last_row_only_measures_that(
+    launcher: Launcher, copy: Path, undisturbed: Path
+) -> None:
+    unfinish(copy)
+    shutil.rmtree(copy / "checkpoints" / "final")
+    assert launcher.train(copy, CONSTANT) == 0, launcher.log
+    assert "taking the run up after step 9" in launcher.log
+    assert "base, LongCoT: accuracy" not in launcher.log
+    assert_same_run(copy, undisturbed)
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     launcher: Launcher, copy: Path, undisturbed: Path
 ) -> None:
