@@ -11,7 +11,7 @@ from delethink.config import Recipe, dump_recipe, with_rewards
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
-from delethink.serving.checkpoint import locate
+from delethink.serving.checkpoint import digest, locate
 from delethink.serving.factory import choose_engine
 from delethink.tasks import Task, rewards_of
 from delethink.training.resume import changes
@@ -78,7 +78,8 @@ def place(recipe: Recipe) -> Place:
     """
     path = output_path(recipe)
     if not RunDirectory.holds_run(path):
-        return Place(RunDirectory.create(path, dump_recipe(recipe)), False, {})
+        run = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        return Place(run, False, {})
     changed = changes(path, recipe)
     return Place(RunDirectory.reopen(path), True, changed)
 
