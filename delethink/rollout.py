@@ -220,26 +220,23 @@ async def _play(
     deadline: _Deadline | None = None,
 ) -> Trace:
     chunks = list(played)
-    progress = replace(
-        sampling.progress or Progress(),
-        query=hash(state.query_ids),
-        max_chunks=state.spec.max_chunks,
-    )
+    known, query = sampling.progress or Progress(), hash(state.query_ids)
     while state.stop is None:
-        placed = replace(progress, num_chunks=state.num_chunks)
-        chunk, state = await _play_chunk(
-            policy, state, replace(_seeded(sampling, state), progress=placed), deadline or _NEVER
+        progress = Progress(
+            query, state.num_chunks, state.spec.max_chunks, known.expected_chunks, known.batch
         )
+        placed = Sampling(sampling.temperature, _seed(sampling, state), progress)
+        chunk, state = await _play_chunk(policy, state, placed, deadline or _NEVER)
         chunks.append(chunk)
     return Trace(state.query_ids, tuple(chunks), state.stop)
 
 
-def _seeded(sampling: Sampling, state: ThinkingState) -> Sampling:
+def _seed(sampling: Sampling, state: ThinkingState) -> int | None:
     if sampling.seed is None:
-        return sampling
+        return None
     thinking = state.role is ChunkRole.THINKING
     parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
-    return replace(sampling, seed=derive_seed(sampling.seed, *parts))
+    return derive_seed(sampling.seed, *parts)
 
 
 async def _play_chunk(

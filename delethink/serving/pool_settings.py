@@ -18,7 +18,7 @@ class PoolSettings:
         order: "breadth" samples the chunks of the traces that have the fewest first: all lengths
             become known early, so that no long trace starts late. "depth" finishes what it began:
             groups complete sooner, the whole batch later.
-        chunks_per_worker: chunks that a worker has at a time; ``None`` for an eighth more than the
+        chunks_per_worker: chunks that a worker has at a time; ``None`` for a quarter more than the
             batch of its engine.
         chunk_timeout: for which a worker may have a chunk, before it is given up for good.
         hang_timeout: without a sign of life, or without a step of an engine that has chunks, after

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from delethink.serving.vllm_weights import Packed, WeightUpdates, write
 from delethink.types import StopReason, TokenIds
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
-_LINGER_SHARE = 0.05  # of the time that a chunk takes, for which an answer waits for others
+_LINGER_SHARE = 0.125  # of the time that a chunk takes, for which an answer waits for others
+_HASTE = 0.15  # the share of that where the engine has nothing left to begin
 _MOST_LINGER_S = 1.0
 _LOG_BYTES = 65_536  # how far back the last error is looked for
 # vLLM's own errors only refer to what its engine process wrote; this is what is looked for there.
@@ -65,6 +66,7 @@ class VllmWorker:
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the job
         self._answers: list[Answer] = []
         self._counter: Any = None
+        self._batch_size = 0
         self._turn = 0  # of exchanges
         self._news = asyncio.Event()
         self._seconds_per_chunk = 0.0  # smoothed
@@ -97,10 +99,11 @@ class VllmWorker:
         (self._counter,) = counters
         self._counter.clear()
         vllm_config = self._engine.vllm_config
+        self._batch_size = vllm_config.scheduler_config.max_num_seqs
         return WorkerState(
             pid=os.getpid(),
             max_model_tokens=vllm_config.model_config.max_model_len,
-            batch_size=vllm_config.scheduler_config.max_num_seqs,
+            batch_size=self._batch_size,
             prefix_block=vllm_config.cache_config.block_size,
         )
 
@@ -121,21 +124,27 @@ class VllmWorker:
         turn = self._turn
         self._news.set()  # relieves the one before
         await asyncio.sleep(0)
-        if self._turn == turn and not self._answers:
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), silence_s)
-        if self._turn == turn and self._answers:
-            await asyncio.sleep(self._linger())
+        await self._wait(turn, silence_s, lambda: not self._answers)
+        if self._answers:
+            await self._linger(turn)
         answers: list[Answer] = []
         if self._turn == turn:
             answers, self._answers = self._answers, []
         return Report(answers, self._counter.counts())
 
-    def _linger(self) -> float:
-        """Seconds to wait for more answers; next to none where the engine may run empty by it."""
-        full = len(self._tasks) >= self._engine.vllm_config.scheduler_config.max_num_seqs // 2
-        return min(_MOST_LINGER_S, _LINGER_SHARE * self._seconds_per_chunk) if full else 0.001
+    async def _linger(self, turn: int) -> None:
+        """Waits for more answers, for longer while the engine has chunks that it has not begun."""
+        most = min(_MOST_LINGER_S, _LINGER_SHARE * self._seconds_per_chunk)
+        await self._wait(turn, most, lambda: len(self._tasks) > self._batch_size)
+        await self._wait(turn, most * _HASTE, lambda: True)
+
+    async def _wait(self, turn: int, seconds: float, goes_on: Callable[[], bool]) -> None:
+        """Until time is up, another exchange has begun, or an answer has ended the reason."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._turn == turn and goes_on():
+                    self._news.clear()
+                    await self._news.wait()
 
     async def _do(self, job: Job) -> None:
         """A job, to its answer."""

@@ -32,7 +32,7 @@ from delethink.types import TokenIds
 
 _logger = logging.getLogger(__name__)
 
-_SURPLUS = 8  # a worker has 1/8 more chunks than its batch takes, so that none waits for the driver
+_SURPLUS = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
 _GATHER_S = 0.002  # for which the driver collects jobs before it goes to a worker empty-handed
 _TICK_S = 1.0  # between two looks at deadlines
 _MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted

@@ -428,10 +428,10 @@ def test_a_step_that_takes_too_long_keeps_what_it_has() -> None:
         assert kept == whole_chunks[: len(kept)]
 
 
-def test_a_worker_has_an_eighth_more_than_its_batch_and_no_more() -> None:
+def test_a_worker_has_a_quarter_more_than_its_batch_and_no_more() -> None:
     cluster = FakeCluster(2, batch_size=16)
     run(cluster, lambda pool: sample(pool, *range(200)))
-    assert [cluster.now(i).most_in_flight for i in range(2)] == [18, 18]
+    assert [cluster.now(i).most_in_flight for i in range(2)] == [20, 20]
 
 
 def test_what_is_not_waited_for_any_more_is_taken_back() -> None:
