@@ -16,6 +16,7 @@ from delethink.errors import (
     DelethinkError,
     MissingExtraError,
     ModelError,
+    NonFiniteError,
     PolicyError,
     QueryTooLongError,
     RolloutError,
@@ -83,6 +84,7 @@ __all__ = [
     "WorkersLostError",
     "RolloutError",
     "WeightSyncError",
+    "NonFiniteError",
     "ConformanceError",
     "__version__",
 ]

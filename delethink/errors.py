@@ -15,6 +15,7 @@
     ├── WorkersLostError        (RuntimeError)  no worker is left to sample with
     ├── RolloutError            (RuntimeError)  too many traces of a step failed
     ├── WeightSyncError         (RuntimeError)  a worker did not take up new weights
+    ├── NonFiniteError          (ArithmeticError) a step would have made weights that are no numbers
     └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
 
 Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
@@ -96,6 +97,10 @@ class RolloutError(DelethinkError, RuntimeError):
 
 class WeightSyncError(DelethinkError, RuntimeError):
     """A worker did not take up new weights in time, or runs others than it should."""
+
+
+class NonFiniteError(DelethinkError, ArithmeticError):
+    """A loss, gradient or log-prob of training is NaN or infinite; the weights are as before."""
 
 
 class ConformanceError(DelethinkError, AssertionError):

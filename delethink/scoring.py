@@ -61,7 +61,9 @@ def make_scorer(rewards: Mapping[str, Any], accuracy: str, scoring: Any, pool: A
     return resolve("delethink.scoring", "scorer")(
         made,
         accuracy,
-        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
+        resolve("delethink.scoring", "rules")(
+            scoring.out_of_budget, scoring.penalty, scoring.error
+        ),
         resolve("delethink.scoring", "pool")(
             scoring.num_workers, scoring.timeout, scoring.memory_mb
         ),
