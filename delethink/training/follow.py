@@ -1,0 +1,57 @@
+"""What all processes but the first do: they train on what they are given, and know no more.
+
+Everything that is a collective in the first process has its counterpart here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from delethink.config import Recipe
+from delethink.serving.checkpoint import load_model, load_tokenizer
+from delethink.training.job import make_trainer
+from delethink.training.processes import Processes
+from delethink.training.trl_config import trl_config
+
+
+class _Follower(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Joins in when the first process gathers what was measured."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """As in ``Recorder``."""
+        if logs and "loss" in logs:
+            self.trainer.take_statistics()
+
+
+def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
+    """Trains until the first process has."""
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints, model)
+    follower = _Follower()
+    trainer, _ = make_trainer(
+        recipe,
+        processes,
+        model=model,
+        tokenizer=tokenizer,
+        settings=settings,
+        examples=[],
+        reward=_not_here,
+        play=_not_here,
+        on_sampled=_not_here,
+        callback=follower,
+    )
+    follower.trainer = trainer
+    trainer.train()
+    trainer.save_model(str(checkpoints / "final"))
+
+
+def _not_here(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("the first process alone plays, pays and records")
