@@ -362,6 +362,15 @@ class Recipe(_Section):
         return self.evaluation.reward or next(iter(self.rewards), "")
 
     @model_validator(mode="after")
+    def _can_be_sharded(self) -> Recipe:
+        if self.trainer.strategy == "fsdp2" and self.training.lora is not None:
+            raise ValueError(
+                "trainer.strategy=fsdp2 with training.lora: the engine is served adapters merged "
+                "into whole weights, which sharded ones are not; set trainer.strategy=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_traces_for_every_process(self) -> Recipe:
         traces, processes = self.training.traces_per_step, self.trainer.num_workers
         if traces % processes:

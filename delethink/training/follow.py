@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from delethink.config import Recipe
 from delethink.serving.checkpoint import load_model, load_tokenizer
-from delethink.training.job import make_trainer
+from delethink.training.job import FINAL, fit_together, make_trainer
 from delethink.training.processes import Processes
 from delethink.training.trl_config import trl_config
+from delethink.training.whole_weights import WholeWeights
 
 
 class _Follower(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
@@ -27,6 +28,7 @@ class _Follower(TrainerCallback):  # type: ignore[misc]  # transformers' callbac
         """As in ``Recorder``."""
         if logs and "loss" in logs:
             self.trainer.take_statistics()
+            self.trainer.take_work()
 
 
 def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
@@ -34,23 +36,25 @@ def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints, model)
+    settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints)
     follower = _Follower()
-    trainer, _ = make_trainer(
+    follower.trainer = make_trainer(
         recipe,
         processes,
         model=model,
-        tokenizer=tokenizer,
-        settings=settings,
-        examples=[],
-        reward=_not_here,
+        processing_class=tokenizer,
+        args=settings,
+        train_dataset=[],
+        reward_funcs=[_not_here],
         play=_not_here,
         on_sampled=_not_here,
-        callback=follower,
+        draw=_not_here,
+        job_state=_not_here,
+        on_nonfinite=lambda found: None,  # the first one says what becomes of the run
+        callbacks=[WholeWeights(), follower],
     )
-    follower.trainer = trainer
-    trainer.train()
-    trainer.save_model(str(checkpoints / "final"))
+    fit_together(follower.trainer, processes)
+    follower.trainer.save_weights(FINAL)
 
 
 def _not_here(*args: Any, **kwargs: Any) -> NoReturn:

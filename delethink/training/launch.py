@@ -7,7 +7,6 @@ submitted job) they run there, else on this machine alone. They are gone when th
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from delethink.config import Recipe
 from delethink.errors import ConfigError, DelethinkError, MissingExtraError
 from delethink.serving.factory import choose_engine
-from delethink.training.preflight import Prepared, prepare
+from delethink.training.preflight import Place, Prepared, prepare
 from delethink.training.run_directory import RunDirectory
 
 _START_TIMEOUT_S = 300
@@ -36,6 +35,8 @@ class _Order(NamedTuple):
 
     recipe: Recipe
     run: Path
+    begun: bool  # there is something to go on from
+    changed: dict[str, list[Any]]  # in the recipe since then
     folder: str  # where the command was given
     set_up_process: Callable[[], None]
     events: Any  # a Ray queue, to the reporter
@@ -55,12 +56,13 @@ class Messenger:
 
 
 def train_together(
-    prepared: Prepared, reporter: Any, set_up_process: Callable[[], None]
+    prepared: Prepared, place: Place, reporter: Any, set_up_process: Callable[[], None]
 ) -> Path:
     """Runs a recipe in ``trainer.num_workers`` processes and returns the path of its run.
 
     Args:
-        prepared: the recipe and its run directory, which all machines must see.
+        prepared: the recipe.
+        place: where it writes, on storage that all machines share.
         reporter: told the course of the run, here.
         set_up_process: called first in each process.
 
@@ -70,24 +72,35 @@ def train_together(
     """
     try:
         with _cluster(prepared.recipe), tempfile.TemporaryDirectory() as storage:
-            _fit(prepared, reporter, set_up_process, storage)
+            _fit(prepared.recipe, place, reporter, set_up_process, storage)
     except BaseException:
-        prepared.run.discard_if_empty()
+        place.run.discard_if_empty()
         raise
-    return prepared.run.path
+    finally:
+        place.run.release()
+    return place.run.path
 
 
 def _fit(
-    prepared: Prepared, reporter: Any, set_up_process: Callable[[], None], storage: str
+    recipe: Recipe,
+    place: Place,
+    reporter: Any,
+    set_up_process: Callable[[], None],
+    storage: str,
 ) -> None:
     from ray.util.queue import Empty, Queue
 
-    recipe = prepared.recipe
     number, strategy = recipe.trainer.num_workers, recipe.trainer.strategy
     reporter.say(f"starting {number} processes that train together: {strategy}")
     events = Queue(actor_options={"num_cpus": 0})
     order = _Order(
-        recipe, prepared.run.path.absolute(), str(Path.cwd()), set_up_process, events
+        recipe,
+        place.run.path.absolute(),
+        place.begun,
+        place.changed,
+        str(Path.cwd()),
+        set_up_process,
+        events,
     )
     trainer = _make_trainer(order, storage)
     failures: list[Exception] = []
@@ -164,8 +177,9 @@ def _train_in_process(config: dict[str, Any]) -> None:
         )
     from delethink.training.run import train
 
-    prepared = prepare(order.recipe, RunDirectory(order.run))
-    train(prepared, Messenger(order.events), processes)
+    reporter: Any = Messenger(order.events)
+    place = Place(RunDirectory(order.run), order.begun, order.changed)
+    train(prepare(order.recipe), place, reporter, processes)
 
 
 @contextlib.contextmanager
@@ -224,16 +238,6 @@ def check_room(recipe: Recipe, resources: Mapping[str, float]) -> None:
             )
 
 
-def check_ray_train(recipe: Recipe) -> None:
-    """Called before anything heavy is imported.
-
-    Raises:
-        MissingExtraError: several processes are asked for and Ray is not installed.
-    """
-    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray")
-
-
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -241,8 +245,8 @@ def _num_cores() -> int:
 def _cause(problem: Exception) -> Exception:
     """What went wrong in a process, without Ray's account of it.
 
-    Where one process fails the others often fail for want of it, so what was raised on purpose comes
-    first, then what the first process says.
+    Where one process fails the others often fail for want of it, so what was raised on purpose
+    comes first.
     """
     failures = getattr(problem, "worker_failures", {})
     raised = [getattr(error, "_base_exc", error) for _, error in sorted(failures.items())]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, with_rewards
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import locate
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
+    _check_ray(recipe)
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer)
 
 
@@ -86,6 +88,12 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
     if not named:
         raise ConfigError("the task names no rewards of its own: write rewards: {NAME: WEIGHT}")
     return with_rewards(recipe, named)
+
+
+def _check_ray(recipe: Recipe) -> None:
+    """Several processes train under Ray Train."""
+    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
 
 
 def _check_engine(recipe: Recipe) -> None:

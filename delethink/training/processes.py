@@ -1,8 +1,8 @@
 """The processes that train together, and what they tell each other.
 
 The first one owns the outside world: engine, rewards, run directory and progress. What it knows
-travels over a group of its own on the CPU, whose patience does not end: sampling takes as long as it
-takes, and a collective of the GPUs that waited for it would be taken for dead after minutes.
+travels over a group of its own on the CPU, whose patience does not end: sampling takes as long as
+it takes, and a collective of the GPUs that waited for it would be taken for dead after minutes.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Processes:
                 failure = problem
                 told = [(None, _portable(problem))]
         dist.broadcast_object_list(told, 0, self._group)
-        made, problem = told[0]
-        if failure or problem:
-            raise failure or problem
+        made, everybodys = told[0]
+        if failure or everybodys:
+            raise failure or everybodys
         value: T = made
         return value
 
@@ -93,9 +93,8 @@ class Processes:
     def agree_on_batches(self, number: int) -> int:
         """How many forward batches every process runs in the micro-batch at hand: the most of any.
 
-        A forward pass of sharded weights, and each of TRL's metrics, is a collective, so a process
-        with fewer batches runs empty ones that weigh nothing; one at least, through which gradients
-        are exchanged.
+        A pass through sharded weights is a collective, so a process with fewer batches runs empty
+        ones, which weigh nothing; one at least, through which gradients are exchanged.
         """
         if self.size == 1:
             return number

@@ -51,6 +51,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             "policy_version": self._job.version,
             "step_skipped": 0,
             **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
+            **self._job.trainer.shares.metrics(),
             **self._job.step,
         }
         metrics["heldout_accuracy"] = self._heldout_accuracy(state.global_step)

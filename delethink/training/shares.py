@@ -2,17 +2,18 @@
 
 The first process plays and pays for all of them, in the order in which TRL's processes drew their
 examples: rank after rank, so that a group's traces stand side by side as TRL wants them. What each
-process then trains on is dealt out by cost (``balance.py``). Rewards and advantages stay in the order
-of playing, in which TRL takes its baselines; ``own`` picks a process's from them.
+process then trains on is dealt out by cost (``balance.py``). Rewards and advantages stay in the
+order of playing, in which TRL takes its baselines; ``own`` picks a process's from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from delethink.training.balance import Load, Order, deal, in_order, load
+from delethink.training.balance import Order, balance, deal, in_order, loads
 from delethink.training.processes import Processes
 from delethink.types import Trace
 
@@ -26,17 +27,15 @@ class Shares:
     Attributes:
         order: for each process the places of its traces in the batch.
         traces: of this process, in that order.
-        examples: of the whole batch.
         all_traces: of the whole batch on the first process, elsewhere none.
-        load: how even the work is, chunk tokens of each process beside it.
-        chunk_tokens: tokens that each process forwards, prompts of chunks included.
+        balance: of what training on them costs; of several optimizer steps the mean.
+        chunk_tokens: that each process forwards in all, prompts of chunks included.
     """
 
     order: Order
     traces: list[Trace]
-    examples: list[Example]
     all_traces: list[Trace]
-    load: Load
+    balance: float
     chunk_tokens: list[int]
 
     def own(self, rank: int, values: Sequence[Any]) -> list[Any]:
@@ -48,11 +47,19 @@ class Shares:
         if len(self.order) == 1:
             return {}
         return {
-            "balance": self.load.balance,
-            "busy_share": self.load.busy,
+            "balance": self.balance,
             "traces_by_process": [len(rows) for rows in self.order],
             "chunk_tokens_by_process": self.chunk_tokens,
         }
+
+
+class _Dealt(NamedTuple):
+    """What a process is told."""
+
+    order: Order
+    balance: float
+    chunk_tokens: list[int]
+    traces: list[Trace]
 
 
 def share_out(
@@ -60,30 +67,30 @@ def share_out(
     examples: list[Example],
     play: Callable[[list[Example]], list[Trace]],
     cost: Callable[[Trace], float],
-    micro_batch_size: int,
     num_steps: int = 1,
 ) -> Shares:
     """Has the first process play the examples of all processes, and deals the traces out.
 
     Args:
         processes: that train together.
-        examples: of this process.
+        examples: of the whole batch.
         play: plays a trace for each example, in their order; called in the first process.
         cost: of training on a trace, in any unit.
-        micro_batch_size: traces of a process in a micro-batch.
         num_steps: optimizer steps that the batch is cut into; a trace stays in its own.
     """
-    everybodys = [example for own in processes.gather(examples) for example in own]
     played: list[Trace] = []
 
-    def make() -> list[tuple[Order, Load, list[int], list[Trace]]]:
-        played.extend(play(everybodys))
-        order, even = _deal_steps(played, processes.size, cost, micro_batch_size, num_steps)
-        tokens = [sum(chunk_tokens(played[i]) for i in rows) for rows in order]
-        return [(order, even, tokens, [played[i] for i in rows]) for rows in order]
+    def make() -> list[_Dealt]:
+        played.extend(play(examples))
+        costs = [cost(trace) for trace in played]
+        order, even = _deal_steps(costs, processes.size, num_steps)
+        tokens = [sum(chunk_tokens(played[i]) for i in own) for own in order]
+        return [_Dealt(order, even, tokens, [played[i] for i in own]) for own in order]
 
-    order, even, tokens, own = processes.deal_out(make)
-    return Shares(order, own, everybodys, played, even, tokens)
+    dealt = processes.deal_out(make)
+    if sorted(i for own in dealt.order for i in own) != list(range(len(examples))):
+        raise RuntimeError("a trace was dealt out to no process, or to several")
+    return Shares(dealt.order, dealt.traces, played, dealt.balance, dealt.chunk_tokens)
 
 
 def chunk_tokens(trace: Trace) -> int:
@@ -91,21 +98,17 @@ def chunk_tokens(trace: Trace) -> int:
     return sum(len(c.prompt_ids) + len(c.output_ids) for c in trace.chunks if c.output_ids)
 
 
-def _deal_steps(
-    traces: list[Trace],
-    num_processes: int,
-    cost: Callable[[Trace], float],
-    micro_batch_size: int,
-    num_steps: int,
-) -> tuple[Order, Load]:
-    costs = [cost(trace) for trace in traces]
+def _deal_steps(costs: Sequence[float], num_processes: int, num_steps: int) -> tuple[Order, float]:
+    """One step after another; a process alone keeps the order of playing."""
     if num_processes == 1:
-        order = in_order(len(traces), 1)
-        return order, load(order, costs, micro_batch_size)
-    size = len(traces) // num_steps
+        return in_order(len(costs), 1), 1.0
+    size = len(costs) // num_steps
     whole: Order = [[] for _ in range(num_processes)]
-    for first in range(0, len(traces), size):
-        dealt = deal(costs[first : first + size], num_processes, micro_batch_size)
-        for own, rows in zip(whole, dealt, strict=True):
-            own += [first + i for i in rows]
-    return whole, load(whole, costs, micro_batch_size)
+    balances = []
+    for first in range(0, len(costs), size):
+        step = costs[first : first + size]
+        dealt = deal(step, num_processes)
+        balances.append(balance(loads(dealt, step)))
+        for own, places in zip(whole, dealt, strict=True):
+            own += [first + i for i in places]
+    return whole, fmean(balances)
