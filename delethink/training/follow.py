@@ -48,7 +48,6 @@ def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
         reward_funcs=[_not_here],
         play=_not_here,
         on_sampled=_not_here,
-        draw=_not_here,
         job_state=_not_here,
         on_nonfinite=lambda found: None,  # the first one says what becomes of the run
         callbacks=[WholeWeights(), follower],

@@ -49,6 +49,13 @@ _SET_FOR_THE_SUM = (
 )
 
 
+class Filled(NamedTuple):
+    """The places of a batch, filled: group after group, a trace for each example."""
+
+    examples: list[dict[str, Any]]
+    traces: list[Trace]
+
+
 class Sampled(NamedTuple):
     """What was sampled for a batch and what the trainer made of it, row by row."""
 
@@ -106,12 +113,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     """``GRPOTrainer`` over traces of chunks.
 
     Args:
-        play: plays a trace for each example (rows of the dataset, repeated once for each trace of a
-            group) with the current weights, in that order.
+        play: fills the places of a batch (rows of the dataset, once for each trace of a group) with
+            traces, and says of which examples they are: of these, or of others in their place.
         on_sampled: told what was sampled and how it was scored, once for each batch.
-        draw: the examples that a batch of rows of the dataset stands for; by default themselves.
         objective: what ``GRPOConfig`` does not say.
-        processes: that train together; the first one alone draws, plays, pays and is told.
+        processes: that train together; the first one alone plays, pays and is told.
         cost: of training on a trace, by which traces are dealt out to processes.
 
     The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
@@ -124,10 +130,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def __init__(
         self,
         *args: Any,
-        play: Callable[[list[dict[str, Any]]], list[Trace]],
+        play: Callable[[list[dict[str, Any]]], Filled],
         on_sampled: Callable[[Sampled], None],
         objective: Objective,
-        draw: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
         processes: Processes | None = None,
         cost: Callable[[Trace], float] = chunk_tokens,
         **kwargs: Any,
@@ -136,9 +141,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         remove_dropout(self.model)
         check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
         self.objective = objective
-        self._play, self._on_sampled, self._draw = play, on_sampled, draw
+        self._play, self._on_sampled = play, on_sampled
         self._processes, self._cost = processes or Processes(), cost
-        self._examples: list[dict[str, Any]] = []  # of the whole batch
+        self._examples: list[dict[str, Any]] = []  # of the batch; of all of it in the first process
         self._rewards: list[dict[str, float | None]] = []  # of the whole batch
         self._buffered_inputs: Any  # TRL's: micro-batches of the batch at hand
         self.shares: Shares | None = None  # of that batch
@@ -163,12 +168,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     # -- sampling ------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._examples = self._draw_together(inputs)
-        rank, number = self._processes.rank, len(inputs)
-        # Copies, because TRL adds what the rollout returned.
-        own = [dict(example) for example in self._examples[rank * number : (rank + 1) * number]]
+        # Examples are kept as they came: TRL adds what the rollout returned to `inputs`.
+        self._examples = [dict(example) for example in inputs]
+        rank = self._processes.rank
         self._ledger.close()
-        output: dict[str, Any] = super()._generate_and_score_completions(own)
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         shares = self._shares
         advantages = self.accelerator.gather(output["advantages"]).to(self._loss_dtype)
         if self._processes.is_first:
@@ -196,10 +200,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                 ]
         return kept
 
-    def _draw_together(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        everybodys = [row for own in self._processes.gather(rows) for row in own]
-        return self._processes.lead(lambda: self._draw(everybodys))
-
     @property
     def _shares(self) -> Shares:
         assert self.shares is not None, "nothing was sampled yet"
@@ -212,10 +212,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         ]
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        if self._processes.size == 1:
-            rewards: torch.Tensor = super()._calculate_rewards(*args)
-        else:
-            rewards = torch.tensor(self._processes.lead(self._pay), device=self.accelerator.device)
+        paid = self._processes.lead(self._pay)
+        # In double precision, so that advantages are not rounded on the way.
+        rewards = torch.tensor(paid, dtype=torch.float64, device=self.accelerator.device)
         self._rewards = [
             {
                 name: None if math.isnan(value) else value
@@ -223,25 +222,25 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             }
             for row in rewards.tolist()
         ]
-        return rewards.double()  # so that advantages are not rounded on the way
+        return rewards
 
     def _pay(self) -> list[list[float]]:
         """What each reward function gives for each trace of the batch, in the first process."""
-        examples = self._examples
+        traces, examples = self._shares.all_traces, self._examples
         columns = {key: [example[key] for example in examples] for key in examples[0]}
-        paid = [
-            function(trace=self._shares.all_traces, **columns) for function in self.reward_funcs
-        ]
+        columns |= {"prompts": columns.pop("prompt"), "trace": traces}
+        paid = [function(**columns) for function in self.reward_funcs]
         return [
             [math.nan if value is None else value for value in row]
             for row in zip(*paid, strict=True)
         ]
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        everybodys = [row for own in self._processes.gather(self._examples) for row in own]
         self.shares = share_out(
             self._processes,
-            self._examples,
-            self._play_checked,
+            len(everybodys),
+            lambda: self._play_checked(everybodys),
             lambda trace: self._cost(trace) if self._has_place(trace) else 0.0,
             self.args.steps_per_generation // self.args.gradient_accumulation_steps,
         )
@@ -252,7 +251,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             "completion_ids": [row.completion_ids for row in rows],
             "logprobs": [row.logprobs for row in rows],
             "env_mask": [row.mask for row in rows],
-            "trace": traces,
         }
 
     def _has_place(self, trace: Trace) -> bool:
@@ -261,7 +259,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         return trace.length > 0 and not masked
 
     def _play_checked(self, examples: list[dict[str, Any]]) -> list[Trace]:
-        traces = self._play(examples)
+        self._examples, traces = self._play(examples)
         failed = [trace for trace in traces if trace.stop.is_failure]
         most = self.objective.max_failed_share
         if len(failed) > most * len(traces):

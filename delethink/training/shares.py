@@ -17,8 +17,6 @@ from delethink.training.balance import Order, balance, deal, in_order, loads
 from delethink.training.processes import Processes
 from delethink.types import Trace
 
-Example = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Shares:
@@ -64,31 +62,31 @@ class _Dealt(NamedTuple):
 
 def share_out(
     processes: Processes,
-    examples: list[Example],
-    play: Callable[[list[Example]], list[Trace]],
+    number: int,
+    play: Callable[[], list[Trace]],
     cost: Callable[[Trace], float],
     num_steps: int = 1,
 ) -> Shares:
-    """Has the first process play the examples of all processes, and deals the traces out.
+    """Has the first process play a batch, and deals the traces out.
 
     Args:
         processes: that train together.
-        examples: of the whole batch.
-        play: plays a trace for each example, in their order; called in the first process.
+        number: of traces in the batch.
+        play: plays them; called in the first process.
         cost: of training on a trace, in any unit.
         num_steps: optimizer steps that the batch is cut into; a trace stays in its own.
     """
     played: list[Trace] = []
 
     def make() -> list[_Dealt]:
-        played.extend(play(examples))
+        played.extend(play())
         costs = [cost(trace) for trace in played]
         order, even = _deal_steps(costs, processes.size, num_steps)
         tokens = [sum(chunk_tokens(played[i]) for i in own) for own in order]
         return [_Dealt(order, even, tokens, [played[i] for i in own]) for own in order]
 
     dealt = processes.deal_out(make)
-    if sorted(i for own in dealt.order for i in own) != list(range(len(examples))):
+    if sorted(i for own in dealt.order for i in own) != list(range(number)):
         raise RuntimeError("a trace was dealt out to no process, or to several")
     return Shares(dealt.order, dealt.traces, played, dealt.balance, dealt.chunk_tokens)
 

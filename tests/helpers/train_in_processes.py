@@ -147,7 +147,7 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         args=GRPOConfig(output_dir=folder, **(settings | case.settings)),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda trace, **_: [rewards[traces.index(t)] for t in trace]],
-        play=lambda examples: traces,
+        play=lambda examples: (examples, traces),
         on_sampled=lambda sampled: None,
         objective=Objective(max_failed_share=0.5, **case.objective),
         processes=processes,
