@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from delethink.config import Recipe
 from delethink.serving.checkpoint import load_model, load_tokenizer
@@ -18,27 +18,20 @@ from delethink.training.trl_config import trl_config
 from delethink.training.whole_weights import WholeWeights
 
 
-class _Follower(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Joins in when the first process gathers what was measured."""
-
-    def __init__(self) -> None:
-        self.trainer: Any = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """As in ``Recorder``."""
-        if logs and "loss" in logs:
-            self.trainer.take_statistics()
-            self.trainer.take_work()
-
-
 def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
     """Trains until the first process has."""
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
     settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints)
-    follower = _Follower()
-    follower.trainer = make_trainer(
+
+    def measure(logs: Any) -> dict[str, float]:
+        """What the first process gathers from all."""
+        trainer.take_statistics()
+        trainer.take_work()
+        return {}
+
+    trainer = make_trainer(
         recipe,
         processes,
         model=model,
@@ -50,10 +43,11 @@ def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
         on_sampled=_not_here,
         job_state=_not_here,
         on_nonfinite=lambda found: None,  # the first one says what becomes of the run
-        callbacks=[WholeWeights(), follower],
+        measure=measure,
+        callbacks=[WholeWeights()],
     )
-    fit_together(follower.trainer, processes)
-    follower.trainer.save_weights(FINAL)
+    fit_together(trainer, processes)
+    trainer.save_weights(FINAL)
 
 
 def _not_here(*args: Any, **kwargs: Any) -> NoReturn:

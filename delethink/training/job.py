@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,24 @@ _MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that ski
 
 
 class RunTrainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
-    """The trainer of a run, which survives."""
+    """The trainer of a run, which survives, and reports what the run measures.
+
+    Args:
+        measure: what there is to report of a step beside what the trainer logs of it.
+    """
+
+    def __init__(
+        self, *args: Any, measure: Callable[[dict[str, Any]], dict[str, float]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._measure = measure
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Logs a step to wherever metrics are reported to."""
+        if "loss" in logs:
+            measured = self._measure(logs)
+            logs = logs | (measured if self.args.report_to else {})
+        super().log(logs, start_time)
 
 
 @dataclass
@@ -165,7 +182,7 @@ class Job:
 
         The curves are drawn also where they are cut short.
         """
-        recipe = self.recipe
+        recipe, recorder = self.recipe, Recorder(self)
         if checkpoint is not None:
             self.load_state_dict(checkpoint.job)
         self.trainer = make_trainer(
@@ -180,7 +197,8 @@ class Job:
             on_sampled=self.record_traces,
             job_state=self.state_dict,
             on_nonfinite=self.leave_out,
-            callbacks=[self.gathered, Recorder(self)],
+            measure=recorder.measure,
+            callbacks=[self.gathered, recorder],
         )
         self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
         try:

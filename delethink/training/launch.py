@@ -127,7 +127,7 @@ def _fit(
     finally:
         reporter.stop_steps()
     if failures:
-        raise _cause(failures[0]) from None
+        raise cause(failures[0]) from None
 
 
 def _make_trainer(order: _Order, storage: str) -> Any:
@@ -242,7 +242,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _cause(problem: Exception) -> Exception:
+def cause(problem: Exception) -> Exception:
     """What went wrong in a process, without Ray's account of it.
 
     Where one process fails the others often fail for want of it, so what was raised on purpose

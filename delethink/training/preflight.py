@@ -66,7 +66,7 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
-    _check_ray(recipe)
+    _check_packages(recipe)
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer)
 
 
@@ -90,21 +90,34 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
     return with_rewards(recipe, named)
 
 
-def _check_ray(recipe: Recipe) -> None:
-    """Several processes train under Ray Train."""
-    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray")
-
-
 def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
     if choose_engine(recipe.engine) == "vllm":
         return
+    if recipe.training.max_staleness:
+        raise ConfigError(
+            f"training.max_staleness={recipe.training.max_staleness} samples while the trainer "
+            "trains, which takes engines of their own; the engine here is transformers, with the "
+            "trainer's own weights: leave it out or set engine=vllm"
+        )
     for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
         if (value := getattr(recipe, key)) != default:
             raise ConfigError(
                 f"{key}={value} is for vLLM's workers; the engine here is transformers, in this "
                 f"process, with the trainer's own float32 weights: leave it out or set engine=vllm"
+            )
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """What only some settings need is looked for before anything is loaded."""
+    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
+    if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "lora")
+    for name in recipe.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.report_to names {name}, which is not installed: pip install {name}"
             )
 
 
