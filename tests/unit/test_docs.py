@@ -77,7 +77,9 @@ def test_a_piece_of_a_recipe_is_one(text: str) -> None:
     ThinkingConfig.model_validate(yaml.safe_load(text)["thinking"]).spec()
 
 
-@pytest.mark.parametrize("text", blocks("tasks_and_rewards.md", "yaml"))
+@pytest.mark.parametrize(
+    "text", blocks("tasks_and_rewards.md", "yaml") + blocks("distributed.md", "yaml")
+)
 def test_a_section_of_a_recipe_is_one(text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE | yaml.safe_load(text)))
