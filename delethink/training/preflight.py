@@ -116,6 +116,8 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _check_packages(recipe: Recipe) -> None:
     """What only some settings need is looked for before anything is loaded."""
+    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
     if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora")
     for name in recipe.training.report_to:
