@@ -48,7 +48,7 @@ from delethink.cost.shape import ModelShape  # noqa: E402
 from delethink.cost.work import training_flops  # noqa: E402
 from delethink.rule import ChunkSpec, start  # noqa: E402
 from delethink.serving.checkpoint import load_tokenizer  # noqa: E402
-from delethink.training.grpo import DelethinkTrainer, Objective  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective  # noqa: E402
 from delethink.training.run_directory import describe_environment  # noqa: E402
 from delethink.types import Chunk, StopReason, Trace, TraceStop  # noqa: E402
 
@@ -212,7 +212,7 @@ def make_trainer(
         )
     forward_tokens = bench.traces * (QUERY + bench.context_size)
     return DelethinkTrainer(
-        play=lambda examples: traces,
+        play=lambda examples: Filled(examples, traces),
         on_sampled=lambda sampled: None,
         objective=Objective(forward_tokens=forward_tokens, correction=None),
         **arguments,

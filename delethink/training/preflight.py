@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, with_rewards
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import digest, locate
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
+    _check_packages(recipe)
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer)
 
 
@@ -93,11 +95,28 @@ def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
     if choose_engine(recipe.engine) == "vllm":
         return
+    if recipe.training.max_staleness:
+        raise ConfigError(
+            f"training.max_staleness={recipe.training.max_staleness} samples while the trainer "
+            "trains, which takes engines of their own; the engine here is transformers, with the "
+            "trainer's own weights: leave it out or set engine=vllm"
+        )
     for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
         if (value := getattr(recipe, key)) != default:
             raise ConfigError(
                 f"{key}={value} is for vLLM's workers; the engine here is transformers, in this "
                 f"process, with the trainer's own float32 weights: leave it out or set engine=vllm"
+            )
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """What only some settings need is looked for before anything is loaded."""
+    if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "lora")
+    for name in recipe.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.report_to names {name}, which is not installed: pip install {name}"
             )
 
 

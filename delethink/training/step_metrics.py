@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from delethink.training.grpo import Sampled, Work
-from delethink.training.statistics import Means, StepStatistics
-from delethink.types import Score, TraceStop
+from delethink.training.sampler import has_signal
+from delethink.types import Score, Trace, TraceStop
+
+if TYPE_CHECKING:
+    from delethink.training.grpo import Sampled, Work
+    from delethink.training.statistics import Means, StepStatistics
 
 # What is called otherwise in a line of metrics than in ``Means``.
 _NAMES = {
@@ -35,6 +38,18 @@ def trained_metrics(statistics: StepStatistics, work: Work) -> dict[str, Any]:
         "forward_batches": work.batches,
         "padding": 1 - work.tokens / work.padded if work.padded else 0.0,
     }
+
+
+def flat_numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers in a line of metrics by ``name``, ``name/key`` or ``name/place``, from 1."""
+    for name, value in metrics.items():
+        inner = value
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            inner = {str(place): one for place, one in enumerate(value, 1)}
+        if isinstance(inner, Mapping):
+            yield from ((f"{name}/{key}", number) for key, number in flat_numbers(inner))
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _named(means: Means) -> dict[str, float]:
@@ -73,9 +88,26 @@ def sampled_metrics(sampled: Sampled, scores: Sequence[Score], group: int) -> di
     }
 
 
-def has_signal(rewards: Sequence[float | None]) -> bool:
-    """Whether the rewards of a group differ, so that its advantages are not all 0."""
-    return len({reward for reward in rewards if reward is not None}) > 1
+def staleness_metrics(traces: Sequence[Trace], version: int) -> dict[str, float]:
+    """How many weight updates ago sampled tokens were sampled.
+
+    Args:
+        traces: of the batch.
+        version: of the weights that the batch is trained on first.
+    """
+    ages = [
+        (version - chunk.policy_version, len(chunk.output_ids))
+        for trace in traces
+        for chunk in trace.chunks
+        if chunk.policy_version is not None
+    ]
+    tokens = sum(number for _, number in ages)
+    mixed = [len({c.policy_version for c in t.chunks if c.output_ids}) > 1 for t in traces]
+    return {
+        "staleness": sum(age * number for age, number in ages) / max(1, tokens),
+        "staleness_max": max((age for age, _ in ages), default=0),
+        "mixed_version_share": fmean(mixed),
+    }
 
 
 def _reward_by_chunks(sampled: Sampled, scores: Sequence[Score]) -> dict[str, float]:

@@ -10,7 +10,6 @@ import torch
 from trl import GRPOConfig
 
 from delethink.config import LoraConfig, Recipe
-from delethink.errors import MissingExtraError
 from delethink.rule import ChunkSpec
 from delethink.training.grpo import Objective
 
@@ -19,6 +18,7 @@ _OWN = {
     "forward_tokens",
     "max_failed_share",
     "max_sampling_rounds",
+    "max_staleness",
     "on_nonfinite",
     "save_steps",
     "lora",
@@ -43,6 +43,7 @@ def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig
         max_completion_length=spec.budget,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 wants to be told
         use_vllm=False,
         # TRL's unbiased gradient of the divergence is one of token ratios.
         use_bias_correction_kl=training.importance_sampling_level == "token",
@@ -73,16 +74,10 @@ def objective(recipe: Recipe) -> Objective:
 
 
 def lora(config: LoraConfig | None) -> Any:
-    """PEFT's own settings; ``None`` where all weights are trained.
-
-    Raises:
-        MissingExtraError: PEFT is not installed.
-    """
+    """PEFT's own settings; ``None`` where all weights are trained."""
     if config is None:
         return None
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "lora") from None
+    import peft
+
     # Dropout is left at 0: sampling has none.
     return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM")

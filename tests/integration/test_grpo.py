@@ -27,7 +27,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from trl import GRPOConfig, GRPOTrainer
 
 from delethink.errors import ConfigError, RolloutError
-from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
 from delethink.training.served_weights import served_weights
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
@@ -182,7 +182,7 @@ def train(
         args=config(folder, **options),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda prompts, **_: rewards],
-        play=lambda examples: traces,
+        play=lambda examples: Filled(examples, traces),
         objective=objective or Objective(max_failed_share=0.5),
         peft_config=peft_config,
     )

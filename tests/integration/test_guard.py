@@ -14,7 +14,7 @@ from tiny_models import make_qwen2
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
 from delethink.training.guard import Guarded, NonFinite
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
@@ -108,7 +108,7 @@ class Run:
             args=GRPOConfig(output_dir=str(folder), **(settings | options)),
             train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces))]),
             reward_funcs=[lambda prompts, **_: next(pay)],
-            play=lambda examples: next(play),
+            play=lambda examples: Filled(examples, next(play)),
             on_sampled=self._see,
             on_nonfinite=on_nonfinite or self.found.append,
             objective=Objective(forward_tokens=forward_tokens),
