@@ -267,7 +267,7 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
         "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
         " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
         " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
-        "scoring={budget: -1.0, timeout: 0.5, num_workers: 2}",
+        "scoring={out_of_budget: penalty, penalty: 2.0, timeout: 0.5, num_workers: 2}",
         "training.max_failed_share=1.0",
         "training.max_steps=1",
         "evaluation.num_problems=2",
@@ -288,10 +288,9 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
             assert trace["advantage"] == 0.0
             assert trace["reward_errors"]["stalls"].startswith("timeout: ")
             assert parts["stalls"] is None
-        elif trace["stop"] == "budget":
-            assert trace["reward"] == -1.0
         else:
             expected = parts["exact"] + 0.5 * parts["long"] + 0.1 * parts["stalls"]
+            expected -= 2.0 if trace["stop"] == "budget" else 0.0
             assert trace["reward"] == pytest.approx(expected)
         assert parts["theirs"] == float(
             trace["text"].removesuffix("<eos>").endswith(trace["answer"])
@@ -304,12 +303,9 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
 
 def test_rewards_that_cannot_be_computed_stop_the_run(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def broken(text):\n    return text.nonsense\n")
-    done = run(
-        "output=run",
-        "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}",
-        "evaluation.num_problems=2",
-        cwd=tmp_path,
-    )
+    rewards = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}"
+    assert_one_sentence(run(rewards, cwd=tmp_path), "broken cannot score the gold answer")
+    done = run("output=run", rewards, "evaluation.num_problems=2", "preflight=warn", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
