@@ -171,7 +171,7 @@ class TrainingConfig(_Section):
     per_device_train_batch_size: int = Field(8, gt=0)
     """Traces in a micro-batch; it changes memory, not the result."""
     gradient_accumulation_steps: int = Field(1, gt=0)
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step; several processes share them."""
     learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False)
     """Of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
@@ -235,7 +235,7 @@ class TrainingConfig(_Section):
 
     @property
     def traces_per_step(self) -> int:
-        """Traces of an optimizer step, all devices but one left out."""
+        """Traces of an optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -287,6 +287,37 @@ class TrainingConfig(_Section):
         return self
 
 
+class TrainerConfig(_Section):
+    """The processes that train together, each with the model; the engine has workers of its own."""
+
+    num_workers: int = Field(1, ge=1)
+    """Processes under Ray Train; 1 trains in this one, without Ray Train."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """"ddp" keeps the whole model in every process, "fsdp2" shards it over them."""
+    cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """CPUs that Ray gives each process."""
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    """GPUs that Ray gives each process; 0 on a machine without."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> TrainerConfig:
+        if self.num_workers > 1:
+            return self
+        if self.strategy == "fsdp2":
+            raise ValueError(
+                "strategy=fsdp2 shards a model over processes, and num_workers=1 is one: set "
+                "trainer.num_workers to 2 or more, or leave the strategy out"
+            )
+        for key in ("cpus_per_worker", "gpus_per_worker"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is what Ray gives each of several processes, and num_workers=1 trains "
+                    "in this one, with what it has: set trainer.num_workers to 2 or more, or leave "
+                    f"{key} out"
+                )
+        return self
+
+
 class EvaluationConfig(_Section):
     """Held-out problems: a few at intervals, all of them in the table at the end."""
 
@@ -302,6 +333,43 @@ class EvaluationConfig(_Section):
     """Problems in those."""
 
 
+class RolloutConfig(_Section):
+    """How traces are sampled, and how vLLM's workers are treated; times are in seconds."""
+
+    order: Literal["breadth", "depth"] = "breadth"
+    """Traces with the fewest chunks first, so that none starts late; or those that were begun."""
+    chunk_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """For which a worker may have a chunk; then its trace is aborted. Unset, for ever."""
+    step_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """For the sampling of a step; traces that have not ended then are aborted. Unset, none."""
+    hang_timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """After which a worker without a sign of life, or whose engine stands still, is restarted."""
+    slow_factor: float = Field(8.0, ge=1, allow_inf_nan=False)
+    """How many times longer than the others a worker may take before it is restarted."""
+    lost_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Without any worker, after which the run stops."""
+    max_restarts: int = Field(5, ge=0)
+    """Of a worker, in a row and without a chunk in between."""
+    max_attempts: int = Field(5, ge=1)
+    """At a chunk whose workers die or raise, before its trace has failed."""
+    startup_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """For a worker to start."""
+    chunks_per_worker: int | None = Field(None, ge=1)
+    """Chunks that a worker has at a time; unset, a quarter more than its batch takes."""
+    max_batch_size: int | None = Field(None, ge=1)
+    """Chunks that an engine samples side by side; unset, as vLLM says."""
+    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """GiB for the KV cache of a worker, on the CPU."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory for a worker."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs over which each engine is spread."""
+    placement: Literal["pack", "spread"] | None = None
+    """Workers on as few, or as many, nodes as there are; unset, as Ray likes."""
+    sleep: bool = False
+    """Free the workers' GPUs while the trainer trains."""
+
+
 class Recipe(_Section):
     """Everything that decides a run."""
 
@@ -315,6 +383,7 @@ class Recipe(_Section):
     scoring: ScoringConfig = ScoringConfig()
     thinking: ThinkingConfig
     training: TrainingConfig
+    trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """What samples: "auto" takes vLLM in Ray workers where it can be imported."""
@@ -324,6 +393,7 @@ class Recipe(_Section):
     """GPUs that Ray gives each worker; 0 on a machine without."""
     weight_sync_timeout: float = Field(60.0, gt=0)
     """Seconds that workers have to take up new weights."""
+    rollout: RolloutConfig = RolloutConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of vLLM's weights; the trainer's, and with them the in-process engine's, are float32."""
     trust_remote_code: bool = False
@@ -339,6 +409,28 @@ class Recipe(_Section):
     def accuracy_reward(self) -> str:
         """The name of the reward that says right or wrong; ``""`` where rewards are the task's."""
         return self.evaluation.reward or next(iter(self.rewards), "")
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Recipe:
+        if self.trainer.strategy == "fsdp2" and self.training.lora is not None:
+            raise ValueError(
+                "trainer.strategy=fsdp2 with training.lora: the engine is served adapters merged "
+                "into whole weights, which sharded ones are not; set trainer.strategy=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_traces_for_every_process(self) -> Recipe:
+        traces, processes = self.training.traces_per_step, self.trainer.num_workers
+        if traces % processes:
+            fitting = [n for n in range(1, traces + 1) if traces % n == 0]
+            near = sorted(fitting, key=lambda n: abs(n - processes))[:3]
+            raise ValueError(
+                f"an optimizer step of {traces} traces (training.per_device_train_batch_size x "
+                f"gradient_accumulation_steps) does not divide by trainer.num_workers={processes}; "
+                f"{', '.join(map(str, sorted(near)))} processes would fit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _knows_accuracy(self) -> Recipe:

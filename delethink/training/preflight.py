@@ -13,6 +13,7 @@ from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import digest, locate
 from delethink.serving.factory import choose_engine
+from delethink.serving.pool_settings import check_resources
 from delethink.tasks import Task, rewards_of
 from delethink.training.resume import changes
 from delethink.training.run_directory import RunDirectory
@@ -93,7 +94,11 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
+    rollout = recipe.rollout
     if choose_engine(recipe.engine) == "vllm":
+        check_resources(
+            recipe.gpus_per_worker, rollout.tensor_parallel_size, rollout.sleep, rollout.placement
+        )
         return
     if recipe.training.max_staleness:
         raise ConfigError(
@@ -111,6 +116,8 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _check_packages(recipe: Recipe) -> None:
     """What only some settings need is looked for before anything is loaded."""
+    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
     if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora")
     for name in recipe.training.report_to:

@@ -56,6 +56,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             "policy_version": self._job.version,
             "step_skipped": 0,
             **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
+            **self._job.trainer.shares.metrics(),
             **self._job.step,
         }
         return {f"delethink/{name}": value for name, value in flat_numbers(self._line)}

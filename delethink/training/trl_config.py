@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from delethink.config import LoraConfig, Recipe
 from delethink.rule import ChunkSpec
 from delethink.training.grpo import Objective
+from delethink.training.strategy import batch_settings, process_settings
 
 # Settings of a recipe that are not GRPOConfig's own, or that the trainer does itself.
 _OWN = {
@@ -35,11 +36,12 @@ _OWN = {
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
     """TRL's own settings, with its defaults replaced where they would change the method."""
     training = recipe.training
-    make = partial(GRPOConfig, **training.model_dump(exclude=_OWN))
+    batches = batch_settings(training, recipe.trainer.num_workers)
+    values = training.model_dump(exclude=_OWN) | batches | process_settings(recipe.trainer)
+    make = partial(GRPOConfig, **values)
     return make(
         output_dir=str(checkpoints),
         seed=recipe.seed,
-        steps_per_generation=training.steps_per_generation or training.gradient_accumulation_steps,
         max_completion_length=spec.budget,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
