@@ -31,7 +31,6 @@ _LIBRARIES = 0.8 * GIB  # of a process that has imported what a trainer needs
 # caches grow by being copied. The toy's processes took up to twice what these tensors did.
 _SPREAD = 2.0
 _BATCH = 256  # chunks that the engine in this process decodes side by side
-_KV_CACHE = 1.0 * GIB  # of a vLLM worker on the CPU
 _LOGITS = 4  # copies of a batch's logits in float32 while a token is drawn
 _SAMPLED, _READ = 36, 7  # bytes of a line of traces/ for a token that was sampled, or read
 _CLOSE = 0.9  # of what is there: beyond it is close
@@ -132,6 +131,9 @@ def _memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> Iterator[Check
     device, ram = device_memory(), process_memory()
     place, spread, more = (device, 1.0, 0.0) if device else (ram, _SPREAD, _LIBRARIES)
     trainer = _trainer_bytes(recipe, inputs, shape, spread)
+    # Each process of the trainer has a GPU of its own; on the CPU they share what there is.
+    processes = 1 if device else recipe.trainer.num_workers
+    each = f" in each of {recipe.trainer.num_workers} processes" if processes > 1 else ""
     if choose_engine(recipe.engine) == "transformers":
         held = weight_bytes(shape, 12)  # weights and Adam's state; there are no gradients meanwhile
         sampling = held + spread * _sampling_bytes(recipe, inputs, shape)
@@ -146,9 +148,9 @@ def _memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> Iterator[Check
         return
     yield _fits(
         "memory",
-        trainer + more,
+        processes * (trainer + more),
         place,
-        f"training takes {_gib(trainer)}",
+        f"training takes {_gib(trainer)}{each}",
         "lower training.forward_tokens, or take a smaller model",
     )
     yield from _workers(recipe, inputs, shape, device, ram)
@@ -166,12 +168,16 @@ def _workers(
         f"takes {_gib(cache)}"
     )
     advice = "take fewer workers, a smaller model or a smaller context"
+    reserved = recipe.rollout.kv_cache_gib * GIB
     if recipe.gpus_per_worker and device is not None:
-        yield _fits("engine", weights + cache, device, found, advice)
-    elif cache > _KV_CACHE:
-        yield Check("engine", "problem", f"{found}, of {_gib(_KV_CACHE)}", advice)
+        parallel = recipe.rollout.tensor_parallel_size
+        share = (weights + cache) / parallel / recipe.rollout.gpu_memory_utilization
+        yield _fits("engine", share, device, found, advice)
+    elif cache > reserved:
+        advice = f"raise rollout.kv_cache_gib, or {advice}"
+        yield Check("engine", "problem", f"{found}, of {_gib(reserved)}", advice)
     else:
-        needed = recipe.num_workers * (weights + _KV_CACHE + _LIBRARIES)
+        needed = recipe.num_workers * (weights + reserved + _LIBRARIES)
         yield _fits("engine", needed, ram, found, advice)
 
 
@@ -190,7 +196,10 @@ def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, spread: fl
     frozen = weight_bytes(shape, 12) if training.lora else 0.0  # no gradients, no state of Adam
     reference = weight_bytes(shape, 4) if training.beta and not training.lora else 0.0
     activations = float(at_most) - whole_model
-    return whole_model - frozen + reference + spread * activations
+    held = whole_model - frozen + reference
+    if recipe.trainer.strategy == "fsdp2":
+        held /= recipe.trainer.num_workers
+    return held + spread * activations
 
 
 def _sampling_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:

@@ -136,7 +136,11 @@ class Job:
         """Accuracy and lengths on held-out problems with the current weights."""
         self.ahead.settle()
         self.serve_current_weights()
-        return self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
+        longest = self.engine.max_model_tokens
+        measured = self.evaluator.run(self.engine, spec, setting, longest, limit)
+        if not self.recipe.training.max_staleness:  # else there are counts of batches in it
+            self.engine.take_metrics()  # no part of the next step
+        return measured
 
     def add_row(self, setting: str, spec: ChunkSpec) -> None:
         """Measures a row of the table on all held-out problems and writes the table so far.

@@ -18,6 +18,7 @@ _MAY_DIFFER = {
     "output",
     "preflight",
     "scoring.num_workers",
+    "trainer.cpus_per_worker",
     "training.forward_tokens",
     "training.gradient_checkpointing",
     "training.max_failed_share",
@@ -27,6 +28,7 @@ _MAY_DIFFER = {
     "training.save_total_limit",
     "weight_sync_timeout",
 }
+_OF_SAMPLING = {"rollout.chunk_timeout", "rollout.step_timeout", "rollout.order"}
 _MAX_STEPS, _SCHEDULER = "training.max_steps", "training.lr_scheduler_type"
 _PLANNED = ("linear", "cosine")  # learning rates that depend on the number of steps
 
@@ -64,7 +66,7 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-    wrong = changed.keys() - _MAY_DIFFER - {_MAX_STEPS}
+    wrong = {key for key in changed if not _may_differ(key)}
     if wrong:
         listed = ", ".join(
             f"{key} ({changed[key][0]} there, {changed[key][1]} here)" for key in sorted(wrong)
@@ -83,6 +85,11 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
     if _MAX_STEPS in changed:
         _check_max_steps(path, old[_MAX_STEPS], recipe)
     return changed
+
+
+def _may_differ(key: str) -> bool:
+    of_workers = key.startswith("rollout.") and key not in _OF_SAMPLING
+    return of_workers or key in _MAY_DIFFER or key == _MAX_STEPS
 
 
 def _check_max_steps(path: Path, old: int, recipe: Recipe) -> None:

@@ -303,12 +303,9 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
 
 def test_rewards_that_cannot_be_computed_stop_the_run(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def broken(text):\n    return text.nonsense\n")
-    done = run(
-        "output=run",
-        "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}",
-        "evaluation.num_problems=2",
-        cwd=tmp_path,
-    )
+    rewards = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken'}}"
+    assert_one_sentence(run(rewards, cwd=tmp_path), "broken cannot score the gold answer")
+    done = run("output=run", rewards, "evaluation.num_problems=2", "preflight=warn", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
