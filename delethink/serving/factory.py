@@ -49,18 +49,19 @@ def make_engine(
     trust_remote_code: bool = False,
     weight_sync_timeout: float = 60.0,
     seed: int = 0,
+    is_trained: bool = True,
 ) -> Engine:
     """The engine called ``name``, serving the weights of ``model``.
 
-    ``"transformers"`` samples from ``model`` itself, which a trainer may change; ``"vllm"`` loads
-    ``model_path`` in each of ``num_workers`` Ray workers.
+    ``"transformers"`` samples from ``model`` itself, which a trainer may change if ``is_trained``;
+    ``"vllm"`` loads ``model_path`` in each of ``num_workers`` Ray workers.
     """
     ends = eos_ids(model, tokenizer)
     if choose_engine(name) == "transformers":
         from delethink.serving.transformers_engine import TransformersEngine
 
         pad = int(tokenizer.pad_token_id)
-        return TransformersEngine(model, ends, pad, seed=seed, is_trained=True)
+        return TransformersEngine(model, ends, pad, seed=seed, is_trained=is_trained)
     from delethink.serving.ray_pool import RayPool
 
     return RayPool(

@@ -72,7 +72,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
     _report_problems(prepared, run, inputs.taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
-    with closing(_make_engine(recipe, sampled_from, tokenizer)) as engine:
+    with closing(_make_engine(recipe, sampled_from, tokenizer, sampled_from is model)) as engine:
         temperature, scorer = recipe.training.temperature, prepared.scorer
         evaluator = Evaluator(
             heldout, prepared.evaluation_scorer, tokenizer, temperature, recipe.seed
@@ -175,7 +175,7 @@ def _check_devices() -> None:
         )
 
 
-def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
+def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -> Engine:
     return make_engine(
         recipe.engine,
         recipe.model,
@@ -187,4 +187,5 @@ def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
         trust_remote_code=recipe.trust_remote_code,
         weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
+        is_trained=is_trained,
     )

@@ -109,7 +109,7 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy
 def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"
-    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=false")
+    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=warn")
     assert code == 1, errors
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
