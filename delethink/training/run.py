@@ -63,10 +63,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
     tokenizer, spec = inputs.tokenizer, inputs.spec
     settings = trl_config(recipe, spec, run.checkpoints)
-    sampled_from = model
-    if recipe.trainer.strategy == "fsdp2":  # the trainer takes its own to pieces
-        sampled_from = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    sampled_from.to(settings.device)
+    sampled_from = _sampled_from(recipe, model, settings.device)
 
     checkpoint = _take_up(place, recipe, reporter) if place.begun else None
     _report_problems(prepared, run, inputs.taken, reporter)
@@ -173,6 +170,16 @@ def _check_devices() -> None:
             f"{torch.cuda.device_count()} GPUs are visible and the trainer takes one: choose it "
             "with CUDA_VISIBLE_DEVICES"
         )
+
+
+def _sampled_from(recipe: Recipe, model: Any, device: Any) -> Any:
+    """The model that an engine in this process samples from; of others only settings are read."""
+    if recipe.trainer.strategy != "fsdp2":
+        return model.to(device)
+    if choose_engine(recipe.engine) == "vllm":
+        return model  # which the trainer moves, in pieces
+    copy: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    return copy.to(device)
 
 
 def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -> Engine:
