@@ -12,6 +12,7 @@ from delethink.errors import (
     CarryoverError,
     ConfigError,
     ConformanceError,
+    DeadlineError,
     DelethinkError,
     MissingExtraError,
     ModelError,
@@ -23,8 +24,9 @@ from delethink.errors import (
     TraceFileError,
     UserError,
     WeightSyncError,
+    WorkersLostError,
 )
-from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
+from delethink.policy import Completion, Policy, Progress, Sampling, ScriptedPolicy
 from delethink.rollout import derive_seed, play_trace, play_traces
 from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import (
@@ -59,6 +61,7 @@ __all__ = [
     # policy: anything that continues a prompt
     "Policy",
     "Sampling",
+    "Progress",
     "Completion",
     "ScriptedPolicy",
     # rollout: plays traces
@@ -77,6 +80,8 @@ __all__ = [
     "RunDirectoryError",
     "MissingExtraError",
     "PolicyError",
+    "DeadlineError",
+    "WorkersLostError",
     "RolloutError",
     "WeightSyncError",
     "NonFiniteError",

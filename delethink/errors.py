@@ -11,6 +11,8 @@
     │   ├── RunDirectoryError   (OSError)       an output folder that cannot be written or is taken
     │   └── MissingExtraError   (ImportError)   an optional dependency that is not installed
     ├── PolicyError             (RuntimeError)  a policy broke the protocol
+    ├── DeadlineError           (TimeoutError)  a chunk was given up because its time was over
+    ├── WorkersLostError        (RuntimeError)  no worker is left to sample with
     ├── RolloutError            (RuntimeError)  too many traces of a step failed
     ├── WeightSyncError         (RuntimeError)  a worker did not take up new weights
     ├── NonFiniteError          (ArithmeticError) a step would have made weights that are no numbers
@@ -79,6 +81,14 @@ class MissingExtraError(UserError, ImportError):
 
 class PolicyError(DelethinkError, RuntimeError):
     """A policy broke the protocol: too many tokens, or log-probs that do not match them."""
+
+
+class DeadlineError(DelethinkError, TimeoutError):
+    """A chunk was given up because its time was over; its trace becomes data that says so."""
+
+
+class WorkersLostError(DelethinkError, RuntimeError):
+    """All workers of a pool are gone and did not come back in time: nothing can be sampled."""
 
 
 class RolloutError(DelethinkError, RuntimeError):

@@ -107,6 +107,7 @@ class Job:
             training.num_generations,
             self.recipe.seed,
             training.max_sampling_rounds,
+            self.recipe.rollout.step_timeout,
         )
         groups = training.traces_per_batch // training.num_generations
         self.ahead = SamplingAhead(
@@ -277,6 +278,9 @@ class Job:
         """A batch in the places of as many rows, scored, from the current weights."""
         self.serve_current_weights()
         self.batch = batch = self.ahead.next(self.version)
+        if not self.recipe.training.max_staleness:  # else the next batch is being sampled
+            self.engine.sleep()
+        self.step |= self.engine.take_metrics()
         self.scores = batch.scores
         self.step["seconds_scoring"] = batch.seconds_scoring
         self.step["seconds_sampling"] = batch.seconds_sampling

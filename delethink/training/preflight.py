@@ -11,8 +11,9 @@ from delethink.config import Recipe, dump_recipe, with_rewards
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
-from delethink.serving.checkpoint import locate
+from delethink.serving.checkpoint import digest, locate
 from delethink.serving.factory import choose_engine
+from delethink.serving.pool_settings import check_resources
 from delethink.tasks import Task, rewards_of
 from delethink.training.resume import changes
 from delethink.training.run_directory import RunDirectory
@@ -78,7 +79,8 @@ def place(recipe: Recipe) -> Place:
     """
     path = output_path(recipe)
     if not RunDirectory.holds_run(path):
-        return Place(RunDirectory.create(path, dump_recipe(recipe)), False, {})
+        run = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        return Place(run, False, {})
     changed = changes(path, recipe)
     return Place(RunDirectory.reopen(path), True, changed)
 
@@ -92,7 +94,11 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
+    rollout = recipe.rollout
     if choose_engine(recipe.engine) == "vllm":
+        check_resources(
+            recipe.gpus_per_worker, rollout.tensor_parallel_size, rollout.sleep, rollout.placement
+        )
         return
     if recipe.training.max_staleness:
         raise ConfigError(

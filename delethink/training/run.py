@@ -134,6 +134,11 @@ def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | N
             f"what was written beyond it, of {len(superseded)} steps up to {superseded[-1]}, lies "
             f"under {run.path / 'superseded'} now; they are made again"
         )
+    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in run.read_metrics()})
+    if missing:
+        reporter.say(
+            f"metrics.jsonl has no line of {len(missing)} steps, the first one {missing[0]}"
+        )
     return checkpoint
 
 
@@ -194,5 +199,6 @@ def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -
         trust_remote_code=recipe.trust_remote_code,
         weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
+        rollout=recipe.rollout.model_dump(),
         is_trained=is_trained,
     )

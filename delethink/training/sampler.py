@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from delethink.policy import Sampling
+from delethink.policy import Progress, Sampling
 from delethink.query import query_ids
 from delethink.rollout import derive_seed
 from delethink.rule import ChunkSpec
@@ -82,6 +82,7 @@ class Sampler:
         group: traces of each problem (G).
         seed: of the run.
         max_rounds: how often a batch may be sampled until all its groups have signal.
+        timeout: seconds for each time, after which traces that have not ended are aborted.
     """
 
     engine: Engine
@@ -94,6 +95,7 @@ class Sampler:
     group: int
     seed: int
     max_rounds: int = 1
+    timeout: float | None = None
 
     def begin(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
         """Takes the problems of a batch, and returns what samples it.
@@ -109,30 +111,32 @@ class Sampler:
 
     async def _sample(self, step: int, places: list[int]) -> Batch:
         seed = derive_seed("training", self.seed, step)
-        batch = await self._play(places, seed)
+        batch = await self._play(places, seed, step)
         for number in range(1, self.max_rounds):
             empty = [i for i, group in enumerate(batch.groups) if not group.has_signal]
             if not empty:
                 break
             places = self.prompts.take(len(empty))
-            others = await self._play(places, derive_seed(seed, "round", number))
+            others = await self._play(places, derive_seed(seed, "round", number), step)
             batch = _replaced(batch, dict(zip(empty, others.groups, strict=True)), others)
         return batch
 
-    async def _play(self, places: list[int], seed: int) -> Batch:
+    async def _play(self, places: list[int], seed: int, step: int) -> Batch:
         """A group for each of the problems at these places."""
         started = time.perf_counter()
         places = [place % len(self.problems) for place in places]
         problems = [self.problems[place] for place in places for _ in range(self.group)]
+        seeds = [derive_seed(seed, i) for i in range(len(problems))]
         played = await play_and_score(
             self.engine,
             self.spec,
             problems,
             [query_ids(self.tokenizer, problem) for problem in problems],
-            [Sampling(self.temperature, derive_seed(seed, i)) for i in range(len(problems))],
+            [Sampling(self.temperature, seed, Progress(batch=step)) for seed in seeds],
             self.tokenizer,
             self.scorer,
             self.engine.max_model_tokens,
+            self.timeout,
         )
         cuts = [slice(i, i + self.group) for i in range(0, len(problems), self.group)]
         groups = [
