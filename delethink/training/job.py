@@ -91,6 +91,7 @@ class Job:
     sampled: Sampled | None = None  # last
     skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
     batch: Batch | None = None  # sampled last
+    batch_version: int = 0  # of the weights that it is trained on first
     prompts: PromptCursor = field(default_factory=PromptCursor)
     ahead: SamplingAhead = field(init=False)
 
@@ -277,6 +278,7 @@ class Job:
     def play(self, places: list[Example]) -> Filled:
         """A batch in the places of as many rows, scored, from the current weights."""
         self.serve_current_weights()
+        self.batch_version = self.version
         self.batch = batch = self.ahead.next(self.version)
         if not self.recipe.training.max_staleness:  # else the next batch is being sampled
             self.engine.sleep()

@@ -53,7 +53,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             "loss": logs["loss"],
             "gradient_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
-            "policy_version": self._job.version,
+            "policy_version": self._job.batch_version,
             "step_skipped": 0,
             **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
             **self._job.trainer.shares.metrics(),

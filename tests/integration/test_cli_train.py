@@ -267,7 +267,7 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
         "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
         " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
         " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
-        "scoring={budget: -1.0, timeout: 0.5, num_workers: 2}",
+        "scoring={out_of_budget: penalty, penalty: 0.5, timeout: 0.5, num_workers: 2}",
         "training.max_failed_share=1.0",
         "training.max_steps=1",
         "evaluation.num_problems=2",
@@ -288,10 +288,9 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
             assert trace["advantage"] == 0.0
             assert trace["reward_errors"]["stalls"].startswith("timeout: ")
             assert parts["stalls"] is None
-        elif trace["stop"] == "budget":
-            assert trace["reward"] == -1.0
         else:
             expected = parts["exact"] + 0.5 * parts["long"] + 0.1 * parts["stalls"]
+            expected -= 0.5 * (trace["stop"] == "budget")
             assert trace["reward"] == pytest.approx(expected)
         assert parts["theirs"] == float(
             trace["text"].removesuffix("<eos>").endswith(trace["answer"])

@@ -112,3 +112,39 @@ def test_metrics_are_reported_where_asked(folder: Path) -> None:
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, override: str, words: list[str]) -> None:
     assert_one_sentence(run("output=run", override, cwd=tmp_path), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
+    """At most one update old when begun; new weights enter at borders; the loss corrects."""
+    done = run(
+        "output=run",
+        "engine=vllm",
+        "training.max_staleness=1",
+        "training.max_steps=5",
+        "thinking.max_chunks=8",
+        "evaluation.every=100",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert metrics[0]["staleness_max"] == 0
+    assert {m["staleness_max"] for m in metrics[1:]} == {1}
+    for step, m in enumerate(metrics, 1):
+        assert m["trained_tokens"] == m["sampled_tokens"]
+        assert m["policy_version"] == step - 1
+        text = (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").read_text()
+        traces = [json.loads(line) for line in text.splitlines()]
+        versions = [[c["policy_version"] for c in t["chunks"]] for t in traces]
+        assert all(own == sorted(own) for own in versions)
+        assert {v for own in versions for v in own} <= {step - 2, step - 1}
+    # Log-probs of older weights differ, and are corrected for.
+    assert metrics[0]["logprob_difference"] < 1e-3
+    assert max(m["logprob_difference"] for m in metrics[1:]) > 1e-3
+    assert any(m["importance_correction"] != 1.0 for m in metrics[1:])
+    problems = [
+        json.loads(line)["prompt"]
+        for step in range(1, 6)
+        for line in (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").open()
+    ]
+    assert len(set(problems)) == len(problems) // 8  # each problem once, a group of 8
