@@ -25,6 +25,8 @@ _MAY_DIFFER = {
     "training.report_to",
     "training.save_steps",
     "training.save_total_limit",
+    "trainer.cpus_per_worker",
+    "trainer.gpus_per_worker",
     "weight_sync_timeout",
 }
 _MAX_STEPS, _SCHEDULER = "training.max_steps", "training.lr_scheduler_type"
