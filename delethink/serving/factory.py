@@ -52,19 +52,20 @@ def make_engine(
     weight_sync_timeout: float = 60.0,
     seed: int = 0,
     rollout: Mapping[str, Any] | None = None,
+    is_trained: bool = True,
 ) -> Engine:
     """The engine called ``name``, serving the weights of ``model``.
 
-    ``"transformers"`` samples from ``model`` itself, which a trainer may change; ``"vllm"`` loads
-    ``model_path`` in each of ``num_workers`` Ray workers, which ``rollout`` says how to treat: a
-    recipe's section of that name, as a mapping.
+    ``"transformers"`` samples from ``model`` itself, which a trainer may change if ``is_trained``;
+    ``"vllm"`` loads ``model_path`` in each of ``num_workers`` Ray workers, which ``rollout`` says
+    how to treat: a recipe's section of that name, as a mapping.
     """
     ends = eos_ids(model, tokenizer)
     if choose_engine(name) == "transformers":
         from delethink.serving.transformers_engine import TransformersEngine
 
         pad = int(tokenizer.pad_token_id)
-        return TransformersEngine(model, ends, pad, seed=seed, is_trained=True)
+        return TransformersEngine(model, ends, pad, seed=seed, is_trained=is_trained)
     from delethink.serving.ray_pool import RayPool
 
     return RayPool(

@@ -88,7 +88,7 @@ def _fit(
     set_up_process: Callable[[], None],
     storage: str,
 ) -> None:
-    from ray.util.queue import Empty, Queue
+    from ray.util.queue import Queue
 
     number, strategy = recipe.trainer.num_workers, recipe.trainer.strategy
     reporter.say(f"starting {number} processes that train together: {strategy}")
@@ -103,31 +103,33 @@ def _fit(
         events,
     )
     trainer = _make_trainer(order, storage)
-    failures: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as problem:  # told by the thread that waits
-            failures.append(problem)
-
-    # In a thread of its own, because Ray Train's handling of Ctrl-C belongs to the main one.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+    is_over = threading.Event()
+    # Beside this thread, which must be the one that waits: Ctrl-C comes to it.
+    teller = threading.Thread(target=_tell, args=(events, reporter, is_over), daemon=True)
+    teller.start()
     try:
-        while True:
-            running = thread.is_alive()
-            try:
-                name, args = events.get(timeout=_POLL_S)
-            except Empty:
-                if not running:
-                    break
-                continue
-            getattr(reporter, name)(*args)
+        trainer.fit()
+    except Exception as problem:  # whatever Ray Train makes of what went wrong
+        raise cause(problem) from None
     finally:
+        is_over.set()
+        teller.join()
         reporter.stop_steps()
-    if failures:
-        raise cause(failures[0]) from None
+
+
+def _tell(events: Any, reporter: Any, is_over: threading.Event) -> None:
+    """Passes on what the first process has to say, until all of it is said."""
+    from ray.util.queue import Empty
+
+    while True:
+        done = is_over.is_set()
+        try:
+            name, args = events.get(timeout=_POLL_S)
+        except Empty:
+            if done:
+                return
+            continue
+        getattr(reporter, name)(*args)
 
 
 def _make_trainer(order: _Order, storage: str) -> Any:
@@ -138,10 +140,17 @@ def _make_trainer(order: _Order, storage: str) -> Any:
         raise MissingExtraError(missing.name or "ray[train]", "train") from None
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray is untyped
+        """Leaves Ctrl-C to the program, which ends a run on SIGTERM in the same way."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
     trainer = order.recipe.trainer
     resources = {"CPU": trainer.cpus_per_worker, "GPU": trainer.gpus_per_worker}
     use_gpu = trainer.gpus_per_worker > 0
-    return TorchTrainer(
+    return Trainer(
         _train_in_process,
         train_loop_config={"order": order},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

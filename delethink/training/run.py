@@ -63,16 +63,13 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
     tokenizer, spec = inputs.tokenizer, inputs.spec
     settings = trl_config(recipe, spec, run.checkpoints)
-    sampled_from = model
-    if recipe.trainer.strategy == "fsdp2":  # the trainer takes its own to pieces
-        sampled_from = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    sampled_from.to(settings.device)
+    sampled_from = _sampled_from(recipe, model, settings.device)
 
     checkpoint = _take_up(place, recipe, reporter) if place.begun else None
     _report_problems(prepared, run, inputs.taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
-    with closing(_make_engine(recipe, sampled_from, tokenizer)) as engine:
+    with closing(_make_engine(recipe, sampled_from, tokenizer, sampled_from is model)) as engine:
         temperature, scorer = recipe.training.temperature, prepared.scorer
         evaluator = Evaluator(
             heldout, prepared.evaluation_scorer, tokenizer, temperature, recipe.seed
@@ -180,7 +177,17 @@ def _check_devices() -> None:
         )
 
 
-def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
+def _sampled_from(recipe: Recipe, model: Any, device: Any) -> Any:
+    """The model that an engine in this process samples from; of others only settings are read."""
+    if recipe.trainer.strategy != "fsdp2":
+        return model.to(device)
+    if choose_engine(recipe.engine) == "vllm":
+        return model  # which the trainer moves, in pieces
+    copy: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    return copy.to(device)
+
+
+def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -> Engine:
     return make_engine(
         recipe.engine,
         recipe.model,
@@ -193,4 +200,5 @@ def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
         weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
         rollout=recipe.rollout.model_dump(),
+        is_trained=is_trained,
     )

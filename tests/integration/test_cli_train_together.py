@@ -25,6 +25,7 @@ SMALL = [
     "thinking.carryover_size=16",
     "thinking.max_chunks=4",
     "training.max_steps=2",
+    "training.lr_scheduler_type=constant",
     "training.per_device_train_batch_size=8",
     "training.gradient_accumulation_steps=2",
     "evaluation.num_problems=4",
@@ -106,10 +107,24 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strategy: str) -> None:
+    together = ["trainer.num_workers=2", f"trainer.strategy={strategy}"]
+    for steps in (1, 2):
+        code, printed, errors = run(tmp_path, *together, f"training.max_steps={steps}")
+        assert code == 0, errors
+    assert "taking the run up after step 1" in printed
+    assert texts(tmp_path) == texts(alone)
+    for one, two in zip(metrics(alone), metrics(tmp_path), strict=True):
+        for key in CLOSE:
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+
+
 def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"
-    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=false")
+    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=warn")
     assert code == 1, errors
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
