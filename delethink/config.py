@@ -171,7 +171,7 @@ class TrainingConfig(_Section):
     per_device_train_batch_size: int = Field(8, gt=0)
     """Traces in a micro-batch; it changes memory, not the result."""
     gradient_accumulation_steps: int = Field(1, gt=0)
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step; several processes share them."""
     learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False)
     """Of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
@@ -235,7 +235,7 @@ class TrainingConfig(_Section):
 
     @property
     def traces_per_step(self) -> int:
-        """Traces of an optimizer step, all devices but one left out."""
+        """Traces of an optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -284,6 +284,37 @@ class TrainingConfig(_Section):
             )
         if self.loss_type == "luspo" and self.importance_sampling_level != "sequence":
             raise ValueError("loss_type=luspo is defined for importance_sampling_level=sequence")
+        return self
+
+
+class TrainerConfig(_Section):
+    """The processes that train together, each with the model; the engine has workers of its own."""
+
+    num_workers: int = Field(1, ge=1)
+    """Processes under Ray Train; 1 trains in this one, without Ray Train."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """"ddp" keeps the whole model in every process, "fsdp2" shards it over them."""
+    cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """CPUs that Ray gives each process."""
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    """GPUs that Ray gives each process; 0 on a machine without."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> TrainerConfig:
+        if self.num_workers > 1:
+            return self
+        if self.strategy == "fsdp2":
+            raise ValueError(
+                "strategy=fsdp2 shards a model over processes, and num_workers=1 is one: set "
+                "trainer.num_workers to 2 or more, or leave the strategy out"
+            )
+        for key in ("cpus_per_worker", "gpus_per_worker"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is what Ray gives each of several processes, and num_workers=1 trains "
+                    "in this one, with what it has: set trainer.num_workers to 2 or more, or leave "
+                    f"{key} out"
+                )
         return self
 
 
@@ -352,6 +383,7 @@ class Recipe(_Section):
     scoring: ScoringConfig = ScoringConfig()
     thinking: ThinkingConfig
     training: TrainingConfig
+    trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """What samples: "auto" takes vLLM in Ray workers where it can be imported."""
@@ -377,6 +409,28 @@ class Recipe(_Section):
     def accuracy_reward(self) -> str:
         """The name of the reward that says right or wrong; ``""`` where rewards are the task's."""
         return self.evaluation.reward or next(iter(self.rewards), "")
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Recipe:
+        if self.trainer.strategy == "fsdp2" and self.training.lora is not None:
+            raise ValueError(
+                "trainer.strategy=fsdp2 with training.lora: the engine is served adapters merged "
+                "into whole weights, which sharded ones are not; set trainer.strategy=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_traces_for_every_process(self) -> Recipe:
+        traces, processes = self.training.traces_per_step, self.trainer.num_workers
+        if traces % processes:
+            fitting = [n for n in range(1, traces + 1) if traces % n == 0]
+            near = sorted(fitting, key=lambda n: abs(n - processes))[:3]
+            raise ValueError(
+                f"an optimizer step of {traces} traces (training.per_device_train_batch_size x "
+                f"gradient_accumulation_steps) does not divide by trainer.num_workers={processes}; "
+                f"{', '.join(map(str, sorted(near)))} processes would fit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _knows_accuracy(self) -> Recipe:

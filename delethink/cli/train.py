@@ -25,9 +25,14 @@ def run(recipe_path: str, overrides: list[str]) -> int:
         reporter.finished(chosen.run, prepared.recipe.thinking.spec())
         return 0
     set_up_process()
-    from delethink.training.run import train
+    if recipe.trainer.num_workers > 1:
+        from delethink.training.launch import train_together
 
-    train(prepared, chosen, reporter)
+        train_together(prepared, chosen, reporter, set_up_process)
+    else:
+        from delethink.training.run import train
+
+        train(prepared, chosen, reporter)
     return 0
 
 

@@ -27,6 +27,9 @@ Status = Literal["ok", "warning", "problem", "not checked"]
 
 GIB = 2**30
 _LIBRARIES = 0.8 * GIB  # of a process that has imported what a trainer needs
+# Of activations and caches on the CPU: freed memory stays with the process (cli/process.py), and
+# caches grow by being copied. The toy's processes took up to twice what these tensors did.
+_SPREAD = 2.0
 _BATCH = 256  # chunks that the engine in this process decodes side by side
 _KV_CACHE = 1.0 * GIB  # of a vLLM worker on the CPU
 _LOGITS = 4  # copies of a batch's logits in float32 while a token is drawn
@@ -123,16 +126,15 @@ def _context(inputs: Inputs) -> Iterator[Check]:
 def _memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> Iterator[Check]:
     """The most that trainer and engine hold, against what there is.
 
-    The trainer's part fits measured steps within a tenth (docs/cost.md); the engine's is its caches
-    and logits at their fullest.
+    The trainer's tensors fit measured steps within a tenth (docs/cost.md); the engine's are its
+    caches and logits at their fullest.
     """
     device, ram = device_memory(), process_memory()
-    trainer = _trainer_bytes(recipe, inputs, shape)
-    place = device or ram
+    place, spread, more = (device, 1.0, 0.0) if device else (ram, _SPREAD, _LIBRARIES)
+    trainer = _trainer_bytes(recipe, inputs, shape, spread)
     if choose_engine(recipe.engine) == "transformers":
         held = weight_bytes(shape, 12)  # weights and Adam's state; there are no gradients meanwhile
-        sampling = held + _sampling_bytes(recipe, inputs, shape)
-        more = 0.0 if device else _LIBRARIES
+        sampling = held + spread * _sampling_bytes(recipe, inputs, shape)
         needed = more + max(trainer, sampling)
         yield _fits(
             "memory",
@@ -144,7 +146,7 @@ def _memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> Iterator[Check
         return
     yield _fits(
         "memory",
-        trainer + (0.0 if device else _LIBRARIES),
+        trainer + more,
         place,
         f"training takes {_gib(trainer)}",
         "lower training.forward_tokens, or take a smaller model",
@@ -173,12 +175,13 @@ def _workers(
         yield _fits("engine", needed, ram, found, advice)
 
 
-def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:
+def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, spread: float) -> float:
     training = recipe.training
     longest = _longest(inputs)
     whole = training.per_device_train_batch_size * inputs.spec.max_chunks * longest
     tokens = max(longest, min(training.forward_tokens, whole))
-    held = training_bytes(
+    whole_model = weight_bytes(shape, 16)  # weights, gradients, state of Adam
+    at_most = training_bytes(
         shape,
         tokens,
         dtype_bytes=2 if training.bf16 else 4,
@@ -186,7 +189,8 @@ def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:
     )
     frozen = weight_bytes(shape, 12) if training.lora else 0.0  # no gradients, no state of Adam
     reference = weight_bytes(shape, 4) if training.beta and not training.lora else 0.0
-    return float(held) - frozen + reference
+    activations = float(at_most) - whole_model
+    return whole_model - frozen + reference + spread * activations
 
 
 def _sampling_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:

@@ -22,7 +22,7 @@ class ChunkRow(NamedTuple):
     prompt_ids: TokenIds
     output_ids: TokenIds
     engine_logprobs: tuple[float, ...]  # of output_ids, when they were sampled
-    trace: int  # place of its trace among those at hand
+    trace: int  # place of its trace among those at hand; FILLER for what is there to be forwarded
     place: int  # of the chunk in its trace, from 0
     start: int  # place of its first output token among the sampled tokens of its trace
 
@@ -35,6 +35,9 @@ class ChunkRow(NamedTuple):
     def end(self) -> int:
         """One past the place of its last output token."""
         return self.start + len(self.output_ids)
+
+
+FILLER = -1
 
 
 class Packed(NamedTuple):
@@ -64,6 +67,13 @@ def pack_rows(rows: Sequence[ChunkRow], forward_tokens: int) -> Packed:
     places = pack(lengths, forward_tokens)[::-1]
     batches = [[rows[i] for i in batch] for batch in places]
     return Packed(batches, sum(lengths), padding_share(lengths, places))
+
+
+def fill_up(packed: Packed, number: int, pad_id: int) -> Packed:
+    """As many batches as other processes have, those that are missing with a token of no weight."""
+    filler = ChunkRow((pad_id,), (pad_id,), (0.0,), FILLER, 0, 0)
+    missing = number - len(packed.batches)
+    return packed._replace(batches=packed.batches + [[filler]] * missing)
 
 
 class Layout:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,12 +22,23 @@ import torch
 from trl import GRPOTrainer
 
 from delethink.errors import RolloutError
-from delethink.training.chunk_rows import ChunkRow, Layout, Packed, chunk_rows, pack_rows
+from delethink.training.chunk_rows import (
+    FILLER,
+    ChunkRow,
+    Layout,
+    Packed,
+    chunk_rows,
+    fill_up,
+    pack_rows,
+)
 from delethink.training.ledger import Ledger
 from delethink.training.objective import LossType, token_weight
+from delethink.training.processes import Processes
 from delethink.training.randomness import check_repeatable, remove_dropout
 from delethink.training.rows import flatten
+from delethink.training.shares import Shares, chunk_tokens, share_out
 from delethink.training.statistics import ChunkStatistics, StepStatistics
+from delethink.training.strategy import shard_on_cpu
 from delethink.types import Trace, TraceStop
 
 _SET_FOR_THE_SUM = (
@@ -106,6 +117,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             traces, and says of which examples they are: of these, or of others in their place.
         on_sampled: told what was sampled and how it was scored, once for each batch.
         objective: what ``GRPOConfig`` does not say.
+        processes: that train together; the first one alone plays, pays and is told.
+        cost: of training on a trace, by which traces are dealt out to processes.
 
     The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
     ``importance_sampling_level`` of its configuration are not looked at.
@@ -120,6 +133,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         play: Callable[[list[dict[str, Any]]], Filled],
         on_sampled: Callable[[Sampled], None],
         objective: Objective,
+        processes: Processes | None = None,
+        cost: Callable[[Trace], float] = chunk_tokens,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
@@ -127,14 +142,21 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
         self.objective = objective
         self._play, self._on_sampled = play, on_sampled
-        self._examples: list[dict[str, Any]] = []
-        self._traces: list[Trace] = []
-        self._rewards: list[dict[str, float | None]] = []
+        self._processes, self._cost = processes or Processes(), cost
+        self._examples: list[dict[str, Any]] = []  # of the batch; of all of it in the first process
+        self._rewards: list[dict[str, float | None]] = []  # of the whole batch
+        self._buffered_inputs: Any  # TRL's: micro-batches of the batch at hand
+        self.shares: Shares | None = None  # of that batch
         self._statistics = ChunkStatistics()
         self._ledger = Ledger()
         self._work = Work()
         self._is_fresh = False  # a batch was sampled and not yet cut into micro-batches
         self._part: _Part | None = None  # what TRL's loss is being computed of
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate's, which shards on the CPU too."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and makes sure that the last batch was trained on whole if it was to be."""
@@ -148,51 +170,82 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Examples are kept as they came: TRL adds what the rollout returned to `inputs`.
         self._examples = [dict(example) for example in inputs]
+        rank = self._processes.rank
         self._ledger.close()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        advantages = output["advantages"].to(self._loss_dtype)
-        in_loss = [
-            self._has_place(trace) and any(value is not None for value in rewards.values())
-            for trace, rewards in zip(self._traces, self._rewards, strict=True)
-        ]
-        self._on_sampled(
-            Sampled(self._examples, self._traces, self._rewards, advantages.tolist(), in_loss)
-        )
-        lengths = {i: t.length for i, t in enumerate(self._traces) if in_loss[i]}
+        shares = self._shares
+        advantages = self.accelerator.gather(output["advantages"]).to(self._loss_dtype)
+        if self._processes.is_first:
+            self._on_sampled(
+                Sampled(
+                    self._examples,
+                    shares.all_traces,
+                    self._rewards,
+                    advantages.tolist(),
+                    self._in_loss(shares.all_traces, self._rewards),
+                )
+            )
+        in_loss = self._in_loss(shares.traces, shares.own(rank, self._rewards))
+        places = shares.order[rank]
+        lengths = {p: t.length for p, t, i in zip(places, shares.traces, in_loss, strict=True) if i}
         self._ledger.open(lengths, self.num_iterations)
         self._is_fresh = True
-        kept: dict[str, Any] = {"advantages": advantages, "trace": list(self._traces)}
-        kept |= {"place": list(range(len(self._traces))), "in_loss": in_loss}
+        kept: dict[str, Any] = {"advantages": advantages[places], "trace": list(shares.traces)}
+        kept |= {"place": list(places), "row": list(range(len(places))), "in_loss": in_loss}
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in output:  # by trace, without the padding
                 kept[name] = [
                     row[: trace.length].clone()
-                    for row, trace in zip(output[name], self._traces, strict=True)
+                    for row, trace in zip(output[name], shares.traces, strict=True)
                 ]
         return kept
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> torch.Tensor:
-        filled = [
-            example | {"trace": trace}
-            for example, trace in zip(self._examples, self._traces, strict=True)
+    @property
+    def _shares(self) -> Shares:
+        assert self.shares is not None, "nothing was sampled yet"
+        return self.shares
+
+    def _in_loss(self, traces: list[Trace], rewards: list[dict[str, float | None]]) -> list[bool]:
+        return [
+            self._has_place(trace) and any(value is not None for value in own.values())
+            for trace, own in zip(traces, rewards, strict=True)
         ]
-        prompts = [example["prompt"] for example in self._examples]
-        gathered: torch.Tensor = super()._calculate_rewards(filled, prompts, *args)
-        local = gathered[self.accelerator.process_index * len(self._traces) :]
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        paid = self._processes.lead(self._pay)
+        # In double precision, so that advantages are not rounded on the way.
+        rewards = torch.tensor(paid, dtype=torch.float64, device=self.accelerator.device)
         self._rewards = [
             {
                 name: None if math.isnan(value) else value
                 for name, value in zip(self.reward_func_names, row, strict=True)
             }
-            for row in local[: len(self._traces)].tolist()
+            for row in rewards.tolist()
         ]
-        return gathered.double()  # so that advantages are not rounded on the way
+        return rewards
+
+    def _pay(self) -> list[list[float]]:
+        """What each reward function gives for each trace of the batch, in the first process."""
+        traces, examples = self._shares.all_traces, self._examples
+        columns = {key: [example[key] for example in examples] for key in examples[0]}
+        columns |= {"prompts": columns.pop("prompt"), "trace": traces}
+        paid = [function(**columns) for function in self.reward_funcs]
+        return [
+            [math.nan if value is None else value for value in row]
+            for row in zip(*paid, strict=True)
+        ]
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        self._examples, self._traces = self._play(self._examples)
-        self._check_failures()
-        pad = self._tokenizer.pad_token_id
-        rows = [flatten(trace, pad, self._has_place(trace)) for trace in self._traces]
+        everybodys = [row for own in self._processes.gather(self._examples) for row in own]
+        self.shares = share_out(
+            self._processes,
+            len(everybodys),
+            lambda: self._play_checked(everybodys),
+            lambda trace: self._cost(trace) if self._has_place(trace) else 0.0,
+            self.args.steps_per_generation // self.args.gradient_accumulation_steps,
+        )
+        pad, traces = self._tokenizer.pad_token_id, self.shares.traces
+        rows = [flatten(trace, pad, self._has_place(trace)) for trace in traces]
         return {
             "prompt_ids": [row.prompt_ids for row in rows],
             "completion_ids": [row.completion_ids for row in rows],
@@ -205,14 +258,16 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         masked = self.objective.mask_budget and trace.stop is TraceStop.BUDGET
         return trace.length > 0 and not masked
 
-    def _check_failures(self) -> None:
-        failed = [trace for trace in self._traces if trace.stop.is_failure]
+    def _play_checked(self, examples: list[dict[str, Any]]) -> list[Trace]:
+        self._examples, traces = self._play(examples)
+        failed = [trace for trace in traces if trace.stop.is_failure]
         most = self.objective.max_failed_share
-        if len(failed) > most * len(self._traces):
+        if len(failed) > most * len(traces):
             raise RolloutError(
-                f"{len(failed)} of {len(self._traces)} traces failed, more than max_failed_share="
+                f"{len(failed)} of {len(traces)} traces failed, more than max_failed_share="
                 f"{most}; the first one: {failed[0].error}"
             )
+        return traces
 
     # -- micro-batches -------------------------------------------------------------------------
 
@@ -220,12 +275,15 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self._is_fresh:
             self._is_fresh = False
+            self._buffered_inputs = _as_dealt(self._buffered_inputs)
             self._weigh(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
     def _weigh(self, micro_batches: list[dict[str, Any]]) -> None:
         """Writes to each micro-batch what its optimizer step holds, on all processes together."""
         step = self.args.gradient_accumulation_steps
+        counts_of_all = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
         for first in range(0, len(micro_batches), step):
             window = micro_batches[first : first + step]
             counted = [
@@ -235,9 +293,34 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                 if counts
             ]
             local = torch.tensor([len(counted), sum(counted)], device=self.accelerator.device)
-            traces, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+            together = self.accelerator.reduce(local, reduction="sum")
+            traces, tokens = together.tolist()
             for inputs in window:
                 inputs |= {"traces": max(1, traces), "tokens": max(1, tokens)}
+            counts_of_all += together
+        self._check_sums(*counts_of_all.tolist())
+
+    def _check_sums(self, traces: int, tokens: int) -> None:
+        """The first of several processes knows all traces: it checks that together all have them.
+
+        The ledger is each process's own.
+        """
+        if self._processes.size == 1 or not self._processes.is_first:
+            return
+        lengths = [
+            trace.length
+            for trace, counts in zip(
+                self._shares.all_traces,
+                self._in_loss(self._shares.all_traces, self._rewards),
+                strict=True,
+            )
+            if counts
+        ]
+        if (traces, tokens) != (len(lengths), sum(lengths)):
+            raise RuntimeError(
+                f"{traces} traces of {tokens} tokens are in the loss of all processes, but "
+                f"{len(lengths)} of {sum(lengths)} tokens were sampled for it"
+            )
 
     @property
     def is_between_batches(self) -> bool:
@@ -264,17 +347,33 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         rows = [row for row in chunk_rows(inputs["trace"]) if inputs["in_loss"][row.trace]]
         packed = pack_rows(rows, self.objective.forward_tokens)
         self._enter(inputs, rows, packed)
+        packed = self._in_step(packed)
+        if self.is_fsdp_enabled:  # else every process would hold all gradients
+            model.set_requires_gradient_sync(True)
         if not packed.batches:
             return _connected_zero(model)
         means = self._trace_means(model, inputs, packed)
         done = torch.zeros((), device=self.accelerator.device)
         for batch in packed.batches[:-1]:
-            with self.accelerator.no_sync(model):
+            with self._without_exchange(model):
                 loss = self._part_loss(model, inputs, batch, means)
                 with torch.autocast(loss.device.type, enabled=False):
                     self.accelerator.backward(loss)
             done = done + loss.detach()
         return self._part_loss(model, inputs, packed.batches[-1], means) + done
+
+    def _in_step(self, packed: Packed) -> Packed:
+        """With as many batches as gradients, or sharded weights, take of every process."""
+        number = len(packed.batches)
+        if self.is_fsdp_enabled:
+            number = self._processes.agree_on_batches(number)
+        elif self._processes.size > 1:
+            number = max(1, number)
+        return fill_up(packed, number, self._tokenizer.pad_token_id)
+
+    def _without_exchange(self, model: Any) -> Any:
+        """Whole gradients stay in their process until the last part; sharded ones cannot."""
+        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def _enter(self, inputs: dict[str, Any], rows: list[ChunkRow], packed: Packed) -> None:
         tokens: Counter[int] = Counter()
@@ -313,7 +412,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         part["completion_mask"] = torch.ones_like(part["completion_ids"])
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in inputs:
-                part[name] = layout.place([inputs[name][r.trace][r.start : r.end] for r in batch])
+                part[name] = layout.place([_of(inputs[name], row) for row in batch])
         engine = layout.place([torch.tensor(r.engine_logprobs).double() for r in batch])
         own = None if means is None else (means[0][places], means[1][places])
         self._part = _Part(layout, batch, part, engine, own)
@@ -331,6 +430,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         """Of each output token of each chunk; processes are averaged over, so theirs are more."""
         weights = []
         for row in batch:
+            if row.trace == FILLER:
+                weights.append(torch.zeros(len(row.output_ids), dtype=self._loss_dtype))
+                continue
             weight = self.accelerator.num_processes * token_weight(
                 self.objective.loss_type,
                 inputs["trace"][row.trace].length,
@@ -361,9 +463,12 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             self.objective.correction is not None
         )
         logged = {name: list(values) for name, values in self._metrics["train"].items()}
+        # Nor do processes wait for each other to measure what is thrown away: their parts differ.
+        self.accelerator.gather = self.accelerator.reduce = lambda tensor, *_, **__: tensor
         try:
             yield undo
         finally:
+            del self.accelerator.gather, self.accelerator.reduce
             for name, value in before.items():
                 setattr(self, name, value)
             self._metrics["train"].clear()  # of weighted masks; ours are exact
@@ -388,7 +493,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         reference): [B, T], chunk by chunk.
         """
         if self._part is None:
-            logprobs = self._rows_logprobs(model, self._traces, logits_to_keep)
+            logprobs = self._rows_logprobs(model, self._shares.traces, logits_to_keep)
             return logprobs, None, None
         logprobs, entropies, _ = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy
@@ -403,20 +508,23 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         rows = torch.zeros(
             len(traces), width, dtype=self._loss_dtype, device=self.accelerator.device
         )
-        packed = pack_rows(chunk_rows(traces), self.objective.forward_tokens)
+        packed = self._in_step(pack_rows(chunk_rows(traces), self.objective.forward_tokens))
         with torch.no_grad():
             for batch in packed.batches:
-                for row, values in zip(batch, self._chunk_logprobs(model, batch), strict=True):
+                for row, values in self._chunk_logprobs(model, batch):
                     rows[row.trace, row.start : row.end] = values.to(rows.dtype)
         return rows
 
-    def _chunk_logprobs(self, model: Any, batch: Sequence[ChunkRow]) -> list[torch.Tensor]:
+    def _chunk_logprobs(
+        self, model: Any, batch: Sequence[ChunkRow]
+    ) -> list[tuple[ChunkRow, torch.Tensor]]:
         layout = self._lay_out(batch)
         keep = layout.ids.size(1) - layout.prompt_size
         logprobs, _, _ = super()._get_per_token_logps_and_entropies(
             model, layout.ids, torch.ones_like(layout.ids), keep
         )
-        return layout.take(logprobs)
+        taken = zip(batch, layout.take(logprobs), strict=True)
+        return [(row, values) for row, values in taken if row.trace != FILLER]
 
     def _trace_means(
         self, model: Any, inputs: dict[str, Any], packed: Packed
@@ -434,7 +542,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         )
         with torch.no_grad():
             for batch in packed.batches:
-                for row, now in zip(batch, self._chunk_logprobs(model, batch), strict=True):
+                for row, now in self._chunk_logprobs(model, batch):
                     old = now
                     if "old_per_token_logps" in inputs:
                         old = inputs["old_per_token_logps"][row.trace][row.start : row.end]
@@ -471,7 +579,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             values["entropy"] = entropies.detach()
         if (reference := part.inputs.get("ref_per_token_logps")) is not None:
             values["kl"] = (reference - now).exp() - (reference - now) - 1
-        self._statistics.add([row.place for row in part.rows], part.layout.is_output, values)
+        if part.rows[0].trace != FILLER:
+            places = [row.place for row in part.rows]
+            self._statistics.add(places, part.layout.is_output, values)
 
     def _correct(self, log_ratio: torch.Tensor) -> torch.Tensor:
         """The weight of each token for its probability in the trainer over that in the engine."""
@@ -489,9 +599,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         return self._statistics.take(self.accelerator)
 
     def take_work(self) -> Work:
-        """What was forwarded in the loss on this process since this was last asked."""
-        taken, self._work = self._work, Work()
-        return taken
+        """What was forwarded in the loss since this was last asked, by all processes together."""
+        own, self._work = torch.tensor(self._work, device=self.accelerator.device), Work()
+        tokens, padded, batches = self.accelerator.reduce(own, reduction="sum").tolist()
+        return Work(round(tokens), padded, round(batches))
 
 
 def _connected_zero(model: Any) -> torch.Tensor:
@@ -499,3 +610,24 @@ def _connected_zero(model: Any) -> torch.Tensor:
     parameter = next(p for p in model.parameters() if p.requires_grad)
     zero: torch.Tensor = 0.0 * parameter.sum()
     return zero
+
+
+def _of(values: Sequence[torch.Tensor], row: ChunkRow) -> torch.Tensor:
+    """The values of a chunk's output tokens, out of those of whole traces."""
+    return torch.zeros(1) if row.trace == FILLER else values[row.trace][row.start : row.end]
+
+
+def _as_dealt(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Micro-batches in the order in which traces were dealt out, which TRL has shuffled."""
+    size = len(micro_batches[0]["row"])
+    rows = {row: (part, i) for part in micro_batches for i, row in enumerate(part["row"])}
+    ordered = [rows[row] for row in sorted(rows)]
+
+    def column(key: str, first: int) -> Any:
+        values = [part[key][i] for part, i in ordered[first : first + size]]
+        return torch.stack(values) if isinstance(micro_batches[0][key], torch.Tensor) else values
+
+    return [
+        {key: column(key, first) for key in micro_batches[0]}
+        for first in range(0, len(ordered), size)
+    ]

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
+
+from delethink.training.chunk_rows import FILLER
 
 
 class NonFinite(NamedTuple):
@@ -23,8 +26,8 @@ class NonFinite(NamedTuple):
     Args:
         step: of the optimizer, from 1.
         what: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the first that was found.
-        traces: places of the traces with such a log-prob in the batch that was sampled last, on
-            this process; none where only a sum is known to be wrong.
+        traces: places of the traces with such a log-prob in the batch that was sampled last; none
+            where only a sum is known to be wrong.
     """
 
     step: int
@@ -61,7 +64,8 @@ class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untype
         if bool(broken.any()):
             self._what = "log-prob"
             rows = broken.nonzero()[:, 0].tolist()
-            self._guilty |= {self._places[part.rows[row].trace] for row in rows}
+            traces = {part.rows[row].trace for row in rows} - {FILLER}
+            self._guilty |= {self._places[trace] for trace in traces}
         super()._complete(part, logprobs, entropies)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,7 +78,7 @@ class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untype
         # The last word before the optimizer's step; the norm is that before clipping.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self._any_process_found(norm):
-            what, guilty = self._what or "gradient", sorted(self._guilty)
+            what, guilty = self._what or "gradient", sorted(gather_object(sorted(self._guilty)))
             self._what, self._guilty = None, set()
             model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
             self._on_nonfinite(NonFinite(self.state.global_step + 1, what, guilty))

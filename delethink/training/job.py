@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from delethink.training.checkpoints import AtomicCheckpoints, Checkpoint
 from delethink.training.curves import plot_curves
 from delethink.training.grpo import DelethinkTrainer, Filled, Sampled
 from delethink.training.guard import Guarded, NonFinite
+from delethink.training.processes import Processes
 from delethink.training.progress import Reporter
 from delethink.training.prompts import PromptCursor
 from delethink.training.recorder import Recorder
@@ -32,16 +34,36 @@ from delethink.training.run_directory import RunDirectory
 from delethink.training.sampler import Batch, Sampler
 from delethink.training.served_weights import served_weights
 from delethink.training.step_metrics import reward_metrics, sampled_metrics, staleness_metrics
+from delethink.training.trace_cost import trace_cost
 from delethink.training.trl_config import lora, objective
+from delethink.training.whole_weights import WholeWeights
 from delethink.types import Problem, Score, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
 AFTER = "after RL, Delethink"  # the last row of the table
+FINAL = "final"  # where the trained weights go, under checkpoints
 _MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that skipping does not mend
 
 
-class _Trainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
-    """The trainer of a run, which survives."""
+class RunTrainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
+    """The trainer of a run, which survives, and reports what the run measures.
+
+    Args:
+        measure: what there is to report of a step beside what the trainer logs of it.
+    """
+
+    def __init__(
+        self, *args: Any, measure: Callable[[dict[str, Any]], dict[str, float]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._measure = measure
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Logs a step to wherever metrics are reported to."""
+        if "loss" in logs:
+            measured = self._measure(logs)
+            logs = logs | (measured if self.args.report_to else {})
+        super().log(logs, start_time)
 
 
 @dataclass
@@ -58,6 +80,8 @@ class Job:
     scorer: Any
     tokenizer: Any
     model: Any
+    processes: Processes = field(default_factory=Processes)
+    gathered: WholeWeights = field(default_factory=WholeWeights)
     trainer: Any = None
     version: int = 0  # of the weights that the engine serves
     seconds_weight_update: float = 0.0  # since the last step was logged
@@ -67,6 +91,7 @@ class Job:
     sampled: Sampled | None = None  # last
     skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
     batch: Batch | None = None  # sampled last
+    batch_version: int = 0  # of the weights that it is trained on first
     prompts: PromptCursor = field(default_factory=PromptCursor)
     ahead: SamplingAhead = field(init=False)
 
@@ -150,7 +175,7 @@ class Job:
         if version == self.version:
             return
         started = time.perf_counter()
-        self.engine.update_weights(served_weights(self.model), version)
+        self.engine.update_weights(self.gathered.weights or served_weights(self.model), version)
         self.version = version
         self.seconds_weight_update += time.perf_counter() - started
 
@@ -159,32 +184,32 @@ class Job:
 
         The curves are drawn also where they are cut short.
         """
-        recipe = self.recipe
+        recipe, recorder = self.recipe, Recorder(self)
         if checkpoint is not None:
             self.load_state_dict(checkpoint.job)
-        self.trainer = _Trainer(
+        self.trainer = make_trainer(
+            recipe,
+            self.processes,
             model=self.model,
             processing_class=self.tokenizer,
             args=settings,
-            train_dataset=Dataset.from_list(_examples(self.problems)),
+            train_dataset=_examples(self.problems),
             reward_funcs=[self.pay_out(self.make_env())],
             play=self.play,
             on_sampled=self.record_traces,
             job_state=self.state_dict,
             on_nonfinite=self.leave_out,
-            objective=objective(recipe),
-            peft_config=lora(recipe.training.lora),
-            callbacks=[Recorder(self)],
+            measure=recorder.measure,
+            callbacks=[self.gathered, recorder],
         )
-        self.trainer.remove_callback(PrinterCallback)
         self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
         try:
-            self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            fit_together(self.trainer, self.processes, checkpoint)
         finally:
             self.ahead.close()
             self.reporter.stop_steps()
             plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
-        self.trainer.save_weights("final")
+        self.trainer.save_weights(FINAL)
 
     def make_env(self) -> Any:
         """The thinking environment; what it pays is set for each trace."""
@@ -253,6 +278,7 @@ class Job:
     def play(self, places: list[Example]) -> Filled:
         """A batch in the places of as many rows, scored, from the current weights."""
         self.serve_current_weights()
+        self.batch_version = self.version
         self.batch = batch = self.ahead.next(self.version)
         if not self.recipe.training.max_staleness:  # else the next batch is being sampled
             self.engine.sleep()
@@ -299,6 +325,41 @@ class Job:
             for group in self.batch.replaced
             for trace, score in zip(group.traces, group.scores, strict=True)
         ]
+
+
+def make_trainer(
+    recipe: Recipe,
+    processes: Processes,
+    *,
+    model: Any,
+    train_dataset: list[Example],
+    callbacks: Sequence[Any],
+    **parts: Any,
+) -> RunTrainer:
+    """The trainer of a recipe, alike in all processes; the rows are those of the first one."""
+    trainer = RunTrainer(
+        model=model,
+        train_dataset=Dataset.from_list(processes.lead(lambda: train_dataset)),
+        objective=objective(recipe),
+        processes=processes,
+        cost=trace_cost(model.config.to_dict()),
+        peft_config=lora(recipe.training.lora),
+        callbacks=list(callbacks),
+        **parts,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if isinstance(callback, WholeWeights):
+            callback.trainer = trainer
+    return trainer
+
+
+def fit_together(
+    trainer: RunTrainer, processes: Processes, checkpoint: Checkpoint | None = None
+) -> None:
+    """Trains in all processes, from the first one's checkpoint on where it has one."""
+    path = processes.lead(lambda: str(checkpoint.path) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=path)
 
 
 def _examples(problems: list[Problem]) -> list[Example]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, with_rewards
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
-from delethink.serving.checkpoint import locate
+from delethink.serving.checkpoint import digest, locate
 from delethink.serving.factory import choose_engine
 from delethink.serving.pool_settings import check_resources
 from delethink.tasks import Task, rewards_of
@@ -66,6 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
+    _check_packages(recipe)
     return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer)
 
 
@@ -77,7 +79,8 @@ def place(recipe: Recipe) -> Place:
     """
     path = output_path(recipe)
     if not RunDirectory.holds_run(path):
-        return Place(RunDirectory.create(path, dump_recipe(recipe)), False, {})
+        run = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        return Place(run, False, {})
     changed = changes(path, recipe)
     return Place(RunDirectory.reopen(path), True, changed)
 
@@ -97,11 +100,30 @@ def _check_engine(recipe: Recipe) -> None:
             recipe.gpus_per_worker, rollout.tensor_parallel_size, rollout.sleep, rollout.placement
         )
         return
+    if recipe.training.max_staleness:
+        raise ConfigError(
+            f"training.max_staleness={recipe.training.max_staleness} samples while the trainer "
+            "trains, which takes engines of their own; the engine here is transformers, with the "
+            "trainer's own weights: leave it out or set engine=vllm"
+        )
     for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
         if (value := getattr(recipe, key)) != default:
             raise ConfigError(
                 f"{key}={value} is for vLLM's workers; the engine here is transformers, in this "
                 f"process, with the trainer's own float32 weights: leave it out or set engine=vllm"
+            )
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """What only some settings need is looked for before anything is loaded."""
+    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
+    if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "lora")
+    for name in recipe.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.report_to names {name}, which is not installed: pip install {name}"
             )
 
 

@@ -45,11 +45,7 @@ class Reporter:
 
     def step(self, metrics: dict[str, Any], total: int) -> None:
         """An optimizer step is done."""
-        reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
-        text = (
-            f"reward {reward}  tokens {metrics['thinking_tokens']:.0f}  "
-            f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s"
-        )
+        text = _of_batch(metrics) if "reward" in metrics else "once more on the same traces"
         accuracy = metrics.get("heldout_accuracy")
         if self._live is not None:
             self._live.update(self._bar, advance=1, text=text)
@@ -94,3 +90,12 @@ class Reporter:
             )
         self.console.print(table)
         self.say(f"run directory: {path}")
+
+
+def _of_batch(metrics: dict[str, Any]) -> str:
+    reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
+    return (
+        f"reward {reward}  tokens {metrics['thinking_tokens']:.0f}  "
+        f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s  "
+        f"padding {metrics['padding']:.1%}"
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from delethink.errors import RolloutError
-from delethink.training.step_metrics import trained_metrics
+from delethink.training.step_metrics import flat_numbers, trained_metrics
 
 if TYPE_CHECKING:
     from delethink.training.job import Job
@@ -22,6 +22,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         self._started = 0.0
         self._updated = 0.0
         self._total = job.recipe.training.max_steps
+        self._line: dict[str, Any] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The clocks of a step start."""
@@ -41,20 +42,30 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         if self._job.recipe.training.max_staleness:  # new weights enter at the next borders
             self._job.serve_current_weights()
 
+    def measure(self, logs: dict[str, Any]) -> dict[str, float]:
+        """Makes the line of a step, of which the trainer has these figures.
+
+        Returns:
+            Its numbers by flat names, for places that metrics are reported to.
+        """
+        self._line = {
+            "step": int(self._job.trainer.state.global_step),
+            "loss": logs["loss"],
+            "gradient_norm": logs["grad_norm"],
+            "learning_rate": logs["learning_rate"],
+            "policy_version": self._job.batch_version,
+            "step_skipped": 0,
+            **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
+            **self._job.trainer.shares.metrics(),
+            **self._job.step,
+        }
+        return {f"delethink/{name}": value for name, value in flat_numbers(self._line)}
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Writes the line of the step."""
         if not logs or "loss" not in logs:
             return
-        metrics = {
-            "step": state.global_step,
-            "loss": logs["loss"],
-            "gradient_norm": logs["grad_norm"],
-            "learning_rate": logs["learning_rate"],
-            "policy_version": self._job.version,
-            "step_skipped": 0,
-            **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
-            **self._job.step,
-        }
+        metrics = self._line
         metrics["heldout_accuracy"] = self._heldout_accuracy(state.global_step)
         self._job.run.add_metrics(metrics)
         self._job.reporter.step(metrics, self._total)

@@ -8,6 +8,7 @@ from typing import Any
 
 from delethink.config import Recipe, load_recipe
 from delethink.errors import ConfigError, RunDirectoryError, UserError
+from delethink.serving.checkpoint import digest
 from delethink.training.run_directory import RunDirectory
 
 # What decides where and how fast a run is made, and not what is sampled or trained on.
@@ -71,6 +72,12 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
         raise RunDirectoryError(
             f"{path} holds a run of another recipe: {listed}; give the same values to go on with "
             "it, or choose another folder with output=PATH"
+        )
+    begun, now = RunDirectory(path).first_weights, digest(recipe.model)
+    if None not in (begun, now) and begun != now:
+        raise RunDirectoryError(
+            f"{path} holds a run that began with other weights than those of {recipe.model} now; "
+            "bring them back to go on with it, or choose another folder with output=PATH"
         )
     changed.pop("output", None)
     if _MAX_STEPS in changed:

@@ -22,20 +22,29 @@ from delethink.training.checks import check_run, refuse_problems
 from delethink.training.inputs import Inputs, read_inputs
 from delethink.training.job import AFTER, Job
 from delethink.training.preflight import Place, Prepared
+from delethink.training.processes import Processes
 from delethink.training.progress import Reporter
 from delethink.training.run_directory import RunDirectory
 from delethink.training.trl_config import trl_config
 
 
-def train(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
+def train(
+    prepared: Prepared, place: Place, reporter: Reporter, processes: Processes | None = None
+) -> Path:
     """Runs a recipe, or goes on with its run, and returns the path of its run directory.
+
+    Args:
+        prepared: the recipe.
+        place: where it writes.
+        reporter: told the course of the run.
+        processes: that train together, of which this is the first.
 
     Raises:
         UserError: something the user can mend, before anything is sampled.
         RolloutError, WeightSyncError: the run broke; what was written stays whole.
     """
     try:
-        return _run(prepared, place, reporter)
+        return _run(prepared, place, reporter, processes or Processes())
     except BaseException:
         place.run.discard_if_empty()
         raise
@@ -44,7 +53,7 @@ def train(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
         place.run.release()
 
 
-def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
+def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Processes) -> Path:
     recipe, run = prepared.recipe, place.run
     set_seed(recipe.seed)
     _check_devices()
@@ -54,19 +63,32 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
     tokenizer, spec = inputs.tokenizer, inputs.spec
     settings = trl_config(recipe, spec, run.checkpoints)
-    model.to(settings.device)
+    sampled_from = model
+    if recipe.trainer.strategy == "fsdp2":  # the trainer takes its own to pieces
+        sampled_from = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    sampled_from.to(settings.device)
 
     checkpoint = _take_up(place, recipe, reporter) if place.begun else None
     _report_problems(prepared, run, inputs.taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
     problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
-    with closing(_make_engine(recipe, model, tokenizer)) as engine:
+    with closing(_make_engine(recipe, sampled_from, tokenizer)) as engine:
         temperature, scorer = recipe.training.temperature, prepared.scorer
         evaluator = Evaluator(
             heldout, prepared.evaluation_scorer, tokenizer, temperature, recipe.seed
         )
         job = Job(
-            recipe, spec, run, reporter, engine, evaluator, problems, scorer, tokenizer, model
+            recipe,
+            spec,
+            run,
+            reporter,
+            engine,
+            evaluator,
+            problems,
+            scorer,
+            tokenizer,
+            model,
+            processes,
         )
         job.rows = [Summary.from_dict(row) for row in run.read_table()]
         job.measure_baselines()
@@ -114,6 +136,11 @@ def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | N
         reporter.say(
             f"what was written beyond it, of {len(superseded)} steps up to {superseded[-1]}, lies "
             f"under {run.path / 'superseded'} now; they are made again"
+        )
+    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in run.read_metrics()})
+    if missing:
+        reporter.say(
+            f"metrics.jsonl has no line of {len(missing)} steps, the first one {missing[0]}"
         )
     return checkpoint
 

@@ -52,10 +52,15 @@ class RunDirectory:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, path: Path, config: str) -> RunDirectory:
+    def create(cls, path: Path, config: str, weights: str | None = None) -> RunDirectory:
         """Makes the directory of a new run.
 
         What a run has left that was killed while it did so is no obstacle.
+
+        Args:
+            path: of the directory.
+            config: the resolved recipe.
+            weights: what tells the first weights from others, where that is known.
 
         Raises:
             RunDirectoryError: it cannot be written, is in use, or holds a run or anything else.
@@ -69,7 +74,8 @@ class RunDirectory:
             run._take()
             for folder in ("traces", "checkpoints"):
                 (path / folder).mkdir(exist_ok=True)
-            run._write("versions.json", json.dumps(describe_environment(), indent=2) + "\n")
+            versions = {**describe_environment(), "first_weights": weights}
+            run._write("versions.json", json.dumps(versions, indent=2) + "\n")
             run._write(_CONFIG, config)  # the last: with it, the directory holds a run
         except RunDirectoryError:
             run.release()
@@ -106,6 +112,13 @@ class RunDirectory:
     def config(self) -> Path:
         """The resolved recipe."""
         return self.path / _CONFIG
+
+    @property
+    def first_weights(self) -> str | None:
+        """What told the weights that the run began with from others, where that was known."""
+        path = self.path / "versions.json"
+        versions = _read(path, path.read_text(encoding="utf-8")) if path.exists() else {}
+        return str(mark) if (mark := versions.get("first_weights")) else None
 
     def release(self) -> None:
         """Lets another process write here. Safe to call twice."""
@@ -160,19 +173,23 @@ class RunDirectory:
     def read_table(self) -> list[dict[str, Any]]:
         """The rows measured so far."""
         path = self.path / "table.json"
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+        return list(_read(path, path.read_text(encoding="utf-8"))) if path.exists() else []
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+        """The lines of ``metrics.jsonl``; a last line cut short by a crash is left out.
+
+        Raises:
+            RunDirectoryError: another line is no JSON.
+        """
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [_read(path, line) for line in lines if line.endswith("\n")]
 
     @property
     def finished_step(self) -> int | None:
         """The last step of a run whose table is whole; ``None`` where there is something to do."""
         path = self.path / _FINISHED
-        return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
+        return int(_read(path, path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
 
     def finish(self, step: int) -> None:
         """Says that nothing is left to do."""
@@ -277,6 +294,15 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"cannot write {self.path / name}: {problem.strerror}; it is as it was before"
             ) from None
+
+
+def _read(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RunDirectoryError(
+            f"{path} was changed by hand and is not JSON any more: {text.strip()[:60]!r}; mend it"
+        ) from None
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,18 @@ def trained_metrics(statistics: StepStatistics, work: Work) -> dict[str, Any]:
         "forward_batches": work.batches,
         "padding": 1 - work.tokens / work.padded if work.padded else 0.0,
     }
+
+
+def flat_numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers in a line of metrics by ``name``, ``name/key`` or ``name/place``, from 1."""
+    for name, value in metrics.items():
+        inner = value
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            inner = {str(place): one for place, one in enumerate(value, 1)}
+        if isinstance(inner, Mapping):
+            yield from ((f"{name}/{key}", number) for key, number in flat_numbers(inner))
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _named(means: Means) -> dict[str, float]:

@@ -10,9 +10,9 @@ import torch
 from trl import GRPOConfig
 
 from delethink.config import LoraConfig, Recipe
-from delethink.errors import MissingExtraError
 from delethink.rule import ChunkSpec
 from delethink.training.grpo import Objective
+from delethink.training.strategy import batch_settings, process_settings
 
 # Settings of a recipe that are not GRPOConfig's own, or that the trainer does itself.
 _OWN = {
@@ -36,14 +36,16 @@ _OWN = {
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
     """TRL's own settings, with its defaults replaced where they would change the method."""
     training = recipe.training
-    make = partial(GRPOConfig, **training.model_dump(exclude=_OWN))
+    batches = batch_settings(training, recipe.trainer.num_workers)
+    values = training.model_dump(exclude=_OWN) | batches | process_settings(recipe.trainer)
+    make = partial(GRPOConfig, **values)
     return make(
         output_dir=str(checkpoints),
         seed=recipe.seed,
-        steps_per_generation=training.steps_per_generation or training.gradient_accumulation_steps,
         max_completion_length=spec.budget,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 wants to be told
         use_vllm=False,
         # TRL's unbiased gradient of the divergence is one of token ratios.
         use_bias_correction_kl=training.importance_sampling_level == "token",
@@ -74,16 +76,10 @@ def objective(recipe: Recipe) -> Objective:
 
 
 def lora(config: LoraConfig | None) -> Any:
-    """PEFT's own settings; ``None`` where all weights are trained.
-
-    Raises:
-        MissingExtraError: PEFT is not installed.
-    """
+    """PEFT's own settings; ``None`` where all weights are trained."""
     if config is None:
         return None
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "lora") from None
+    import peft
+
     # Dropout is left at 0: sampling has none.
     return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,46 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from train_command import RECIPE, SMALL, TOY, assert_one_sentence, command, environment, run
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "quickstart" / "recipe.yaml"
-TOY = ROOT / "delethink" / "assets" / "toy_reasoner"
-SMALL = [
-    "task.args.min_steps=2",
-    "task.args.max_steps=4",
-    "thinking.context_size=32",
-    "thinking.carryover_size=16",
-    "thinking.max_chunks=4",
-    "training.max_steps=3",
-    "training.per_device_train_batch_size=8",
-    "training.gradient_accumulation_steps=2",
-    "evaluation.num_problems=16",
-    "evaluation.num_problems_at_intervals=8",
-    "evaluation.every=2",
-]
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "delethink.cli.main", "train", str(RECIPE), *SMALL, *overrides]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """That of the tests, and a mark by which whatever a run starts is known."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "DELETHINK_TEST_RUN": str(folder)}
-
-
-def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*overrides),
-        cwd=cwd,
-        env=environment(cwd),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +85,6 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], tmp_path: 
     first = [json.loads(line) for line in (finished[0] / name).read_text().splitlines()]
     again = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
     assert [t["text"] for t in first] == [t["text"] for t in again]
-
-
-def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("delethink: ")
-    for word in words:
-        assert word in last
 
 
 @pytest.mark.parametrize(
@@ -314,7 +267,7 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
         "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
         " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
         " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
-        "scoring={budget: -1.0, timeout: 0.5, num_workers: 2}",
+        "scoring={out_of_budget: penalty, penalty: 0.5, timeout: 0.5, num_workers: 2}",
         "training.max_failed_share=1.0",
         "training.max_steps=1",
         "evaluation.num_problems=2",
@@ -335,10 +288,9 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
             assert trace["advantage"] == 0.0
             assert trace["reward_errors"]["stalls"].startswith("timeout: ")
             assert parts["stalls"] is None
-        elif trace["stop"] == "budget":
-            assert trace["reward"] == -1.0
         else:
             expected = parts["exact"] + 0.5 * parts["long"] + 0.1 * parts["stalls"]
+            expected -= 0.5 * (trace["stop"] == "budget")
             assert trace["reward"] == pytest.approx(expected)
         assert parts["theirs"] == float(
             trace["text"].removesuffix("<eos>").endswith(trace["answer"])

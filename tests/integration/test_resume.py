@@ -149,6 +149,19 @@ def test_killed_at_more_moments(
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
+def test_adapters_are_taken_up_too(launcher: Launcher, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = ["training.lora={r: 4}", "training.max_steps=5", "training.learning_rate=1e-2"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert launcher.train(whole, *options) == 0, launcher.log
+    dies = {"path": "traces/step_000004", "count": 1, "delay": 0.0}
+    assert launcher.train(folder, *options, die_at=dies) == -9, launcher.log
+    assert launcher.train(folder, *options) == 0, launcher.log
+    assert "taking the run up after step 2" in launcher.log
+    assert without_times(read_metrics(folder)) == without_times(read_metrics(whole))
+
+
 @pytest.fixture
 def copy(undisturbed: Path, tmp_path: Path) -> Path:
     """Of the finished run, at another place."""
@@ -183,6 +196,17 @@ def test_another_recipe_is_refused_before_anything_is_touched(
     assert "holds a run of another recipe: seed (0 there, 1 here)" in last_line(launcher)
     assert (copy / "config.yaml").read_text() == before
     assert (copy / "finished.json").exists()
+
+
+def test_a_run_killed_before_its_last_row_only_measures_that(
+    launcher: Launcher, copy: Path, undisturbed: Path
+) -> None:
+    unfinish(copy)
+    shutil.rmtree(copy / "checkpoints" / "final")
+    assert launcher.train(copy, CONSTANT) == 0, launcher.log
+    assert "taking the run up after step 9" in launcher.log
+    assert "base, LongCoT: accuracy" not in launcher.log
+    assert_same_run(copy, undisturbed)
 
 
 def test_a_damaged_checkpoint_is_passed_over(

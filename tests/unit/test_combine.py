@@ -57,13 +57,16 @@ def test_a_weight_of_zero_only_measures() -> None:
     assert (found.total, found.parts["seen"]) == (1.0, 7.0)
 
 
-def test_running_out_of_budget_has_a_score_of_its_own_where_it_is_set() -> None:
+@pytest.mark.parametrize(
+    ("policy", "total"), [("score", 1.0), ("mask", 1.0), ("zero", 0.0), ("penalty", 0.75)]
+)
+def test_running_out_of_budget_is_scored_as_the_recipe_says(policy: str, total: float) -> None:
     out = attempt(stop=TraceStop.BUDGET)
-    exact = Reward("exact", exact_match)
-    assert score(exact, of=out).total == 1.0
-    found = score(exact, of=out, rules=Rules(budget=-1.0))
-    assert (found.total, found.parts) == (-1.0, {"exact": 1.0})
-    assert score(exact, rules=Rules(budget=-1.0)).total == 1.0
+    exact, rules = Reward("exact", exact_match), Rules(out_of_budget=policy, penalty=0.25)
+    found = score(exact, of=out, rules=rules)
+    assert (found.total, found.parts) == (total, {"exact": 1.0})
+    assert score(exact, rules=rules).total == 1.0
+    assert score(exact, of=attempt(stop=TraceStop.ERROR), rules=rules).total is None
 
 
 @pytest.mark.parametrize("stop", [TraceStop.ERROR, TraceStop.ABORTED])

@@ -79,7 +79,12 @@ def test_a_piece_of_a_recipe_is_one(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [*blocks("tasks_and_rewards.md", "yaml"), *blocks("rollouts.md", "yaml")]
+    "text",
+    [
+        block
+        for page in ("tasks_and_rewards.md", "rollouts.md", "distributed.md")
+        for block in blocks(page, "yaml")
+    ],
 )
 def test_a_section_of_a_recipe_is_one(text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"

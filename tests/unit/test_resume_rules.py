@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.errors import ConfigError, RunDirectoryError
+from delethink.serving.checkpoint import digest
 from delethink.training.prompts import PromptCursor
 from delethink.training.resume import changes, load_run
 from delethink.training.run_directory import RunDirectory
@@ -98,6 +99,20 @@ def test_a_recipe_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     (path / "config.yaml").write_text("name: test\nmodell: toy\n")
     with pytest.raises(RunDirectoryError, match=r"cannot be taken up.*unknown key 'modell'"):
         changes(path, recipe(tmp_path))
+
+
+def test_a_run_that_began_with_other_weights_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"one")
+    option = f"model={model}"
+    text = dump_recipe(recipe(tmp_path, option))
+    RunDirectory.create(tmp_path / "run", text, digest(str(model))).release()
+    assert changes(tmp_path / "run", recipe(tmp_path, option)) == {}
+    (model / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(RunDirectoryError, match="began with other weights than those of"):
+        changes(tmp_path / "run", recipe(tmp_path, option))
 
 
 def test_a_run_directory_stands_for_its_recipe(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delethink.errors import RunDirectoryError
@@ -49,6 +49,14 @@ def test_metrics_are_read_back_and_a_cut_line_is_left_out(tmp_path: Path) -> Non
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     assert run.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_that_was_spoilt_is_said(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    run.add_metrics({"step": 1})
+    (run.path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl was changed by hand"):
+        run.read_metrics()
 
 
 def test_traces_of_a_step_are_appended(tmp_path: Path) -> None:
@@ -114,6 +122,7 @@ def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
 
 
+@settings(max_examples=25)  # each waits for the disk
 @given(
     metrics=st.integers(0, 6), traces=st.integers(0, 7), step=st.integers(0, 6), cut=st.booleans()
 )

@@ -1,0 +1,150 @@
+"""What a recipe may ask of training beyond the plain run, through the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_command import assert_one_sentence, run
+
+from delethink.serving.checkpoint import load_model
+
+pytestmark = pytest.mark.integration
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two optimizer steps on a batch, twice over; adapters; bfloat16; groups replaced."""
+    folder = tmp_path_factory.mktemp("options")
+    done = run(
+        "output=run",
+        "training.max_steps=6",
+        "training.gradient_accumulation_steps=1",
+        "training.steps_per_generation=2",
+        "training.num_iterations=2",
+        "training.learning_rate=0.003",
+        "training.max_sampling_rounds=3",
+        "training.lora={r: 4, lora_alpha: 8}",
+        "training.bf16=true",
+        "training.report_to=[tensorboard]",
+        "scoring.out_of_budget=mask",
+        "evaluation.every=100",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_several_steps_on_a_batch(folder: Path) -> None:
+    metrics = metrics_of(folder)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert ["sampled_tokens" in m for m in metrics] == [True, False, False, False, True, False]
+    batch = metrics[:4]
+    left = batch[0]["sampled_tokens"] - batch[0]["tokens_left_out"]
+    assert sum(m["trained_tokens"] for m in batch) == 2 * left
+    assert batch[0]["importance_ratio"] == 1.0
+    assert batch[3]["importance_ratio"] != 1.0
+    assert all(0 <= m["padding"] <= 0.02 for m in metrics)
+
+
+def test_what_is_measured_by_place_of_the_chunk(folder: Path) -> None:
+    metrics = metrics_of(folder)
+    for m in metrics:
+        by_chunk = m["by_chunk"]
+        assert sum(by_chunk["trained_tokens"]) == m["trained_tokens"]
+        for name in ("entropy", "logprob_difference_max", "logprob_outside_share"):
+            assert len(by_chunk[name]) == len(by_chunk["trained_tokens"])
+    assert set(metrics[0]["reward_by_chunks"]) <= {"1", "2", "3", "4"}
+
+
+def test_replaced_groups_are_counted_and_kept(folder: Path) -> None:
+    metrics = metrics_of(folder)
+    for step in (1, 5):
+        m = metrics[step - 1]
+        text = (folder / "run" / "traces" / f"step_{step:06d}.jsonl").read_text()
+        traces = [json.loads(line) for line in text.splitlines()]
+        untrained = [t for t in traces if t["advantage"] is None]
+        assert len(traces) - len(untrained) == m["traces"] == 16
+        assert len(untrained) == 8 * m["groups_replaced"]
+        assert sum(t["length"] for t in untrained) == m["tokens_replaced"]
+        assert 1 <= m["sampling_rounds"] <= 3
+    assert any(m.get("groups_replaced") for m in metrics)
+
+
+def test_adapters_are_merged_into_the_final_checkpoint(folder: Path) -> None:
+    final = folder / "run" / "checkpoints" / "final"
+    trained = load_model(str(final), "float32").state_dict()
+    base = load_model("toy", "float32").state_dict()
+    assert trained.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert changed
+    assert all("_proj" in name and name.endswith("weight") for name in changed)
+    assert (final / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_metrics_are_reported_where_asked(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (folder / "run").rglob("events.out.tfevents.*")
+    seen = EventAccumulator(str(events)).Reload()
+    scalars = seen.Tags()["scalars"]
+    assert {"train/delethink/entropy", "train/delethink/by_chunk/entropy/1"} <= set(scalars)
+    logged = [event.value for event in seen.Scalars("train/delethink/trained_tokens")]
+    assert logged == [m["trained_tokens"] for m in metrics_of(folder)]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.report_to=[wandb]", ["names wandb", "pip install wandb"]),
+        ("training.max_staleness=1", ["max_staleness=1", "engine=vllm"]),
+        ("training.loss_type=bnpo", ["makes no sense for traces", "micro-batch"]),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(tmp_path: Path, override: str, words: list[str]) -> None:
+    assert_one_sentence(run("output=run", override, cwd=tmp_path), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
+    """At most one update old when begun; new weights enter at borders; the loss corrects."""
+    done = run(
+        "output=run",
+        "engine=vllm",
+        "training.max_staleness=1",
+        "training.max_steps=5",
+        "thinking.max_chunks=8",
+        "evaluation.every=100",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert metrics[0]["staleness_max"] == 0
+    assert {m["staleness_max"] for m in metrics[1:]} == {1}
+    for step, m in enumerate(metrics, 1):
+        assert m["trained_tokens"] == m["sampled_tokens"]
+        assert m["policy_version"] == step - 1
+        text = (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").read_text()
+        traces = [json.loads(line) for line in text.splitlines()]
+        versions = [[c["policy_version"] for c in t["chunks"]] for t in traces]
+        assert all(own == sorted(own) for own in versions)
+        assert {v for own in versions for v in own} <= {step - 2, step - 1}
+    # Log-probs of older weights differ, and are corrected for.
+    assert metrics[0]["logprob_difference"] < 1e-3
+    assert max(m["logprob_difference"] for m in metrics[1:]) > 1e-3
+    assert any(m["importance_correction"] != 1.0 for m in metrics[1:])
+    problems = [
+        json.loads(line)["prompt"]
+        for step in range(1, 6)
+        for line in (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").open()
+    ]
+    assert len(set(problems)) == len(problems) // 8  # each problem once, a group of 8

@@ -1,0 +1,143 @@
+"""``delethink train`` in several processes under Ray Train: the same run, and no process left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
+SMALL = [
+    "output=run",
+    "task.args.min_steps=2",
+    "task.args.max_steps=4",
+    "thinking.context_size=32",
+    "thinking.carryover_size=16",
+    "thinking.max_chunks=4",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=8",
+    "training.gradient_accumulation_steps=2",
+    "evaluation.num_problems=4",
+    "evaluation.num_problems_at_intervals=2",
+    "evaluation.every=1",
+]
+MEASURED = ("reward", "thinking_tokens", "sampled_tokens", "trained_tokens", "heldout_accuracy")
+CLOSE = ("loss", "gradient_norm", "entropy", "learning_rate")
+REWARDS = "def broken(text):\n    return text.nonsense\n"
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "delethink.cli.main", "train", str(RECIPE)]
+    return subprocess.Popen(
+        [*command, *SMALL, *overrides],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "DELETHINK_TEST_RUN": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    process = start(folder, *overrides)
+    try:
+        printed, errors = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return process.returncode, printed, errors
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def texts(folder: Path) -> list[str]:
+    files = sorted((folder / "run" / "traces").glob("*.jsonl"))
+    return [json.loads(line)["text"] for file in files for line in file.open()]
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    """Whatever a run started knows the folder, adopted by init or not; Ray's own take a moment."""
+
+    def left() -> list[psutil.Process]:
+        mark = ("DELETHINK_TEST_RUN", str(folder))
+        processes = psutil.process_iter(["environ"])
+        return [p for p in processes if mark in (p.info["environ"] or {}).items()]
+
+    psutil.wait_procs(left(), timeout=60)
+    assert not left()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    code, _, errors = run(folder)
+    assert code == 0, errors
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
+    code, printed, errors = run(tmp_path, "trainer.num_workers=2", f"trainer.strategy={strategy}")
+    assert code == 0, errors
+    assert f"starting 2 processes that train together: {strategy}" in printed
+    assert printed.strip().endswith("run directory: " + str(tmp_path / "run"))
+    assert texts(tmp_path) == texts(alone)
+    for one, two in zip(metrics(alone), metrics(tmp_path), strict=True):
+        assert {key: two[key] for key in MEASURED} == {key: one[key] for key in MEASURED}
+        for key in CLOSE:
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+        assert two["trained_tokens"] + two["tokens_left_out"] == two["sampled_tokens"]
+        assert two["traces_by_process"] == [8, 8]
+        assert 0.9 < two["balance"] <= 1
+    saved = tmp_path / "run" / "checkpoints" / "final" / "model.safetensors"
+    assert saved.stat().st_size == (alone / saved.relative_to(tmp_path)).stat().st_size
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"
+    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=false")
+    assert code == 1, errors
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("delethink: 16 of 16 traces failed or could not be scored")
+    assert_nothing_is_left(tmp_path)
+
+
+def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+    process = start(tmp_path, "trainer.num_workers=2", "training.max_steps=500")
+    written = tmp_path / "run" / "metrics.jsonl"
+    try:
+        while not written.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert all(json.loads(line) for line in written.read_text().splitlines())
+    assert_nothing_is_left(tmp_path)
+
+
+def test_more_processes_than_the_machine_has_cores_are_refused(tmp_path: Path) -> None:
+    number = 2 ** (len(os.sched_getaffinity(0)) + 1).bit_length()
+    sizes = [f"training.per_device_train_batch_size={number}", "training.num_generations=2"]
+    code, _, errors = run(tmp_path, f"trainer.num_workers={number}", *sizes)
+    assert code == 2, errors
+    assert f"num_workers={number} processes ask for {number} CPUs" in errors
+    assert not (tmp_path / "run").exists()

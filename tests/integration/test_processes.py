@@ -1,0 +1,103 @@
+"""Two processes do what one does: the same loss, the same gradient, nothing lost between them."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from train_in_processes import LEARNING_RATE, Case, Outcome, make_model, train, train_together
+
+pytestmark = pytest.mark.integration
+
+TWICE = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}
+CASES = {
+    "unequal chunks": Case((3, 1, 5, 2, 4, 1, 1, 6)),
+    "one trace of twelve chunks in batches of a chunk": Case(
+        (12, 1, 1, 1, 1, 1, 1, 1), {"forward_tokens": 20}, micro_batch=2
+    ),
+    "a process has nothing to train on": Case(
+        (3, 2, 4, 3, -2, -1, -3, -2), {"mask_budget": True}, cost_is_equal=True
+    ),
+    "nobody has anything to train on": Case((-1,) * 8, {"mask_budget": True}, micro_batch=4),
+    "accumulated": Case((3, 1, 5, 2, 4, 1, 1, 6), micro_batch=4),
+    "several steps on a batch": Case(
+        (3, 1, 5, 2, 4, 1, 1, 6),
+        {"importance_sampling_level": "sequence", "forward_tokens": 30},
+        micro_batch=4,
+        settings=TWICE | {"num_iterations": 2},
+    ),
+    "divergence from the first weights": Case(
+        (3, 1, 5, 2, 4, 1, 1, 6), micro_batch=4, settings=TWICE | {"beta": 0.1}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: train(case, "", str(folder / name)) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def together(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return request.param, train_together(CASES, request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one(
+    alone: dict[str, Outcome], together: tuple[str, dict[str, Outcome]], name: str
+) -> None:
+    one, two = alone[name], together[1][name]
+    assert two.losses == pytest.approx(one.losses, rel=1e-6, abs=1e-6)
+    first = dict(make_model().named_parameters())
+    moved = {n: (p - first[n]) / LEARNING_RATE for n, p in one.parameters.items()}
+    largest = max(change.abs().max().item() for change in moved.values())
+    assert (largest == 0) == name.startswith("nobody")
+    for n, change in moved.items():
+        actual = (two.parameters[n] - first[n]) / LEARNING_RATE
+        # Norms in the model and advantages on the way are float32: the agreement ends there.
+        torch.testing.assert_close(actual, change, rtol=1e-5, atol=1e-6 * largest, msg=n)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_trace_is_trained_on_in_one_process_as_often_as_it_should_be(
+    alone: dict[str, Outcome], together: tuple[str, dict[str, Outcome]], name: str
+) -> None:
+    one, two = alone[name], together[1][name]
+    times = CASES[name].settings.get("num_iterations", 1)
+    batches = CASES[name].settings.get("max_steps", 1) // (2 if times == 1 else 4) or 1
+    seen = sorted(chain(*chain(*two.trained)))
+    assert seen == sorted(list(range(8)) * times * batches)
+    assert [len(own) for own in two.trained] == [len(two.trained[0])] * 2
+    assert two.statistics.total.tokens == one.statistics.total.tokens
+    assert two.work.tokens == one.work.tokens
+    for one_mean, two_mean in zip(one.statistics.total, two.statistics.total, strict=True):
+        assert two_mean == pytest.approx(one_mean, rel=1e-4, abs=1e-6)
+
+
+def test_work_is_dealt_out_evenly_and_said(together: tuple[str, dict[str, Outcome]]) -> None:
+    metrics = together[1]["unequal chunks"].metrics
+    assert 0.8 < metrics["balance"] <= 1
+    assert metrics["traces_by_process"] == [4, 4]
+    tokens = metrics["chunk_tokens_by_process"]
+    assert metrics["balance"] == pytest.approx(sum(tokens) / 2 / max(tokens))
+    assert together[1]["one trace of twelve chunks in batches of a chunk"].metrics["balance"] < 0.8
+
+
+def test_the_first_process_has_and_saves_whole_weights(
+    together: tuple[str, dict[str, Outcome]],
+) -> None:
+    strategy, outcomes = together
+    for outcome in outcomes.values():
+        assert outcome.saved is not None
+        assert outcome.saved.keys() == outcome.parameters.keys()
+        for name, parameter in outcome.parameters.items():
+            assert torch.equal(outcome.saved[name], parameter)
+        assert (outcome.gathered is None) == (strategy == "ddp")
+        if outcome.gathered is not None:
+            assert all(
+                torch.equal(outcome.gathered[name], parameter)
+                for name, parameter in outcome.parameters.items()
+            )

@@ -1,0 +1,66 @@
+"""Traces dealt out to processes: laws for all costs."""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delethink.training.balance import balance, deal, in_order, loads
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[float], int]:
+    """Costs of the traces of a step, and processes that divide them."""
+    processes, each = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    cost = st.one_of(st.integers(0, 12).map(float), st.floats(0, 1e15))
+    return draw(st.lists(cost, min_size=processes * each, max_size=processes * each)), processes
+
+
+@given(steps())
+def test_every_trace_is_dealt_out_once_and_to_all_as_many(step: tuple[list[float], int]) -> None:
+    costs, processes = step
+    order = deal(costs, processes)
+    assert sorted(chain(*order)) == list(range(len(costs)))
+    assert {len(own) for own in order} == {len(costs) // processes}
+
+
+@given(steps())
+def test_the_slowest_is_never_slower_than_in_the_order_given(step: tuple[list[float], int]) -> None:
+    costs, processes = step
+    given_order = in_order(len(costs), processes)
+    assert max(loads(deal(costs, processes), costs)) <= max(loads(given_order, costs))
+
+
+@given(steps())
+def test_nobody_is_slower_than_the_mean_by_more_than_the_widest_round(
+    step: tuple[list[float], int],
+) -> None:
+    costs, processes = step
+    ranked = sorted(costs, reverse=True)
+    rounds = [ranked[i : i + processes] for i in range(0, len(ranked), processes)]
+    widest = max(max(each) - min(each) for each in rounds)
+    highest, mean = max(loads(deal(costs, processes), costs)), sum(costs) / processes
+    assert highest <= mean + widest + 1e-9 * sum(costs)
+
+
+@given(steps())
+def test_balance_is_between_one_for_all_and_even(step: tuple[list[float], int]) -> None:
+    costs, processes = step
+    value = balance(loads(deal(costs, processes), costs))
+    assert 1 / processes - 1e-9 <= value <= 1 + 1e-9
+
+
+def test_unlike_traces_end_up_beside_each_other() -> None:
+    costs = [12.0, 11.0, 10.0, 9.0, 1.0, 1.0, 1.0, 1.0]
+    order = deal(costs, 2)
+    assert sorted(loads(order, costs)) == [23.0, 23.0]
+    assert all(costs[a] >= costs[b] for own in order for a, b in pairwise(own))
+    assert balance(loads(in_order(8, 2), costs)) == pytest.approx(23 / 42)
+
+
+def test_traces_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="9 traces do not divide by 2 processes"):
+        deal([1.0] * 9, 2)

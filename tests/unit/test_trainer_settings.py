@@ -1,0 +1,106 @@
+"""What a recipe may say of several processes, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.errors import ConfigError, MissingExtraError, RolloutError
+from delethink.training.launch import cause, check_room
+from delethink.training.preflight import prepare
+from delethink.training.strategy import batch_settings, process_settings
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(RECIPE, list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("processes", "size", "number", "batch"),
+    [(1, 16, 4, 8), (2, 16, 2, 4), (4, 16, 1, 2), (8, 8, 1, 2), (64, 1, 1, 2)],
+)
+def test_processes_share_the_traces_of_a_step(
+    processes: int, size: int, number: int, batch: int
+) -> None:
+    training = recipe("training.steps_per_generation=8").training
+    settings = batch_settings(training, processes)
+    assert settings == {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": number,
+        "steps_per_generation": batch,
+    }
+    assert processes * size * number == training.traces_per_step
+    assert processes * size * batch == training.traces_per_batch
+
+
+def test_one_process_has_no_settings_of_several() -> None:
+    assert process_settings(recipe().trainer) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.num_workers=3"], ["64 traces", "num_workers=3", "1, 2, 4 processes would fit"]),
+        (["trainer.num_workers=0"], ["'trainer.num_workers' is 0"]),
+        (["trainer.strategy=fsdp2"], ["strategy=fsdp2", "num_workers=1", "2 or more"]),
+        (["trainer.strategy=fsdp3"], ["'trainer.strategy' is 'fsdp3'", "'fsdp2'"]),
+        (["trainer.cpus_per_worker=4"], ["cpus_per_worker", "num_workers=1"]),
+        (["trainer.gpus_per_worker=1"], ["gpus_per_worker", "num_workers=1"]),
+        (["trainer.num_worker=2"], ["unknown key 'trainer.num_worker'", "'num_workers'"]),
+        (
+            ["trainer.num_workers=2", "trainer.strategy=fsdp2", "training.lora={}"],
+            ["fsdp2", "lora", "trainer.strategy=ddp"],
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        recipe(*overrides)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
+    for overrides in ([], ["trainer.num_workers=2", "trainer.strategy=fsdp2"]):
+        (tmp_path / "config.yaml").write_text(dump_recipe(recipe(*overrides)))
+        assert load_recipe(tmp_path / "config.yaml").trainer == recipe(*overrides).trainer
+
+
+def test_a_cluster_that_is_too_small_is_told_in_numbers() -> None:
+    two = recipe("trainer.num_workers=2")
+    check_room(two, {"CPU": 2.0})
+    with pytest.raises(ConfigError, match="num_workers=2 processes ask for 2 CPUs, .* has 1:"):
+        check_room(two, {"CPU": 1.0})
+    with pytest.raises(ConfigError, match="ask for 2 GPUs, .* has 0:"):
+        check_room(recipe("trainer.num_workers=2", "trainer.gpus_per_worker=1"), {"CPU": 8.0})
+
+
+def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ray" else found(name)
+    )
+    with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[ray\]'"):
+        prepare(recipe("trainer.num_workers=2"))
+
+
+class Failed(Exception):
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        self.worker_failures = failures
+
+
+class Wrapped(Exception):
+    def __init__(self, base: Exception) -> None:
+        self._base_exc = base
+
+
+def test_what_was_raised_on_purpose_is_what_is_told() -> None:
+    lost, broke = RuntimeError("Connection closed by peer"), RolloutError("9 of 8 traces failed")
+    assert cause(Failed({0: Wrapped(lost), 1: Wrapped(broke)})) is broke
+    both = Failed({0: Wrapped(lost)})
+    assert cause(both) is both
