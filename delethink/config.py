@@ -243,7 +243,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Of problems, sampling and training."""
     output: Path | None = None
-    """The run directory; by default a new one under runs/."""
+    """The run directory, by default a new one under runs/; relative to DELETHINK_OUTPUT if set."""
 
     @property
     def accuracy_reward(self) -> str:

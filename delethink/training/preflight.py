@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, with_rewards
 from delethink.errors import ConfigError
+from delethink.output import output_path
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import locate
@@ -73,6 +74,5 @@ def _check_engine(recipe: Recipe) -> None:
 
 
 def _output(recipe: Recipe) -> Path:
-    if recipe.output is not None:
-        return recipe.output.expanduser()
-    return Path("runs") / f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return output_path(recipe.output or Path("runs") / name)
