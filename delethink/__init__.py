@@ -12,9 +12,11 @@ from delethink.errors import (
     CarryoverError,
     ConfigError,
     ConformanceError,
+    DeadlineError,
     DelethinkError,
     MissingExtraError,
     ModelError,
+    NonFiniteError,
     PolicyError,
     QueryTooLongError,
     RolloutError,
@@ -22,8 +24,9 @@ from delethink.errors import (
     TraceFileError,
     UserError,
     WeightSyncError,
+    WorkersLostError,
 )
-from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
+from delethink.policy import Completion, Policy, Progress, Sampling, ScriptedPolicy
 from delethink.rollout import derive_seed, play_trace, play_traces
 from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import (
@@ -58,6 +61,7 @@ __all__ = [
     # policy: anything that continues a prompt
     "Policy",
     "Sampling",
+    "Progress",
     "Completion",
     "ScriptedPolicy",
     # rollout: plays traces
@@ -76,8 +80,11 @@ __all__ = [
     "RunDirectoryError",
     "MissingExtraError",
     "PolicyError",
+    "DeadlineError",
+    "WorkersLostError",
     "RolloutError",
     "WeightSyncError",
+    "NonFiniteError",
     "ConformanceError",
     "__version__",
 ]

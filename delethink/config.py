@@ -127,8 +127,11 @@ class RewardConfig(_Section):
 class ScoringConfig(_Section):
     """What stands in the place of the sum of rewards, and how far verifiers may go."""
 
-    budget: FiniteFloat | None = None
-    """Score of a trace that ran out of budget; unset, it is scored as any other."""
+    out_of_budget: Literal["score", "zero", "mask", "penalty"] = "score"
+    """A trace that ran out of budget is scored as any other, or 0, or less a penalty, or masked:
+    scored for the baseline of its group, but left out of the loss and of its mean."""
+    penalty: FiniteFloat = 1.0
+    """What "penalty" takes off its score."""
     error: FiniteFloat | None = None
     """Score of a trace that failed, or whose reward cannot be computed; unset, it has none."""
     num_workers: int | None = Field(None, gt=0)
@@ -137,6 +140,25 @@ class ScoringConfig(_Section):
     """Seconds of one such reward; it is killed then."""
     memory_mb: int = Field(2048, ge=64)
     """Megabytes of memory of one such reward; it is killed beyond."""
+
+
+_REFUSED_LOSS_TYPES = {
+    "bnpo": "it divides by the tokens of a micro-batch, so how traces are cut into micro-batches "
+    "would change the result",
+    "vespo": "it weighs a trace with the product of its ratios, which over thousands of tokens is "
+    "always at its bounds",
+}
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters, under PEFT's names."""
+
+    r: int = Field(16, gt=0)
+    """Rank."""
+    lora_alpha: float = Field(32, gt=0, allow_inf_nan=False)
+    """Scale: what the adapters say is multiplied with lora_alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers; by default every linear one but the head."""
 
 
 class TrainingConfig(_Section):
@@ -165,37 +187,92 @@ class TrainingConfig(_Section):
     temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
     """Of sampling, and of the log-probs in the loss."""
     epsilon: float = Field(0.2, gt=0, lt=1)
-    """Lower clip range of the probability ratio, which is 1 as long as a batch is used once."""
+    """Lower clip range of the probability ratio, which is 1 in the first step on a batch."""
     epsilon_high: float = Field(0.26, gt=0, allow_inf_nan=False)
     """Upper clip range of the same ratio ("clip-higher")."""
     beta: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the first weights."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantage is divided by: a standard deviation, or nothing."""
-    mask_truncated_completions: bool = False
-    """Give traces that ran out of budget no loss; they still count in the mean over traces."""
-    loss_type: Literal["grpo"] = "grpo"
-    """A trace's loss is divided by its own number of sampled tokens; others are not per trace."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = "grpo"
+    """What a token weighs; "grpo" divides a trace by its own number of sampled tokens."""
+    delta: float | None = Field(None, gt=1, allow_inf_nan=False)
+    """Upper bound of the ratio where the advantage is negative ("dual clip"; the authors' is 3)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """What the ratio is taken over: a token, or a whole trace."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens for the difference between the engine's probabilities and the trainer's."""
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask"] = "token_truncate"
+    """A weight beyond its bound is cut to it, or its token dropped."""
+    vllm_importance_sampling_clip_max: float = Field(2.0, ge=1, allow_inf_nan=False)
+    """That bound."""
+    num_iterations: int = Field(1, ge=1)
+    """How often a batch is trained on."""
+    steps_per_generation: int | None = Field(None, gt=0)
+    """Micro-batches sampled at once; unset, those of one optimizer step."""
+    max_sampling_rounds: int = Field(1, ge=1)
+    """With more than 1, groups of equal rewards are replaced by others, so many rounds at most."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+    bf16: bool = False
+    """Compute in bfloat16; weights, log-probs and the loss stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory for one chunk, a third more time."""
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
+    """Where else metrics go."""
     forward_tokens: int = Field(16_384, gt=0)
-    """Tokens in one forward pass; a micro-batch with more is recomputed in parts."""
+    """Tokens in one forward and backward pass: what memory depends on. It changes no result."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """A step with a larger share of failed traces stops the run."""
-    save_steps: int | None = Field(None, gt=0)
-    """A checkpoint is kept every so many steps, and always at the end."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss, gradient or log-prob that is not finite does: stop the run, or skip the step."""
+    save_steps: int | None = Field(10, gt=0)
+    """Steps between checkpoints, from which a run is taken up; null keeps the last weights only."""
+    save_total_limit: int = Field(2, gt=0)
+    """Checkpoints that are kept, the newest ones."""
 
     @property
     def traces_per_step(self) -> int:
         """Traces of an optimizer step, all devices but one left out."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def traces_per_batch(self) -> int:
+        """Traces sampled at once."""
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * micro_batches
+
+    @property
+    def num_batches(self) -> int:
+        """How often is sampled in the run."""
+        steps = self.traces_per_batch // self.traces_per_step * self.num_iterations
+        return -(-self.max_steps // steps)
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _is_of_traces(cls, value: Any) -> Any:
+        if reason := _REFUSED_LOSS_TYPES.get(str(value)):
+            raise ValueError(f"{value!r} makes no sense for traces: {reason}")
+        return value
+
     @model_validator(mode="after")
     def _has_whole_groups(self) -> TrainingConfig:
-        if self.traces_per_step % self.num_generations:
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        if micro_batches % self.gradient_accumulation_steps:
             raise ValueError(
-                "per_device_train_batch_size x gradient_accumulation_steps must hold whole groups: "
-                f"{self.traces_per_step} traces do not divide by num_generations="
+                "steps_per_generation counts micro-batches and must hold whole optimizer steps: "
+                f"{micro_batches} do not divide by gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}"
+            )
+        if self.traces_per_batch % self.num_generations:
+            key = "steps_per_generation" if self.steps_per_generation else ""
+            raise ValueError(
+                f"per_device_train_batch_size x {key or 'gradient_accumulation_steps'} must hold "
+                f"whole groups: {self.traces_per_batch} traces do not divide by num_generations="
                 f"{self.num_generations}"
             )
+        if self.loss_type == "luspo" and self.importance_sampling_level != "sequence":
+            raise ValueError("loss_type=luspo is defined for importance_sampling_level=sequence")
         return self
 
 
@@ -242,8 +319,10 @@ class Recipe(_Section):
     """Let code from the model's repository run."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of problems, sampling and training."""
+    preflight: Literal["refuse", "warn"] = "refuse"
+    """What a problem does that is found before anything heavy starts: end the run, or be told."""
     output: Path | None = None
-    """The run directory, by default a new one under runs/; relative to DELETHINK_OUTPUT if set."""
+    """The run directory, also of a run to go on with; relative to DELETHINK_OUTPUT if set."""
 
     @property
     def accuracy_reward(self) -> str:

@@ -11,8 +11,11 @@
     │   ├── RunDirectoryError   (OSError)       an output folder that cannot be written or is taken
     │   └── MissingExtraError   (ImportError)   an optional dependency that is not installed
     ├── PolicyError             (RuntimeError)  a policy broke the protocol
+    ├── DeadlineError           (TimeoutError)  a chunk was given up because its time was over
+    ├── WorkersLostError        (RuntimeError)  no worker is left to sample with
     ├── RolloutError            (RuntimeError)  too many traces of a step failed
     ├── WeightSyncError         (RuntimeError)  a worker did not take up new weights
+    ├── NonFiniteError          (ArithmeticError) a step would have made weights that are no numbers
     └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
 
 Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
@@ -80,12 +83,24 @@ class PolicyError(DelethinkError, RuntimeError):
     """A policy broke the protocol: too many tokens, or log-probs that do not match them."""
 
 
+class DeadlineError(DelethinkError, TimeoutError):
+    """A chunk was given up because its time was over; its trace becomes data that says so."""
+
+
+class WorkersLostError(DelethinkError, RuntimeError):
+    """All workers of a pool are gone and did not come back in time: nothing can be sampled."""
+
+
 class RolloutError(DelethinkError, RuntimeError):
     """Traces of a training step failed, so the step cannot be exact."""
 
 
 class WeightSyncError(DelethinkError, RuntimeError):
     """A worker did not take up new weights in time, or runs others than it should."""
+
+
+class NonFiniteError(DelethinkError, ArithmeticError):
+    """A loss, gradient or log-prob of training is NaN or infinite; the weights are as before."""
 
 
 class ConformanceError(DelethinkError, AssertionError):

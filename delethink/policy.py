@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from delethink.errors import PolicyError
 from delethink.types import StopReason, TokenIds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a chunk stands in its trace, for an engine that decides what to sample first.
+
+    Rollouts fill in what they know (``query``, ``num_chunks``, ``max_chunks``); the rest is the
+    caller's. It changes when a chunk is sampled and never what.
+    """
+
+    query: Hashable = None  # the same for all traces of a query
+    num_chunks: int = 0  # that the trace has already
+    max_chunks: int = 1  # I
+    expected_chunks: float | None = None  # of the whole trace, where somebody has an idea
+    batch: int = 0  # chunks of a lower one go first
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Sampling:
 
     temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
     seed: int | None = None  # None draws from the engine's own stream
+    progress: Progress | None = field(default=None, compare=False, repr=False)  # no matter of draws
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from delethink.errors import PolicyError, RolloutError, UserError
-from delethink.policy import Policy, Sampling
+from delethink.errors import (
+    DeadlineError,
+    PolicyError,
+    RolloutError,
+    UserError,
+    WorkersLostError,
+)
+from delethink.policy import Completion, Policy, Progress, Sampling
 from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
@@ -55,6 +61,7 @@ async def play_trace(
     Raises:
         QueryTooLongError: the query leaves no room for a context of thinking.
         UserError: whatever else of this kind the policy raises: it concerns every trace.
+        WorkersLostError: so does this, nothing is left to sample with.
     """
     return await _play(policy, start(spec, query_ids, max_model_tokens), sampling)
 
@@ -66,20 +73,25 @@ async def play_traces(
     samplings: Sequence[Sampling],
     max_model_tokens: int | None = None,
     on_end: Callable[[int, Trace], None] = lambda index, trace: None,
+    timeout: float | None = None,
 ) -> list[Trace]:
     """Plays one trace for each query at the same time, in the order given.
 
-    ``on_end`` is told the place and the trace of each that has ended, while the others go on.
+    ``on_end`` is told the place and the trace of each that has ended, while the others go on. After
+    ``timeout`` seconds those that have not ended are aborted: the chunks that they have are kept,
+    and a last one without tokens says why. (An engine in this process that holds up the event loop
+    is first waited for.)
 
     Raises:
         QueryTooLongError: a query leaves no room for thinking; nothing is played then.
-        UserError: the policy raised one; the other traces are given up.
+        UserError, WorkersLostError: the policy raised one; the other traces are given up.
     """
+    deadline = _Deadline.after(timeout)
     pairs = zip(queries, samplings, strict=True)
     states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
 
     async def play(index: int, state: ThinkingState, sampling: Sampling) -> Trace:
-        trace = await _play(policy, state, sampling)
+        trace = await _play(policy, state, sampling, deadline=deadline)
         on_end(index, trace)
         return trace
 
@@ -170,30 +182,71 @@ async def extend_trace(
     return await _play(policy, state, sampling, trace.chunks)
 
 
+@dataclass(frozen=True)
+class _Deadline:
+    """When traces are given up."""
+
+    at: float | None = None  # by the event loop's clock; None: never
+    seconds: float = 0.0  # that there were
+
+    @classmethod
+    def after(cls, seconds: float | None) -> _Deadline:
+        if seconds is None:
+            return cls()
+        return cls(asyncio.get_running_loop().time() + seconds, seconds)
+
+    async def bound(self, answer: Awaitable[Completion]) -> Completion:
+        """The answer, if it comes in time."""
+        if self.at is None:
+            return await answer
+        limit = asyncio.timeout_at(self.at)
+        try:
+            async with limit:
+                return await answer
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the policy's own
+            raise DeadlineError(f"the step was over after {self.seconds:g} s") from None
+
+
+_NEVER = _Deadline()
+
+
 async def _play(
-    policy: Policy, state: ThinkingState, sampling: Sampling, played: tuple[Chunk, ...] = ()
+    policy: Policy,
+    state: ThinkingState,
+    sampling: Sampling,
+    played: tuple[Chunk, ...] = (),
+    deadline: _Deadline | None = None,
 ) -> Trace:
     chunks = list(played)
+    known, query = sampling.progress or Progress(), hash(state.query_ids)
     while state.stop is None:
-        chunk, state = await _play_chunk(policy, state, _seeded(sampling, state))
+        progress = Progress(
+            query, state.num_chunks, state.spec.max_chunks, known.expected_chunks, known.batch
+        )
+        placed = Sampling(sampling.temperature, _seed(sampling, state), progress)
+        chunk, state = await _play_chunk(policy, state, placed, deadline or _NEVER)
         chunks.append(chunk)
     return Trace(state.query_ids, tuple(chunks), state.stop)
 
 
-def _seeded(sampling: Sampling, state: ThinkingState) -> Sampling:
+def _seed(sampling: Sampling, state: ThinkingState) -> int | None:
     if sampling.seed is None:
-        return sampling
+        return None
     thinking = state.role is ChunkRole.THINKING
     parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
-    return replace(sampling, seed=derive_seed(sampling.seed, *parts))
+    return derive_seed(sampling.seed, *parts)
 
 
 async def _play_chunk(
-    policy: Policy, state: ThinkingState, sampling: Sampling
+    policy: Policy, state: ThinkingState, sampling: Sampling, deadline: _Deadline
 ) -> tuple[Chunk, ThinkingState]:
     """One chunk and the state after it; what the policy raises or breaks becomes data."""
     try:
-        done = await policy.generate(state.prompt_ids, state.max_new_tokens, sampling)
+        done = await deadline.bound(
+            policy.generate(state.prompt_ids, state.max_new_tokens, sampling)
+        )
         output_ids, stop = state.cut(done.token_ids, done.stop)
         state.check(output_ids, stop)
         chunk = Chunk(
@@ -206,11 +259,14 @@ async def _play_chunk(
             error=_FAILURES.get(stop),
             role=state.role,
         )
-    except UserError:
+    except (UserError, WorkersLostError):
         raise
+    except DeadlineError as problem:
+        return _failed_chunk(state, StopReason.ABORT, str(problem))
     except Exception as problem:  # the boundary between the library and any engine
         _logger.warning("a chunk failed", exc_info=True)
-        return _failed_chunk(state, problem), state.advance((), StopReason.ERROR)
+        reason = f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem)
+        return _failed_chunk(state, StopReason.ERROR, reason)
     return chunk, state.advance(output_ids, stop)
 
 
@@ -220,14 +276,17 @@ _FAILURES = {
 }
 
 
-def _failed_chunk(state: ThinkingState, problem: Exception) -> Chunk:
-    return Chunk(
+def _failed_chunk(
+    state: ThinkingState, stop: StopReason, error: str
+) -> tuple[Chunk, ThinkingState]:
+    chunk = Chunk(
         prompt_ids=state.prompt_ids,
         output_ids=(),
         logprobs=(),
-        stop=StopReason.ERROR,
+        stop=stop,
         carried=len(state.prompt_ids) - len(state.query_ids),
         policy_version=None,
-        error=f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem),
+        error=error,
         role=state.role,
     )
+    return chunk, state.advance((), stop)

@@ -61,7 +61,9 @@ def make_scorer(rewards: Mapping[str, Any], accuracy: str, scoring: Any, pool: A
     return resolve("delethink.scoring", "scorer")(
         made,
         accuracy,
-        resolve("delethink.scoring", "rules")(scoring.budget, scoring.error),
+        resolve("delethink.scoring", "rules")(
+            scoring.out_of_budget, scoring.penalty, scoring.error
+        ),
         resolve("delethink.scoring", "pool")(
             scoring.num_workers, scoring.timeout, scoring.memory_mb
         ),
@@ -100,8 +102,11 @@ async def play_and_score(
     tokenizer: Tokenizer,
     scorer: Scorer,
     max_model_tokens: int | None = None,
+    timeout: float | None = None,
 ) -> Played:
     """Plays one trace for each problem, and scores it, in the order given.
+
+    After ``timeout`` seconds, traces that have not ended are aborted.
 
     Raises:
         QueryTooLongError: a query leaves no room for thinking; nothing is played then.
@@ -115,7 +120,9 @@ async def play_and_score(
         parts[index] = asyncio.ensure_future(scorer.parts(attempts[index]))
 
     try:
-        traces = await play_traces(policy, spec, queries, samplings, max_model_tokens, begin)
+        traces = await play_traces(
+            policy, spec, queries, samplings, max_model_tokens, begin, timeout
+        )
         played = time.perf_counter()
         order = range(len(traces))
         scores = await scorer.finish([attempts[i] for i in order], [parts[i] for i in order])

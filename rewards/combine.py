@@ -24,13 +24,24 @@ class Rules:
     """What stands in the place of the weighted sum.
 
     Args:
-        budget: for a trace that ran out of budget; ``None`` scores it as any other.
+        out_of_budget: of a trace that ran out of budget: ``"zero"`` for 0, ``"penalty"`` for the
+            sum less ``penalty``; anything else scores it as any other.
+        penalty: see there.
         error: for a trace that failed, or of which a reward could not be computed; ``None`` gives
             it no reward, so that it counts neither for nor against anything.
     """
 
-    budget: float | None = None
+    out_of_budget: str = "score"
+    penalty: float = 1.0
     error: float | None = None
+
+    def apply(self, attempt: Attempt, earned: float | None) -> float | None:
+        """What a trace that did not fail is given, of what its rewards add up to."""
+        if attempt.stop is not TraceStop.BUDGET or earned is None:
+            return earned
+        if self.out_of_budget == "zero":
+            return 0.0
+        return earned - self.penalty if self.out_of_budget == "penalty" else earned
 
 
 _DEFAULTS = PoolSettings()
@@ -186,10 +197,9 @@ class Scorer:
         errors = {name: part.error for name, part in parts.items() if part.error is not None}
         if attempt.stop.is_failure or errors:
             return Score(self.rules.error, values, errors)
-        if attempt.stop is TraceStop.BUDGET and self.rules.budget is not None:
-            return Score(self.rules.budget, values, errors)
         earned = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
-        return Score(math.fsum(earned) if earned else None, values, errors)
+        total = self.rules.apply(attempt, math.fsum(earned) if earned else None)
+        return Score(total, values, errors)
 
 
 def trl_columns(attempts: Sequence[Attempt]) -> dict[str, Any]:

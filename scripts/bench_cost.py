@@ -38,7 +38,7 @@ from delethink.rollout import play_traces  # noqa: E402
 from delethink.rule import ChunkSpec  # noqa: E402
 from delethink.serving.checkpoint import load_model, load_tokenizer  # noqa: E402
 from delethink.serving.transformers_engine import TransformersEngine  # noqa: E402
-from delethink.training.grpo import DelethinkTrainer  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer, Objective  # noqa: E402
 from delethink.types import Trace  # noqa: E402
 
 QUERY, CONTEXT, CARRYOVER = 16, 128, 64
@@ -137,8 +137,7 @@ def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
             reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(len(traces))]],
             play=lambda examples: traces,
             on_sampled=lambda sampled: None,
-            forward_tokens=FORWARD_TOKENS,
-            max_failed_share=0.5,
+            objective=Objective(forward_tokens=FORWARD_TOKENS),
             callbacks=[clock],
         )
         trainer.train()

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from delethink.cli.process import set_up_process
-from delethink.config import load_recipe
+from delethink.config import Recipe, load_recipe
 from delethink.errors import MissingExtraError
-from delethink.training.preflight import prepare
+from delethink.training.preflight import place, prepare
+from delethink.training.resume import load_run
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
     """Checks the recipe before anything heavy is imported, then trains."""
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = read_recipe(recipe_path, overrides)
     _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     prepared = prepare(recipe)
-    set_up_process()
+    chosen = place(prepared.recipe)
     from delethink.training.progress import Reporter
+
+    reporter = Reporter()
+    if chosen.is_finished(prepared.recipe):
+        reporter.finished(chosen.run, prepared.recipe.thinking.spec())
+        return 0
+    set_up_process()
     from delethink.training.run import train
 
-    train(prepared, Reporter())
+    train(prepared, chosen, reporter)
     return 0
+
+
+def read_recipe(path: str, overrides: list[str]) -> Recipe:
+    """The recipe in a file, or that of a run directory, to go on there."""
+    if (folder := Path(path)).is_dir():
+        return load_run(folder, overrides)
+    return load_recipe(path, overrides)
 
 
 def _require(*packages: str) -> None:

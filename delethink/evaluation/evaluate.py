@@ -36,6 +36,12 @@ class Summary:
         """Plain values for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Summary:
+        """The row that ``as_dict`` gave."""
+        intervals = ("accuracy_interval", "thinking_tokens_interval")
+        return cls(**{**values, **{name: tuple(values[name]) for name in intervals}})
+
 
 @dataclass(frozen=True)
 class Evaluator:

@@ -1,4 +1,4 @@
-"""What the pool needs of Ray: a cluster, answers before a deadline, and errors without wrapping."""
+"""What the pool needs of Ray: a cluster, and errors without wrapping."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import logging
 import signal
 import textwrap
 import threading
-import time
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from delethink.errors import ConfigError
 
@@ -17,8 +16,6 @@ try:
     import ray
 except ImportError:  # the pool says so when one is made
     ray = None
-
-T = TypeVar("T")
 
 
 def connect(num_cpus: int) -> bool:
@@ -76,32 +73,6 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def gather(calls: Mapping[Any, T], timeout_s: float) -> Iterator[tuple[T, Any]]:
-    """The result of each call, or the exception that it ended with, as they come.
-
-    Args:
-        calls: object references, and what to yield with the result of each.
-        timeout_s: seconds for all of them; those without an answer end with ``TimeoutError``.
-    """
-    deadline = time.monotonic() + timeout_s
-    waiting = list(calls)
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-        if not done:
-            break
-        yield calls[done[0]], _answer(done[0])
-    for call in waiting:
-        yield calls[call], TimeoutError(f"gave no answer within {timeout_s:g} s")
-
-
-def _answer(call: Any) -> Any:
-    try:
-        return ray.get(call)
-    except ray.exceptions.RayError as error:
-        return cause(error)
 
 
 def cause(error: Exception) -> Exception:

@@ -11,23 +11,25 @@ where there is none, it starts one that this machine alone can reach.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from delethink.errors import (
-    ConfigError,
-    MissingExtraError,
-    PolicyError,
-    UserError,
-    WeightSyncError,
-)
+from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
-from delethink.serving.ray_calls import cause, connect, gather
+from delethink.serving.exchange import Job, Report, WorkerState
+from delethink.serving.pool_metrics import PoolMetrics
+from delethink.serving.pool_settings import PoolSettings
+from delethink.serving.pool_worker import Chunk, Outcome, PoolWorker
+from delethink.serving.ray_calls import cause, connect
 from delethink.serving.vllm_weights import pack
 from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
+from delethink.serving.worker_pool import WorkerPool, settle
 from delethink.types import TokenIds
 
 try:
@@ -38,24 +40,14 @@ except ImportError:  # the constructor says so
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
-_MAX_REQUESTS = 10_000  # in flight at one worker; vLLM queues what it does not run
-_STOP_TIMEOUT_S = 10.0
+_MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
+_SILENCE_S = 2.0  # after which a worker says that it is alive
+_CLOSE_TIMEOUT_S = 60.0
 
-
-@dataclass(eq=False)
-class PoolWorker:
-    """A worker as the pool sees it."""
-
-    name: str
-    actor: Any
-    pid: int = 0  # on its own machine; 0 until it has started
-    tokens_in_flight: int = 0  # of its requests: prompts, and as many new tokens as they may have
-    completions: int = 0  # that it has returned
-    is_dead: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} (process {self.pid})" if self.pid else self.name
+Answer = tuple[asyncio.Future[Completion], Outcome]
 
 
 class RayPool:
@@ -69,25 +61,32 @@ class RayPool:
         dtype: of weights and computation in vLLM, say ``"float32"`` or ``"bfloat16"``.
         seed: of the engines' own streams, from which requests without a seed are drawn.
         kv_cache_gib: GiB for the KV cache of each worker, on the CPU.
-        gpus_per_worker: GPUs that Ray sets aside for each worker; 0 runs vLLM on the CPU.
+        gpus_per_worker: GPUs that Ray sets aside for each worker; 0 runs vLLM on the CPU, and a
+            fraction shares a GPU, say with the trainer.
         cpus_per_worker: cores that Ray sets aside, and on the CPU the threads of an engine;
             ``None`` is an equal share of all but one core of this machine on the CPU, 1 on GPUs.
         trust_remote_code: run code from the model's repository.
-        weight_sync_timeout_s: seconds that workers have to take up new weights.
-        startup_timeout_s: seconds that workers have to start.
+        weight_sync_timeout_s: seconds that a worker has to take up new weights.
+        startup_timeout_s: seconds that a worker has to start.
         gpu_memory_utilization: share of a GPU's memory for vLLM, on GPUs.
+        max_batch_size: chunks that an engine samples side by side; ``None`` takes vLLM's own.
+        tensor_parallel_size: GPUs over which vLLM spreads each engine.
+        can_sleep: lets ``sleep`` free the GPUs while somebody else uses them.
+        placement: "pack" or "spread" puts the workers on as few, or as many, nodes as there are.
+        settings: how workers that fail, hang or are slow are treated, and how chunks are ordered.
 
     Raises:
         MissingExtraError: Ray, or vLLM on a worker, is not installed.
-        ConfigError: a worker did not start; the text is what it said.
+        ConfigError: an impossible setting, or a worker did not start; the text is what it said.
 
     Attributes:
         max_model_tokens: the longest sequence (prompt and new tokens) that the workers take.
         workers: the workers, until the pool is closed.
 
-    Requests go to the worker with the fewest tokens in flight. A request of a worker that dies
-    raises, and the worker gets no more. The pool is bound to no event loop: each training step may
-    bring its own.
+    Chunks wait in this process until a worker has room (``delethink.serving.scheduler``). Those of
+    a worker that dies or hangs go to others, and it is restarted with the current weights
+    (``delethink.serving.worker_pool``). The pool has a thread of its own and is bound to no event
+    loop: each training step may bring its own.
     """
 
     def __init__(
@@ -106,13 +105,21 @@ class RayPool:
         weight_sync_timeout_s: float = 60.0,
         startup_timeout_s: float = 300.0,
         gpu_memory_utilization: float = 0.9,
+        max_batch_size: int | None = None,
+        tensor_parallel_size: int = 1,
+        can_sleep: bool = False,
+        placement: str | None = None,
+        settings: PoolSettings | None = None,
     ) -> None:
         if ray is None:
             raise MissingExtraError("ray", "ray")
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
+        check_resources(gpus_per_worker, tensor_parallel_size, can_sleep, placement)
+        settings = settings or PoolSettings()
+        settings = dataclasses.replace(settings, weight_sync_timeout=weight_sync_timeout_s)
         cpus = _cpus(cpus_per_worker, num_workers, on_gpu=gpus_per_worker > 0)
-        configs = [
+        self._configs = [
             WorkerConfig(
                 model=os.fspath(model),
                 eos_ids=tuple(eos_ids),
@@ -124,36 +131,54 @@ class RayPool:
                 kv_cache_gib=kv_cache_gib,
                 gpu_memory_utilization=gpu_memory_utilization,
                 trust_remote_code=trust_remote_code,
+                max_batch_size=max_batch_size,
+                tensor_parallel_size=tensor_parallel_size,
+                can_sleep=can_sleep,
             )
             for i in range(num_workers)
         ]
         self.max_model_tokens = 0
-        self._weight_sync_timeout_s = weight_sync_timeout_s
-        self.workers: list[PoolWorker] = []
+        self._can_sleep = can_sleep
+        self._startup_timeout_s = startup_timeout_s
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
+        self._group: Any = None
+        self._inbox: list[Chunk] = []
+        self._outbox: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+        self._lock = threading.Lock()  # of the inbox
+        self._loop = asyncio.new_event_loop()
+        self._thread: threading.Thread | None = None
+        self._pool = WorkerPool(self._launch, num_workers, settings)
+        self._metrics = PoolMetrics(self._pool)
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
-            self._start(configs, {"num_cpus": cpus, "num_gpus": gpus_per_worker}, startup_timeout_s)
+            self._group = _reserve(placement, self._resources, num_workers, startup_timeout_s)
+            self._thread = threading.Thread(
+                target=self._loop.run_forever, name="delethink-pool", daemon=True
+            )
+            self._thread.start()
+            self._run(self._pool.start())
         except BaseException:
             self.close()
             raise
+        self.max_model_tokens = self._pool.max_model_tokens
 
-    def _start(
-        self, configs: list[WorkerConfig], resources: dict[str, float], timeout_s: float
-    ) -> None:
-        remote = ray.remote(max_concurrency=_MAX_REQUESTS, **resources)(VllmWorker)
-        for i, config in enumerate(configs):
-            self.workers.append(PoolWorker(f"worker {i}", remote.remote(config)))
-        calls = {worker.actor.start.remote(): worker for worker in self.workers}
-        for worker, state in gather(calls, timeout_s):
-            if isinstance(state, UserError):
-                raise state
-            if isinstance(state, TimeoutError):
-                free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-                state = f"{state}; it asks for {resources}, and Ray has {free} left"
-            if isinstance(state, Exception | str):
-                raise ConfigError(f"{worker} did not start: {state}")
-            worker.pid = state.pid
-            self.max_model_tokens = state.max_model_tokens
+    @property
+    def workers(self) -> list[PoolWorker]:
+        """The workers, until the pool is closed."""
+        return self._pool.workers
+
+    def _launch(self, index: int) -> _RayWorker:
+        options = dict(self._resources)
+        if self._group is not None:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            )
+        remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(VllmWorker)
+        return _RayWorker(
+            remote.remote(self._configs[index]), self._startup_timeout_s, self._resources
+        )
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -163,63 +188,116 @@ class RayPool:
         Raises:
             ConfigError: the request is longer than ``max_model_tokens``, or its temperature is
                 between 0 and the lowest that vLLM takes.
-            PolicyError: the worker failed or died; the text names it and says what it said.
+            PolicyError: several workers failed over it; the text names the last one and says what
+                it said.
+            DeadlineError: a worker had it for longer than ``chunk_timeout``.
+            WorkersLostError: no worker came back in time.
         """
-        needed = len(prompt_ids) + max_new_tokens
-        self._check(needed, sampling.temperature)
-        worker = self._least_busy()
-        worker.tokens_in_flight += needed
-        call = worker.actor.generate.remote(tuple(prompt_ids), max_new_tokens, sampling)
+        self._check(len(prompt_ids) + max_new_tokens, sampling.temperature)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Completion] = loop.create_future()
+
+        def deliver(outcome: Outcome) -> None:
+            self._outbox.setdefault(loop, []).append((answer, outcome))
+            if len(self._outbox) == 1 and len(self._outbox[loop]) == 1:
+                self._loop.call_soon(self._send_out)
+
+        chunk = Chunk(prompt_ids, max_new_tokens, sampling, deliver)
+        with self._lock:
+            self._inbox.append(chunk)
+            first = len(self._inbox) == 1
+        if first:
+            self._call(self._take_in)
         try:
-            completion: Completion = await call
+            return await answer
         except asyncio.CancelledError:
-            ray.cancel(call)  # else it holds up the next update
+            self._call(self._pool.withdraw, chunk)
             raise
-        except ray.exceptions.RayError as error:
-            problem = cause(error)
-            worker.is_dead = isinstance(problem, ConnectionError)
-            raise PolicyError(f"{worker} {problem}") from None
-        finally:
-            worker.tokens_in_flight -= needed
-        worker.completions += 1
-        return completion
+
+    def _take_in(self) -> None:
+        with self._lock:
+            chunks, self._inbox = self._inbox, []
+        for chunk in chunks:
+            self._pool.submit(chunk)
+
+    def _send_out(self) -> None:
+        """All outcomes of a turn of the pool's loop at once: waking another thread is dear."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, answers in outbox.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
+                loop.call_soon_threadsafe(_settle_all, answers)
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Gives new weights to all workers; they wait for requests in flight to end.
+        """Gives new weights to all workers, each as soon as it has finished its chunks in flight.
+
+        A worker that fails over it is restarted with the new weights; it is enough that one worker
+        runs them when this returns, and no chunk is sampled with others from then on.
 
         Args:
             weights: the whole state of the model under the names of its checkpoint, on any device.
             version: number of weight updates so far; completions carry it as ``policy_version``.
 
         Raises:
-            WeightSyncError: names each worker that does not run them in time, and what it said.
+            WeightSyncError: all workers refused them; the text is what each said.
+            WorkersLostError: no worker came back in time.
         """
-        packed = ray.put(pack(weights))
-        calls = {worker.actor.update.remote(packed, version): worker for worker in self.workers}
-        failures = [
-            f"{worker} {answer}"
-            for worker, answer in gather(calls, self._weight_sync_timeout_s)
-            if answer != version
-        ]
-        if failures:
-            raise WeightSyncError(
-                f"{len(failures)} of {len(calls)} workers did not take up the weights of version "
-                f"{version}: {'; '.join(failures)}"
-            )
+        self._run(self._pool.update_weights(ray.put(pack(weights)), version))
+
+    def sleep(self) -> None:
+        """Frees the GPUs until the next request or the next weights.
+
+        Raises:
+            ConfigError: the pool was not made with ``can_sleep``.
+        """
+        if not self._can_sleep:
+            raise ConfigError("the pool was made without can_sleep=True, so its workers keep awake")
+        self._run(self._pool.sleep())
+
+    def wake(self) -> None:
+        """Takes the GPUs again."""
+        self._run(self._pool.wake())
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the workers have done and what went wrong since this was last asked."""
+        return self._run(self._metrics.take()) if self._thread is not None else {}
 
     def close(self) -> None:
         """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
-        workers, self.workers = self.workers, []
-        if workers and ray.is_initialized():
-            calls = {w.actor.stop.remote(): w for w in workers if w.pid and not w.is_dead}
-            list(gather(calls, _STOP_TIMEOUT_S))  # in time or not, they are killed next
-            for worker in workers:
-                ray.kill(worker.actor)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(TimeoutError):
+                self._await(self._pool.close(), _CLOSE_TIMEOUT_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join(_CLOSE_TIMEOUT_S)
+        if not self._loop.is_running() and not self._loop.is_closed():
+            self._loop.close()
+        if self._group is not None and ray.is_initialized():
+            ray.util.remove_placement_group(self._group)
+        self._group = None
         if self._owns_ray:
             ray.shutdown()
         self._owns_ray = False
 
+    def _call(self, function: Any, *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the pool is closed, and says so elsewhere
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._thread is None:
+            work.close()
+            raise PolicyError("the pool is closed")
+        return self._await(work, None)
+
+    def _await(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.CancelledError:
+            raise PolicyError("the pool was closed meanwhile") from None
+
     def _check(self, needed: int, temperature: float) -> None:
+        if self._thread is None:
+            raise PolicyError("the pool is closed")
         if needed > self.max_model_tokens:
             raise ConfigError(
                 f"a request of {needed} tokens, prompt and new ones together, is longer than "
@@ -230,11 +308,103 @@ class RayPool:
                 f"temperature must be 0 or at least {_LOWEST_TEMPERATURE}, got {temperature}"
             )
 
-    def _least_busy(self) -> PoolWorker:
-        alive = [worker for worker in self.workers if not worker.is_dead]
-        if not alive:
-            raise PolicyError("the pool is closed, or all its workers have died")
-        return min(alive, key=lambda worker: worker.tokens_in_flight)
+
+class _RayWorker:
+    """A worker in a Ray actor: ``WorkerHandle``."""
+
+    def __init__(self, actor: Any, timeout_s: float, resources: Mapping[str, float]) -> None:
+        self._actor, self._timeout_s, self._resources = actor, timeout_s, resources
+
+    async def start(self) -> WorkerState:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                state: WorkerState = await _ask(self._actor.start.remote())
+        except TimeoutError:
+            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+            raise TimeoutError(
+                f"gave no answer within {self._timeout_s:g} s; it asks for "
+                f"{dict(self._resources)}, and Ray has {free} left"
+            ) from None
+        return state
+
+    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
+        report: Report = await _ask(self._actor.exchange.remote(jobs, dropped, _SILENCE_S))
+        return report
+
+    async def update(self, weights: Any, version: int) -> int:
+        said: int = await _ask(self._actor.update.remote(weights, version))
+        return said
+
+    async def sleep(self) -> None:
+        await _ask(self._actor.sleep.remote())
+
+    async def wake(self) -> None:
+        await _ask(self._actor.wake.remote())
+
+    async def stop(self) -> None:
+        await _ask(self._actor.stop.remote())
+
+    def kill(self) -> None:
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+
+async def _ask(call: Any) -> Any:
+    try:
+        return await call
+    except ray.exceptions.RayError as error:
+        raise cause(error) from None
+
+
+def _settle_all(answers: list[Answer]) -> None:
+    for answer, outcome in answers:
+        settle(answer, outcome)
+
+
+def check_resources(
+    gpus_per_worker: float, tensor_parallel_size: int, can_sleep: bool, placement: str | None
+) -> None:
+    """Refuses what no machine can give.
+
+    Raises:
+        ConfigError: says what came and what was allowed.
+    """
+    if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+        raise ConfigError(
+            f"gpus_per_worker must be a fraction of one GPU or a whole number, got "
+            f"{gpus_per_worker}"
+        )
+    if tensor_parallel_size < 1:
+        raise ConfigError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+    if tensor_parallel_size > 1 and gpus_per_worker != tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size={tensor_parallel_size} needs as many GPUs for each worker, got "
+            f"gpus_per_worker={gpus_per_worker:g}"
+        )
+    if can_sleep and not gpus_per_worker:
+        raise ConfigError(
+            "can_sleep frees the memory of GPUs, and the workers have none: set gpus_per_worker"
+        )
+    if placement not in (None, "pack", "spread"):
+        raise ConfigError(f"placement must be 'pack' or 'spread', got {placement!r}")
+
+
+def _reserve(
+    placement: str | None, resources: Mapping[str, float], num_workers: int, timeout_s: float
+) -> Any:
+    """A placement group with a bundle for each worker, or ``None`` where none was asked for."""
+    if placement is None:
+        return None
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    bundle = {names[name]: amount for name, amount in resources.items() if amount}
+    group = ray.util.placement_group([bundle] * num_workers, strategy=placement.upper())
+    if not group.wait(timeout_s):
+        ray.util.remove_placement_group(group)
+        raise ConfigError(
+            f"Ray has no room for {num_workers} workers of {bundle} each; it has "
+            f"{ {name: ray.available_resources().get(name, 0) for name in bundle} } left"
+        )
+    return group
 
 
 def _cpus(asked: float | None, num_workers: int, on_gpu: bool) -> float:

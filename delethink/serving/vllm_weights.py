@@ -9,8 +9,10 @@ update ends with a comparison of what every layer computes with and what was sen
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ Slot = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, first b
 
 _ALIGNMENT = 64  # bytes; a view of another dtype must start at a multiple of its size
 _PROBED_COLUMNS = 16
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def pack(weights: Mapping[str, torch.Tensor]) -> Packed:
@@ -74,7 +77,7 @@ class WeightUpdates:
 
     def __new__(cls, *args: object, **kwargs: object) -> WeightUpdates:
         """The first thing of ours that runs in the engine process, before it loads the model."""
-        threading.Thread(target=_die_with_parent, daemon=True).start()
+        _die_with_parent()
         return super().__new__(cls)
 
     def delethink_load(self, path: str, slots: list[Slot], version: int) -> int:
@@ -208,7 +211,17 @@ def _pack_tied(model: torch.nn.Module) -> None:
 
 
 def _die_with_parent() -> None:
-    """A killed worker leaves no engine behind: vLLM itself does not notice that it is gone."""
-    if (parent := multiprocessing.parent_process()) is not None:
+    """A killed worker leaves no engine behind: vLLM itself does not notice that it is gone.
+
+    The kernel's signal also ends an engine that is stopped; the thread sees a parent that was gone
+    before.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

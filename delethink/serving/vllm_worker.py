@@ -9,19 +9,25 @@ need not have vLLM.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import os
 import re
+import time
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
-from delethink.policy import Completion, Sampling
+from delethink.serving.exchange import Answer, Job, Report, WorkerState
 from delethink.serving.vllm_weights import Packed, WeightUpdates, write
 from delethink.types import StopReason, TokenIds
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
+_LINGER_SHARE = 0.125  # of the time that a chunk takes, for which an answer waits for others
+_HASTE = 0.15  # the share of that where the engine has nothing left to begin
+_MOST_LINGER_S = 1.0
 _LOG_BYTES = 65_536  # how far back the last error is looked for
 # vLLM's own errors only refer to what its engine process wrote; this is what is looked for there.
 _ERROR = re.compile(
@@ -44,32 +50,29 @@ class WorkerConfig:
     kv_cache_gib: float  # on the CPU
     gpu_memory_utilization: float  # on a GPU
     trust_remote_code: bool
-
-
-@dataclass(frozen=True)
-class WorkerState:
-    """What a worker says of itself once it has started."""
-
-    pid: int
-    max_model_tokens: int
+    max_batch_size: int | None = None  # None takes vLLM's own
+    tensor_parallel_size: int = 1
+    can_sleep: bool = False
 
 
 class VllmWorker:
-    """A vLLM engine behind the policy protocol; made to be an asynchronous Ray actor."""
+    """A vLLM engine that is given chunks and reports them; made to be an asynchronous Ray actor."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._engine: Any = None
-        self._ids = itertools.count()
         self._version = 0
-        self._broken = ""  # why no request is taken, if so
-        self._in_flight = 0
-        self._gate = asyncio.Lock()  # held while weights change
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._broken = ""  # why no chunk is sampled, if so
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the job
+        self._answers: list[Answer] = []
+        self._counter: Any = None
+        self._batch_size = 0
+        self._turn = 0  # of exchanges
+        self._news = asyncio.Event()
+        self._seconds_per_chunk = 0.0  # smoothed
 
     async def start(self) -> WorkerState:
-        """Starts the engine.
+        """Starts the engine, and samples a token, so that the first chunk finds it warm.
 
         Raises:
             MissingExtraError: vLLM is not installed here.
@@ -80,50 +83,102 @@ class VllmWorker:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
+        from delethink.serving.vllm_counter import make_counter
+
+        counters: list[Any] = []
         try:
-            self._engine = AsyncLLM.from_engine_args(_engine_args(self._config))
+            self._engine = AsyncLLM.from_engine_args(
+                _engine_args(self._config), stat_loggers=[make_counter(counters)]
+            )
+            async for _ in self._engine.generate(
+                {"prompt_token_ids": [0]}, _sampling_params(1, 1.0, None, ()), "warm-up"
+            ):
+                pass
         except Exception as error:
             raise RuntimeError(_last_error() or str(error)) from error
-        return WorkerState(os.getpid(), self._engine.model_config.max_model_len)
+        (self._counter,) = counters
+        self._counter.clear()
+        vllm_config = self._engine.vllm_config
+        self._batch_size = vllm_config.scheduler_config.max_num_seqs
+        return WorkerState(
+            pid=os.getpid(),
+            max_model_tokens=vllm_config.model_config.max_model_len,
+            batch_size=self._batch_size,
+            prefix_block=vllm_config.cache_config.block_size,
+        )
 
-    async def generate(
-        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Completion:
-        """Samples from ``prompt_ids``; waits while weights change.
+    async def exchange(
+        self, jobs: Sequence[Job], dropped: Sequence[int], silence_s: float
+    ) -> Report:
+        """Takes jobs on, gives others up, and reports what has been done since the last report.
 
-        Raises:
-            PolicyError: the worker is without sound weights, or vLLM ended the request in error.
-            ConnectionError: the engine process died.
+        It waits for something to report, for ``silence_s`` at most, and for a little more to come,
+        so that the driver need not come for each chunk. A later exchange relieves it.
         """
-        async with self._gate:
-            if self._broken:
-                raise PolicyError(f"takes no requests since an update of weights {self._broken}")
-            self._in_flight += 1
-            self._idle.clear()
-        try:
-            return await self._sample(prompt_ids, max_new_tokens, sampling)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+        for job in jobs:
+            self._tasks[job.number] = asyncio.create_task(self._do(job))
+        for number in dropped:
+            if (task := self._tasks.pop(number, None)) is not None:
+                task.cancel()
+        self._turn += 1
+        turn = self._turn
+        self._news.set()  # relieves the one before
+        await asyncio.sleep(0)
+        await self._wait(turn, silence_s, lambda: not self._answers)
+        if self._answers:
+            await self._linger(turn)
+        answers: list[Answer] = []
+        if self._turn == turn:
+            answers, self._answers = self._answers, []
+        return Report(answers, self._counter.counts())
 
-    async def _sample(
-        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Completion:
-        params = _sampling_params(max_new_tokens, sampling, self._config.eos_ids)
-        prompt = {"prompt_token_ids": list(prompt_ids)}
+    async def _linger(self, turn: int) -> None:
+        """Waits for more answers, for longer while the engine has chunks that it has not begun."""
+        most = min(_MOST_LINGER_S, _LINGER_SHARE * self._seconds_per_chunk)
+        await self._wait(turn, most, lambda: len(self._tasks) > self._batch_size)
+        await self._wait(turn, most * _HASTE, lambda: True)
+
+    async def _wait(self, turn: int, seconds: float, goes_on: Callable[[], bool]) -> None:
+        """Until time is up, another exchange has begun, or an answer has ended the reason."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._turn == turn and goes_on():
+                    self._news.clear()
+                    await self._news.wait()
+
+    async def _do(self, job: Job) -> None:
+        """A job, to its answer."""
+        started = time.monotonic()
         try:
-            async for output in self._engine.generate(prompt, params, str(next(self._ids))):
+            answer = await self._sample(job)
+        except Exception as error:  # the boundary to vLLM: it is the driver's to judge
+            answer = Answer(job.number, error=error)
+        took = time.monotonic() - started
+        self._seconds_per_chunk += 0.1 * (took - self._seconds_per_chunk)
+        if self._tasks.pop(job.number, None) is not None:  # else it was given up meanwhile
+            self._answers.append(answer)
+            self._news.set()
+
+    async def _sample(self, job: Job) -> Answer:
+        if self._broken:
+            raise PolicyError(f"takes no requests since an update of weights {self._broken}")
+        params = _sampling_params(
+            job.max_new_tokens, job.temperature, job.seed, self._config.eos_ids
+        )
+        prompt = {"prompt_token_ids": job.prompt.tolist()}
+        try:
+            async for output in self._engine.generate(prompt, params, str(job.number)):
                 last = output.outputs[0]
         except Exception as error:
             raise self._explain(error) from None
         if last.finish_reason not in _STOP:
             raise PolicyError(f"ended a request with {last.finish_reason!r}: {_last_error()}")
-        return Completion(
-            token_ids=tuple(last.token_ids),
-            logprobs=tuple(last.logprobs.logprobs),
-            stop=_STOP[last.finish_reason],
-            policy_version=self._version,
+        return Answer(
+            job.number,
+            array("i", last.token_ids),
+            array("d", last.logprobs.logprobs),
+            _STOP[last.finish_reason].value,
+            self._version,
         )
 
     def _explain(self, error: Exception) -> Exception:
@@ -134,37 +189,50 @@ class VllmWorker:
         return PolicyError(f"failed: {error.__cause__ or error}".replace(_RPC_PREFIX, ""))
 
     async def update(self, weights: Packed, version: int) -> int:
-        """Takes up new weights once no request is in flight; holds new requests until then.
+        """Takes up new weights; the pool sees to it that nothing is being sampled.
 
         Returns:
             The version that the engine process says it runs.
 
         Raises:
             WeightSyncError: they do not fit the model, or the engine runs others afterwards. The
-                worker takes no requests until an update succeeds.
+                worker samples nothing until an update succeeds.
+            ConnectionError: the engine process died.
         """
-        async with self._gate:
-            await self._idle.wait()
-            self._broken = "was interrupted"
-            try:
-                self._version = await self._load(weights, version)
-            except Exception as error:
-                self._broken = str(self._explain(error))
-                raise WeightSyncError(self._broken) from None
-            self._broken = ""
-            return self._version
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._broken = "was interrupted"
+        try:
+            self._version = await self._load(weights, version)
+        except Exception as error:
+            explained = self._explain(error)
+            if isinstance(explained, ConnectionError):
+                raise explained from None
+            self._broken = str(explained)
+            raise WeightSyncError(self._broken) from None
+        self._broken = ""
+        return self._version
 
     async def _load(self, weights: Packed, version: int) -> int:
         file, slots = write(weights)
         try:
             path = f"/proc/{os.getpid()}/fd/{file}"
             arguments = (path, slots, version)
-            (said,) = await self._engine.collective_rpc("delethink_load", args=arguments)
+            said = await self._engine.collective_rpc("delethink_load", args=arguments)
         finally:
             os.close(file)
+        if len(set(said)) != 1:
+            raise RuntimeError(f"its {len(said)} parts run different versions: {said}")
         if not await self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache")
-        return int(said)
+        return int(said[0])
+
+    async def sleep(self) -> None:
+        """Moves the weights to the host and gives up the cache, so that the GPU is free."""
+        await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Takes the GPU again."""
+        await self._engine.wake_up()
 
     async def stop(self) -> None:
         """Ends the engine process."""
@@ -172,14 +240,16 @@ class VllmWorker:
             self._engine.shutdown()
 
 
-def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
+def _sampling_params(
+    max_new_tokens: int, temperature: float, seed: int | None, eos_ids: TokenIds
+) -> Any:
     """The distribution of the model itself, at a temperature, and nothing else."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=sampling.temperature,
-        seed=sampling.seed,
+        temperature=temperature,
+        seed=seed,
         top_p=1.0,
         top_k=0,
         min_p=0.0,
@@ -206,7 +276,10 @@ def _engine_args(config: WorkerConfig) -> Any:
         "distributed_executor_backend": "uni",
     }
     if config.on_gpu:
-        on_device = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        on_device = {
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enable_sleep_mode": config.can_sleep,
+        }
     return AsyncEngineArgs(
         model=config.model,
         skip_tokenizer_init=True,
@@ -219,9 +292,15 @@ def _engine_args(config: WorkerConfig) -> Any:
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
         worker_extension_cls=f"{WeightUpdates.__module__}.{WeightUpdates.__qualname__}",
-        disable_log_stats=True,
+        disable_log_stats=True,  # but for what vllm_counter counts
+        tensor_parallel_size=config.tensor_parallel_size,
+        **_where_given(max_num_seqs=config.max_batch_size),
         **on_device,
     )
+
+
+def _where_given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _set_environment(config: WorkerConfig) -> None:

@@ -1,11 +1,10 @@
 """The TRL seam: all of delethink that knows ``GRPOTrainer``.
 
-A trace is one row (``rows.py``), so that TRL's own objective is the method's without a change
-(arXiv 2510.06557, equation 3): with ``loss_type="grpo"`` there is one advantage for each trace, its
-baseline is taken over the traces of a problem, a trace's loss is divided by its own number of
-sampled tokens, and the result is the mean over the traces of the optimizer step. What differs from
-a chat is where log-probs come from: each chunk is forwarded as a sequence of its own, under exactly
-the prompt that the sampler saw.
+A trace is one row (``rows.py``), so advantages are TRL's own and taken over traces. The loss is a
+sum over sampled tokens of TRL's own per-token term times a weight (``objective.py``;
+arXiv 2510.06557, equation 3). A sum can be taken in parts: chunks are forwarded in packed batches
+(``chunk_rows.py``), each batch goes through TRL's loss and backward at once, and its activations
+are gone before the next one. So nothing is computed twice, and memory does not grow with thinking.
 
 TRL marks ``rollout_func`` as experimental, so the version is pinned and nothing else touches it.
 """
@@ -13,45 +12,82 @@ TRL marks ``rollout_func`` as experimental, so the version is pinned and nothing
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
 
 from delethink.errors import RolloutError
-from delethink.training.rows import flatten, spans
-from delethink.types import Trace
+from delethink.training.chunk_rows import ChunkRow, Layout, Packed, chunk_rows, pack_rows
+from delethink.training.ledger import Ledger
+from delethink.training.objective import LossType, token_weight
+from delethink.training.rows import flatten
+from delethink.training.statistics import ChunkStatistics, StepStatistics
+from delethink.types import Trace, TraceStop
+
+_SET_FOR_THE_SUM = (
+    "loss_type",
+    "importance_sampling_level",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+)
 
 
 class Sampled(NamedTuple):
-    """What was sampled for an optimizer step and what the trainer made of it, row by row."""
+    """What was sampled for a batch and what the trainer made of it, row by row."""
 
     examples: list[dict[str, Any]]  # rows of the dataset
     traces: list[Trace]
     rewards: list[dict[str, float | None]]  # by name; None where a reward does not apply
     advantages: list[float]
+    in_loss: list[bool]  # whether it has a place in the loss
 
 
-class Statistics(NamedTuple):
-    """Sums over trained tokens, on this process."""
+@dataclass(frozen=True)
+class Objective:
+    """What the trainer does beyond the settings of ``GRPOConfig``.
 
-    tokens: int = 0
-    difference: float = 0.0  # of |log-prob of the engine - log-prob of the trainer|
-    largest_difference: float = 0.0
-    entropy: float = 0.0  # nats
+    Args:
+        loss_type: under TRL's names; see ``token_weight``.
+        importance_sampling_level: ``"sequence"`` takes the ratio over the whole trace.
+        correction: of the engine's probabilities, token by token: ``"truncate"`` bounds the weight,
+            ``"mask"`` drops tokens beyond the bound, ``None`` does nothing.
+        correction_cap: that bound.
+        mask_budget: traces out of budget have no place in the loss, and do not count in its mean.
+        forward_tokens: tokens in one forward pass, padding included.
+        max_failed_share: a larger share of failed traces in a batch is an error.
+    """
+
+    loss_type: LossType = "grpo"
+    importance_sampling_level: str = "token"
+    correction: str | None = "truncate"
+    correction_cap: float = 2.0
+    mask_budget: bool = False
+    forward_tokens: int = 16_384
+    max_failed_share: float = 0.1
 
 
-class _Sequence(NamedTuple):
-    """A chunk as the model sees it, and the cells of the [B, T] result that it fills."""
+class Work(NamedTuple):
+    """What was forwarded to train, since it was last asked for."""
 
-    ids: torch.Tensor  # x_l y_l
-    prompt_length: int
-    row: int
-    columns: tuple[int, int]
+    tokens: int = 0  # without padding
+    padded: float = 0.0  # with it
+    batches: int = 0
+
+
+@dataclass
+class _Part:
+    """A forward batch on its way through TRL's loss."""
+
+    layout: Layout
+    rows: Sequence[ChunkRow]
+    inputs: dict[str, Any]
+    engine_logprobs: torch.Tensor  # [K, T]
+    means: tuple[torch.Tensor, torch.Tensor] | None  # [K] each, where ratios are over the trace
 
 
 class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
@@ -61,11 +97,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         play: plays a trace for each example (rows of the dataset, repeated once for each trace of a
             group) with the current weights, in that order.
         on_sampled: told what was sampled and how it was scored, once for each batch.
-        forward_tokens: tokens in one forward pass, padding included; more are forwarded in parts
-            that are recomputed in the backward pass, so that memory does not grow with thinking.
-        max_failed_share: a larger share of failed traces in a batch is an error.
+        draw: the examples that a batch of rows of the dataset stands for; by default themselves.
+        objective: what ``GRPOConfig`` does not say.
 
-    The other arguments are those of ``GRPOTrainer``.
+    The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
+    ``importance_sampling_level`` of its configuration are not looked at.
     """
 
     def __init__(
@@ -73,32 +109,57 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         *args: Any,
         play: Callable[[list[dict[str, Any]]], list[Trace]],
         on_sampled: Callable[[Sampled], None],
-        forward_tokens: int,
-        max_failed_share: float,
+        objective: Objective,
+        draw: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
-        self._play, self._on_sampled = play, on_sampled
-        self._forward_tokens, self._max_failed_share = forward_tokens, max_failed_share
+        self.objective = objective
+        self._play, self._on_sampled, self._draw = play, on_sampled, draw
         self._examples: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
         self._rewards: list[dict[str, float | None]] = []
-        self._statistics = Statistics()
-        self._mask: torch.Tensor | None = None  # [B, T] of the rows being forwarded
-        self._logprobs: torch.Tensor | None = None  # [B, T] of the last forward pass
-        self._entropies: torch.Tensor | None = None
+        self._statistics = ChunkStatistics()
+        self._ledger = Ledger()
+        self._work = Work()
+        self._is_fresh = False  # a batch was sampled and not yet cut into micro-batches
+        self._part: _Part | None = None  # what TRL's loss is being computed of
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and makes sure that the last batch was trained on whole if it was to be."""
+        done = super().train(*args, **kwargs)
+        if self.is_between_batches:
+            self._ledger.close()
+        return done
 
     # -- sampling ------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self._draw(inputs)
         # The examples are kept as they came: TRL adds what the rollout returned to `inputs`.
         self._examples = [dict(example) for example in inputs]
-        with self._masked(None):
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._ledger.close()
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        advantages = output["advantages"].to(self._loss_dtype)
+        in_loss = [
+            self._has_place(trace) and any(value is not None for value in rewards.values())
+            for trace, rewards in zip(self._traces, self._rewards, strict=True)
+        ]
         self._on_sampled(
-            Sampled(self._examples, self._traces, self._rewards, output["advantages"].tolist())
+            Sampled(self._examples, self._traces, self._rewards, advantages.tolist(), in_loss)
         )
-        return output
+        lengths = {i: t.length for i, t in enumerate(self._traces) if in_loss[i]}
+        self._ledger.open(lengths, self.num_iterations)
+        self._is_fresh = True
+        kept: dict[str, Any] = {"advantages": advantages, "trace": list(self._traces)}
+        kept |= {"place": list(range(len(self._traces))), "in_loss": in_loss}
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if name in output:  # by trace, without the padding
+                kept[name] = [
+                    row[: trace.length].clone()
+                    for row, trace in zip(output[name], self._traces, strict=True)
+                ]
+        return kept
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         gathered: torch.Tensor = super()._calculate_rewards(*args)
@@ -110,14 +171,13 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             }
             for row in local[: len(self._traces)].tolist()
         ]
-        return gathered
+        return gathered.double()  # so that advantages are not rounded on the way
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         self._traces = self._play(self._examples)
         self._check_failures()
-        rows = [flatten(trace, self._tokenizer.pad_token_id) for trace in self._traces]
-        masks = [torch.tensor(row.mask) for row in rows]
-        self._mask = pad_sequence(masks, batch_first=True)
+        pad = self._tokenizer.pad_token_id
+        rows = [flatten(trace, pad, self._has_place(trace)) for trace in self._traces]
         return {
             "prompt_ids": [row.prompt_ids for row in rows],
             "completion_ids": [row.completion_ids for row in rows],
@@ -126,51 +186,176 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             "trace": self._traces,
         }
 
+    def _has_place(self, trace: Trace) -> bool:
+        """Whether a trace has a place in the loss; rewards aside."""
+        masked = self.objective.mask_budget and trace.stop is TraceStop.BUDGET
+        return trace.length > 0 and not masked
+
     def _check_failures(self) -> None:
         failed = [trace for trace in self._traces if trace.stop.is_failure]
-        if len(failed) > self._max_failed_share * len(self._traces):
+        most = self.objective.max_failed_share
+        if len(failed) > most * len(self._traces):
             raise RolloutError(
                 f"{len(failed)} of {len(self._traces)} traces failed, more than max_failed_share="
-                f"{self._max_failed_share}; the first one: {failed[0].error}"
+                f"{most}; the first one: {failed[0].error}"
             )
 
-    # -- log-probs -----------------------------------------------------------------------------
+    # -- micro-batches -------------------------------------------------------------------------
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        mask = inputs["tool_mask"] * inputs["completion_mask"]
-        with self._masked(mask):
-            loss: torch.Tensor = super()._compute_loss(model, inputs)
-        self._measure(inputs["sampling_per_token_logps"], mask.bool())
-        return loss
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self._is_fresh:
+            self._is_fresh = False
+            self._weigh(self._buffered_inputs)
+        return inputs
 
-    def _measure(self, engine_logprobs: torch.Tensor, mask: torch.Tensor) -> None:
-        assert self._logprobs is not None
-        assert self._entropies is not None
-        difference = (self._logprobs - engine_logprobs)[mask].abs()
-        seen = self._statistics
-        self._statistics = Statistics(
-            tokens=seen.tokens + int(mask.sum()),
-            difference=seen.difference + difference.sum().item(),
-            largest_difference=max([seen.largest_difference, *difference.tolist()]),
-            entropy=seen.entropy + self._entropies[mask].sum().item(),
+    def _weigh(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Writes to each micro-batch what its optimizer step holds, on all processes together."""
+        step = self.args.gradient_accumulation_steps
+        for first in range(0, len(micro_batches), step):
+            window = micro_batches[first : first + step]
+            counted = [
+                trace.length
+                for inputs in window
+                for trace, counts in zip(inputs["trace"], inputs["in_loss"], strict=True)
+                if counts
+            ]
+            local = torch.tensor([len(counted), sum(counted)], device=self.accelerator.device)
+            traces, tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+            for inputs in window:
+                inputs |= {"traces": max(1, traces), "tokens": max(1, tokens)}
+
+    @property
+    def is_between_batches(self) -> bool:
+        """Whether the next optimizer step samples anew."""
+        micro_batches: int = self.args.steps_per_generation * self.num_iterations
+        done: int = self._step
+        return done % micro_batches == 0
+
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype if dtype is torch.float64 else torch.float32
+
+    # -- loss ----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The loss of a micro-batch; all its parts but the last have gone backward already."""
+        rows = [row for row in chunk_rows(inputs["trace"]) if inputs["in_loss"][row.trace]]
+        packed = pack_rows(rows, self.objective.forward_tokens)
+        self._enter(inputs, rows, packed)
+        if not packed.batches:
+            return _connected_zero(model)
+        means = self._trace_means(model, inputs, packed)
+        done = torch.zeros((), device=self.accelerator.device)
+        for batch in packed.batches[:-1]:
+            with self.accelerator.no_sync(model):
+                loss = self._part_loss(model, inputs, batch, means)
+                with torch.autocast(loss.device.type, enabled=False):
+                    self.accelerator.backward(loss)
+            done = done + loss.detach()
+        return self._part_loss(model, inputs, packed.batches[-1], means) + done
+
+    def _enter(self, inputs: dict[str, Any], rows: list[ChunkRow], packed: Packed) -> None:
+        tokens: Counter[int] = Counter()
+        for row in rows:
+            tokens[inputs["place"][row.trace]] += len(row.output_ids)
+        self._ledger.count(tokens)
+        padded = packed.tokens / (1 - packed.padding)
+        done = self._work
+        self._work = Work(
+            done.tokens + packed.tokens, done.padded + padded, done.batches + len(packed.batches)
         )
 
-    def take_statistics(self) -> Statistics:
-        """Sums over the tokens that had a place in the loss since this was last asked.
+    def _part_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        batch: Sequence[ChunkRow],
+        means: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The share of some chunks in the loss of the optimizer step."""
+        layout = self._lay_out(batch)
+        places = torch.tensor([row.trace for row in batch], device=self.accelerator.device)
+        part = {
+            "prompt_ids": layout.ids[:, : layout.prompt_size],
+            "completion_ids": layout.ids[:, layout.prompt_size :],
+            "advantages": inputs["advantages"][places],
+            "tool_mask": layout.place(self._weights(inputs, batch)),
+            # What makes TRL's own divisor of these losses 1.
+            "num_items_in_batch": torch.tensor(
+                self.accelerator.num_processes
+                * self.args.steps_per_generation
+                / self.current_gradient_accumulation_steps
+            ),
+        }
+        part["prompt_mask"] = torch.ones_like(part["prompt_ids"])
+        part["completion_mask"] = torch.ones_like(part["completion_ids"])
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if name in inputs:
+                part[name] = layout.place([inputs[name][r.trace][r.start : r.end] for r in batch])
+        engine = layout.place([torch.tensor(r.engine_logprobs).double() for r in batch])
+        own = None if means is None else (means[0][places], means[1][places])
+        self._part = _Part(layout, batch, part, engine, own)
+        try:
+            with self._as_a_plain_sum(len(batch)) as undo:
+                loss: torch.Tensor = super()._compute_loss(model, part) * undo
+        finally:
+            self._part = None
+        return loss
 
-        TRL's own averages weight micro-batches, not tokens, and count empty ones as zero.
-        """
-        taken, self._statistics = self._statistics, Statistics()
-        return taken
+    def _lay_out(self, batch: Sequence[ChunkRow]) -> Layout:
+        return Layout(batch, self._tokenizer.pad_token_id, self.accelerator.device)
+
+    def _weights(self, inputs: dict[str, Any], batch: Sequence[ChunkRow]) -> list[torch.Tensor]:
+        """Of each output token of each chunk; processes are averaged over, so theirs are more."""
+        weights = []
+        for row in batch:
+            weight = self.accelerator.num_processes * token_weight(
+                self.objective.loss_type,
+                inputs["trace"][row.trace].length,
+                traces=inputs["traces"],
+                tokens=inputs["tokens"],
+                budget=self.max_completion_length,
+            )
+            weights.append(torch.full((len(row.output_ids),), weight, dtype=self._loss_dtype))
+        return weights
 
     @contextmanager
-    def _masked(self, mask: torch.Tensor | None) -> Any:
-        """Which tokens of the rows at hand were sampled: TRL does not hand it on to the forward."""
-        self._mask = mask
+    def _as_a_plain_sum(self, num_rows: int) -> Any:
+        """TRL's loss as a sum of terms times mask; gives what undoes TRL's own divisor.
+
+        The mask holds the weights. TRL divides by the mask of a row where that is above 1, which
+        weights never are, or by constants, which are undone. It multiplies a term with
+        ``importance_sampling_ratio`` only where it believes that it ran vLLM itself.
+        """
+        before = {name: getattr(self, name) for name in _SET_FOR_THE_SUM}
+        kind = self.objective.loss_type
+        plain = kind if kind in ("cispo", "sapo") else "dr_grpo"  # the same terms, one divisor
+        steps = self.current_gradient_accumulation_steps
+        undo = {"cispo": 1, "sapo": num_rows * steps}.get(
+            plain, num_rows * self.max_completion_length * steps
+        )
+        self.loss_type, self.importance_sampling_level = plain, "token"
+        self.use_vllm = self.vllm_importance_sampling_correction = (
+            self.objective.correction is not None
+        )
+        logged = {name: list(values) for name, values in self._metrics["train"].items()}
         try:
-            yield
+            yield undo
         finally:
-            self._mask = None
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._metrics["train"].clear()  # of weighted masks; ours are exact
+            self._metrics["train"].update(logged)
+
+    # -- log-probs -----------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -182,111 +367,121 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Log-probs and entropies [B, T] of the sampled tokens, zero elsewhere.
+        """Log-probs and entropies of the sampled tokens, zero elsewhere.
 
-        TRL's own method does the work, on the chunks instead of the rows.
+        In the loss, of the chunks of a part: [K, T], by TRL's own method. Before it, where TRL
+        wants log-probs of whole rows (of the weights before the first step on a batch, or of the
+        reference): [B, T], chunk by chunk.
         """
-        assert self._mask is not None
-        sequences = _cut(input_ids, attention_mask, self._mask, logits_to_keep)
-        batches = _pack(sequences, self._forward_tokens)
-        shape = (input_ids.size(0), logits_to_keep)
-        if not batches:
-            logprobs = _connected_zeros(model, shape)
-            return self._keep(logprobs, logprobs.detach() if compute_entropy else None)
-        recompute = len(batches) > 1 and torch.is_grad_enabled()
-        parts = []
-        for batch in batches:
-            forward = self._forward_chunks
-            args = (model, *_pad(batch, self._tokenizer.pad_token_id), compute_entropy)
-            parts.append(
-                checkpoint(forward, *args, use_reentrant=False) if recompute else forward(*args)
-            )
-        order = [sequence for batch in batches for sequence in batch]
-        logprobs = _scatter([part[0] for part in parts], batches, order, shape)
-        entropies = None
-        if compute_entropy:
-            entropies = _scatter([p for _, p in parts if p is not None], batches, order, shape)
-        return self._keep(logprobs, entropies)
-
-    def _keep(
-        self, logprobs: torch.Tensor, entropies: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        self._logprobs = logprobs.detach()
-        self._entropies = None if entropies is None else entropies.detach()
+        if self._part is None:
+            logprobs = self._rows_logprobs(model, self._traces, logits_to_keep)
+            return logprobs, None, None
+        logprobs, entropies, _ = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy
+        )
+        zeros = torch.zeros_like(logprobs)
+        logprobs = logprobs.where(self._part.layout.is_output, zeros)
+        self._complete(self._part, logprobs, entropies)
         return logprobs, entropies, None
 
-    def _forward_chunks(
-        self,
-        model: Any,
-        ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        keep: int,
-        compute_entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logprobs, entropies, _ = super()._get_per_token_logps_and_entropies(
-            model, ids, attention_mask, keep, compute_entropy=compute_entropy
+    def _rows_logprobs(self, model: Any, traces: list[Trace], width: int) -> torch.Tensor:
+        """Log-probs [B, width] of all that was sampled in these traces, without a gradient."""
+        rows = torch.zeros(
+            len(traces), width, dtype=self._loss_dtype, device=self.accelerator.device
         )
-        return logprobs, entropies
+        packed = pack_rows(chunk_rows(traces), self.objective.forward_tokens)
+        with torch.no_grad():
+            for batch in packed.batches:
+                for row, values in zip(batch, self._chunk_logprobs(model, batch), strict=True):
+                    rows[row.trace, row.start : row.end] = values.to(rows.dtype)
+        return rows
+
+    def _chunk_logprobs(self, model: Any, batch: Sequence[ChunkRow]) -> list[torch.Tensor]:
+        layout = self._lay_out(batch)
+        keep = layout.ids.size(1) - layout.prompt_size
+        logprobs, _, _ = super()._get_per_token_logps_and_entropies(
+            model, layout.ids, torch.ones_like(layout.ids), keep
+        )
+        return layout.take(logprobs)
+
+    def _trace_means(
+        self, model: Any, inputs: dict[str, Any], packed: Packed
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Log of the ratio of each trace, the mean over all its tokens, and its mean correction.
+
+        A ratio over a trace would tie all its chunks into one graph. What every token adds to its
+        gradient is the same for all tokens of the trace; with these means, taken in a pass of its
+        own, each part can go backward alone.
+        """
+        if self.objective.importance_sampling_level == "token":
+            return None
+        means = torch.zeros(
+            2, len(inputs["trace"]), dtype=self._loss_dtype, device=self.accelerator.device
+        )
+        with torch.no_grad():
+            for batch in packed.batches:
+                for row, now in zip(batch, self._chunk_logprobs(model, batch), strict=True):
+                    old = now
+                    if "old_per_token_logps" in inputs:
+                        old = inputs["old_per_token_logps"][row.trace][row.start : row.end]
+                    engine = torch.tensor(row.engine_logprobs, device=now.device).double()
+                    both = torch.stack([now - old, self._correct(old - engine.to(old.dtype))])
+                    means[:, row.trace] += both.sum(-1) / inputs["trace"][row.trace].length
+        return means[0], means[1]
+
+    def _complete(
+        self, part: _Part, logprobs: torch.Tensor, entropies: torch.Tensor | None
+    ) -> None:
+        """Writes to the part what depends on its log-probs, and measures them."""
+        now = logprobs.detach()
+        old = part.inputs.get("old_per_token_logps", now)
+        log_ratio = now - old
+        correction = self._correct(old - part.engine_logprobs.to(now.dtype))
+        if part.means is not None:
+            log_ratio, correction = (mean[:, None].expand_as(now) for mean in part.means)
+            part.inputs["old_per_token_logps"] = now - log_ratio
+        part.inputs["importance_sampling_ratio"] = correction
+        ratio = log_ratio.exp()
+        advantages = part.inputs["advantages"][:, None]
+        clipped = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        clipped |= (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        mismatch = now - part.engine_logprobs
+        values = {
+            "difference": mismatch.abs(),
+            "outside": (mismatch.exp() - 1).abs() > 0.1,
+            "ratio": ratio,
+            "clipped": clipped,
+            "correction": correction,
+        }
+        if entropies is not None:
+            values["entropy"] = entropies.detach()
+        if (reference := part.inputs.get("ref_per_token_logps")) is not None:
+            values["kl"] = (reference - now).exp() - (reference - now) - 1
+        self._statistics.add([row.place for row in part.rows], part.layout.is_output, values)
+
+    def _correct(self, log_ratio: torch.Tensor) -> torch.Tensor:
+        """The weight of each token for its probability in the trainer over that in the engine."""
+        ratio, cap = log_ratio.exp(), self.objective.correction_cap
+        if self.objective.correction is None:
+            return torch.ones_like(ratio)
+        if self.objective.correction == "mask":
+            return ratio.where(ratio <= cap, torch.zeros_like(ratio))
+        return ratio.clamp(max=cap)
+
+    # -- what was measured ---------------------------------------------------------------------
+
+    def take_statistics(self) -> StepStatistics:
+        """Means over the tokens that had a place in the loss since this was last asked."""
+        return self._statistics.take(self.accelerator)
+
+    def take_work(self) -> Work:
+        """What was forwarded in the loss on this process since this was last asked."""
+        taken, self._work = self._work, Work()
+        return taken
 
 
-def _cut(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, logits_to_keep: int
-) -> list[_Sequence]:
-    """The chunks of all rows, each with its own prompt in front."""
-    first = input_ids.size(1) - logits_to_keep
-    sequences = []
-    for row, row_mask in enumerate(mask.tolist()):
-        query = input_ids[row, :first][attention_mask[row, :first].bool()]
-        for span in spans(row_mask):
-            own = input_ids[row, first + span.start : first + span.end]
-            ids = own if span.start else torch.cat([query, own])
-            length = len(ids) - (span.end - span.output)
-            sequences.append(_Sequence(ids, length, row, (span.output, span.end)))
-    return sequences
-
-
-def _pack(sequences: list[_Sequence], forward_tokens: int) -> list[list[_Sequence]]:
-    """Batches of like length, each of at most ``forward_tokens`` tokens with its padding."""
-    batches: list[list[_Sequence]] = []
-    for sequence in sorted(sequences, key=lambda s: (len(s.ids), s.prompt_length)):
-        # Sorted by length, so a sequence is the longest of its batch so far.
-        if batches and (len(batches[-1]) + 1) * len(sequence.ids) <= forward_tokens:
-            batches[-1].append(sequence)
-        else:
-            batches.append([sequence])
-    return batches
-
-
-def _pad(batch: list[_Sequence], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Ids and mask [N, S], padded on the right so that positions start at 0, and what to keep."""
-    ids = pad_sequence([s.ids for s in batch], batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(s.ids) for s in batch], device=ids.device)
-    attention_mask = (torch.arange(ids.size(1), device=ids.device) < lengths[:, None]).long()
-    return ids, attention_mask, ids.size(1) - min(s.prompt_length for s in batch)
-
-
-def _scatter(
-    values: Sequence[torch.Tensor],
-    batches: list[list[_Sequence]],
-    order: list[_Sequence],
-    shape: tuple[int, int],
-) -> torch.Tensor:
-    """Values of the output tokens, put where the tokens lie in the rows: [B, T]."""
-    flat = []
-    for kept, batch in zip(values, batches, strict=True):
-        offset = max(len(s.ids) for s in batch) - kept.size(1)
-        flat += [
-            kept[i, s.prompt_length - offset : len(s.ids) - offset] for i, s in enumerate(batch)
-        ]
-    device = flat[0].device
-    columns = torch.cat([torch.arange(*s.columns, device=device) for s in order])
-    rows = torch.cat([torch.full((s.columns[1] - s.columns[0],), s.row) for s in order]).to(device)
-    joined = torch.cat(flat)
-    return joined.new_zeros(shape).index_put((rows, columns), joined)
-
-
-def _connected_zeros(model: Any, shape: tuple[int, int]) -> torch.Tensor:
-    """Zeros that a backward pass can go through, for rows of which every token is masked."""
+def _connected_zero(model: Any) -> torch.Tensor:
+    """A zero that a backward pass can go through, where no trace has a place in the loss."""
     parameter = next(p for p in model.parameters() if p.requires_grad)
-    zeros: torch.Tensor = parameter.new_zeros(shape) + 0.0 * parameter.sum()
-    return zeros
+    zero: torch.Tensor = 0.0 * parameter.sum()
+    return zero

@@ -14,26 +14,42 @@ from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import locate
 from delethink.serving.factory import choose_engine
 from delethink.tasks import Task, rewards_of
+from delethink.training.resume import changes
 from delethink.training.run_directory import RunDirectory
 
 
 class Prepared(NamedTuple):
-    """A recipe whose names are known and whose run directory is made."""
+    """A recipe whose names are known."""
 
     recipe: Recipe  # resolved: its rewards are there, if only the task named them
     task: Task
     evaluation_task: Task  # where held-out problems come from
     scorer: Any  # of training traces; not started
     evaluation_scorer: Any  # of held-out ones: right or wrong; it shares the workers
+
+    def close(self) -> None:
+        """Ends what the scorers have started."""
+        self.evaluation_scorer.close()
+        self.scorer.close()
+
+
+class Place(NamedTuple):
+    """Where a run writes, and whether it was begun there before."""
+
     run: RunDirectory
+    begun: bool
+    changed: dict[str, list[Any]]  # [old, new] by dotted key, if so
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether nothing is left to do."""
+        return self.begun and self.run.finished_step == recipe.training.max_steps
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Resolves every name of a recipe, then makes its run directory.
+    """Resolves every name of a recipe.
 
     Raises:
-        UserError: a name, an argument, a package, a data set, a model folder, an engine or an
-            output folder is wrong; nothing is left behind.
+        UserError: a name, an argument, a package, a data set, a model folder or an engine is wrong.
     """
     for name, reward in recipe.rewards.items():
         resolve("delethink.rewards", reward.reward or name)
@@ -50,8 +66,20 @@ def prepare(recipe: Recipe) -> Prepared:
     evaluation_scorer = make_scorer(only, accuracy, recipe.scoring, scorer.pool)
     locate(recipe.model)
     _check_engine(recipe)
-    run = RunDirectory.create(_output(recipe), dump_recipe(recipe))
-    return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer, run)
+    return Prepared(recipe, task, evaluation_task, scorer, evaluation_scorer)
+
+
+def place(recipe: Recipe) -> Place:
+    """Makes the directory of a resolved recipe's run, or takes the one that the run was begun in.
+
+    Raises:
+        RunDirectoryError: it cannot be written, or holds something else or another recipe's run.
+    """
+    path = run_path(recipe)
+    if not RunDirectory.holds_run(path):
+        return Place(RunDirectory.create(path, dump_recipe(recipe)), False, {})
+    changed = changes(path, recipe)
+    return Place(RunDirectory.reopen(path), True, changed)
 
 
 def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
@@ -73,6 +101,7 @@ def _check_engine(recipe: Recipe) -> None:
             )
 
 
-def _output(recipe: Recipe) -> Path:
+def run_path(recipe: Recipe) -> Path:
+    """Where the run of a recipe goes."""
     name = f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     return output_path(recipe.output or Path("runs") / name)

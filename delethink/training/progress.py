@@ -13,6 +13,7 @@ from rich.table import Table
 
 from delethink.evaluation.evaluate import Summary
 from delethink.rule import ChunkSpec
+from delethink.training.run_directory import RunDirectory
 
 
 class Reporter:
@@ -27,8 +28,8 @@ class Reporter:
         """One line."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def start_steps(self, total: int) -> None:
-        """The optimizer steps begin."""
+    def start_steps(self, total: int, done: int = 0) -> None:
+        """The optimizer steps begin, after those that are done."""
         if not self.console.is_terminal:
             return
         self._live = Progress(
@@ -39,7 +40,7 @@ class Reporter:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._bar = self._live.add_task("training", total=total, text="")
+        self._bar = self._live.add_task("training", total=total, completed=done, text="")
         self._live.start()
 
     def step(self, metrics: dict[str, Any], total: int) -> None:
@@ -67,6 +68,11 @@ class Reporter:
         """A row of the table is measured."""
         low, high = row.accuracy_interval
         self.say(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
+
+    def finished(self, run: RunDirectory, spec: ChunkSpec) -> None:
+        """There is nothing to do: what the run has come to."""
+        self.say(f"the run is finished, after {run.finished_step} steps")
+        self.table([Summary.from_dict(row) for row in run.read_table()], spec, run.path)
 
     def table(self, rows: Sequence[Summary], spec: ChunkSpec, path: Path) -> None:
         """All rows, and where the run is."""

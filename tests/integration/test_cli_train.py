@@ -152,10 +152,11 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, override: str, words: list[st
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_directory_that_holds_a_run_is_left_alone(finished: tuple[Path, str]) -> None:
+def test_a_directory_that_holds_another_run_is_left_alone(finished: tuple[Path, str]) -> None:
     path, _ = finished
     before = (path / "metrics.jsonl").read_bytes()
-    assert_one_sentence(run(f"output={path}", cwd=path.parent), "already holds a run", "output=")
+    done = run(f"output={path}", "seed=1", cwd=path.parent)
+    assert_one_sentence(done, "holds a run of another recipe: seed (0 there, 1 here)", "output=")
     assert (path / "metrics.jsonl").read_bytes() == before
 
 

@@ -14,7 +14,7 @@ from delethink import ChunkSpec, StopReason, start
 from delethink.cost.memory import training_bytes
 from delethink.cost.model_config import model_shape
 from delethink.serving.checkpoint import load_model, load_tokenizer
-from delethink.training.grpo import DelethinkTrainer
+from delethink.training.grpo import DelethinkTrainer, Objective
 from delethink.types import Chunk, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -58,8 +58,7 @@ def peak_bytes(tmp_path: Path, spec: ChunkSpec, forward_tokens: int) -> int:
         reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(GROUP)]],
         play=lambda examples: traces,
         on_sampled=seen.append,
-        forward_tokens=forward_tokens,
-        max_failed_share=0.5,
+        objective=Objective(forward_tokens=forward_tokens),
     )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

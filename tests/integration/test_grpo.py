@@ -1,28 +1,40 @@
-"""The TRL seam against the formula: one optimizer step of plain SGD shows the gradient.
+"""The TRL seam against the formula, in float64, by what plain SGD does to every parameter.
 
-The reference is written from arXiv 2510.06557, equation 3, in float64 and without the trainer.
+The formula is in ``reference_objective``. The trainer runs as it is but for two things that are
+float32 whatever the model is, which would hide errors below 1e-7: the norms of the model are
+torch's own, and TRL's fused head is replaced by a plain log-softmax. That the fused head says the
+same to float32 is a test of its own.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import reference_objective as reference
 import torch
 from datasets import Dataset
+from reference_objective import Settings
 from tiny_models import make_qwen2
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from trl import GRPOConfig, GRPOTrainer
 
 from delethink.errors import RolloutError
-from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
 
-VOCABULARY, GROUP, TEMPERATURE, LEARNING_RATE = 12, 4, 0.7, 0.5
+VOCABULARY, GROUP, TEMPERATURE, LEARNING_RATE, BUDGET = 12, 4, 0.7, 0.5, 256
+UNEQUAL = [3, 1, 5, 2, 4, 1, 1, 6]
+SETTINGS = Settings(group=GROUP, temperature=TEMPERATURE, budget=BUDGET)
 
 
 @pytest.fixture
@@ -37,35 +49,78 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+class PlainHead:
+    """TRL's fused head in the precision of the model."""
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        *rest: Any,
+    ) -> tuple[Any, ...]:
+        logits = (hidden @ weight.T if bias is None else hidden @ weight.T + bias) / temperature
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy.detach(), None, None, None
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", PlainHead)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # TRL divides numbers of traces in it
+    yield
+    torch.set_default_dtype(before)
+
+
+def make_model() -> PreTrainedModel:
     model = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
-    return model.to(dtype)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Qwen2RMSNorm):
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
+                setattr(module, name, norm)
+    return model.double()
 
 
-def random_trace(rng: random.Random, query: tuple[int, ...], num_chunks: int) -> Trace:
+def random_trace(
+    rng: random.Random, query: tuple[int, ...], num_chunks: int, ends: bool = True
+) -> Trace:
+    """Chunks of a few tokens; the log-probs of the engine are off, some beyond the bound."""
+
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(2, VOCABULARY) for _ in range(n))
 
     chunks = []
     for i in range(num_chunks):
         prompt = query if i == 0 else query + tokens(rng.randint(1, 6))
-        last = i == num_chunks - 1
+        last = ends and i == num_chunks - 1
         output = tokens(rng.randint(1, 7)) + ((1,) if last else ())
+        logprobs = tuple(float(np.float32(rng.uniform(-6, -0.5))) for _ in output)
         stop = StopReason.EOS if last else StopReason.LENGTH
-        chunks.append(Chunk(prompt, output, (-1.0,) * len(output), stop))
-    return Trace(query, tuple(chunks), TraceStop.COMPLETED)
+        chunks.append(Chunk(prompt, output, logprobs, stop))
+    return Trace(query, tuple(chunks), TraceStop.COMPLETED if ends else TraceStop.BUDGET)
 
 
-def random_batch(seed: int, counts: list[int]) -> tuple[list[Trace], list[float]]:
-    rng = random.Random(seed)
+def random_batch(seed: int, counts: list[int]) -> tuple[list[Trace], list[float | None]]:
+    rng = random.Random(seed)  # rewards and log-probs are numbers that float32 holds exactly
     queries = [(5, 6, 7), (8, 9)]
-    traces = [random_trace(rng, queries[i // GROUP], n) for i, n in enumerate(counts)]
-    rewards = [float(rng.random() < 0.5) for _ in counts]
+    traces = [random_trace(rng, queries[i // GROUP % 2], n) for i, n in enumerate(counts)]
+    rewards: list[float | None] = [rng.choice([0.0, 1.0, 0.25]) for _ in counts]
     rewards[0], rewards[1] = 1.0, 0.0
     return traces, rewards
 
 
-def config(tmp_path: Path, **options: Any) -> GRPOConfig:
+def out_of_budget(trace: Trace) -> Trace:
+    cut = trace.chunks[-1]
+    spent = Chunk(cut.prompt_ids, cut.output_ids[:-1], cut.logprobs[:-1], StopReason.LENGTH)
+    return Trace(trace.query_ids, (*trace.chunks[:-1], spent), TraceStop.BUDGET)
+
+
+def config(folder: Path, **options: Any) -> GRPOConfig:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
@@ -75,7 +130,7 @@ def config(tmp_path: Path, **options: Any) -> GRPOConfig:
         "lr_scheduler_type": "constant",
         "max_steps": 1,
         "temperature": TEMPERATURE,
-        "loss_type": "grpo",
+        "max_completion_length": BUDGET,
         "epsilon_high": 0.26,
         "max_grad_norm": 1e9,
         "optim": "sgd",
@@ -89,110 +144,264 @@ def config(tmp_path: Path, **options: Any) -> GRPOConfig:
         "logging_steps": 1,
         "use_cpu": True,
     }
-    return GRPOConfig(output_dir=str(tmp_path), **(settings | options))
+    return GRPOConfig(output_dir=str(folder), **(settings | options))
 
 
-def step(
-    tmp_path: Path,
+class Spy(DelethinkTrainer):
+    """Remembers which traces were in which micro-batch, and what was sampled."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.micro_batches: list[list[int]] = []
+        self.sampled: list[Sampled] = []
+        super().__init__(*args, on_sampled=self.sampled.append, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.micro_batches.append(inputs["place"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def steps(self) -> list[list[int]]:
+        n = self.args.gradient_accumulation_steps
+        parts = self.micro_batches
+        return [list(chain(*parts[i : i + n])) for i in range(0, len(parts), n)]
+
+
+def train(
+    folder: Path,
     tokenizer: PreTrainedTokenizerFast,
     traces: list[Trace],
-    rewards: list[float | None],
-    forward_tokens: int = 100_000,
-    max_failed_share: float = 0.5,
+    rewards: list[Any],
+    model: PreTrainedModel | None = None,
+    peft_config: Any = None,
+    objective: Objective | None = None,
     **options: Any,
-) -> tuple[dict[str, torch.Tensor], DelethinkTrainer, Sampled]:
-    """The gradient that one optimizer step applied, by parameter."""
-    model = make_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    seen: list[Sampled] = []
-    trainer = DelethinkTrainer(
-        model=model,
+) -> Spy:
+    trainer = Spy(
+        model=make_model() if model is None else model,
         processing_class=tokenizer,
-        args=config(tmp_path, **options),
+        args=config(folder, **options),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda prompts, **_: rewards],
         play=lambda examples: traces,
-        on_sampled=seen.append,
-        forward_tokens=forward_tokens,
-        max_failed_share=max_failed_share,
+        objective=objective or Objective(max_failed_share=0.5),
+        peft_config=peft_config,
     )
     trainer.train()
-    gradients = {
-        name: (before[name] - p.detach()) / LEARNING_RATE for name, p in model.named_parameters()
-    }
-    return gradients, trainer, seen[0]
+    return trainer
 
 
-def reference_gradient(traces: list[Trace], rewards: list[float | None]) -> dict[str, torch.Tensor]:
-    """Equation 3 on the first step, where the ratio is 1 and the clip is idle."""
-    model = make_model()
-    scored = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64)
-    for g in range(0, len(traces), GROUP):
-        group = scored[g : g + GROUP]
-        known = group[~group.isnan()]
-        for trace, reward in zip(traces[g : g + GROUP], group, strict=True):
-            if reward.isnan():
-                continue
-            advantage = (reward - known.mean()) / (known.std() + 1e-4)
-            for chunk in trace.chunks:
-                logprobs = chunk_logprobs(model, chunk)
-                ratio = (logprobs - logprobs.detach()).exp()
-                total = total - (ratio * advantage).sum() / trace.length / len(traces)
-    total.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def assert_as_the_formula(
+    trainer: Spy,
+    traces: list[Trace],
+    rewards: list[float | None],
+    settings: Settings = SETTINGS,
+) -> None:
+    """Every parameter, after the same steps on the same traces, to 1e-9 of its largest change."""
+    model, first = make_model(), dict(make_model().named_parameters())
+    losses = reference.train(model, traces, rewards, trainer.steps(), LEARNING_RATE, settings)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-6, abs=1e-6)  # logged with float32
+    moved = {name: p - first[name] for name, p in model.named_parameters()}
+    largest = max(change.abs().max().item() for change in moved.values())
+    assert largest > 1e-3, "the comparison would hold for any gradient"
+    trained = dict(trainer.model.named_parameters())
+    for name, change in moved.items():
+        actual = trained[name] - first[name]
+        assert (actual - change).abs().max().item() <= 1e-9 * largest, name
 
 
-def chunk_logprobs(model: Any, chunk: Chunk) -> torch.Tensor:
-    ids = torch.tensor([chunk.prompt_ids + chunk.output_ids])
-    logits = model(input_ids=ids).logits[0, len(chunk.prompt_ids) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1)[range(len(chunk.output_ids)), list(chunk.output_ids)]
+def gradient(trainer: Spy) -> dict[str, torch.Tensor]:
+    first = dict(make_model().named_parameters())
+    return {n: (first[n] - p.detach()) for n, p in trainer.model.named_parameters()}
 
 
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    largest = max(g.abs().max().item() for g in expected.values())
-    assert largest > 1e-6, "the comparison would hold for any gradient"
-    for name, gradient in expected.items():
-        # Norms in the model, and rewards in TRL, are float32: the agreement ends there.
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
+def assert_same(actual: Spy, expected: Spy, tolerance: float = 1e-9) -> None:
+    theirs = gradient(expected)
+    largest = max(change.abs().max().item() for change in theirs.values())
+    assert largest > 1e-3, "the comparison would hold for any gradient"
+    for name, change in gradient(actual).items():
+        assert (change - theirs[name]).abs().max().item() <= tolerance * largest, name
 
 
+# -- the formula -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(
-    "counts", [[1] * 8, [3, 1, 5, 2, 4, 1, 1, 6]], ids=["one chunk each", "unequal chunks"]
+    ("counts", "seed"),
+    [([1] * 8, 0), ([4] * 8, 1), (UNEQUAL, 2), ([1, 12, 1, 1, 2, 1, 9, 1], 3)],
+    ids=["one chunk each", "many chunks", "unequal", "very unequal"],
 )
-def test_the_gradient_is_the_formulas(tmp_path: Path, tokenizer: Any, counts: list[int]) -> None:
-    traces, rewards = random_batch(0, counts)
-    gradients, trainer, _ = step(tmp_path, tokenizer, traces, rewards)
-    assert_same(gradients, reference_gradient(traces, rewards))
-    assert trainer.take_statistics().tokens == sum(trace.length for trace in traces)
+def test_loss_and_gradient_are_the_formulas(
+    tmp_path: Path, tokenizer: Any, counts: list[int], seed: int
+) -> None:
+    traces, rewards = random_batch(seed, counts)
+    trainer = train(tmp_path, tokenizer, traces, rewards)
+    assert_as_the_formula(trainer, traces, rewards)
+    assert trainer.take_statistics().total.tokens == sum(trace.length for trace in traces)
 
 
-def test_micro_batches_and_packing_change_nothing(tmp_path: Path, tokenizer: Any) -> None:
-    traces, rewards = random_batch(1, [3, 1, 5, 2, 4, 1, 1, 6])
-    whole, _, _ = step(tmp_path, tokenizer, traces, rewards)
-    in_parts, _, _ = step(tmp_path, tokenizer, traces, rewards, forward_tokens=20)
-    accumulated, trainer, _ = step(
+@pytest.mark.usefixtures("in_float64")
+def test_eos_on_a_border(tmp_path: Path, tokenizer: Any) -> None:
+    """As the last token of a full chunk, and as the only token of a chunk."""
+    traces, rewards = random_batch(4, UNEQUAL)
+    full = Chunk((5, 6, 7), (3, 4, 9, 2, 8, 7, 1), (-1.0,) * 7, StopReason.EOS)
+    alone = Chunk((5, 6, 7, 2), (1,), (-0.5,), StopReason.EOS)
+    traces[1] = replace(traces[1], chunks=(full,))
+    traces[2] = replace(traces[2], chunks=(*traces[2].chunks[:-1], alone))
+    assert_as_the_formula(train(tmp_path, tokenizer, traces, rewards), traces, rewards)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"loss_type": "dr_grpo"}, {"loss_type": "dr_grpo"}),
+        ({"loss_type": "dapo"}, {"loss_type": "dapo"}),
+        ({"loss_type": "cispo"}, {"loss_type": "cispo"}),
+        ({"loss_type": "sapo"}, {"loss_type": "sapo"}),
+        ({"importance_sampling_level": "sequence"}, {"level": "sequence"}),
+        (
+            {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+            {"loss_type": "luspo", "level": "sequence"},
+        ),
+        ({"correction": None}, {"correction": None}),
+        ({"correction": "mask", "correction_cap": 1.5}, {"correction": "mask", "cap": 1.5}),
+        ({"correction_cap": 1.1}, {"cap": 1.1}),
+    ],
+    ids=lambda value: "-".join(f"{v}" for v in value.values()),
+)
+def test_every_objective_over_several_steps_on_a_batch(
+    tmp_path: Path, tokenizer: Any, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    """Three passes over two optimizer steps: from the second on, ratios differ and are clipped."""
+    traces, rewards = random_batch(7, UNEQUAL)
+    trainer = train(
         tmp_path,
         tokenizer,
         traces,
         rewards,
+        objective=Objective(**({"forward_tokens": 24} | ours)),
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_iterations=3,
+        max_steps=6,
     )
-    assert_same(in_parts, whole)
-    assert_same(accumulated, whole)
-    assert trainer.take_statistics().tokens == sum(trace.length for trace in traces)
+    assert_as_the_formula(trainer, traces, rewards, replace(SETTINGS, **theirs))
 
 
-def test_one_chunk_is_an_unmodified_grpo_trainer(tmp_path: Path, tokenizer: Any) -> None:
-    traces, rewards = random_batch(2, [1] * 8)
-    ours, _, _ = step(tmp_path, tokenizer, traces, rewards)
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("delta", [None, 1.3])
+def test_ratios_are_clipped_on_both_sides_and_for_the_third_time_where_asked(
+    tmp_path: Path, tokenizer: Any, delta: float | None
+) -> None:
+    traces, rewards = random_batch(8, UNEQUAL)
+    options = {"num_iterations": 3, "max_steps": 3, "delta": delta}
+    trainer = train(tmp_path, tokenizer, traces, rewards, **options)
+    assert_as_the_formula(trainer, traces, rewards, replace(SETTINGS, delta=delta))
+    assert 0.1 < trainer.take_statistics().total.clipped < 0.9
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_divergence_from_the_first_weights(tmp_path: Path, tokenizer: Any) -> None:
+    make_model().save_pretrained(tmp_path / "first")
+    traces, rewards = random_batch(9, UNEQUAL)
     model = make_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    GRPOTrainer(
-        model=model,
+    model.config._name_or_path = model.name_or_path = str(tmp_path / "first")
+    options = {"num_iterations": 2, "max_steps": 2, "beta": 0.3}
+    trainer = train(tmp_path, tokenizer, traces, rewards, model=model, **options)
+    # TRL loads the reference from disk, with norms that are float32.
+    model, first = make_model(), gradient(trainer)
+    settings = replace(SETTINGS, beta=0.3)
+    reference.train(model, traces, rewards, trainer.steps(), LEARNING_RATE, settings)
+    for name, parameter in model.named_parameters():
+        moved = dict(make_model().named_parameters())[name] - parameter
+        torch.testing.assert_close(first[name], moved, rtol=1e-5, atol=1e-6)
+    assert trainer.take_statistics().total.kl > 0
+
+
+# -- what must not matter ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    ("forward_tokens", "options"),
+    [
+        (1, {}),
+        (20, {}),
+        (40, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+        (100_000, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+        (25, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
+    ],
+)
+def test_micro_batches_and_packing_change_nothing(
+    tmp_path: Path, tokenizer: Any, forward_tokens: int, options: dict[str, int]
+) -> None:
+    traces, rewards = random_batch(1, UNEQUAL)
+    whole = train(tmp_path, tokenizer, traces, rewards)
+    parts = train(
+        tmp_path,
+        tokenizer,
+        traces,
+        rewards,
+        objective=Objective(forward_tokens=forward_tokens),
+        **options,
+    )
+    assert_same(parts, whole)
+    assert parts.take_statistics().total == pytest.approx(whole.take_statistics().total)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_order_of_traces_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(2, UNEQUAL)
+    order = [6, 4, 7, 5, 2, 0, 3, 1]  # groups stay together
+    one = train(tmp_path, tokenizer, traces, rewards)
+    other = train(tmp_path, tokenizer, [traces[i] for i in order], [rewards[i] for i in order])
+    assert_same(other, one)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_long_chain_may_be_cut_where_everything_is_carried(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    traces, rewards = random_batch(3, [1] * 8)
+    traces = [random_trace(random.Random(i), t.query_ids, 1) for i, t in enumerate(traces)]
+    cut = [cut_with_full_carryover(trace) for trace in traces]
+    assert {len(trace.chunks) for trace in cut} > {1, 2}
+    whole = train(tmp_path, tokenizer, traces, rewards)
+    pieces = train(tmp_path, tokenizer, cut, rewards)
+    assert_same(pieces, whole)
+
+
+def cut_with_full_carryover(trace: Trace) -> Trace:
+    (chunk,) = trace.chunks
+    chunks = []
+    for start in range(0, len(chunk.output_ids), 3):
+        chunks.append(
+            Chunk(
+                chunk.prompt_ids + chunk.output_ids[:start],
+                chunk.output_ids[start : start + 3],
+                chunk.logprobs[start : start + 3],
+                StopReason.LENGTH,
+            )
+        )
+    chunks[-1] = replace(chunks[-1], stop=StopReason.EOS)
+    return replace(trace, chunks=tuple(chunks))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_one_chunk_is_an_unmodified_grpo_trainer(
+    tmp_path: Path, tokenizer: Any, loss_type: Any
+) -> None:
+    """With TRL's own head: the same data through TRL's own trainer, several steps on a batch."""
+    traces, rewards = random_batch(2, [1] * 8)
+    options = {"num_iterations": 2, "max_steps": 2, "delta": 1.5, "loss_type": loss_type}
+    objective = Objective(loss_type=loss_type, correction=None)
+    ours = train(tmp_path, tokenizer, traces, rewards, objective=objective, **options)
+    theirs = GRPOTrainer(
+        model=make_model(),
         processing_class=tokenizer,
-        args=config(tmp_path),
+        args=config(tmp_path, **options),
         train_dataset=Dataset.from_list([{"prompt": "t1"}, {"prompt": "t2"}]),
         reward_funcs=[lambda prompts, **_: rewards],
         rollout_func=lambda prompts, trainer: {
@@ -200,20 +409,81 @@ def test_one_chunk_is_an_unmodified_grpo_trainer(tmp_path: Path, tokenizer: Any)
             "completion_ids": [list(t.output_ids) for t in traces],
             "logprobs": [[-1.0] * t.length for t in traces],
         },
-    ).train()
-    theirs = {n: (before[n] - p.detach()) / LEARNING_RATE for n, p in model.named_parameters()}
-    assert_same(ours, theirs)
+    )
+    theirs.train()
+    assert_same(ours, theirs, tolerance=1e-5)  # rewards, and the fused head, are float32 in TRL
+    losses = [
+        [entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (ours, theirs)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
 
 
-def test_a_failed_trace_has_no_reward_and_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_fused_head_is_a_plain_one(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(4, UNEQUAL)
+    trainer = train(tmp_path, tokenizer, traces, rewards)
+    model, first = make_model(), make_model()
+    reference.train(model, traces, rewards, trainer.steps(), LEARNING_RATE, SETTINGS)
+    start = dict(first.named_parameters())
+    expected = {n: start[n] - p for n, p in model.named_parameters()}
+    largest = max(change.abs().max().item() for change in expected.values())
+    for name, change in gradient(trainer).items():
+        assert (change - expected[name]).abs().max().item() < 1e-5 * largest
+
+
+# -- traces without a place in the loss --------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_failed_trace_moves_nothing_and_does_not_count(tmp_path: Path, tokenizer: Any) -> None:
     traces, rewards = random_batch(3, [2, 3, 1, 2, 1, 2, 3, 1])
-    scored: list[float | None] = [*rewards]
     failed = Chunk(traces[2].query_ids, (), (), StopReason.ERROR, error="the engine died")
-    traces[2], scored[2] = Trace(traces[2].query_ids, (failed,), TraceStop.ERROR), None
-    gradients, _, sampled = step(tmp_path, tokenizer, traces, scored)
-    assert_same(gradients, reference_gradient(traces, scored))
+    traces[2], rewards[2] = Trace(traces[2].query_ids, (failed,), TraceStop.ERROR), None
+    trainer = train(tmp_path, tokenizer, traces, rewards)
+    assert_as_the_formula(trainer, traces, rewards)
+    (sampled,) = trainer.sampled
     assert sampled.rewards[2] == {"<lambda>": None}
     assert sampled.advantages[2] == 0.0
+    assert sampled.in_loss == [True, True, False] + [True] * 5
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "max_steps": 2}])
+def test_masked_traces_leave_numerator_and_denominator(
+    tmp_path: Path, tokenizer: Any, options: dict[str, int]
+) -> None:
+    traces, rewards = random_batch(6, [2] * 8)
+    traces[3], traces[4] = out_of_budget(traces[3]), out_of_budget(traces[4])
+    masked = Objective(mask_budget=True)
+    trainer = train(tmp_path, tokenizer, traces, rewards, objective=masked, **options)
+    assert_as_the_formula(trainer, traces, rewards, replace(SETTINGS, mask_budget=True))
+    left = sum(trace.length for i, trace in enumerate(traces) if i not in (3, 4))
+    assert trainer.take_statistics().total.tokens == left * options.get("num_iterations", 1)
+
+
+def test_a_step_of_masked_traces_alone_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(8, [2] * 8)
+    trainer = train(
+        tmp_path,
+        tokenizer,
+        [out_of_budget(trace) for trace in traces],
+        rewards,
+        objective=Objective(mask_budget=True),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    assert trainer.take_statistics().total.tokens == 0
+    assert all(change.abs().max() == 0 for change in gradient(trainer).values())
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_group_of_equal_rewards_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(5, UNEQUAL)
+    equal: list[float | None] = [*rewards[:4], 1.0, 1.0, 1.0, 1.0]
+    trainer = train(tmp_path, tokenizer, traces, equal)
+    assert trainer.sampled[0].advantages[4:] == [0.0] * 4
+    assert_as_the_formula(trainer, traces, equal)
+    alone = train(tmp_path, tokenizer, traces, [1.0] * 4 + [0.0] * 4)
+    assert all(change.abs().max() == 0 for change in gradient(alone).values())
 
 
 def test_too_many_failures_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
@@ -221,64 +491,89 @@ def test_too_many_failures_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
     failed = Chunk((5,), (), (), StopReason.ERROR, error="the engine died")
     traces[:2] = [Trace((5,), (failed,), TraceStop.ERROR)] * 2
     with pytest.raises(RolloutError, match="2 of 8 traces failed.*the engine died"):
-        step(tmp_path, tokenizer, traces, rewards, max_failed_share=0.1)
+        train(tmp_path, tokenizer, traces, rewards, objective=Objective(max_failed_share=0.1))
 
 
-def test_groups_without_signal_move_nothing(tmp_path: Path, tokenizer: Any) -> None:
-    traces, _ = random_batch(5, [2] * 8)
-    gradients, _, sampled = step(tmp_path, tokenizer, traces, [1.0] * 4 + [0.0] * 4)
-    assert sampled.advantages == [0.0] * 8
-    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+# -- what is proved and measured ---------------------------------------------------------------
 
 
-def test_traces_out_of_budget_can_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
-    traces, rewards = random_batch(6, [2] * 8)
-    cut = traces[3].chunks[-1]
-    spent = Chunk(cut.prompt_ids, cut.output_ids[:-1], cut.logprobs[:-1], StopReason.LENGTH)
-    traces[3] = Trace(traces[3].query_ids, (*traces[3].chunks[:-1], spent), TraceStop.BUDGET)
-    _, trainer, _ = step(tmp_path, tokenizer, traces, rewards, mask_truncated_completions=True)
-    left = sum(trace.length for i, trace in enumerate(traces) if i != 3)
-    assert trainer.take_statistics().tokens == left
+def test_a_trace_that_is_dropped_is_noticed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl.trainer.grpo_trainer as module
+
+    own = module.shuffle_sequence_dict
+
+    def repeat_one(batch: dict[str, Any]) -> dict[str, Any]:
+        batch["place"][1] = batch["place"][0]
+        batch["trace"][1] = batch["trace"][0]
+        return own(batch)
+
+    monkeypatch.setattr(module, "shuffle_sequence_dict", repeat_one)
+    traces, rewards = random_batch(1, [1] * 8)
+    with pytest.raises(RuntimeError, match=r"trace 0 .* times|tokens of trace 0 are in the loss"):
+        train(tmp_path, tokenizer, traces, rewards)
 
 
-def test_a_step_of_masked_traces_alone_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
-    traces, rewards = random_batch(8, [2] * 8)
-    for i, trace in enumerate(traces):
-        cut = trace.chunks[-1]
-        spent = Chunk(cut.prompt_ids, cut.output_ids[:-1], cut.logprobs[:-1], StopReason.LENGTH)
-        traces[i] = Trace(trace.query_ids, (*trace.chunks[:-1], spent), TraceStop.BUDGET)
-    gradients, trainer, _ = step(
-        tmp_path,
-        tokenizer,
-        traces,
-        rewards,
-        mask_truncated_completions=True,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-    )
-    assert trainer.take_statistics().tokens == 0
-    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+@pytest.mark.usefixtures("in_float64")
+def test_what_is_measured_is_measured_by_place_of_the_chunk(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(9, UNEQUAL)
+    seen = train(tmp_path, tokenizer, traces, rewards).take_statistics()
+    model = make_model()
+    assert len(seen.by_chunk) == max(UNEQUAL)
+    for place, means in enumerate(seen.by_chunk):
+        chunks = [t.chunks[place] for t in traces if len(t.chunks) > place]
+        with torch.no_grad():
+            now = [reference.chunk_logprobs(model, chunk, TEMPERATURE) for chunk in chunks]
+        engine = [torch.tensor(chunk.logprobs, dtype=torch.float64) for chunk in chunks]
+        off = torch.cat(now) - torch.cat(engine)
+        assert means.tokens == len(off)
+        assert means.difference == pytest.approx(off.abs().mean().item())
+        assert means.difference_max == pytest.approx(off.abs().max().item())
+        assert means.outside == pytest.approx(((off.exp() - 1).abs() > 0.1).double().mean().item())
+        assert means.correction == pytest.approx(off.exp().clamp(max=2.0).mean().item())
+        assert (means.ratio, means.clipped) == (1.0, 0.0)
+        assert means.entropy > 0
+    assert seen.total.tokens == sum(means.tokens for means in seen.by_chunk)
 
 
-def test_statistics_weight_tokens_and_not_micro_batches(tmp_path: Path, tokenizer: Any) -> None:
-    traces, rewards = random_batch(9, [3, 1, 5, 2, 4, 1, 1, 6])
-    whole = step(tmp_path, tokenizer, traces, rewards)[1].take_statistics()
-    parts = step(
-        tmp_path,
-        tokenizer,
-        traces,
-        rewards,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=8,
-    )[1].take_statistics()
-    assert parts == pytest.approx(whole, rel=1e-5)
+# -- precision and adapters --------------------------------------------------------------------
 
 
-def test_several_optimizer_steps_for_a_batch_use_the_log_probs_of_sampling(
+def test_bfloat16_computes_log_probs_in_float32(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    own = DelethinkTrainer._complete
+
+    def look(self: Any, part: Any, logprobs: torch.Tensor, entropies: Any) -> None:
+        seen.append((logprobs.dtype, next(self.model.parameters()).dtype))
+        own(self, part, logprobs, entropies)
+
+    monkeypatch.setattr(DelethinkTrainer, "_complete", look)
+    traces, rewards = random_batch(4, UNEQUAL)
+    small = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
+    trainer = train(tmp_path, tokenizer, traces, rewards, model=small, bf16=True)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    exact = {n: c.float() for n, c in gradient(train(tmp_path, tokenizer, traces, rewards)).items()}
+    rounded = gradient(trainer)
+    flat = [torch.cat([g[name].float().flatten() for name in exact]) for g in (exact, rounded)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.99
+    assert not torch.equal(*flat)
+
+
+def test_adapters_alone_are_trained_and_their_gradient_is_the_formulas(
     tmp_path: Path, tokenizer: Any
 ) -> None:
-    """With num_iterations=2 the old log-probs are forwarded too, chunk by chunk."""
-    traces, rewards = random_batch(7, [3, 1, 2, 2, 1, 4, 1, 2])
-    one, _, _ = step(tmp_path, tokenizer, traces, rewards, num_iterations=1)
-    two, _, _ = step(tmp_path, tokenizer, traces, rewards, num_iterations=2)
-    assert_same(two, one)
+    peft = pytest.importorskip("peft")
+    traces, rewards = random_batch(4, UNEQUAL)
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    trainer = train(tmp_path, tokenizer, traces, rewards, peft_config=peft.LoraConfig(**settings))
+    adapted = dict(trainer.model.named_parameters())
+    first = make_model().state_dict()
+    for name, parameter in trainer.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, first[name.replace(".base_layer", "")])
+    moved = [name for name in adapted if "lora_B" in name and adapted[name].abs().max() > 0]
+    assert len(moved) == sum("lora_B" in name for name in adapted)

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -144,8 +144,8 @@ def test_an_abandoned_request_does_not_hold_up_new_weights(
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(abandon())
-    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
     pool.update_weights(tiny_models[0].model.state_dict(), version=1)
+    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
 
 
 def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
@@ -232,38 +232,45 @@ def test_weights_that_do_not_fit_are_refused_by_every_worker(
     assert completion.policy_version == 8
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(
+def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
     pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
-    victim, survivor = pool.workers
+    victim, _ = pool.workers
+    pool.take_metrics()
+    samplings = [Sampling(seed=i) for i in range(64)]
+    undisturbed = complete(pool, [(5,)] * 64, 250, samplings)
 
-    async def play() -> list[Completion | BaseException]:
-        requests = [pool.generate((5,), 250, Sampling(seed=i)) for i in range(64)]
+    async def play() -> list[Completion]:
+        requests = [pool.generate((5,), 250, sampling) for sampling in samplings]
         tasks = [asyncio.create_task(request) for request in requests]
         await asyncio.sleep(0.05)
         os.kill(victim.pid, signal.SIGKILL)
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(*tasks)
 
     engine = psutil.Process(victim.pid).children(recursive=True)
     answers = asyncio.run(play())
-    failed = [answer for answer in answers if isinstance(answer, BaseException)]
-    assert len(failed) == len(answers) // 2
-    for error in failed:
-        assert isinstance(error, PolicyError)
-        assert f"{victim.name} (process {victim.pid}) is dead" in str(error)
+    assert [answer.token_ids for answer in answers] == [c.token_ids for c in undisturbed]
     assert_gone(engine)
-
-    before = survivor.completions
-    complete(pool, [PROMPTS[0]] * 4, 8, [GREEDY] * 4)
-    assert survivor.completions == before + 4
-    with pytest.raises(WeightSyncError, match=f"1 of 2 workers.*{victim.name} .* is dead"):
-        pool.update_weights(tiny_models[1].model.state_dict(), version=9)
+    pool.update_weights(tiny_models[1].model.state_dict(), version=9)
+    wait_until(lambda: not victim.is_dead)
+    before = victim.completions
+    for completion in complete(pool, [PROMPTS[0]] * 8, 8, [GREEDY] * 8):
+        assert_greedy(tiny_models[1], PROMPTS[0], completion)
+        assert completion.policy_version == 9
+    assert victim.completions > before
+    metrics = pool.take_metrics()
+    assert metrics["engine/restarts"] == 1
+    assert 1 <= metrics["engine/chunks_rescheduled"] <= 64
+    assert metrics["engine/chunks_failed"] == 0
+    for index in range(2):
+        assert metrics[f"engine/worker {index}/tokens_per_second"] > 0
+        assert metrics[f"engine/worker {index}/batch_occupancy"] > 0
 
 
 def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
     processes = psutil.Process().children(recursive=True)
     started = {process.pid: process.cmdline() for process in processes}
-    assert pool.workers[1].pid in started, started  # the first one was killed above
+    assert all(worker.pid in started for worker in pool.workers), started
     pool.close()
     pool.close()
     assert_gone(processes)
@@ -271,11 +278,15 @@ def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
         complete(pool, [PROMPTS[0]], 8, [GREEDY])
 
 
-def assert_gone(processes: list[psutil.Process]) -> None:
-    deadline = time.monotonic() + 20
-    while alive := [p for p in processes if p.is_running() and p.status() != "zombie"]:
-        assert time.monotonic() < deadline, alive
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not done():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    wait_until(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"])
 
 
 def test_an_update_that_was_not_applied_is_seen() -> None:

@@ -15,6 +15,7 @@ from delethink.errors import (
     DelethinkError,
     MissingExtraError,
     ModelError,
+    NonFiniteError,
     PolicyError,
     QueryTooLongError,
     RolloutError,
@@ -39,6 +40,7 @@ LEAVES = [
     (PolicyError(TEXT), DelethinkError, RuntimeError),
     (RolloutError(TEXT), DelethinkError, RuntimeError),
     (WeightSyncError(TEXT), DelethinkError, RuntimeError),
+    (NonFiniteError(TEXT), DelethinkError, ArithmeticError),
     (ConformanceError(TEXT), DelethinkError, AssertionError),
 ]
 ALL = [DelethinkError(TEXT), UserError(TEXT), *(leaf for leaf, _, _ in LEAVES)]

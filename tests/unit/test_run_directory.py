@@ -1,9 +1,14 @@
 """The run directory: what it refuses, and that what was written stays readable."""
 
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from delethink.errors import RunDirectoryError
 from delethink.training.run_directory import RunDirectory
@@ -31,7 +36,7 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunDirectoryError, match="is not empty"):
+    with pytest.raises(RunDirectoryError, match="file is a file; choose a folder"):
         RunDirectory.create(tmp_path / "file", "")
     with pytest.raises(RunDirectoryError, match="cannot write the run to"):
         RunDirectory.create(tmp_path / "file" / "run", "")
@@ -68,6 +73,89 @@ def test_a_run_that_measured_nothing_is_taken_back(tmp_path: Path) -> None:
     (mine.path / "notes.txt").write_text("x")
     mine.discard_if_empty()
     assert [p.name for p in mine.path.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_kill_leaves_of_a_directory_in_the_making_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "versions.json.part").write_text('{"pyth')
+    (tmp_path / "config.yaml.part").write_text("a:")
+    (tmp_path / "config.yaml").touch()  # of a file system that lost its content
+    assert not RunDirectory.holds_run(tmp_path)
+    RunDirectory.create(tmp_path, "a: 1\n")
+    assert RunDirectory.holds_run(tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_traces_without_a_recipe_are_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "step_000001.jsonl").write_text("{}\n")
+    with pytest.raises(RunDirectoryError, match=r"is not empty \(traces\)"):
+        RunDirectory.create(tmp_path, "")
+
+
+def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    run.add_metrics({"step": 1, "loss": math.nan, "gradient_norm": math.inf, "reward": 0.5})
+    expected = {"step": 1, "loss": None, "gradient_norm": None, "reward": 0.5}
+    assert run.read_metrics() == [expected]
+
+
+def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "a: 1\n")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from delethink.training.run_directory import RunDirectory\n"
+        "RunDirectory.reopen(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert "another process is writing to" in second.stderr
+    run.release()
+    assert subprocess.run(command).returncode == 0
+
+
+@given(
+    metrics=st.integers(0, 6), traces=st.integers(0, 7), step=st.integers(0, 6), cut=st.booleans()
+)
+def test_a_run_goes_back_to_a_step_and_loses_nothing(
+    tmp_path_factory: pytest.TempPathFactory, metrics: int, traces: int, step: int, cut: bool
+) -> None:
+    run = RunDirectory.create(tmp_path_factory.mktemp("a") / "run", "a: 1\n")
+    for i in range(1, metrics + 1):
+        run.add_metrics({"step": i})
+    for i in range(1, traces + 1):
+        run.add_traces(i, [{"i": i}])
+    if cut:
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99, "rew')
+    run.finish(metrics)
+    superseded = run.take_up(step, "a: 2\n", {"a": [1, 2]})
+    assert superseded == list(range(step + 1, max(metrics, traces) + 1))
+    assert [m["step"] for m in run.read_metrics()] == list(range(1, min(step, metrics) + 1))
+    assert len(list((run.path / "traces").iterdir())) == min(step, traces)
+    moved = list(run.path.glob("superseded/*/traces/*.jsonl"))
+    assert len(moved) == max(0, traces - step)
+    kept = "".join(file.read_text() for file in run.path.glob("superseded/*/metrics.jsonl"))
+    assert len(kept.splitlines()) == max(0, metrics - step)
+    assert run.finished_step is None
+    assert (run.path / "config.yaml").read_text() == "a: 2\n"
+    assert run.take_up(step, "a: 2\n", {}) == []
+    lines = (run.path / "resumed.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["changed"] for record in records] == [{"a": [1, 2]}, {}]
+    run.add_metrics({"step": step + 1})
+    assert run.read_metrics()[-1] == {"step": step + 1}
+
+
+def test_what_is_superseded_twice_is_kept_twice(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "")
+    for _ in range(2):
+        run.add_traces(3, [{"i": 3}])
+        run.add_nonfinite(3, [{"i": 3}])
+        assert run.take_up(2, "", {}) == [3]
+    names = sorted(folder.name for folder in (run.path / "superseded").iterdir())
+    assert names == ["after_step_000002_1", "after_step_000002_2"]
+    assert len(list(run.path.glob("superseded/*/traces/*step_000003.jsonl"))) == 4
 
 
 def test_a_run_that_measured_something_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""What a pool and its workers say to each other, many chunks at a time.
+
+A call to a Ray actor costs the driver as much as ten chunks do otherwise, so a worker answers when
+it has several things to say, or when it has been silent for long enough to be thought dead.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from delethink.policy import Completion, Sampling
+from delethink.types import StopReason, TokenIds
+
+_STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
+
+
+class Job(NamedTuple):
+    """A chunk for a worker; ids are packed, because a tuple of thousands is slow to send."""
+
+    number: int  # of its lease
+    prompt: array[int]
+    max_new_tokens: int
+    temperature: float
+    seed: int | None
+
+    @classmethod
+    def pack(
+        cls, number: int, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Job:
+        """For the chunk of a lease."""
+        prompt = array("i", prompt_ids)
+        return cls(number, prompt, max_new_tokens, sampling.temperature, sampling.seed)
+
+
+class Answer(NamedTuple):
+    """What became of a job: tokens, or what was raised."""
+
+    number: int
+    output: array[int] = array("i")  # noqa: RUF012, RUF100 -- never changed
+    logprobs: array[float] = array("d")
+    stop: str = StopReason.LENGTH.value
+    version: int = 0  # of the weights
+    error: Exception | None = None
+
+    def completion(self) -> Completion:
+        """As rollouts know it."""
+        tokens, logprobs = tuple(self.output), tuple(self.logprobs)
+        return Completion(tokens, logprobs, _STOPS[self.stop], self.version)
+
+
+@dataclass(frozen=True)
+class EngineCounts:
+    """What an engine has done since it started. All of it only grows."""
+
+    steps: int = 0  # forward passes
+    tokens: int = 0  # sampled
+    running: int = 0  # sum over steps of the chunks in the batch
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # of those, found
+
+
+class Report(NamedTuple):
+    """A worker's side of an exchange."""
+
+    answers: Sequence[Answer]
+    counts: EngineCounts
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What a worker says of itself once it has started."""
+
+    pid: int
+    max_model_tokens: int
+    batch_size: int  # the most chunks that the engine samples side by side
+    prefix_block: int = 1  # tokens; the prefix cache keeps whole blocks only
+    facts: Mapping[str, Any] = field(default_factory=dict)  # more, for people
+
+
+class WorkerHandle(Protocol):
+    """One life of a worker, as the pool holds it; after ``kill`` nothing of it is left.
+
+    Whatever a method raises, but for ``WeightSyncError``, means that the worker is lost.
+    """
+
+    async def start(self) -> WorkerState:
+        """Starts the engine; bounded in time by itself."""
+        ...
+
+    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
+        """Hands over jobs, takes others back, and waits until there is something to report.
+
+        It returns after a few seconds at most, also with nothing, and at once where a later
+        exchange has been started.
+        """
+        ...
+
+    async def update(self, weights: Any, version: int) -> int:
+        """Takes up weights while it has no job; returns the version that the engine runs.
+
+        Raises:
+            WeightSyncError: it refused them.
+        """
+        ...
+
+    async def sleep(self) -> None:
+        """Gives the memory of its GPU to others."""
+        ...
+
+    async def wake(self) -> None:
+        """Takes it back."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine in good order."""
+        ...
+
+    def kill(self) -> None:
+        """Ends the worker and its engine, whatever state they are in."""
+        ...

@@ -1,0 +1,671 @@
+"""Keeps workers at work: gives chunks to them, notices when one fails, and brings it back.
+
+This is asyncio alone. What a worker is (``WorkerHandle``) is handed in, so that every fault can be
+played against fakes in virtual time; ``ray_pool`` hands in Ray actors. All of a pool runs in one
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import statistics
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Any, NoReturn
+
+from delethink.errors import (
+    ConfigError,
+    DeadlineError,
+    PolicyError,
+    UserError,
+    WeightSyncError,
+    WorkersLostError,
+)
+from delethink.policy import Completion, Progress, Sampling
+from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerHandle, WorkerState
+from delethink.serving.pool_settings import Order, PoolSettings
+from delethink.serving.pool_worker import Chunk, Counts, Outcome, PoolWorker
+from delethink.serving.scheduler import Lease, Rank, Request, Scheduler
+from delethink.types import TokenIds
+
+_logger = logging.getLogger(__name__)
+
+_SURPLUS = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
+_GATHER_S = 0.002  # for which the driver collects jobs before it goes to a worker empty-handed
+_TICK_S = 1.0  # between two looks at deadlines
+_MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted
+_PAUSE_S = 1.0  # after a worker raised: others get the chunk
+_FIRST_BACKOFF_S = 1.0  # doubles from the second restart in a row without a chunk in between
+_LAST_BACKOFF_S = 60.0
+_STOP_TIMEOUT_S = 10.0
+_MEASURED_CHUNKS = 8  # of a worker, before its pace says anything
+
+
+class LostError(Exception):
+    """A worker is no use any more; the text says why."""
+
+
+class WorkerPool:
+    """Samples chunks on workers that may fail.
+
+    Args:
+        launch: begins a life of the worker of an index.
+        num_workers: how many there are.
+        settings: how they are treated.
+
+    Raises:
+        ConfigError: an impossible setting.
+    """
+
+    def __init__(
+        self, launch: Callable[[int], WorkerHandle], num_workers: int, settings: PoolSettings
+    ) -> None:
+        if num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
+        self.workers = [PoolWorker(i, f"worker {i}") for i in range(num_workers)]
+        self.max_model_tokens = 0
+        self.counts = Counts()
+        self._launch, self._settings = launch, settings
+        self._scheduler = Scheduler()
+        self._chunks: dict[Hashable, Chunk] = {}  # by key
+        self._keys = itertools.count(1)
+        self._by_life: dict[Hashable, PoolWorker] = {}
+        self._weights: tuple[Any, int] | None = None  # that workers are to run, once there are any
+        self._unsound: Exception | None = None  # why nothing is sampled before other weights come
+        self._ended: Exception | None = None  # why nothing is sampled ever again
+        self._gone_since: float | None = None
+        self._assigning = False
+        self._updating = asyncio.Lock()
+        self._falling_asleep, self._awake = asyncio.Lock(), asyncio.Event()
+        self._awake.set()
+        self._changed = asyncio.Event()  # a worker came into service, or was given up
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Starts all workers.
+
+        Raises:
+            UserError: of a worker, as it is.
+            ConfigError: one did not start; the text is what it said.
+        """
+        states = await asyncio.gather(
+            *[self._begin(worker) for worker in self.workers], return_exceptions=True
+        )
+        for worker, problem in zip(self.workers, states, strict=True):
+            if isinstance(problem, UserError):
+                raise problem
+            if isinstance(problem, BaseException):
+                raise ConfigError(f"{worker} did not start: {_say(problem)}") from None
+        for worker in self.workers:
+            self._spawn(self._keep(worker))
+        self._spawn(self._watch())
+
+    async def close(self) -> None:
+        """Ends all workers; who still waits is told so."""
+        self._end(PolicyError("the pool is closed"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        handles = [worker.handle for worker in self.workers if worker.handle is not None]
+        with contextlib.suppress(TimeoutError):  # in time or not, they are killed next
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                stops = [handle.stop() for handle in handles]
+                await asyncio.gather(*stops, return_exceptions=True)
+        for worker in self.workers:
+            self._forget(worker)
+        self.workers = []
+
+    async def _keep(self, worker: PoolWorker) -> None:
+        """Sees a worker that has begun through all its lives."""
+        while True:
+            assert worker.lost is not None
+            reason = await worker.lost
+            self._bury(worker, reason)
+            while not worker.in_service:
+                if worker.fruitless > self._settings.max_restarts:
+                    self._give_up(worker)
+                    return
+                await asyncio.sleep(_backoff(worker.fruitless))
+                self.counts.restarts += 1
+                worker.restarts += 1
+                try:
+                    await self._begin(worker)
+                except Exception as problem:  # whatever keeps an engine from starting
+                    self._bury(worker, f"did not start: {_say(problem)}")
+
+    async def _begin(self, worker: PoolWorker) -> None:
+        """A new life: an engine with the current weights, in service when this returns."""
+        await self._awake.wait()  # while it sleeps, its GPU is somebody else's
+        worker.life += 1
+        worker.handle = handle = self._launch(worker.index)
+        state = await handle.start()
+        while self._weights is not None and not self._unsound:
+            weights, version = self._weights
+            await self._update(worker, weights, version)
+            if self._weights is not None and self._weights[1] == version:
+                break
+        self._serve(worker, state)
+
+    def _serve(self, worker: PoolWorker, state: WorkerState) -> None:
+        loop = asyncio.get_running_loop()
+        worker.pid = state.pid
+        worker.lost = loop.create_future()
+        worker.heard = worker.progressed = loop.time()
+        worker.counts = worker.taken = EngineCounts()
+        worker.jobs, worker.dropped = [], []
+        worker.exchanges = worker.returned_tokens = worker.failing_reports = 0
+        worker.pace, worker.paced = 0.0, 0
+        worker.idle.set()
+        worker.in_service = True
+        self.max_model_tokens = state.max_model_tokens
+        slots = self._settings.chunks_per_worker
+        self._scheduler.add_worker(
+            worker.key, slots or state.batch_size + max(1, state.batch_size // _SURPLUS)
+        )
+        self._by_life[worker.key] = worker
+        if self._unsound or not self._awake.is_set():
+            self._scheduler.pause(worker.key)
+        self._gone_since = None
+        self._changed.set()
+        self._go(worker)
+        self._assign_soon()
+
+    def _lose(self, worker: PoolWorker, reason: str) -> None:
+        """Ends the present life of a worker; its chunks go to others at once."""
+        if worker.lost is None or worker.lost.done():
+            return
+        worker.lost.set_result(reason)
+        self._take_back(worker, reason)
+
+    def _take_back(self, worker: PoolWorker, reason: str) -> None:
+        worker.in_service = False
+        ended = self._scheduler.remove_worker(worker.key)
+        self._by_life.pop(worker.key, None)
+        worker.tokens_in_flight = 0
+        worker.idle.set()
+        self.counts.chunks_rescheduled += len(ended)
+        # What was dropped was never returned either: so no more than these could have sampled.
+        most = sum(self._chunks[lease.request.key].max_new_tokens for lease in ended)
+        sampled = max(0, worker.counts.tokens - worker.returned_tokens)
+        self.counts.tokens_lost += min(most, sampled)
+        for lease in ended:
+            self._count_attempt(lease, f"{worker} {reason}")
+        if not any(other.in_service for other in self.workers):
+            self._gone_since = asyncio.get_running_loop().time()
+        self._assign_soon()
+
+    def _bury(self, worker: PoolWorker, reason: str) -> None:
+        _logger.warning("%s %s", worker, reason)
+        worker.reason = reason
+        worker.fruitless += 1
+        self._forget(worker)
+
+    def _forget(self, worker: PoolWorker) -> None:
+        handle, worker.handle = worker.handle, None
+        worker.pid = 0
+        worker.in_service = False
+        if handle is not None:
+            handle.kill()
+
+    def _give_up(self, worker: PoolWorker) -> None:
+        worker.given_up = True
+        self._changed.set()
+        if all(other.given_up for other in self.workers):
+            self._end_without_workers(f"each was restarted {self._settings.max_restarts} times")
+
+    def _end_without_workers(self, why: str) -> None:
+        said = "; ".join(f"{worker.name} {worker.reason}" for worker in self.workers)
+        self._end(
+            WorkersLostError(f"all {len(self.workers)} workers are lost ({why}). Last: {said}")
+        )
+
+    def _end(self, why: Exception) -> None:
+        self._ended = self._ended or why
+        self._changed.set()
+        self._fail_all(self._ended)
+
+    def _fail_all(self, why: Exception) -> None:
+        for key in list(self._chunks):
+            if (lease := self._scheduler.withdraw(key)) is not None:
+                self._drop(lease)
+            self._chunks.pop(key).deliver(why)
+
+    # -- chunks --------------------------------------------------------------------------------
+
+    def submit(self, chunk: Chunk) -> None:
+        """Lets a chunk be sampled; ``chunk.deliver`` is told what came out, once."""
+        if (why := self._ended or self._unsound) is not None:
+            chunk.deliver(why)
+            return
+        if not self._awake.is_set():
+            self._spawn(self.wake())
+        chunk.key = next(self._keys)
+        self._chunks[chunk.key] = chunk
+        progress = chunk.sampling.progress or Progress()
+        self._scheduler.submit(
+            Request(
+                chunk.key,
+                len(chunk.prompt_ids) + chunk.max_new_tokens,
+                progress.query,
+                rank_of(progress, self._settings.order),
+            )
+        )
+        self._assign_soon()
+
+    def withdraw(self, chunk: Chunk) -> None:
+        """Nobody waits for a chunk any more."""
+        if self._chunks.pop(chunk.key, None) is not None:
+            lease = self._scheduler.withdraw(chunk.key)
+            if lease is not None:
+                self._drop(lease)
+
+    async def sample(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """The policy protocol, for callers in the pool's own event loop."""
+        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+
+        def deliver(outcome: Outcome) -> None:
+            settle(answer, outcome)
+
+        chunk = Chunk(prompt_ids, max_new_tokens, sampling, deliver)
+        self.submit(chunk)
+        try:
+            return await answer
+        finally:
+            self.withdraw(chunk)
+
+    def _assign_soon(self) -> None:
+        if not self._assigning:
+            self._assigning = True
+            asyncio.get_running_loop().call_soon(self._assign)
+
+    def _assign(self) -> None:
+        self._assigning = False
+        loop = asyncio.get_running_loop()
+        for lease in self._scheduler.assign(loop.time()):
+            worker, chunk = self._by_life[lease.worker], self._chunks[lease.request.key]
+            worker.jobs.append(
+                Job.pack(lease.number, chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling)
+            )
+            worker.tokens_in_flight += lease.request.tokens
+            if worker.idle.is_set():
+                worker.idle.clear()
+                worker.progressed = loop.time()
+        for worker in self.workers:
+            if worker.in_service and (worker.jobs or worker.dropped):
+                self._go(worker)
+
+    def _drop(self, lease: Lease) -> None:
+        """Takes a chunk back from a worker whose lease of it has ended."""
+        worker = self._by_life.get(lease.worker)
+        if worker is not None:
+            worker.dropped.append(lease.number)
+            self._freed(worker)
+
+    def _freed(self, worker: PoolWorker) -> None:
+        """A worker has fewer chunks."""
+        worker.tokens_in_flight = self._scheduler.tokens(worker.key)
+        if not worker.tokens_in_flight:
+            worker.idle.set()
+        self._assign_soon()
+
+    # -- exchanges -----------------------------------------------------------------------------
+
+    def _go(self, worker: PoolWorker) -> None:
+        """Goes to a worker with what there is for it."""
+        jobs, worker.jobs = worker.jobs, []
+        dropped, worker.dropped = worker.dropped, []
+        worker.exchanges += 1
+        self._spawn(self._exchange(worker, worker.life, jobs, dropped))
+
+    async def _exchange(
+        self, worker: PoolWorker, life: int, jobs: Sequence[Job], dropped: Sequence[int]
+    ) -> None:
+        assert worker.handle is not None
+        try:
+            report = await worker.handle.exchange(jobs, dropped)
+        except Exception as problem:  # however a worker fails, it is lost
+            if worker.life == life:
+                self._lose(worker, _say(problem))
+            return
+        if worker.life != life or worker.is_dead:
+            self.counts.late_answers += len(report.answers)
+            return
+        worker.exchanges -= 1
+        self._hear(worker, report)
+        if not worker.is_dead and not worker.exchanges:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_GATHER_S if report.answers else 0.0, self._go_again, worker, life)
+
+    def _go_again(self, worker: PoolWorker, life: int) -> None:
+        if worker.life == life and worker.in_service and not worker.exchanges:
+            self._go(worker)
+
+    def _hear(self, worker: PoolWorker, report: Report) -> None:
+        now = asyncio.get_running_loop().time()
+        worker.heard = now
+        if report.counts.steps != worker.counts.steps or worker.idle.is_set():
+            worker.progressed = now
+        worker.counts = report.counts
+        failed = 0
+        # What was raised comes last: it may be the end of the worker, but not of what it has done.
+        for answer in sorted(report.answers, key=lambda answer: answer.error is not None):
+            if answer.error is not None and not isinstance(answer.error, UserError):
+                failed += self._fail(worker, answer)
+            elif (lease := self._scheduler.finish(answer.number)) is None:
+                self.counts.late_answers += 1
+            else:
+                self._deliver(worker, lease, answer, now)
+        if report.answers and not worker.is_dead:
+            self._freed(worker)
+            self._judge(worker, failed, len(report.answers))
+
+    def _deliver(self, worker: PoolWorker, lease: Lease, answer: Answer, now: float) -> None:
+        worker.completions += 1
+        worker.given_chunks += 1
+        worker.fruitless = 0
+        worker.returned_tokens += len(answer.output)
+        pace = (now - lease.given) / max(1, len(answer.output))
+        worker.paced += 1
+        worker.pace += (pace - worker.pace) / min(worker.paced, 4 * _MEASURED_CHUNKS)
+        chunk = self._chunks.pop(lease.request.key)
+        try:
+            outcome: Outcome = answer.error or answer.completion()
+        except PolicyError as problem:  # what the engine returned makes no completion
+            outcome = problem
+        chunk.deliver(outcome)
+
+    def _fail(self, worker: PoolWorker, answer: Answer) -> int:
+        """A worker raised over a chunk, which others may try."""
+        lease = self._scheduler.give_back(answer.number)
+        if lease is None:
+            self.counts.late_answers += 1
+            return 0
+        assert answer.error is not None
+        if isinstance(answer.error, ConnectionError):
+            self._lose(worker, _say(answer.error))
+        else:
+            self.counts.chunks_rescheduled += 1
+        self._count_attempt(lease, f"{worker} {_say(answer.error)}")
+        return 1
+
+    def _count_attempt(self, lease: Lease, reason: str) -> None:
+        """A chunk was not sampled; where that has happened too often, it is data."""
+        chunk = self._chunks.get(lease.request.key)
+        if chunk is None:
+            return
+        chunk.attempts += 1
+        if chunk.attempts >= self._settings.max_attempts:
+            self.counts.chunks_failed += 1
+            self._scheduler.withdraw(chunk.key)
+            del self._chunks[chunk.key]
+            tries = f" (attempt {chunk.attempts}, the last)" if chunk.attempts > 1 else ""
+            chunk.deliver(PolicyError(f"{reason}{tries}"))
+
+    def _judge(self, worker: PoolWorker, failed: int, answers: int) -> None:
+        """Who raises is left alone for a moment, and restarted if it does nothing else."""
+        if not failed:
+            worker.failing_reports = 0
+            return
+        worker.failing_reports = worker.failing_reports + 1 if failed == answers else 0
+        others = any(other.in_service and other is not worker for other in self.workers)
+        if others and worker.failing_reports >= _MOST_FAILING_REPORTS:
+            self._lose(worker, f"only raised, {worker.failing_reports} times in a row")
+            return
+        self._scheduler.pause(worker.key)
+        asyncio.get_running_loop().call_later(_PAUSE_S, self._resume, worker, worker.life)
+
+    def _resume(self, worker: PoolWorker, life: int) -> None:
+        paused = self._updating.locked() or self._unsound or not self._awake.is_set()
+        if worker.life == life and worker.in_service and not paused:
+            self._scheduler.resume(worker.key)
+            self._assign_soon()
+
+    # -- deadlines -----------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = asyncio.get_running_loop().time()
+            for worker in self.workers:
+                if worker.in_service:
+                    self._look_at(worker, now)
+            if self._gone_since is not None and self._ended is None:
+                gone = now - self._gone_since
+                if gone > self._settings.lost_timeout:
+                    self._end_without_workers(f"for {gone:.0f} s")
+
+    def _look_at(self, worker: PoolWorker, now: float) -> None:
+        settings = self._settings
+        silent, still = now - worker.heard, now - worker.progressed
+        if silent > settings.hang_timeout:
+            self._lose(worker, f"hangs: no sign of life for {silent:.0f} s")
+            return
+        if still > settings.hang_timeout and not worker.idle.is_set():
+            self._lose(worker, f"hangs: its engine made no step for {still:.0f} s")
+            return
+        pace = self._pace_of_others(worker)
+        soonest = min(settings.hang_timeout, settings.chunk_timeout or settings.hang_timeout)
+        for lease in self._scheduler.leases(worker.key):
+            age = now - lease.given
+            if age <= soonest:
+                return  # the oldest come first
+            if settings.chunk_timeout is not None and age > settings.chunk_timeout:
+                self._time_out(worker, lease, settings.chunk_timeout)
+                continue
+            chunk = self._chunks[lease.request.key]
+            fair = settings.slow_factor * chunk.max_new_tokens * pace
+            if pace and age > max(fair, settings.hang_timeout):
+                self._lose(worker, f"is slow: {age:.0f} s at a chunk, others take {fair:.0f} s")
+                return
+
+    def _pace_of_others(self, worker: PoolWorker) -> float:
+        """Seconds per token of the others, in the middle; 0 where nobody can say."""
+        known = [
+            other.pace
+            for other in self.workers
+            if other is not worker and other.in_service and other.paced >= _MEASURED_CHUNKS
+        ]
+        return statistics.median(known) if known else 0.0
+
+    def _time_out(self, worker: PoolWorker, lease: Lease, seconds: float) -> None:
+        self._scheduler.finish(lease.number)
+        self._drop(lease)
+        self.counts.chunk_timeouts += 1
+        chunk = self._chunks.pop(lease.request.key)
+        chunk.deliver(
+            DeadlineError(f"the chunk was not done after {seconds:g} s (chunk_timeout) at {worker}")
+        )
+
+    # -- weights -------------------------------------------------------------------------------
+
+    async def update_weights(self, weights: Any, version: int) -> None:
+        """Gives weights to all workers, each as soon as it has no chunk in flight.
+
+        Returns when all that are in service run them. A worker that fails over it is restarted with
+        the new weights; it is enough that one runs them.
+
+        Raises:
+            WeightSyncError: all workers refused them; no chunk is sampled until others come.
+            WorkersLostError: there is no worker.
+        """
+        await self.wake()
+        async with self._updating:
+            before, self._weights = self._weights, (weights, version)
+            try:
+                refusals = await self._update_all(weights, version)
+                if refusals:
+                    self._weights = before
+                    self._refuse(refusals, version)
+                self._unsound = None
+            finally:
+                for worker in self.workers:
+                    if worker.in_service:
+                        self._scheduler.resume(worker.key)
+                self._assign_soon()
+
+    def _refuse(self, refusals: list[tuple[PoolWorker, str]], version: int) -> NoReturn:
+        self._unsound = PolicyError(
+            f"takes no requests since an update of weights {refusals[0][1]}"
+        )
+        self._fail_all(self._unsound)
+        said = "; ".join(f"{worker} {reason}" for worker, reason in refusals)
+        raise WeightSyncError(
+            f"{len(refusals)} of {len(self.workers)} workers did not take up the weights of "
+            f"version {version}: {said}"
+        )
+
+    async def _update_all(self, weights: Any, version: int) -> list[tuple[PoolWorker, str]]:
+        """Who refused, and what they said, where all did; nothing where one at least agreed."""
+        while True:
+            self._changed.clear()
+            if self._ended is not None:
+                raise self._ended
+            lives = [(w, w.life) for w in self.workers if w.in_service]
+            answers = [self._update_one(worker, weights, version) for worker, _ in lives]
+            outcomes = await asyncio.gather(*answers)
+            refused = [
+                (worker, said)
+                for (worker, life), said in zip(lives, outcomes, strict=True)
+                if isinstance(said, str) and worker.life == life and worker.in_service
+            ]
+            if True in outcomes:
+                for worker, said in refused:
+                    self._lose(worker, said)
+                return []
+            if refused:
+                return refused
+            await self._changed.wait()  # until a worker is back, which then runs the weights
+
+    async def _update_one(self, worker: PoolWorker, weights: Any, version: int) -> str | bool:
+        """Whether a worker runs the weights; the text says why it refused them."""
+        self._scheduler.pause(worker.key)
+        await worker.idle.wait()
+        if worker.is_dead:
+            return False
+        life = worker.life
+        try:
+            await self._update(worker, weights, version)
+        except WeightSyncError as problem:
+            return str(problem)
+        except Exception as problem:  # however a worker fails, it is lost
+            if worker.life == life:
+                self._lose(worker, _say(problem))
+            return False
+        worker.heard = worker.progressed = asyncio.get_running_loop().time()
+        return worker.in_service
+
+    async def _update(self, worker: PoolWorker, weights: Any, version: int) -> None:
+        assert worker.handle is not None
+        limit = self._settings.weight_sync_timeout
+        try:
+            async with asyncio.timeout(limit):
+                said = await worker.handle.update(weights, version)
+        except TimeoutError:
+            raise LostError(
+                f"did not take up the weights of version {version} within {limit:g} s"
+            ) from None
+        if said != version:
+            raise LostError(f"runs version {said} of the weights and was given {version}")
+
+    # -- sleep ---------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Frees the GPUs of all workers, once no chunk is in flight.
+
+        The next chunk, or new weights, wake them.
+        """
+        async with self._falling_asleep:
+            self._awake.clear()
+            await self._all(self._put_to_sleep)
+
+    async def wake(self) -> None:
+        """Ends sleep."""
+        async with self._falling_asleep:
+            if self._awake.is_set():
+                return
+            await self._all(self._wake_up)
+            self._awake.set()
+        for worker in self.workers:
+            self._resume(worker, worker.life)
+
+    async def _put_to_sleep(self, worker: PoolWorker) -> None:
+        self._scheduler.pause(worker.key)
+        await worker.idle.wait()
+        if worker.in_service and worker.handle is not None:
+            await worker.handle.sleep()
+
+    async def _wake_up(self, worker: PoolWorker) -> None:
+        if worker.handle is not None:
+            await worker.handle.wake()
+
+    async def _all(self, act: Callable[[PoolWorker], Awaitable[None]]) -> None:
+        lives = [(worker, worker.life) for worker in self.workers if worker.in_service]
+        done = await asyncio.gather(*[act(w) for w, _ in lives], return_exceptions=True)
+        for (worker, life), problem in zip(lives, done, strict=True):
+            if isinstance(problem, BaseException) and worker.life == life:
+                self._lose(worker, _say(problem))
+
+    # -- inside --------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Chunks that no worker has."""
+        return self._scheduler.num_waiting
+
+    def chunks_at(self, worker: PoolWorker) -> int:
+        """Chunks that a worker has."""
+        return len(self._scheduler.leases(worker.key))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            _logger.error("the pool has a bug", exc_info=problem)
+            self._end(problem if isinstance(problem, Exception) else RuntimeError(repr(problem)))
+
+
+def rank_of(progress: Progress, order: Order) -> Rank:
+    """What is sampled first: a lower batch, then the longest rest of a trace where it is known.
+
+    Where it is not, "breadth" takes the trace with the fewest chunks, whose rest may be the
+    longest, and "depth" the one with the most.
+    """
+    if progress.expected_chunks is not None:
+        rest = max(1.0, progress.expected_chunks - progress.num_chunks)
+    else:
+        rest = progress.max_chunks - progress.num_chunks
+        if order == "depth":
+            rest = progress.num_chunks
+    return progress.batch, -float(round(rest))
+
+
+def settle(answer: asyncio.Future[Completion], outcome: Outcome) -> None:
+    """Gives an outcome to who waits for it, if anybody still does."""
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
+
+
+def _backoff(fruitless: int) -> float:
+    """Seconds before a start: none after a life that was of use."""
+    if fruitless <= 1:
+        return 0.0
+    seconds: float = _FIRST_BACKOFF_S * 2 ** (fruitless - 2)
+    return min(_LAST_BACKOFF_S, seconds)
+
+
+def _say(problem: BaseException) -> str:
+    return str(problem) or repr(problem)

@@ -1,0 +1,293 @@
+"""What happens in a training run: traces are played, scored, kept, and trained on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig
+
+from delethink.config import Recipe
+from delethink.errors import NonFiniteError, RolloutError
+from delethink.evaluation.evaluate import Evaluator, Summary
+from delethink.policy import Sampling
+from delethink.query import query_ids
+from delethink.registry import resolve
+from delethink.rollout import derive_seed, replay_trace
+from delethink.rule import ChunkSpec
+from delethink.scoring import play_and_score
+from delethink.serving.checkpoint import eos_ids, vocabulary_size
+from delethink.serving.engine import Engine
+from delethink.training.checkpoints import AtomicCheckpoints, Checkpoint
+from delethink.training.curves import plot_curves
+from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.guard import Guarded, NonFinite
+from delethink.training.progress import Reporter
+from delethink.training.prompts import PromptCursor
+from delethink.training.recorder import Recorder
+from delethink.training.records import trace_records
+from delethink.training.run_directory import RunDirectory
+from delethink.training.step_metrics import reward_metrics, sampled_metrics
+from delethink.training.trl_config import lora, objective
+from delethink.types import Problem, Score, Trace
+
+Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
+AFTER = "after RL, Delethink"  # the last row of the table
+_MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that skipping does not mend
+
+
+class _Trainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
+    """The trainer of a run, which survives."""
+
+
+@dataclass
+class Job:
+    """What the parts of a run share."""
+
+    recipe: Recipe
+    spec: ChunkSpec  # bound to the tokenizer
+    run: RunDirectory
+    reporter: Reporter
+    engine: Engine
+    evaluator: Evaluator
+    problems: list[Problem]  # of training
+    scorer: Any
+    tokenizer: Any
+    model: Any
+    trainer: Any = None
+    version: int = 0  # of the weights that the engine serves
+    seconds_weight_update: float = 0.0  # since the last step was logged
+    rows: list[Summary] = field(default_factory=list)  # of the table
+    step: dict[str, Any] = field(default_factory=dict)  # measured for the step at hand
+    scores: list[Score] = field(default_factory=list)  # of the traces sampled last, in order
+    sampled: Sampled | None = None  # last
+    skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
+    prompts: PromptCursor = field(init=False)
+
+    def __post_init__(self) -> None:
+        training = self.recipe.training
+        self.prompts = PromptCursor(training.traces_per_batch // training.num_generations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of a run, beside what the trainer keeps itself."""
+        return {
+            "prompts": self.prompts.state_dict(),
+            "policy_version": int(self.trainer.state.global_step),
+            "skipped_steps": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.prompts.load_state_dict(state["prompts"])
+        self.skipped = list(state["skipped_steps"])
+
+    def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
+        """Accuracy and lengths on held-out problems with the current weights."""
+        self.serve_current_weights()
+        return self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
+
+    def add_row(self, setting: str, spec: ChunkSpec) -> None:
+        """Measures a row of the table on all held-out problems and writes the table so far.
+
+        A row that was measured before the run was cut short stays as it is.
+        """
+        if setting in [row.setting for row in self.rows]:
+            return
+        row = self.measure(setting, spec)
+        self.rows.append(row)
+        self.run.write_table([row.as_dict() for row in self.rows])
+        self.reporter.summary(row)
+        if row.unscored:
+            self.reporter.say(
+                f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
+                f"count as not right; the first one: {row.first_error}"
+            )
+
+    def measure_baselines(self) -> None:
+        """The base model in one context of C, as LongCoT, and with Delethink zero-shot."""
+        spec = self.spec
+        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
+        query = max(len(query_ids(self.tokenizer, p)) for p in self.evaluator.problems)
+        if query + spec.budget <= self.engine.max_model_tokens:
+            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
+        else:
+            self.reporter.say(
+                f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the "
+                f"model's {self.engine.max_model_tokens}"
+            )
+        self.add_row("base, Delethink", spec)
+
+    def serve_current_weights(self) -> None:
+        """Brings the engine up to the trainer's version; does nothing where it is."""
+        version = 0 if self.trainer is None else int(self.trainer.state.global_step)
+        if version == self.version:
+            return
+        started = time.perf_counter()
+        self.engine.update_weights(self.model.state_dict(), version)
+        self.version = version
+        self.seconds_weight_update += time.perf_counter() - started
+
+    def fit(self, settings: GRPOConfig, checkpoint: Checkpoint | None = None) -> None:
+        """The optimizer steps, from a checkpoint on where there is one.
+
+        The curves are drawn also where they are cut short.
+        """
+        recipe = self.recipe
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint.job)
+        self.trainer = _Trainer(
+            model=self.model,
+            processing_class=self.tokenizer,
+            args=settings,
+            train_dataset=Dataset.from_list(_examples(self.problems)),
+            reward_funcs=[self.pay_out(self.make_env())],
+            play=self.play,
+            on_sampled=self.record_traces,
+            draw=self.draw,
+            job_state=self.state_dict,
+            on_nonfinite=self.leave_out,
+            objective=objective(recipe),
+            peft_config=lora(recipe.training.lora),
+            callbacks=[Recorder(self)],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        finally:
+            self.reporter.stop_steps()
+            plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
+        self.trainer.save_weights("final")
+
+    def make_env(self) -> Any:
+        """The thinking environment; what it pays is set for each trace."""
+        return resolve("delethink.envs", "thinking")(
+            task=self,
+            reward=lambda text, answer: 0.0,
+            tokenizer=self.tokenizer,
+            chunk_spec=self.spec,
+            eos_ids=eos_ids(self.model, self.tokenizer),
+            vocabulary=vocabulary_size(self.model),
+            max_query_tokens=self.engine.max_model_tokens,
+        )
+
+    def problem(self, split: str, index: int) -> Problem:
+        """A training problem of the run: what makes it a task for the environment."""
+        return self.problems[index % len(self.problems)]
+
+    def pay_out(self, env: Any) -> Any:
+        """The scores of the traces sampled last, as TRL asks for them.
+
+        Each trace that earned something is replayed through the environment, which proves that it
+        was sampled by the environment's own rule, and pays that for it.
+        """
+
+        def reward(trace: list[Trace], problem: list[int], **columns: Any) -> list[float | None]:
+            return [
+                self._paid(env, t, self.problems[p], score)
+                for t, p, score in zip(trace, problem, self.scores, strict=True)
+            ]
+
+        return reward
+
+    def _paid(self, env: Any, trace: Trace, problem: Problem, score: Score) -> float | None:
+        if score.total is None:
+            return None
+        if trace.stop.is_failure:  # what the recipe says of errors; there is nothing to replay
+            return score.total
+        total = score.total
+        env.reward = lambda text, answer: total
+        return replay_trace(env, problem, trace)
+
+    def draw(self, rows: list[Example]) -> list[Example]:
+        """The problems that come next, in the places of a batch of rows."""
+        places = self.prompts.fill([row["problem"] for row in rows])
+        return [_example(self.problems, place) for place in places]
+
+    def leave_out(self, found: NonFinite) -> None:
+        """An optimizer step that is not taken: its traces are kept, and the run stops or goes on.
+
+        Raises:
+            NonFiniteError: as the recipe says, or because it is one of too many in a row.
+        """
+        assert self.sampled is not None
+        records = trace_records(self.sampled, self.problems, self.scores, self.tokenizer)
+        guilty = [records[place] for place in found.traces] or records
+        path = self.run.add_nonfinite(found.step, guilty)
+        self.skipped.append(found.step)
+        self.step |= {"step_skipped": 1, "loss": None}
+        text = f"step {found.step}: a {found.what} of training is not finite"
+        kept = f"its traces ({len(guilty)} of {len(records)}) are in {path}"
+        if self.recipe.training.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{text}; no weight was changed; {kept}; the same command goes on from the newest "
+                "checkpoint: add training.on_nonfinite=skip to leave such steps out"
+            )
+        last = list(range(found.step - _MOST_SKIPPED + 1, found.step + 1))
+        if self.skipped[-_MOST_SKIPPED:] == last:
+            raise NonFiniteError(f"{text}, like the {_MOST_SKIPPED - 1} before it; {kept}")
+        self.reporter.say(f"{text}: skipped; {kept}")
+
+    def play(self, examples: list[Example]) -> list[Trace]:
+        """A trace for each example, with the current weights, scored."""
+        self.serve_current_weights()
+        started = time.perf_counter()
+        seed = derive_seed("training", self.recipe.seed, self.version)
+        problems = [self.problems[example["problem"]] for example in examples]
+        queries = [query_ids(self.tokenizer, problem) for problem in problems]
+        samplings = [
+            Sampling(self.recipe.training.temperature, derive_seed(seed, i))
+            for i in range(len(examples))
+        ]
+        traces, self.scores, waited = asyncio.run(
+            play_and_score(
+                self.engine,
+                self.spec,
+                problems,
+                queries,
+                samplings,
+                self.tokenizer,
+                self.scorer,
+                self.engine.max_model_tokens,
+            )
+        )
+        self.step["seconds_scoring"] = waited
+        self.step["seconds_sampling"] = time.perf_counter() - started - waited
+        self._check_scores(traces)
+        return traces
+
+    def _check_scores(self, traces: list[Trace]) -> None:
+        """Rewards that cannot be computed are failures like any other: not more than a share."""
+        broken = [score for score in self.scores if score.errors]
+        failed = len(broken) + sum(trace.stop.is_failure for trace in traces)
+        most = self.recipe.training.max_failed_share
+        if broken and failed > most * len(traces):
+            name, reason = next(iter(broken[0].errors.items()))
+            raise RolloutError(
+                f"{failed} of {len(traces)} traces failed or could not be scored, more than "
+                f"max_failed_share={most}; the first that could not be scored: {name}: {reason}"
+            )
+
+    def record_traces(self, sampled: Sampled) -> None:
+        """Writes what was sampled and keeps the figures of the step."""
+        self.sampled = sampled
+        group = self.recipe.training.num_generations
+        self.step |= sampled_metrics(sampled, self.scores, group)
+        self.step |= reward_metrics(self.scores, self.scorer.rewards)
+        step = int(self.trainer.state.global_step) + 1
+        records = trace_records(sampled, self.problems, self.scores, self.tokenizer)
+        self.run.add_traces(step, records)
+
+
+def _examples(problems: list[Problem]) -> list[Example]:
+    """The training problems as rows, each once."""
+    return [_example(problems, i) for i in range(len(problems))]
+
+
+def _example(problems: list[Problem], place: int) -> Example:
+    problem = problems[place % len(problems)]
+    return {"prompt": problem.messages, "answer": problem.answer, "problem": place % len(problems)}

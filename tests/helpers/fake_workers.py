@@ -1,0 +1,155 @@
+"""Workers without an engine for tests of the pool: they sample from prompt and seed, and can fail.
+
+Real ones take half a minute to restart and cannot be made slow; what is tested here in virtual time
+is tested with real ones in tests/integration/test_ray_chaos.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from delethink.errors import WeightSyncError
+from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerState
+
+EOS = 1
+
+
+def sampled(job: Job) -> tuple[list[int], str]:
+    """What any worker makes of a job: a matter of its prompt and seed alone."""
+    rng = random.Random(f"{job.prompt.tolist()} {job.seed}")
+    if rng.random() < 0.7:
+        return [rng.randint(2, 9) for _ in range(job.max_new_tokens)], "length"
+    return [rng.randint(2, 9) for _ in range(rng.randrange(job.max_new_tokens))] + [EOS], "eos"
+
+
+@dataclass(eq=False)
+class FakeWorker:
+    """One life of a worker, at ``seconds_per_token``; faults are set on it as it goes."""
+
+    index: int
+    start_seconds: float = 20.0
+    seconds_per_token: float = 0.01
+    batch_size: int = 4
+    start_error: Exception | None = None
+    update_error: Exception | None = None
+    update_seconds: float = 0.1
+    raises: Callable[[Job], Exception | None] = lambda job: None
+    said_version: int | None = None
+
+    version: int = 0
+    dead: bool = False
+    stopped: bool = False  # as by SIGSTOP
+    engine_stopped: bool = False
+    asleep: bool = False
+    started: list[Job] = field(default_factory=list)
+    in_flight: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    most_in_flight: int = 0
+    exchanges: int = 0
+    tokens: int = 0
+
+    async def start(self) -> WorkerState:
+        await asyncio.sleep(self.start_seconds)
+        if self.start_error:
+            raise self.start_error
+        self._check()
+        return WorkerState(pid=100 + self.index, max_model_tokens=256, batch_size=self.batch_size)
+
+    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
+        self.exchanges += 1
+        turn = self.exchanges
+        await self._wait()
+        for job in jobs:
+            self.started.append(job)
+            self.in_flight[job.number] = asyncio.ensure_future(self._do(job))
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        for number in dropped:
+            if (task := self.in_flight.pop(number, None)) is not None:
+                task.cancel()
+        for _ in range(40):
+            if self.answers or turn != self.exchanges or self.dead:
+                break
+            await asyncio.sleep(0.05)
+        await self._wait()
+        answers: list[Answer] = []
+        if turn == self.exchanges:
+            answers, self.answers = self.answers, []
+        return Report(answers, EngineCounts(steps=self.tokens, tokens=self.tokens))
+
+    async def _do(self, job: Job) -> None:
+        tokens, stop = sampled(job)
+        for _ in tokens:
+            await asyncio.sleep(self.seconds_per_token)
+            while self.stopped or self.engine_stopped:
+                await asyncio.sleep(1)
+            self.tokens += 1
+        error = self.raises(job)
+        self.in_flight.pop(job.number, None)
+        self.answers.append(
+            Answer(
+                job.number,
+                array("i", tokens),
+                array("d", [-0.5] * len(tokens)),
+                stop,
+                self.version,
+                error,
+            )
+        )
+
+    async def _wait(self) -> None:
+        self._check()
+        while self.stopped:
+            await asyncio.sleep(3)  # later than what it samples goes on
+            self._check()
+
+    def _check(self) -> None:
+        if self.dead:
+            raise ConnectionError("is dead")
+
+    async def update(self, weights: Any, version: int) -> int:
+        assert not self.in_flight, "weights change while chunks are being sampled"
+        await self._wait()
+        await asyncio.sleep(self.update_seconds)
+        if self.update_error:
+            raise self.update_error
+        if weights == "refused":
+            raise WeightSyncError("failed: they do not fit")
+        self.version = version
+        return version if self.said_version is None else self.said_version
+
+    async def sleep(self) -> None:
+        assert not self.in_flight
+        self.asleep = True
+
+    async def wake(self) -> None:
+        self.asleep = False
+
+    async def stop(self) -> None:
+        self._check()
+
+    def kill(self) -> None:
+        self.dead = True
+        for task in self.in_flight.values():
+            task.cancel()
+
+
+class FakeCluster:
+    """Launches fakes and remembers them: ``lives[i]`` are those of worker i."""
+
+    def __init__(self, num_workers: int, **settings: Any) -> None:
+        self.lives: list[list[FakeWorker]] = [[] for _ in range(num_workers)]
+        self.settings = settings
+
+    def launch(self, index: int) -> FakeWorker:
+        worker = FakeWorker(index, **self.settings)
+        self.lives[index].append(worker)
+        return worker
+
+    def now(self, index: int) -> FakeWorker:
+        """The present life of a worker."""
+        return self.lives[index][-1]

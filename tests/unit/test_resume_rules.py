@@ -1,0 +1,134 @@
+"""Which recipe may go on with which run, and which problem it takes next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.errors import ConfigError, RunDirectoryError
+from delethink.training.prompts import PromptCursor
+from delethink.training.resume import changes, load_run
+from delethink.training.run_directory import RunDirectory
+
+RECIPE = {
+    "name": "test",
+    "model": "toy",
+    "task": {"name": "automaton", "args": {"min_steps": 2}},
+    "rewards": {"exact": 1.0},
+    "thinking": {"context_size": 96, "carryover_size": 48, "max_chunks": 8, "head_size": 0},
+    "training": {"max_steps": 20, "num_generations": 4},
+}
+
+
+def recipe(tmp_path: Path, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return load_recipe(path, list(overrides))
+
+
+def begin(tmp_path: Path, *overrides: str, steps: int = 0) -> Path:
+    run = RunDirectory.create(tmp_path / "run", dump_recipe(recipe(tmp_path, *overrides)))
+    for i in range(1, steps + 1):
+        run.add_metrics({"step": i})
+    return run.path
+
+
+def test_the_same_recipe_goes_on_wherever_it_lies(tmp_path: Path) -> None:
+    path = begin(tmp_path)
+    assert changes(path, recipe(tmp_path, f"output={path}")) == {}
+
+
+def test_what_does_not_change_the_result_may_differ(tmp_path: Path) -> None:
+    path = begin(tmp_path)
+    other = recipe(tmp_path, "training.save_steps=3", "training.on_nonfinite=skip")
+    assert changes(path, other) == {
+        "training.on_nonfinite": ["stop", "skip"],
+        "training.save_steps": [10, 3],
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1", "seed (0 there, 1 here)"),
+        ("training.learning_rate=1e-3", "training.learning_rate (1e-06 there, 0.001 here)"),
+        ("task.args.min_steps=3", "task.args.min_steps (2 there, 3 here)"),
+        ("task.args.max_steps=9", "task.args.max_steps (None there, 9 here)"),
+        ("rewards={exact: 2.0}", "rewards.exact.weight (1.0 there, 2.0 here)"),
+        ("evaluation.every=3", "evaluation.every (10 there, 3 here)"),
+    ],
+)
+def test_another_recipe_is_refused_by_its_keys(tmp_path: Path, override: str, words: str) -> None:
+    path = begin(tmp_path)
+    with pytest.raises(RunDirectoryError) as refused:
+        changes(path, recipe(tmp_path, override))
+    assert "holds a run of another recipe: " + words in str(refused.value)
+    assert "output=PATH" in str(refused.value)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup"])
+def test_steps_may_be_added_where_the_learning_rate_does_not_depend_on_them(
+    tmp_path: Path, scheduler: str
+) -> None:
+    option = f"training.lr_scheduler_type={scheduler}"
+    path = begin(tmp_path, option, steps=9)
+    assert changes(path, recipe(tmp_path, option, "training.max_steps=40")) == {
+        "training.max_steps": [20, 40]
+    }
+    assert changes(path, recipe(tmp_path, option, "training.max_steps=9"))
+    with pytest.raises(RunDirectoryError, match="has done 9 steps, more than training.max_steps=8"):
+        changes(path, recipe(tmp_path, option, "training.max_steps=8"))
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_steps_may_not_be_added_where_it_does(tmp_path: Path, scheduler: str) -> None:
+    option = f"training.lr_scheduler_type={scheduler}"
+    path = begin(tmp_path, option)
+    with pytest.raises(RunDirectoryError, match=r"the learning rate of every step depends on it"):
+        changes(path, recipe(tmp_path, option, "training.max_steps=40"))
+
+
+def test_a_recipe_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    path = begin(tmp_path)
+    (path / "config.yaml").write_text("name: test\nmodell: toy\n")
+    with pytest.raises(RunDirectoryError, match=r"cannot be taken up.*unknown key 'modell'"):
+        changes(path, recipe(tmp_path))
+
+
+def test_a_run_directory_stands_for_its_recipe(tmp_path: Path) -> None:
+    path = begin(tmp_path)
+    again = load_run(path, ["training.save_steps=3"])
+    assert again.output == path
+    assert again.training.save_steps == 3
+    assert changes(path, again) == {"training.save_steps": [10, 3]}
+    with pytest.raises(ConfigError, match="a folder without a run in it"):
+        load_run(tmp_path)
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.integers(1, 4), st.integers(1, 3))
+def test_every_problem_is_taken_once_also_after_a_resume(
+    extra: list[int], per_batch: int, processes: int
+) -> None:
+    """Batches of slots over some processes, some more problems taken between, one resume."""
+    cursors = [PromptCursor(per_batch * processes) for _ in range(processes)]
+    taken: list[int] = []
+    for batch, more in enumerate(extra):
+        if batch == len(extra) // 2:
+            states = [cursor.state_dict() for cursor in cursors]
+            cursors = [PromptCursor(per_batch * processes) for _ in range(processes)]
+            for cursor, state in zip(cursors, states, strict=True):
+                cursor.load_state_dict(state)
+        first = batch * per_batch * processes
+        for rank, cursor in enumerate(cursors):
+            slots = [first + rank * per_batch + i for i in range(per_batch) for _ in range(2)]
+            filled = cursor.fill(slots)
+            assert filled[::2] == filled[1::2]  # the traces of a group have one problem
+            taken += filled[::2]
+        replaced = [cursor.take(more) for cursor in cursors]
+        taken += replaced[0]
+    assert taken == list(range(len(taken)))

@@ -1,0 +1,529 @@
+"""The pool against workers that fail in every way, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from fake_workers import FakeCluster, FakeWorker
+from virtual_time import run_in_virtual_time
+
+from delethink.errors import (
+    ConfigError,
+    DeadlineError,
+    MissingExtraError,
+    PolicyError,
+    WeightSyncError,
+    WorkersLostError,
+)
+from delethink.policy import Completion, Progress, Sampling
+from delethink.rollout import play_traces
+from delethink.rule import ChunkSpec
+from delethink.serving.pool_metrics import PoolMetrics
+from delethink.serving.pool_settings import PoolSettings
+from delethink.serving.worker_pool import WorkerPool, rank_of
+from delethink.types import TokenIds, Trace, TraceStop
+
+SPEC = ChunkSpec(context_size=40, carryover_size=20, max_chunks=6, head_size=4)
+QUERIES = [(5, 6, 7, 10 + i // 4) for i in range(32)]
+
+
+class PoolPolicy:
+    """The policy protocol over a pool in the same event loop."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.generate = pool.sample
+
+
+def run(
+    cluster: FakeCluster,
+    play: Callable[[WorkerPool], Awaitable[Any]],
+    settings: PoolSettings | None = None,
+) -> Any:
+    """Starts a pool of the cluster's workers, plays, and closes the pool."""
+
+    async def all_of_it() -> Any:
+        pool = WorkerPool(cluster.launch, len(cluster.lives), settings or PoolSettings())
+        try:
+            await pool.start()
+            return await play(pool)
+        finally:
+            await pool.close()
+            for lives in cluster.lives:
+                assert all(life.dead for life in lives)
+
+    return run_in_virtual_time(all_of_it())
+
+
+async def play_all(pool: WorkerPool, timeout: float | None = None) -> list[Trace]:
+    samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
+    policy = PoolPolicy(pool)
+    return await play_traces(policy, SPEC, QUERIES, samplings, timeout=timeout)  # type: ignore[arg-type]
+
+
+def undisturbed() -> list[Trace]:
+    traces: list[Trace] = run(FakeCluster(2), play_all)
+    assert max(len(trace.chunks) for trace in traces) > 3
+    return traces
+
+
+async def sample(pool: WorkerPool, *seeds: int, prompt: TokenIds = (5,)) -> list[Completion]:
+    return await asyncio.gather(*[pool.sample(prompt, 30, Sampling(seed=s)) for s in seeds])
+
+
+def test_traces_are_those_that_one_worker_would_play() -> None:
+    alone: list[Trace] = run(FakeCluster(1, batch_size=1), play_all)
+    assert alone == undisturbed()
+
+
+Fault = Callable[[FakeWorker], None]
+
+
+def die(worker: FakeWorker) -> None:
+    worker.dead = True
+
+
+def hang(worker: FakeWorker) -> None:
+    worker.stopped = True
+
+
+def hang_engine(worker: FakeWorker) -> None:
+    worker.engine_stopped = True
+
+
+def slow_down(worker: FakeWorker) -> None:
+    worker.seconds_per_token *= 200
+
+
+def raise_always(worker: FakeWorker) -> None:
+    worker.raises = lambda job: PolicyError("failed: out of memory")
+
+
+def lose_engine(worker: FakeWorker) -> None:
+    worker.raises = lambda job: ConnectionError("has lost its vLLM engine process")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (die, "is dead"),
+        (hang, "hangs: no sign of life"),
+        (hang_engine, "hangs: its engine made no step"),
+        (slow_down, "is slow"),
+        (raise_always, "only raised"),
+        (lose_engine, "lost its vLLM engine"),
+    ],
+)
+def test_a_fault_costs_time_and_nothing_else(fault: Fault, said: str) -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> tuple[list[Trace], dict[str, float]]:
+        metrics = PoolMetrics(pool)
+        playing = asyncio.ensure_future(play_all(pool))
+        await asyncio.sleep(0.5)
+        fault(cluster.now(0))
+        traces = await playing
+        while pool.workers[0].is_dead:
+            await asyncio.sleep(1)
+        assert said in pool.workers[0].reason
+        assert pool.workers[0].restarts == 1
+        assert not cluster.now(0).dead
+        assert cluster.lives[0][0].dead
+        await sample(pool, *range(20))
+        assert cluster.now(0).started
+        return traces, await metrics.take()
+
+    traces, metrics = run(cluster, play, PoolSettings(hang_timeout=5, slow_factor=50))
+    assert traces == undisturbed()
+    assert metrics["engine/restarts"] == 1
+    assert metrics["engine/workers"] == 2
+    assert metrics["engine/worker 0/restarts"] == 1
+    assert 1 <= metrics["engine/chunks_rescheduled"] <= 20
+    assert metrics["engine/chunks_failed"] == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_lost_doubled_or_mixed_up_under_any_sequence_of_faults(seed: int) -> None:
+    rng = random.Random(seed)
+    cluster = FakeCluster(3, start_seconds=2.0)
+    faults: list[Fault] = [die, hang, hang_engine, slow_down, raise_always, lose_engine]
+
+    async def play(pool: WorkerPool) -> list[Trace]:
+        playing = asyncio.ensure_future(play_all(pool))
+        while not playing.done():
+            await asyncio.sleep(rng.uniform(0, 2))
+            rng.choice(faults)(cluster.now(rng.randrange(3)))
+        assert pool.num_waiting == 0
+        return await playing
+
+    settings = PoolSettings(hang_timeout=3, max_attempts=1000)
+    assert run(cluster, play, settings) == undisturbed()
+
+
+def test_a_short_stop_is_borne() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> list[Trace]:
+        playing = asyncio.ensure_future(play_all(pool))
+        await asyncio.sleep(0.5)
+        cluster.now(0).stopped = True
+        await asyncio.sleep(3)
+        cluster.now(0).stopped = False
+        traces = await playing
+        assert [worker.restarts for worker in pool.workers] == [0, 0]
+        return traces
+
+    assert run(cluster, play, PoolSettings(hang_timeout=30)) == undisturbed()
+
+
+def test_an_answer_of_a_life_that_was_given_up_does_not_count() -> None:
+    cluster = FakeCluster(2, batch_size=1)
+
+    async def play(pool: WorkerPool) -> dict[str, float]:
+        metrics = PoolMetrics(pool)
+        playing = asyncio.ensure_future(sample(pool, *range(6)))
+        await asyncio.sleep(0.05)
+        late = cluster.now(0)
+        late.kill = lambda: None  # type: ignore[method-assign]  # as if it took a while to die
+        late.stopped = True
+        await asyncio.sleep(10)
+        late.stopped = False
+        answers = await playing
+        await asyncio.sleep(10)
+        assert len(answers) == 6
+        assert sum(worker.completions for worker in pool.workers) == 6
+        late.dead = True
+        return await metrics.take()
+
+    metrics = run(cluster, play, PoolSettings(hang_timeout=3))
+    assert metrics["engine/chunks_rescheduled"] >= 1
+    assert metrics["engine/late_answers"] >= 1
+
+
+def test_a_chunk_that_kills_every_worker_is_data_and_not_the_end_of_all() -> None:
+    cluster = FakeCluster(3, start_seconds=1)
+
+    def poison(job: Any) -> Exception | None:
+        return ConnectionError("has lost its engine") if job.prompt[0] == 13 else None
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.settings["raises"] = poison
+        for worker in (lives[-1] for lives in cluster.lives):
+            worker.raises = poison
+        bad = asyncio.ensure_future(pool.sample((13,), 30, Sampling(seed=1)))
+        await sample(pool, *range(20))
+        with pytest.raises(PolicyError, match=r"worker \d .*has lost its engine \(attempt 3, the"):
+            await bad
+        await sample(pool, *range(20))
+
+    run(cluster, play, PoolSettings(max_attempts=3))
+
+
+def test_a_worker_that_does_not_come_back_is_given_up_and_the_others_go_on() -> None:
+    cluster = FakeCluster(2, start_seconds=1)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.settings["start_error"] = RuntimeError("no memory")
+        cluster.now(0).dead = True
+        while not pool.workers[0].given_up:
+            await sample(pool, *range(4))
+            await asyncio.sleep(1)
+        assert len(cluster.lives[0]) == 1 + 3
+        assert pool.workers[0].reason == "did not start: no memory"
+        await sample(pool, *range(4))
+
+    run(cluster, play, PoolSettings(max_restarts=3))
+
+
+def test_when_no_worker_comes_back_the_run_is_told_so() -> None:
+    cluster = FakeCluster(2, start_seconds=1)
+
+    async def play(pool: WorkerPool) -> None:
+        playing = asyncio.ensure_future(play_all(pool))
+        await asyncio.sleep(0.2)
+        cluster.settings["start_error"] = RuntimeError("no memory")
+        for lives in cluster.lives:
+            lives[-1].dead = True
+        with pytest.raises(WorkersLostError, match="all 2 workers are lost .*no memory"):
+            await playing
+        with pytest.raises(WorkersLostError):
+            await sample(pool, 1)
+        with pytest.raises(WorkersLostError):
+            await pool.update_weights("b", 1)
+
+    run(cluster, play, PoolSettings(max_restarts=2))
+
+
+def test_workers_may_be_gone_for_so_long_and_no_longer() -> None:
+    cluster = FakeCluster(1, start_seconds=1)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.settings["start_seconds"] = 1e6
+        cluster.now(0).dead = True
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        with pytest.raises(WorkersLostError, match=r"all 1 workers are lost \(for 5\d s\)"):
+            await sample(pool, 1)
+        assert 50 < loop.time() - started < 60
+
+    run(cluster, play, PoolSettings(lost_timeout=50))
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def test_an_update_comes_between_chunks() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        early = asyncio.ensure_future(sample(pool, *range(8)))
+        await asyncio.sleep(0.05)
+        update = asyncio.ensure_future(pool.update_weights("b", 1))
+        await asyncio.sleep(0)
+        late = asyncio.ensure_future(sample(pool, *range(8, 16)))
+        assert {completion.policy_version for completion in await early} == {0}
+        assert {completion.policy_version for completion in await late} == {1}
+        await update
+
+    run(cluster, play)
+
+
+@pytest.mark.parametrize("fault", [die, hang])
+def test_a_worker_that_fails_over_an_update_comes_back_with_it(fault: Fault) -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        await pool.update_weights("b", 1)
+        fault(cluster.now(0))
+        await pool.update_weights("c", 2)
+        assert {c.policy_version for c in await sample(pool, *range(8))} == {2}
+        while pool.workers[0].is_dead:
+            await asyncio.sleep(1)
+        assert cluster.now(0).version == 2
+        assert {c.policy_version for c in await sample(pool, *range(16))} == {2}
+
+    run(cluster, play, PoolSettings(weight_sync_timeout=5, hang_timeout=30))
+
+
+def test_an_update_waits_for_a_worker_where_there_is_none() -> None:
+    cluster = FakeCluster(1)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.now(0).dead = True
+        await asyncio.sleep(3)
+        await pool.update_weights("b", 1)
+        assert [c.policy_version for c in await sample(pool, 1)] == [1]
+
+    run(cluster, play)
+
+
+def test_a_worker_that_restarts_while_weights_change_has_the_last_ones() -> None:
+    cluster = FakeCluster(2, start_seconds=10)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.now(0).dead = True
+        cluster.settings["update_seconds"] = 8.0
+        await asyncio.sleep(5)
+        for version in range(1, 6):
+            await pool.update_weights("b", version)
+            await asyncio.sleep(3)
+        while pool.workers[0].is_dead:
+            await asyncio.sleep(1)
+        completions = await sample(pool, *range(40))
+        assert {completion.policy_version for completion in completions} == {5}
+        assert cluster.now(0).version == 5
+
+    run(cluster, play)
+
+
+def test_weights_that_all_refuse_are_an_error_and_the_next_ones_mend_it() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        with pytest.raises(WeightSyncError, match="2 of 2 workers .*version 1: worker 0 .*fit; w"):
+            await pool.update_weights("refused", 1)
+        with pytest.raises(PolicyError, match="takes no requests since an update of weights fail"):
+            await sample(pool, 1)
+        await pool.update_weights("b", 2)
+        assert [c.policy_version for c in await sample(pool, 1)] == [2]
+        assert [worker.restarts for worker in pool.workers] == [0, 0]
+
+    run(cluster, play)
+
+
+def test_one_that_refuses_what_another_takes_is_restarted() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.now(1).update_error = WeightSyncError("runs others than it was sent")
+        await pool.update_weights("b", 1)
+        while pool.workers[1].is_dead:
+            await asyncio.sleep(1)
+        assert pool.workers[1].reason == "runs others than it was sent"
+        assert cluster.now(1).version == 1
+
+    run(cluster, play)
+
+
+def test_one_that_says_another_version_is_restarted() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        cluster.now(1).said_version = 7
+        await pool.update_weights("b", 1)
+        while pool.workers[1].is_dead:
+            await asyncio.sleep(1)
+        assert pool.workers[1].reason == "runs version 7 of the weights and was given 1"
+
+    run(cluster, play)
+
+
+# -- deadlines, order, sleep -------------------------------------------------------------------
+
+
+def test_a_chunk_that_takes_too_long_is_given_up() -> None:
+    cluster = FakeCluster(1, seconds_per_token=10, batch_size=8)
+
+    async def play(pool: WorkerPool) -> None:
+        with pytest.raises(DeadlineError, match=r"not done after 60 s \(chunk_timeout\) at worker"):
+            await pool.sample((5,), 200, Sampling(seed=0))
+        await asyncio.sleep(1)
+        assert not cluster.now(0).in_flight
+        traces = await play_all(pool)
+        late = [trace for trace in traces if trace.stop is TraceStop.ABORTED]
+        assert late
+        for trace in late:
+            assert trace.error is not None
+            assert "chunk_timeout" in trace.error
+            assert trace.chunks[-1].output_ids == ()
+        assert [worker.restarts for worker in pool.workers] == [0]
+
+    run(cluster, play, PoolSettings(chunk_timeout=60))
+
+
+def test_a_step_that_takes_too_long_keeps_what_it_has() -> None:
+    cluster = FakeCluster(1, seconds_per_token=1)
+
+    async def play(pool: WorkerPool) -> list[Trace]:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        traces = await play_all(pool, timeout=100)
+        assert loop.time() - started < 110
+        await asyncio.sleep(1)
+        assert not cluster.now(0).in_flight
+        assert pool.num_waiting == 0
+        return traces
+
+    traces = run(cluster, play)
+    late = [trace for trace in traces if trace.stop is TraceStop.ABORTED]
+    assert 0 < len(late) < len(traces)
+    assert {trace.error for trace in late} == {"the step was over after 100 s"}
+    assert any(len(trace.chunks) > 1 for trace in late)
+    for trace, whole in zip(traces, undisturbed(), strict=True):
+        whole_chunks = whole.chunks[: len(trace.chunks)]
+        kept = trace.chunks[:-1] if trace.stop is TraceStop.ABORTED else trace.chunks
+        assert kept == whole_chunks[: len(kept)]
+
+
+def test_a_worker_has_a_quarter_more_than_its_batch_and_no_more() -> None:
+    cluster = FakeCluster(2, batch_size=16)
+    run(cluster, lambda pool: sample(pool, *range(200)))
+    assert [cluster.now(i).most_in_flight for i in range(2)] == [20, 20]
+
+
+def test_what_is_not_waited_for_any_more_is_taken_back() -> None:
+    cluster = FakeCluster(1, seconds_per_token=10)
+
+    async def play(pool: WorkerPool) -> None:
+        tasks = [asyncio.ensure_future(pool.sample((5,), 200, Sampling(seed=i))) for i in range(20)]
+        await asyncio.sleep(30)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(1)
+        assert not cluster.now(0).in_flight
+        assert (pool.num_waiting, pool.workers[0].tokens_in_flight) == (0, 0)
+        await pool.update_weights("b", 1)
+
+    run(cluster, play)
+
+
+def test_sleep_frees_all_workers_until_the_next_chunk() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        early = asyncio.ensure_future(sample(pool, *range(8)))
+        await asyncio.sleep(0.05)
+        await pool.sleep()
+        assert early.done() or not any(cluster.now(i).in_flight for i in range(2))
+        assert all(cluster.now(i).asleep for i in range(2))
+        assert len(await sample(pool, *range(8))) == 8
+        assert not any(cluster.now(i).asleep for i in range(2))
+        await early
+        await pool.sleep()
+        await pool.update_weights("b", 1)
+        assert [c.policy_version for c in await sample(pool, 1)] == [1]
+
+    run(cluster, play)
+
+
+def test_ranks() -> None:
+    def rank(order: Any = "breadth", **fields: Any) -> Any:
+        return rank_of(Progress(max_chunks=12, **fields), order)
+
+    assert rank(num_chunks=0) < rank(num_chunks=3)
+    assert rank("depth", num_chunks=3) < rank("depth", num_chunks=0)
+    assert rank(batch=1, num_chunks=9) < rank(batch=2, num_chunks=0)
+    assert rank(expected_chunks=9.0, num_chunks=1) < rank(expected_chunks=4.0, num_chunks=0)
+
+
+# -- start and settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "said"),
+    [
+        (MissingExtraError("vllm", "vllm"), MissingExtraError, "pip install"),
+        (RuntimeError("no such model"), ConfigError, "worker 0 did not start: no such model"),
+    ],
+)
+def test_a_pool_that_does_not_start_says_why(problem: Exception, kind: Any, said: str) -> None:
+    with pytest.raises(kind, match=said):
+        run(FakeCluster(2, start_error=problem), play_all)
+
+
+def test_who_waits_when_a_pool_is_closed_is_told_so() -> None:
+    cluster = FakeCluster(1, seconds_per_token=100)
+
+    async def play(pool: WorkerPool) -> Any:
+        waiting = asyncio.ensure_future(sample(pool, 1))
+        await asyncio.sleep(1)
+        return waiting
+
+    async def all_of_it() -> None:
+        pool = WorkerPool(cluster.launch, 1, PoolSettings())
+        await pool.start()
+        waiting = await play(pool)
+        await pool.close()
+        with pytest.raises(PolicyError, match="the pool is closed"):
+            await waiting
+
+    run_in_virtual_time(all_of_it())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"order": "random"}, "'breadth' or 'depth', got 'random'"),
+        ({"chunk_timeout": 0}, "chunk_timeout must be more than 0 seconds, got 0"),
+        ({"hang_timeout": float("nan")}, "hang_timeout must be more than 0"),
+        ({"max_attempts": 0}, "max_attempts must be at least 1, got 0"),
+        ({"chunks_per_worker": 0}, "chunks_per_worker must be at least 1, got 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PoolSettings(**settings)
