@@ -291,6 +291,43 @@ class EvaluationConfig(_Section):
     """Problems in those."""
 
 
+class RolloutConfig(_Section):
+    """How traces are sampled, and how vLLM's workers are treated; times are in seconds."""
+
+    order: Literal["breadth", "depth"] = "breadth"
+    """Traces with the fewest chunks first, so that none starts late; or those that were begun."""
+    chunk_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """For which a worker may have a chunk; then its trace is aborted. Unset, for ever."""
+    step_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """For the sampling of a step; traces that have not ended then are aborted. Unset, none."""
+    hang_timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """After which a worker without a sign of life, or whose engine stands still, is restarted."""
+    slow_factor: float = Field(8.0, ge=1, allow_inf_nan=False)
+    """How many times longer than the others a worker may take before it is restarted."""
+    lost_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Without any worker, after which the run stops."""
+    max_restarts: int = Field(5, ge=0)
+    """Of a worker, in a row and without a chunk in between."""
+    max_attempts: int = Field(5, ge=1)
+    """At a chunk whose workers die or raise, before its trace has failed."""
+    startup_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """For a worker to start."""
+    chunks_per_worker: int | None = Field(None, ge=1)
+    """Chunks that a worker has at a time; unset, a quarter more than its batch takes."""
+    max_batch_size: int | None = Field(None, ge=1)
+    """Chunks that an engine samples side by side; unset, as vLLM says."""
+    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """GiB for the KV cache of a worker, on the CPU."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory for a worker."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs over which each engine is spread."""
+    placement: Literal["pack", "spread"] | None = None
+    """Workers on as few, or as many, nodes as there are; unset, as Ray likes."""
+    sleep: bool = False
+    """Free the workers' GPUs while the trainer trains."""
+
+
 class Recipe(_Section):
     """Everything that decides a run."""
 
@@ -313,6 +350,7 @@ class Recipe(_Section):
     """GPUs that Ray gives each worker; 0 on a machine without."""
     weight_sync_timeout: float = Field(60.0, gt=0)
     """Seconds that workers have to take up new weights."""
+    rollout: RolloutConfig = RolloutConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of vLLM's weights; the trainer's, and with them the in-process engine's, are float32."""
     trust_remote_code: bool = False

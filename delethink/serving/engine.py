@@ -32,6 +32,17 @@ class Engine(Policy, Protocol):
         """
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """What the engine has done since this was last asked, by ``engine/<name>``.
+
+        Whatever it can say: the keys are the engine's own.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Frees the GPU for the trainer, if the engine was made to; the next request wakes it."""
+        ...
+
     def close(self) -> None:
         """Release what the engine holds, worker processes included. Safe to call twice."""
         ...

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from delethink.errors import MissingExtraError
@@ -49,11 +51,13 @@ def make_engine(
     trust_remote_code: bool = False,
     weight_sync_timeout: float = 60.0,
     seed: int = 0,
+    rollout: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine called ``name``, serving the weights of ``model``.
 
     ``"transformers"`` samples from ``model`` itself; ``"vllm"`` loads ``model_path`` in each of
-    ``num_workers`` Ray workers.
+    ``num_workers`` Ray workers, which ``rollout`` says how to treat: a recipe's section of that
+    name, as a mapping.
     """
     ends = eos_ids(model, tokenizer)
     if choose_engine(name) == "transformers":
@@ -72,7 +76,21 @@ def make_engine(
         seed=seed,
         trust_remote_code=trust_remote_code,
         weight_sync_timeout_s=weight_sync_timeout,
+        **pool_options(rollout or {}),
     )
+
+
+def pool_options(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``RayPool`` that a recipe's ``rollout`` section says something of."""
+    from delethink.serving.pool_settings import PoolSettings
+
+    rest = {name: value for name, value in rollout.items() if name != "step_timeout"}
+    known = [f.name for f in dataclasses.fields(PoolSettings) if f.name in rest]
+    settings = PoolSettings(**{name: rest.pop(name) for name in known})
+    for short, long in (("startup_timeout", "startup_timeout_s"), ("sleep", "can_sleep")):
+        if short in rest:
+            rest[long] = rest.pop(short)
+    return {"settings": settings, **rest}
 
 
 def make_evaluation_engine(

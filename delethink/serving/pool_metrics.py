@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import time
 from typing import Any
 
 from delethink.serving.exchange import EngineCounts
-from delethink.serving.pool_worker import Counts, PoolWorker
+from delethink.serving.pool_worker import Counts
 from delethink.serving.worker_pool import WorkerPool
 
 PREFIX = "engine/"
@@ -20,48 +20,41 @@ class PoolMetrics:
     ``queue`` (chunks that wait, and chunks at a worker, now), ``workers`` (in service),
     ``batch_occupancy`` (chunks in a forward pass on average), ``tokens_per_second``,
     ``prefix_cache_hit_rate`` (of prompt tokens), ``chunks``, ``restarts``, ``chunks_rescheduled``,
-    ``tokens_lost``, ``late_answers``, ``chunk_timeouts`` and ``chunks_failed``. A rate of nothing
-    is left out.
+    ``tokens_lost``, ``late_answers``, ``chunk_timeouts`` and ``chunks_failed``. Rates are over the
+    time in which there were chunks, and left out where there were none; a worker's ``restarts`` are
+    all that it ever had.
     """
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
-        self._since = time.monotonic()
         self._gauges: dict[str, Any] = {}
         self._counters: dict[str, Any] = {}
 
     async def take(self) -> dict[str, float]:
         """The figures; runs in the pool's event loop."""
-        now = time.monotonic()
-        seconds, self._since = max(1e-9, now - self._since), now
         faults, self._pool.counts = self._pool.counts, Counts()
         metrics: dict[str, float] = {
             "queue": self._pool.num_waiting,
             "workers": sum(worker.in_service for worker in self._pool.workers),
             **dataclasses.asdict(faults),
         }
-        total = EngineCounts()
+        total, longest = EngineCounts(), 0.0
         for worker in self._pool.workers:
             done, worker.taken = difference(worker.counts, worker.taken), worker.counts
-            total = EngineCounts(
-                *(a + b for a, b in zip(_values(total), _values(done), strict=True))
-            )
-            for name, value in self._of_worker(worker, done, seconds).items():
-                metrics[f"{worker.name}/{name}"] = value
-        metrics |= rates(total, seconds)
+            total = EngineCounts(*map(sum, zip(_values(total), _values(done), strict=True)))
+            seconds = worker.take_busy_seconds(asyncio.get_running_loop().time())
+            longest = max(longest, seconds)
+            chunks, worker.given_chunks = worker.given_chunks, 0
+            own = {
+                "queue": self._pool.chunks_at(worker),
+                "chunks": chunks,
+                "restarts": worker.restarts,
+                **rates(done, seconds),
+            }
+            metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
+        metrics |= rates(total, longest)
         self._tell_ray(metrics, faults)
         return {PREFIX + name: float(value) for name, value in metrics.items()}
-
-    def _of_worker(
-        self, worker: PoolWorker, done: EngineCounts, seconds: float
-    ) -> dict[str, float]:
-        chunks, worker.given_chunks = worker.given_chunks, 0
-        return {
-            "queue": self._pool.chunks_at(worker),
-            "chunks": chunks,
-            "restarts": worker.restarts,
-            **rates(done, seconds),
-        }
 
     def _tell_ray(self, metrics: dict[str, float], faults: Counts) -> None:
         """The same in Ray's metrics: gauges, and counters of faults."""
@@ -88,7 +81,9 @@ class PoolMetrics:
 
 def rates(done: EngineCounts, seconds: float) -> dict[str, float]:
     """What counts over a time amount to; rates of nothing are left out."""
-    found = {"tokens_per_second": done.tokens / seconds}
+    found = {}
+    if seconds:
+        found["tokens_per_second"] = done.tokens / seconds
     if done.steps:
         found["batch_occupancy"] = done.running / done.steps
     if done.prefix_queries:

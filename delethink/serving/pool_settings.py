@@ -57,3 +57,31 @@ class PoolSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, got {value}")
+
+
+def check_resources(
+    gpus_per_worker: float, tensor_parallel_size: int, can_sleep: bool, placement: str | None
+) -> None:
+    """Refuses what no machine can give.
+
+    Raises:
+        ConfigError: says what came and what was allowed.
+    """
+    if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+        raise ConfigError(
+            f"gpus_per_worker must be a fraction of one GPU or a whole number, got "
+            f"{gpus_per_worker}"
+        )
+    if tensor_parallel_size < 1:
+        raise ConfigError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+    if tensor_parallel_size > 1 and gpus_per_worker != tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size={tensor_parallel_size} needs as many GPUs for each worker, got "
+            f"gpus_per_worker={gpus_per_worker:g}"
+        )
+    if can_sleep and not gpus_per_worker:
+        raise ConfigError(
+            "sleeping frees the memory of GPUs, and the workers have none: set gpus_per_worker"
+        )
+    if placement not in (None, "pack", "spread"):
+        raise ConfigError(f"placement must be 'pack' or 'spread', got {placement!r}")

@@ -43,7 +43,30 @@ class PoolWorker:
     counts: EngineCounts = field(default_factory=EngineCounts)  # of its present life
     taken: EngineCounts = field(default_factory=EngineCounts)  # as metrics last had them
     returned_tokens: int = 0  # in its present life
-    given_chunks: int = 0  # since metrics were last taken
+    given_chunks: int = 0  # returned since metrics were last taken
+    busy_since: float | None = None
+    busy_seconds: float = 0.0  # with a chunk, since metrics were last taken
+
+    def take_busy_seconds(self, now: float) -> float:
+        """How long it had a chunk since this was last asked."""
+        if self.busy_since is not None:
+            self.busy_seconds += now - self.busy_since
+            self.busy_since = now
+        seconds, self.busy_seconds = self.busy_seconds, 0.0
+        return seconds
+
+    def begin(self, now: float) -> None:
+        """It has a chunk."""
+        if self.idle.is_set():
+            self.idle.clear()
+            self.progressed = self.busy_since = now
+
+    def rest(self, now: float) -> None:
+        """It has none any more."""
+        if not self.idle.is_set() and self.busy_since is not None:
+            self.busy_seconds += now - self.busy_since
+        self.busy_since = None
+        self.idle.set()
 
     @property
     def is_dead(self) -> bool:

@@ -24,7 +24,7 @@ from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.serving.exchange import Job, Report, WorkerState
 from delethink.serving.pool_metrics import PoolMetrics
-from delethink.serving.pool_settings import PoolSettings
+from delethink.serving.pool_settings import PoolSettings, check_resources
 from delethink.serving.pool_worker import Chunk, Outcome, PoolWorker
 from delethink.serving.ray_calls import cause, connect
 from delethink.serving.vllm_weights import pack
@@ -244,14 +244,9 @@ class RayPool:
         self._run(self._pool.update_weights(ray.put(pack(weights)), version))
 
     def sleep(self) -> None:
-        """Frees the GPUs until the next request or the next weights.
-
-        Raises:
-            ConfigError: the pool was not made with ``can_sleep``.
-        """
-        if not self._can_sleep:
-            raise ConfigError("the pool was made without can_sleep=True, so its workers keep awake")
-        self._run(self._pool.sleep())
+        """Frees the GPUs until the next request or weights, if the pool was made to."""
+        if self._can_sleep:
+            self._run(self._pool.sleep())
 
     def wake(self) -> None:
         """Takes the GPUs again."""
@@ -359,34 +354,6 @@ async def _ask(call: Any) -> Any:
 def _settle_all(answers: list[Answer]) -> None:
     for answer, outcome in answers:
         settle(answer, outcome)
-
-
-def check_resources(
-    gpus_per_worker: float, tensor_parallel_size: int, can_sleep: bool, placement: str | None
-) -> None:
-    """Refuses what no machine can give.
-
-    Raises:
-        ConfigError: says what came and what was allowed.
-    """
-    if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
-        raise ConfigError(
-            f"gpus_per_worker must be a fraction of one GPU or a whole number, got "
-            f"{gpus_per_worker}"
-        )
-    if tensor_parallel_size < 1:
-        raise ConfigError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
-    if tensor_parallel_size > 1 and gpus_per_worker != tensor_parallel_size:
-        raise ConfigError(
-            f"tensor_parallel_size={tensor_parallel_size} needs as many GPUs for each worker, got "
-            f"gpus_per_worker={gpus_per_worker:g}"
-        )
-    if can_sleep and not gpus_per_worker:
-        raise ConfigError(
-            "can_sleep frees the memory of GPUs, and the workers have none: set gpus_per_worker"
-        )
-    if placement not in (None, "pack", "spread"):
-        raise ConfigError(f"placement must be 'pack' or 'spread', got {placement!r}")
 
 
 def _reserve(

@@ -8,6 +8,7 @@ stops at its own limit.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class TransformersEngine:
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting: list[_Request] = []
         self._version = 0
+        self._done = (0, 0, 0, 0.0)  # chunks, batches, tokens, seconds since metrics were taken
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -85,6 +87,18 @@ class TransformersEngine:
                 raise WeightSyncError(f"the engine refused new weights: {problem}") from None
         self._version = version
 
+    def take_metrics(self) -> dict[str, float]:
+        """Chunks, tokens a second of decoding and chunks in a batch, since it was last asked."""
+        (chunks, batches, tokens, seconds), self._done = self._done, (0, 0, 0, 0.0)
+        metrics = {"engine/chunks": float(chunks)}
+        if batches:
+            metrics["engine/batch_occupancy"] = chunks / batches
+            metrics["engine/tokens_per_second"] = tokens / seconds
+        return metrics
+
+    def sleep(self) -> None:
+        """Nothing to free: the model is the trainer's own."""
+
     def close(self) -> None:
         """Nothing to release: the model belongs to the caller."""
 
@@ -104,8 +118,10 @@ class TransformersEngine:
         if not batch:
             return
         answers: Sequence[Completion | Exception]
+        started = time.perf_counter()
         try:
-            answers = self._decode(batch)
+            answers = decoded = self._decode(batch)
+            self._count(decoded, time.perf_counter() - started)
         except Exception as problem:  # the callers' affair: each request fails with it
             answers = [problem] * len(batch)
         for request, answer in zip(batch, answers, strict=True):
@@ -115,6 +131,11 @@ class TransformersEngine:
                 request.answer.set_exception(answer)
             else:
                 request.answer.set_result(answer)
+
+    def _count(self, decoded: list[Completion], took: float) -> None:
+        chunks, batches, tokens, seconds = self._done
+        tokens += sum(len(completion.token_ids) for completion in decoded)
+        self._done = (chunks + len(decoded), batches + 1, tokens, seconds + took)
 
     def _decode(self, batch: list[_Request]) -> list[Completion]:
         input_ids, attention_mask = self._pad_left([request.prompt_ids for request in batch])

@@ -159,7 +159,7 @@ class WorkerPool:
         worker.jobs, worker.dropped = [], []
         worker.exchanges = worker.returned_tokens = worker.failing_reports = 0
         worker.pace, worker.paced = 0.0, 0
-        worker.idle.set()
+        worker.rest(loop.time())
         worker.in_service = True
         self.max_model_tokens = state.max_model_tokens
         slots = self._settings.chunks_per_worker
@@ -186,7 +186,7 @@ class WorkerPool:
         ended = self._scheduler.remove_worker(worker.key)
         self._by_life.pop(worker.key, None)
         worker.tokens_in_flight = 0
-        worker.idle.set()
+        worker.rest(asyncio.get_running_loop().time())
         self.counts.chunks_rescheduled += len(ended)
         # What was dropped was never returned either: so no more than these could have sampled.
         most = sum(self._chunks[lease.request.key].max_new_tokens for lease in ended)
@@ -293,9 +293,7 @@ class WorkerPool:
                 Job.pack(lease.number, chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling)
             )
             worker.tokens_in_flight += lease.request.tokens
-            if worker.idle.is_set():
-                worker.idle.clear()
-                worker.progressed = loop.time()
+            worker.begin(loop.time())
         for worker in self.workers:
             if worker.in_service and (worker.jobs or worker.dropped):
                 self._go(worker)
@@ -311,7 +309,7 @@ class WorkerPool:
         """A worker has fewer chunks."""
         worker.tokens_in_flight = self._scheduler.tokens(worker.key)
         if not worker.tokens_in_flight:
-            worker.idle.set()
+            worker.rest(asyncio.get_running_loop().time())
         self._assign_soon()
 
     # -- exchanges -----------------------------------------------------------------------------

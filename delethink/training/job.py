@@ -253,8 +253,11 @@ class Job:
                 self.tokenizer,
                 self.scorer,
                 self.engine.max_model_tokens,
+                self.recipe.rollout.step_timeout,
             )
         )
+        self.engine.sleep()
+        self.step |= self.engine.take_metrics()
         self.step["seconds_scoring"] = waited
         self.step["seconds_sampling"] = time.perf_counter() - started - waited
         self._check_scores(traces)

@@ -13,6 +13,7 @@ from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import locate
 from delethink.serving.factory import choose_engine
+from delethink.serving.pool_settings import check_resources
 from delethink.tasks import Task, rewards_of
 from delethink.training.resume import changes
 from delethink.training.run_directory import RunDirectory
@@ -91,7 +92,11 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
+    rollout = recipe.rollout
     if choose_engine(recipe.engine) == "vllm":
+        check_resources(
+            recipe.gpus_per_worker, rollout.tensor_parallel_size, rollout.sleep, rollout.placement
+        )
         return
     for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
         if (value := getattr(recipe, key)) != default:

@@ -184,4 +184,5 @@ def _make_engine(recipe: Recipe, model: Any, tokenizer: Any) -> Engine:
         trust_remote_code=recipe.trust_remote_code,
         weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
+        rollout=recipe.rollout.model_dump(),
     )

@@ -9,13 +9,13 @@ import asyncio
 import os
 import random
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from processes import assert_gone, wait_until
 
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
@@ -276,17 +276,6 @@ def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
     assert_gone(processes)
     with pytest.raises(PolicyError, match="closed"):
         complete(pool, [PROMPTS[0]], 8, [GREEDY])
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    wait_until(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"])
 
 
 def test_an_update_that_was_not_applied_is_seen() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from delethink.config import ThinkingConfig, load_recipe
+from delethink.config import RolloutConfig, ThinkingConfig, load_recipe
 from delethink.registry import names
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,6 +34,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 PRINTED = {
     "environment.md": ["1.0 completed", "", "", "", "replayed 1.0\nscored {'length': ", ""],
+    "rollouts.md": ["{'a': {0}, 'b': {1}}"],
     "cost.md": ["3."],  # times fewer GPU-hours
 }
 EXAMPLES = [
@@ -77,11 +78,18 @@ def test_a_piece_of_a_recipe_is_one(text: str) -> None:
     ThinkingConfig.model_validate(yaml.safe_load(text)["thinking"]).spec()
 
 
-@pytest.mark.parametrize("text", blocks("tasks_and_rewards.md", "yaml"))
+@pytest.mark.parametrize(
+    "text", [*blocks("tasks_and_rewards.md", "yaml"), *blocks("rollouts.md", "yaml")]
+)
 def test_a_section_of_a_recipe_is_one(text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE | yaml.safe_load(text)))
     load_recipe(path)
+
+
+def test_the_settings_of_rollouts_are_all_there_with_their_defaults() -> None:
+    (text,) = blocks("rollouts.md", "yaml")
+    assert yaml.safe_load(text)["rollout"] == RolloutConfig().model_dump()
 
 
 @pytest.mark.parametrize("group", ["tasks", "rewards"])

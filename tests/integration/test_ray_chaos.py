@@ -1,0 +1,161 @@
+"""Real engines are killed and stopped while they sample; what comes out must not show it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from processes import alive, assert_gone, engine_of, wait_until
+
+from delethink.policy import Completion, Sampling
+from delethink.rollout import derive_seed, play_traces, retrace
+from delethink.rule import ChunkSpec
+from delethink.types import TokenIds, Trace
+
+pytest.importorskip("ray")
+pytest.importorskip("vllm")
+pytest.importorskip("torch")
+
+from delethink.serving.pool_settings import PoolSettings
+from delethink.serving.pool_worker import PoolWorker
+from delethink.serving.ray_pool import RayPool
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+pytestmark = pytest.mark.integration
+
+SEED = 11
+SPEC = ChunkSpec(context_size=32, carryover_size=16, max_chunks=8, head_size=4)
+QUERIES = [(5, 9, 3, 2 + i // 4) for i in range(32)]
+CHUNKS_BETWEEN_EVENTS = 25
+# What is done to whom: a kill or a hang costs a restart, a pause is borne.
+EVENTS = [("kill", "worker")] * 3 + [("kill", "engine")] * 3
+EVENTS += [("hang", "worker"), ("hang", "engine")]
+EVENTS += [("pause", "worker")] * 7 + [("pause", "engine")] * 7
+
+
+@dataclass
+class Chaos:
+    """The policy protocol over a pool that it damages as it goes."""
+
+    pool: RayPool
+    rng: random.Random = field(default_factory=lambda: random.Random(SEED))
+    to_come: list[tuple[str, str]] = field(default_factory=list)
+    done: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    chunks: int = 0
+
+    def __post_init__(self) -> None:
+        self.to_come = self.rng.sample(EVENTS, len(EVENTS))
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        completion = await self.pool.generate(prompt_ids, max_new_tokens, sampling)
+        self.chunks += 1
+        if self.to_come and self.chunks % CHUNKS_BETWEEN_EVENTS == 0:
+            # Every second one strikes at a border, the others while chunks are under way.
+            delay = self.rng.uniform(0.01, 0.2) * (self.chunks % 2)
+            self.tasks.append(asyncio.create_task(self.strike(delay)))
+        return completion
+
+    async def strike(self, delay: float) -> None:
+        await asyncio.sleep(delay)
+        standing = [worker for worker in self.pool.workers if not worker.is_dead]
+        event = next((event for event in self.to_come if self.may(event)), None)
+        if event is None or not standing:
+            return
+        self.to_come.remove(event)
+        self.done[event] += 1
+        await damage(*event, worker=self.rng.choice(standing))
+
+    def may(self, event: tuple[str, str]) -> bool:
+        """One worker is always left alone, so that the test has an end."""
+        return event[0] == "pause" or sum(not worker.is_dead for worker in self.pool.workers) > 1
+
+
+async def damage(what: str, whom: str, worker: PoolWorker) -> None:
+    pid = worker.pid if whom == "worker" else engine_of(worker.pid).pid
+    os.kill(pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+    if what == "pause":
+        await asyncio.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+
+
+def play_step(policy: RayPool | Chaos, step: int, longest: int) -> list[Trace]:
+    samplings = [Sampling(seed=derive_seed(SEED, step, i)) for i in range(len(QUERIES))]
+
+    async def play() -> list[Trace]:
+        traces = await play_traces(policy, SPEC, QUERIES, samplings, longest)
+        if isinstance(policy, Chaos):
+            await asyncio.gather(*policy.tasks)
+            policy.tasks.clear()
+        return traces
+
+    return asyncio.run(play())
+
+
+@pytest.fixture
+def pool(tiny_models: tuple[TinyModel, TinyModel], own_ray: None) -> Iterator[RayPool]:
+    pool = RayPool(
+        tiny_models[0].folder,
+        num_workers=3,
+        cpus_per_worker=0.5,
+        eos_ids=(1,),
+        max_model_tokens=128,
+        kv_cache_gib=0.1,
+        weight_sync_timeout_s=300,
+        max_batch_size=16,
+        settings=PoolSettings(hang_timeout=15, max_attempts=100, max_restarts=20),
+    )
+    yield pool
+    pool.close()
+
+
+def test_traces_show_nothing_of_what_happened_to_the_workers(
+    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    chaos, steps = Chaos(pool), list[list[Trace]]()
+    processes = set(psutil.Process().children(recursive=True))
+    restarts = rescheduled = 0.0
+    while chaos.to_come:
+        step = len(steps)
+        pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)
+        steps.append(play_step(chaos, step, pool.max_model_tokens))
+        processes |= set(psutil.Process().children(recursive=True))
+        metrics = pool.take_metrics()
+        restarts += metrics["engine/restarts"]
+        rescheduled += metrics["engine/chunks_rescheduled"]
+        assert metrics["engine/chunks_failed"] == 0
+        if chaos.to_come:
+            wait_until(lambda: any(map(chaos.may, chaos.to_come)))
+
+    wait_until(lambda: not any(worker.is_dead for worker in pool.workers))
+    restarts += pool.take_metrics()["engine/restarts"]
+    assert chaos.done == Counter(EVENTS)
+    assert sum(chaos.done.values()) >= 20
+    assert restarts >= sum(what != "pause" for what, _ in EVENTS)
+    assert rescheduled > 0
+    for step, traces in enumerate(steps):
+        pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)
+        undisturbed = play_step(pool, step, pool.max_model_tokens)
+        assert [trace.query_ids for trace in traces] == QUERIES
+        for trace, same in zip(traces, undisturbed, strict=True):
+            assert trace.error is None
+            assert {chunk.policy_version for chunk in trace.chunks} == {step + 1}
+            retrace(SPEC, trace)  # no chunk is missing, or another trace's
+            assert trace.output_ids == same.output_ids
+
+    processes |= set(psutil.Process().children(recursive=True))
+    pool.close()
+    assert_gone(processes)
+    assert alive(psutil.Process().children(recursive=True)) == []

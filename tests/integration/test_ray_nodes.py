@@ -1,0 +1,114 @@
+"""Two Ray nodes on one machine, of which one is lost while traces are played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from processes import assert_gone, wait_until
+
+from delethink.errors import ConfigError
+from delethink.policy import Sampling
+from delethink.rollout import play_traces
+from delethink.rule import ChunkSpec
+from delethink.types import Trace
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("vllm")
+pytest.importorskip("torch")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from delethink.serving.pool_settings import PoolSettings  # noqa: E402
+from delethink.serving.ray_pool import RayPool  # noqa: E402
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+pytestmark = pytest.mark.integration
+
+SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=4)
+QUERIES = [(5, 9, 3, 2 + i // 4) for i in range(64)]
+NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+
+
+@pytest.fixture
+def cluster(own_ray: None) -> Iterator[Cluster]:
+    """Two nodes of a core each, that listen on loopback."""
+    assert not ray.is_initialized()
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        cluster.add_node(**NODE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield cluster
+    finally:
+        processes = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        cluster.shutdown()
+        assert_gone(processes)
+
+
+def node_of(pid: int) -> int:
+    """The process of the raylet that a Ray worker belongs to."""
+    return psutil.Process(pid).ppid()
+
+
+def raylet_of(node: Any) -> int:
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)
+
+
+def play(pool: RayPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
+    samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
+    return asyncio.run(
+        play_traces(pool, SPEC, QUERIES, samplings, pool.max_model_tokens, on_end=on_end)
+    )
+
+
+def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, TinyModel]) -> None:
+    pool = RayPool(
+        tiny_models[0].folder,
+        num_workers=2,
+        cpus_per_worker=1,
+        eos_ids=(1,),
+        max_model_tokens=128,
+        kv_cache_gib=0.1,
+        placement="spread",
+        weight_sync_timeout_s=300,
+        settings=PoolSettings(hang_timeout=30, max_attempts=10, max_restarts=20),
+    )
+    with closing(pool):
+        (lost,) = cluster.worker_nodes
+        raylets = [node_of(worker.pid) for worker in pool.workers]
+        assert sorted(raylets) == sorted(map(raylet_of, (cluster.head_node, lost)))
+        victim = pool.workers[raylets.index(raylet_of(lost))]
+        pool.update_weights(tiny_models[1].model.state_dict(), version=1)
+        undisturbed = play(pool)
+        engine = psutil.Process(victim.pid).children(recursive=True)
+
+        def lose_node(index: int, trace: Trace) -> None:
+            if lost in cluster.worker_nodes:
+                cluster.remove_node(lost, allow_graceful=False)
+
+        traces = play(pool, on_end=lose_node)
+        assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
+        assert all(trace.error is None for trace in traces)
+        assert_gone(engine)
+
+        cluster.add_node(**NODE)
+        wait_until(lambda: not victim.is_dead)
+        assert node_of(victim.pid) not in raylets
+        before = victim.completions
+        traces = play(pool)
+        assert {c.policy_version for trace in traces for c in trace.chunks} == {1}
+        assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
+        assert victim.completions > before
+
+    with pytest.raises(ConfigError, match=r"Ray has no room for 5 workers of \{'CPU': 1\} each"):
+        RayPool("x", num_workers=5, cpus_per_worker=1, eos_ids=(1,), placement="pack",
+                startup_timeout_s=2)  # fmt: skip
