@@ -197,7 +197,10 @@ class Measured:
     tokens: int
     chunks: int
     seconds: dict[str, float]
-    driver: float = 0.0  # microseconds of the driver's processor for each chunk: pool and rollouts
+    driver: float = (
+        0.0  # microseconds of the driver's processor for each chunk: pool, Ray, rollouts
+    )
+    driver_and_idle: float = 0.0  # the same with what Ray's threads take while nothing happens
     environment: float = 0.0  # the same of the environment
     hits: float = 0.0  # query tokens found in prefix caches, of those that could be
 
@@ -254,10 +257,12 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
                 )
             except Exception as problem:  # whatever keeps it from running here is told
                 trl_failure = str(problem).strip().splitlines()[-1]
+        idle = 0.0
         for turn in range(asked.rounds + 1):
             seed = derive_seed(asked.seed, workload.name, turn)
             tasks = workload.tasks(number if turn else GROUP * workload.num_workers, seed)
-            measured = _round(workload, tasks, pool, raw, trl)
+            measured = _round(workload, tasks, pool, raw, trl, idle)
+            idle = idle or _idle_share()
             if turn:
                 rounds.append(measured)
                 print(f"{workload.name}, round {turn}: {describe(measured)}", flush=True)
@@ -271,7 +276,7 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _round(
-    workload: Workload, tasks: list[Task], pool: RayPool, raw: list[Any], trl: Any
+    workload: Workload, tasks: list[Task], pool: RayPool, raw: list[Any], trl: Any, idle: float
 ) -> Measured:
     before = _hits(pool)
     cpu, started = time.process_time(), time.perf_counter()
@@ -301,7 +306,8 @@ def _round(
         tokens=sum(trace.length for trace in traces),
         chunks=chunks,
         seconds=seconds,
-        driver=1e6 * cpu / chunks,
+        driver=1e6 * (cpu - idle * seconds["pool"]) / chunks,
+        driver_and_idle=1e6 * cpu / chunks,
         environment=_environment(traces, tasks),
         hits=(_hits(pool) - before) / ((chunks - queries) * (QUERY // block * block)),
     )
@@ -319,6 +325,13 @@ async def _play(policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
 def _requests(trace: Trace, task: Task) -> Iterator[Request]:
     for i, chunk in enumerate(trace.chunks):
         yield Request(list(chunk.prompt_ids), len(chunk.output_ids), derive_seed(task.seed, i))
+
+
+def _idle_share() -> float:
+    """Of a processor, that this process takes while nothing is sampled."""
+    began = time.process_time()
+    time.sleep(5)
+    return (time.process_time() - began) / 5
 
 
 def _hits(pool: RayPool) -> int:
@@ -441,7 +454,8 @@ def describe(measured: Measured) -> str:
         f"{k} {measured.tokens / s:,.0f} tokens/s" for k, s in measured.seconds.items()
     )
     return (
-        f"{rates}; driver {measured.driver:.0f} + {measured.environment:.0f} us a chunk; "
+        f"{rates}; driver {measured.driver:.0f} (with idle Ray {measured.driver_and_idle:.0f}) + "
+        f"environment {measured.environment:.0f} us a chunk; "
         f"query hits {measured.hits:.2f}"
     )
 

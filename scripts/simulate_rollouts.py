@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=512)
     parser.add_argument("--traces", type=int, default=200_000)
-    parser.add_argument("--batches", default="16,32,64", help="chunks that an engine has at a time")
+    parser.add_argument("--batches", default="16,64", help="chunks that an engine has at a time")
     parser.add_argument("--max-chunks", type=int, default=12)
     parser.add_argument("--faults-every", type=float, default=120.0, help="seconds; 0 for none")
     parser.add_argument("--service", type=Path, help="what bench_rollouts.py --json wrote")
@@ -116,7 +116,7 @@ def run(
     cluster = Cluster(
         asked.workers,
         batch,
-        slots=batch + max(1, batch // 8),  # as the pool has it
+        slots=batch + batch // 4,  # as the pool has it
         times=times,
         driver_seconds=DRIVER,
         faults=Faults(asked.faults_every) if asked.faults_every else None,

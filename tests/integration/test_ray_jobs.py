@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 RUNTIME_ENV = ROOT / "runtime_env.yaml"
 TRAIN = ["delethink", "train", "recipes/quickstart/recipe.yaml"]
 SMALL = [
-    "engine=vllm",
     "task.args.min_steps=2",
     "task.args.max_steps=4",
     "thinking.context_size=32",
@@ -87,11 +86,12 @@ def test_a_job_gets_code_and_no_weights_and_its_results_may_not_be_lost_with_it(
     assert "Traceback" not in done.stdout
 
 
-def test_a_stopped_job_ends_in_order_and_leaves_no_worker_and_no_engine(
+def test_a_stopped_job_leaves_no_worker_and_no_engine_and_the_same_command_goes_on(
     head: RayHead, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [*TRAIN, *SMALL, "num_workers=2", "training.max_steps=500", f"output={run}"]
+    steps = ["training.max_steps=20", "training.save_steps=1"]
+    command = [*TRAIN, *SMALL, *steps, "engine=vllm", "num_workers=2", f"output={run}"]
     job = head.start(*submit("--submission-id", "half", "--", *command), cwd=ROOT)
     try:
         while not (run / "metrics.jsonl").exists():
@@ -101,7 +101,7 @@ def test_a_stopped_job_ends_in_order_and_leaves_no_worker_and_no_engine(
         engines = head.processes("EngineCore")
         folders = {process.cwd() for process in started}
         stopped = head.ray("job", "stop", "half")
-        followed, _ = job.communicate(timeout=60)
+        followed, _ = job.communicate(timeout=120)
     finally:
         job.kill()
     assert "was stopped" in stopped.stdout, stopped.stdout
@@ -111,7 +111,19 @@ def test_a_stopped_job_ends_in_order_and_leaves_no_worker_and_no_engine(
     assert "working_dir_files" in folders.pop()
     psutil.wait_procs(started, timeout=60)
     assert not head.processes(*RUN)
-    assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    before = steps_of(run)
+
+    done = head.ray(*submit("--", *command), cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "after RL, Delethink" in done.stdout
+    assert 0 < len(before) < 20
+    assert steps_of(run) == list(range(1, 21))
+    assert not head.processes(*RUN)
+
+
+def steps_of(run: Path) -> list[int]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def test_a_job_trains_to_its_table_in_the_folder_that_the_runtime_environment_names(
@@ -122,14 +134,12 @@ def test_a_job_trains_to_its_table_in_the_folder_that_the_runtime_environment_na
     text, changed = re.subn("DELETHINK_OUTPUT: .*", named, RUNTIME_ENV.read_text())
     assert changed == 1
     env.write_text(text)
-    command = [*TRAIN, *SMALL, "training.max_steps=2", "output=run"]
-    command = ["env", "DELETHINK_COMMIT=1a2b", *command]
+    commit = ["env", "DELETHINK_COMMIT=1a2b"]
+    command = [*commit, *TRAIN, *SMALL, "training.max_steps=2", "output=run"]
     done = head.ray("job", "submit", "--runtime-env", str(env), "--", *command, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "after RL, Delethink" in done.stdout
     assert f"run directory: {tmp_path / 'run'}" in done.stdout
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics] == [1, 2]
+    assert steps_of(tmp_path / "run") == [1, 2]
     versions = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert versions["git_commit"] == "1a2b"
-    assert not head.processes(*RUN)
