@@ -212,6 +212,8 @@ class TrainingConfig(_Section):
     """Micro-batches sampled at once; unset, those of one optimizer step."""
     max_sampling_rounds: int = Field(1, ge=1)
     """With more than 1, groups of equal rewards are replaced by others, so many rounds at most."""
+    max_staleness: int = Field(0, ge=0)
+    """Sample the next batches while training, at most so many weight updates old when begun."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     bf16: bool = False
@@ -243,10 +245,14 @@ class TrainingConfig(_Section):
         return self.per_device_train_batch_size * micro_batches
 
     @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps on a batch."""
+        return self.traces_per_batch // self.traces_per_step * self.num_iterations
+
+    @property
     def num_batches(self) -> int:
         """How often is sampled in the run."""
-        steps = self.traces_per_batch // self.traces_per_step * self.num_iterations
-        return -(-self.max_steps // steps)
+        return -(-self.max_steps // self.steps_per_batch)
 
     @field_validator("loss_type", mode="before")
     @classmethod
@@ -270,6 +276,11 @@ class TrainingConfig(_Section):
                 f"per_device_train_batch_size x {key or 'gradient_accumulation_steps'} must hold "
                 f"whole groups: {self.traces_per_batch} traces do not divide by num_generations="
                 f"{self.num_generations}"
+            )
+        if 0 < self.max_staleness < self.steps_per_batch:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} is less than the {self.steps_per_batch} "
+                "optimizer steps on a batch: the next one cannot be begun before they are done"
             )
         if self.loss_type == "luspo" and self.importance_sampling_level != "sequence":
             raise ValueError("loss_type=luspo is defined for importance_sampling_level=sequence")

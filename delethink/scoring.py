@@ -16,7 +16,7 @@ from delethink.query import Tokenizer, reward_text
 from delethink.registry import resolve
 from delethink.rollout import play_traces
 from delethink.rule import ChunkSpec
-from delethink.types import Attempt, Problem, Score, TokenIds, Trace
+from delethink.types import Attempt, Problem, Score, TokenIds, Trace, TraceStop
 
 
 class Scorer(Protocol):
@@ -90,6 +90,16 @@ def attempt_at(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: Chunk
         budget=spec.budget,
         max_chunks=spec.max_chunks,
         output_ids=trace.output_ids,
+    )
+
+
+def answer_of(
+    problem: Problem, text: str, length: int | None = None, budget: int = 0, max_chunks: int = 1
+) -> Attempt:
+    """A text as if it had been sampled, to see what rewards make of it."""
+    length = len(text) if length is None else length
+    return Attempt(
+        problem, text, TraceStop.COMPLETED, length, 1, max(1, length, budget), max_chunks
     )
 
 

@@ -38,7 +38,7 @@ from delethink.rollout import play_traces  # noqa: E402
 from delethink.rule import ChunkSpec  # noqa: E402
 from delethink.serving.checkpoint import load_model, load_tokenizer  # noqa: E402
 from delethink.serving.transformers_engine import TransformersEngine  # noqa: E402
-from delethink.training.grpo import DelethinkTrainer, Objective  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective  # noqa: E402
 from delethink.types import Trace  # noqa: E402
 
 QUERY, CONTEXT, CARRYOVER = 16, 128, 64
@@ -135,7 +135,7 @@ def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
             ),
             train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}] * steps),
             reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(len(traces))]],
-            play=lambda examples: traces,
+            play=lambda examples: Filled(examples, traces),
             on_sampled=lambda sampled: None,
             objective=Objective(forward_tokens=FORWARD_TOKENS),
             callbacks=[clock],
@@ -191,7 +191,7 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
 
 def measurement(setting: Setting, count: int, sampling: float, training: float) -> Measurement:
     """What was timed, as a step of one device."""
-    job = Job(QUERY, count, 1, 1, 1, extra_passes=1.0, prefix_cache=False)
+    job = Job(QUERY, count, 1, 1, 1, extra_passes=0.0, prefix_cache=False)
     lengths = Lengths.constant(setting.tokens)
     return Measurement(lengths, Cut.of(setting.spec), job, sampling, training)
 

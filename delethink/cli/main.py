@@ -69,7 +69,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Train a model with reinforcement learning in the thinking environment.",
         epilog="E.g.: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=9",
     )
-    command.add_argument("recipe", help="a YAML file; see recipes/")
+    command.add_argument(
+        "recipe", help="a YAML file, see recipes/; or the folder of a run, to go on with it"
+    )
     command.add_argument(
         "values",
         nargs="*",
@@ -153,7 +155,14 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "doctor",
         help="say what is installed and what works here",
-        description="Say what is installed, what it can do on this machine, and what is missing.",
+        description="Say what is installed and what it can do on this machine, or whether a recipe "
+        "will run here: names, tokenizer, window, memory, disk and rewards. Exit code 1 if there "
+        "is a problem.",
+        epilog="E.g.: delethink doctor recipes/quickstart/recipe.yaml training.max_steps=9",
+    )
+    command.add_argument("recipe", nargs="?", help="a recipe, or the folder of a run")
+    command.add_argument(
+        "values", nargs="*", metavar="key=value", help="settings in place of the recipe's"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_doctor)
@@ -203,7 +212,7 @@ def _cost(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from delethink.cli.doctor import run
 
-    return run(as_json=arguments.json)
+    return run(arguments.recipe, arguments.values, as_json=arguments.json)
 
 
 def _interrupt(*_: object) -> None:

@@ -11,7 +11,7 @@ from delethink.config import RewardConfig, ScoringConfig, parse_values
 from delethink.errors import ConfigError
 from delethink.query import query_ids
 from delethink.registry import make_task, names, resolve
-from delethink.scoring import make_scorer
+from delethink.scoring import answer_of, make_scorer
 from delethink.serving.checkpoint import load_tokenizer, locate
 from delethink.tasks import (
     SPLITS,
@@ -21,7 +21,7 @@ from delethink.tasks import (
     rewards_of,
     size_of,
 )
-from delethink.types import Attempt, Problem, TraceStop
+from delethink.types import Problem
 
 
 def run(
@@ -108,7 +108,7 @@ def _check(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
     cases = [(p, right, 1.0) for p, right, _ in shown if right is not None]
     cases += [(p, wrong, 0.0) for p, _, wrong in shown if wrong is not None]
     try:
-        scores = scorer.score_now([_attempt(problem, text) for problem, text, _ in cases])
+        scores = scorer.score_now([answer_of(problem, text) for problem, text, _ in cases])
     finally:
         scorer.close()
     failures = [
@@ -128,10 +128,6 @@ def _check(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
         "wrong_answers": sum(expected == 0.0 for *_, expected in cases),
         "failures": failures,
     }
-
-
-def _attempt(problem: Problem, text: str) -> Attempt:
-    return Attempt(problem, text, TraceStop.COMPLETED, len(text), 1, max(1, len(text)), 1)
 
 
 def _text(report: Mapping[str, Any]) -> str:

@@ -89,22 +89,21 @@ def _measurements(
     config: dict[str, Any], traces: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> Iterator[Measurement]:
     training, cut = config["training"], Cut.of(_spec(config["thinking"]))
+    if training.get("num_iterations", 1) > 1 or training.get("steps_per_generation"):
+        raise ConfigError(
+            "a run with several optimizer steps for each batch of traces cannot be calibrated on: "
+            "its steps are not alike"
+        )
     lengths = np.array([trace["length"] for trace in traces], float)
     group = training["num_generations"]
     engines = max(1, round(config["num_workers"] * config["gpus_per_worker"]))
-    rows = training["per_device_train_batch_size"] * sum(
-        len(chunk["prompt_ids"]) + len(chunk["output_ids"])
-        for trace in traces
-        for chunk in trace["chunks"]
-    )
-    again = rows / len(traces) > training["forward_tokens"]  # a micro-batch in several passes
     job = Job(
         query=round(np.mean([len(trace["query_ids"]) for trace in traces])),
         group=group,
         prompts=max(1, len(traces) // group),
         steps=1,
         gpus=engines,
-        extra_passes=1.0 if again else 0.0,
+        extra_passes=float(training.get("gradient_checkpointing", False)),
         prefix_cache=config["engine"] == "vllm",
     )
     seen = Lengths.empirical(lengths, -(-len(lengths) // engines))

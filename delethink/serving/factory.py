@@ -55,15 +55,16 @@ def make_engine(
 ) -> Engine:
     """The engine called ``name``, serving the weights of ``model``.
 
-    ``"transformers"`` samples from ``model`` itself; ``"vllm"`` loads ``model_path`` in each of
-    ``num_workers`` Ray workers, which ``rollout`` says how to treat: a recipe's section of that
-    name, as a mapping.
+    ``"transformers"`` samples from ``model`` itself, which a trainer may change; ``"vllm"`` loads
+    ``model_path`` in each of ``num_workers`` Ray workers, which ``rollout`` says how to treat: a
+    recipe's section of that name, as a mapping.
     """
     ends = eos_ids(model, tokenizer)
     if choose_engine(name) == "transformers":
         from delethink.serving.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, ends, int(tokenizer.pad_token_id), seed=seed)
+        pad = int(tokenizer.pad_token_id)
+        return TransformersEngine(model, ends, pad, seed=seed, is_trained=True)
     from delethink.serving.ray_pool import RayPool
 
     return RayPool(

@@ -37,12 +37,13 @@ class TransformersEngine:
     """Implements ``Engine`` with a model in this process.
 
     Args:
-        model: a causal language model; where a trainer updates the very same object, its new
-            weights are in force at once and ``update_weights`` only counts.
+        model: a causal language model.
         eos_ids: the tokens that end an answer.
         pad_id: what fills rows up; any id of the vocabulary will do.
         max_batch_size: the most chunks decoded side by side.
         seed: of the stream that requests without a seed of their own draw from.
+        is_trained: a trainer updates this very model, adapters included: new weights are in force
+            at once, and ``update_weights`` only counts.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class TransformersEngine:
         pad_id: int,
         max_batch_size: int = 256,
         seed: int = 0,
+        is_trained: bool = False,
     ) -> None:
         self.model = model
+        self._is_trained = is_trained
         self.max_model_tokens = longest_sequence(model)
         self._eos_ids = tuple(eos_ids)
         self._pad_id = pad_id
@@ -75,12 +78,8 @@ class TransformersEngine:
         return await request.answer
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Loads weights that are not the model's own already, and counts the version."""
-        own = self.model.state_dict()
-        shared = own.keys() == weights.keys() and all(
-            tensor.data_ptr() == own[name].data_ptr() for name, tensor in weights.items()
-        )
-        if not shared:
+        """Loads weights, unless they are the model's own, and counts the version."""
+        if not self._is_trained:
             try:
                 self.model.load_state_dict(dict(weights))
             except RuntimeError as problem:

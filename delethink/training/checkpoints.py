@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from delethink.errors import RunDirectoryError
 from delethink.training.durable import PART, put_in_place, write_text
+from delethink.training.served_weights import has_adapters, served_weights
 
 # What torch.save says where it cannot write; the system's own reason is lost there.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "file write failed")
@@ -89,7 +90,18 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
             RunDirectoryError: they cannot be written.
         """
         folder = Path(self.args.output_dir)
-        self._write_whole(folder / name, lambda part: self.save_model(str(part)))
+        self._write_whole(folder / name, self._save_served)
+
+    def _save_served(self, path: Path) -> None:
+        """A checkpoint that loads like any other; adapters are merged, and beside it alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not has_adapters(model):
+            self.save_model(str(path))
+            return
+        self.save_model(str(path / "adapter"))
+        whole = model.get_base_model()
+        whole.save_pretrained(path, state_dict=served_weights(whole))
+        self.processing_class.save_pretrained(path)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))

@@ -25,6 +25,7 @@ from delethink.errors import RolloutError
 from delethink.training.chunk_rows import ChunkRow, Layout, Packed, chunk_rows, pack_rows
 from delethink.training.ledger import Ledger
 from delethink.training.objective import LossType, token_weight
+from delethink.training.randomness import check_repeatable, remove_dropout
 from delethink.training.rows import flatten
 from delethink.training.statistics import ChunkStatistics, StepStatistics
 from delethink.types import Trace, TraceStop
@@ -35,6 +36,13 @@ _SET_FOR_THE_SUM = (
     "use_vllm",
     "vllm_importance_sampling_correction",
 )
+
+
+class Filled(NamedTuple):
+    """The places of a batch, filled: group after group, a trace for each example."""
+
+    examples: list[dict[str, Any]]
+    traces: list[Trace]
 
 
 class Sampled(NamedTuple):
@@ -94,28 +102,31 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     """``GRPOTrainer`` over traces of chunks.
 
     Args:
-        play: plays a trace for each example (rows of the dataset, repeated once for each trace of a
-            group) with the current weights, in that order.
+        play: fills the places of a batch (rows of the dataset, once for each trace of a group) with
+            traces, and says of which examples they are: of these, or of others in their place.
         on_sampled: told what was sampled and how it was scored, once for each batch.
-        draw: the examples that a batch of rows of the dataset stands for; by default themselves.
         objective: what ``GRPOConfig`` does not say.
 
     The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
     ``importance_sampling_level`` of its configuration are not looked at.
+
+    Raises:
+        ConfigError: the model is random while it trains, beyond its dropouts, which are set to 0.
     """
 
     def __init__(
         self,
         *args: Any,
-        play: Callable[[list[dict[str, Any]]], list[Trace]],
+        play: Callable[[list[dict[str, Any]]], Filled],
         on_sampled: Callable[[Sampled], None],
         objective: Objective,
-        draw: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        remove_dropout(self.model)
+        check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
         self.objective = objective
-        self._play, self._on_sampled, self._draw = play, on_sampled, draw
+        self._play, self._on_sampled = play, on_sampled
         self._examples: list[dict[str, Any]] = []
         self._traces: list[Trace] = []
         self._rewards: list[dict[str, float | None]] = []
@@ -135,8 +146,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     # -- sampling ------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = self._draw(inputs)
-        # The examples are kept as they came: TRL adds what the rollout returned to `inputs`.
+        # Examples are kept as they came: TRL adds what the rollout returned to `inputs`.
         self._examples = [dict(example) for example in inputs]
         self._ledger.close()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -161,8 +171,13 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                 ]
         return kept
 
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        gathered: torch.Tensor = super()._calculate_rewards(*args)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> torch.Tensor:
+        filled = [
+            example | {"trace": trace}
+            for example, trace in zip(self._examples, self._traces, strict=True)
+        ]
+        prompts = [example["prompt"] for example in self._examples]
+        gathered: torch.Tensor = super()._calculate_rewards(filled, prompts, *args)
         local = gathered[self.accelerator.process_index * len(self._traces) :]
         self._rewards = [
             {
@@ -174,7 +189,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         return gathered.double()  # so that advantages are not rounded on the way
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        self._traces = self._play(self._examples)
+        self._examples, self._traces = self._play(self._examples)
         self._check_failures()
         pad = self._tokenizer.pad_token_id
         rows = [flatten(trace, pad, self._has_place(trace)) for trace in self._traces]
@@ -183,7 +198,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             "completion_ids": [row.completion_ids for row in rows],
             "logprobs": [row.logprobs for row in rows],
             "env_mask": [row.mask for row in rows],
-            "trace": self._traces,
         }
 
     def _has_place(self, trace: Trace) -> bool:

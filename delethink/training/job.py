@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,24 +13,25 @@ from trl import GRPOConfig
 from delethink.config import Recipe
 from delethink.errors import NonFiniteError, RolloutError
 from delethink.evaluation.evaluate import Evaluator, Summary
-from delethink.policy import Sampling
 from delethink.query import query_ids
 from delethink.registry import resolve
-from delethink.rollout import derive_seed, replay_trace
+from delethink.rollout import replay_trace
 from delethink.rule import ChunkSpec
-from delethink.scoring import play_and_score
 from delethink.serving.checkpoint import eos_ids, vocabulary_size
 from delethink.serving.engine import Engine
+from delethink.training.ahead import SamplingAhead
 from delethink.training.checkpoints import AtomicCheckpoints, Checkpoint
 from delethink.training.curves import plot_curves
-from delethink.training.grpo import DelethinkTrainer, Sampled
+from delethink.training.grpo import DelethinkTrainer, Filled, Sampled
 from delethink.training.guard import Guarded, NonFinite
 from delethink.training.progress import Reporter
 from delethink.training.prompts import PromptCursor
 from delethink.training.recorder import Recorder
-from delethink.training.records import trace_records
+from delethink.training.records import trace_record, trace_records
 from delethink.training.run_directory import RunDirectory
-from delethink.training.step_metrics import reward_metrics, sampled_metrics
+from delethink.training.sampler import Batch, Sampler
+from delethink.training.served_weights import served_weights
+from delethink.training.step_metrics import reward_metrics, sampled_metrics, staleness_metrics
 from delethink.training.trl_config import lora, objective
 from delethink.types import Problem, Score, Trace
 
@@ -66,16 +66,38 @@ class Job:
     scores: list[Score] = field(default_factory=list)  # of the traces sampled last, in order
     sampled: Sampled | None = None  # last
     skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
-    prompts: PromptCursor = field(init=False)
+    batch: Batch | None = None  # sampled last
+    prompts: PromptCursor = field(default_factory=PromptCursor)
+    ahead: SamplingAhead = field(init=False)
 
     def __post_init__(self) -> None:
         training = self.recipe.training
-        self.prompts = PromptCursor(training.traces_per_batch // training.num_generations)
+        sampler = Sampler(
+            self.engine,
+            self.spec,
+            self.problems,
+            self.prompts,
+            self.scorer,
+            self.tokenizer,
+            training.temperature,
+            training.num_generations,
+            self.recipe.seed,
+            training.max_sampling_rounds,
+            self.recipe.rollout.step_timeout,
+        )
+        groups = training.traces_per_batch // training.num_generations
+        self.ahead = SamplingAhead(
+            lambda step: sampler.begin(step, groups),
+            self.prompts.state_dict,
+            training.max_staleness // training.steps_per_batch,
+            training.steps_per_batch,
+            training.max_steps,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of a run, beside what the trainer keeps itself."""
         return {
-            "prompts": self.prompts.state_dict(),
+            "prompts": self.ahead.state(),
             "policy_version": int(self.trainer.state.global_step),
             "skipped_steps": self.skipped,
         }
@@ -87,6 +109,7 @@ class Job:
 
     def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
         """Accuracy and lengths on held-out problems with the current weights."""
+        self.ahead.settle()
         self.serve_current_weights()
         return self.evaluator.run(self.engine, spec, setting, self.engine.max_model_tokens, limit)
 
@@ -127,7 +150,7 @@ class Job:
         if version == self.version:
             return
         started = time.perf_counter()
-        self.engine.update_weights(self.model.state_dict(), version)
+        self.engine.update_weights(served_weights(self.model), version)
         self.version = version
         self.seconds_weight_update += time.perf_counter() - started
 
@@ -147,7 +170,6 @@ class Job:
             reward_funcs=[self.pay_out(self.make_env())],
             play=self.play,
             on_sampled=self.record_traces,
-            draw=self.draw,
             job_state=self.state_dict,
             on_nonfinite=self.leave_out,
             objective=objective(recipe),
@@ -159,6 +181,7 @@ class Job:
         try:
             self.trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
+            self.ahead.close()
             self.reporter.stop_steps()
             plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
         self.trainer.save_weights("final")
@@ -203,11 +226,6 @@ class Job:
         env.reward = lambda text, answer: total
         return replay_trace(env, problem, trace)
 
-    def draw(self, rows: list[Example]) -> list[Example]:
-        """The problems that come next, in the places of a batch of rows."""
-        places = self.prompts.fill([row["problem"] for row in rows])
-        return [_example(self.problems, place) for place in places]
-
     def leave_out(self, found: NonFinite) -> None:
         """An optimizer step that is not taken: its traces are kept, and the run stops or goes on.
 
@@ -232,36 +250,23 @@ class Job:
             raise NonFiniteError(f"{text}, like the {_MOST_SKIPPED - 1} before it; {kept}")
         self.reporter.say(f"{text}: skipped; {kept}")
 
-    def play(self, examples: list[Example]) -> list[Trace]:
-        """A trace for each example, with the current weights, scored."""
+    def play(self, places: list[Example]) -> Filled:
+        """A batch in the places of as many rows, scored, from the current weights."""
         self.serve_current_weights()
-        started = time.perf_counter()
-        seed = derive_seed("training", self.recipe.seed, self.version)
-        problems = [self.problems[example["problem"]] for example in examples]
-        queries = [query_ids(self.tokenizer, problem) for problem in problems]
-        samplings = [
-            Sampling(self.recipe.training.temperature, derive_seed(seed, i))
-            for i in range(len(examples))
-        ]
-        traces, self.scores, waited = asyncio.run(
-            play_and_score(
-                self.engine,
-                self.spec,
-                problems,
-                queries,
-                samplings,
-                self.tokenizer,
-                self.scorer,
-                self.engine.max_model_tokens,
-                self.recipe.rollout.step_timeout,
-            )
-        )
-        self.engine.sleep()
+        self.batch = batch = self.ahead.next(self.version)
+        if not self.recipe.training.max_staleness:  # else the next batch is being sampled
+            self.engine.sleep()
         self.step |= self.engine.take_metrics()
-        self.step["seconds_scoring"] = waited
-        self.step["seconds_sampling"] = time.perf_counter() - started - waited
-        self._check_scores(traces)
-        return traces
+        self.scores = batch.scores
+        self.step["seconds_scoring"] = batch.seconds_scoring
+        self.step["seconds_sampling"] = batch.seconds_sampling
+        self.step |= {
+            "sampling_rounds": batch.rounds,
+            "groups_replaced": len(batch.replaced),
+            "tokens_replaced": sum(t.length for g in batch.replaced for t in g.traces),
+        }
+        self._check_scores(batch.traces)
+        return Filled([_example(self.problems, place) for place in batch.problems], batch.traces)
 
     def _check_scores(self, traces: list[Trace]) -> None:
         """Rewards that cannot be computed are failures like any other: not more than a share."""
@@ -280,10 +285,20 @@ class Job:
         self.sampled = sampled
         group = self.recipe.training.num_generations
         self.step |= sampled_metrics(sampled, self.scores, group)
+        self.step |= staleness_metrics(sampled.traces, self.version)
         self.step |= reward_metrics(self.scores, self.scorer.rewards)
         step = int(self.trainer.state.global_step) + 1
         records = trace_records(sampled, self.problems, self.scores, self.tokenizer)
-        self.run.add_traces(step, records)
+        self.run.add_traces(step, records + self._replaced())
+
+    def _replaced(self) -> list[dict[str, Any]]:
+        """What was sampled and is not trained on, because its group has no signal."""
+        assert self.batch is not None
+        return [
+            trace_record(self.problems[group.problem], trace, score, self.tokenizer)
+            for group in self.batch.replaced
+            for trace, score in zip(group.traces, group.scores, strict=True)
+        ]
 
 
 def _examples(problems: list[Problem]) -> list[Example]:

@@ -38,6 +38,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         step["seconds_weight_update"], self._job.seconds_weight_update = updated, 0.0
         if sampled:
             step["tokens_per_second"] = step["sampled_tokens"] / step["seconds_sampling"]
+        if self._job.recipe.training.max_staleness:  # new weights enter at the next borders
+            self._job.serve_current_weights()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Writes the line of the step."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from delethink.traces import TraceRecord, json_like
 from delethink.training.grpo import Sampled
-from delethink.types import Problem, Score
+from delethink.types import Problem, Score, Trace
 
 
 def trace_records(
@@ -16,17 +16,24 @@ def trace_records(
     """One JSON object a trace: what was sampled, exactly as trained, and how it was scored."""
     rows = zip(sampled.examples, sampled.traces, scores, sampled.advantages, strict=True)
     return [
-        TraceRecord(
-            problem=_storable(problems[example["problem"]]),
-            trace=trace,
-            reward=score.total,
-            rewards=score.parts,
-            reward_errors=score.errors,
-            advantage=advantage,
-            text=tokenizer.decode(list(trace.output_ids)),
-        ).to_json()
+        trace_record(problems[example["problem"]], trace, score, tokenizer, advantage)
         for example, trace, score, advantage in rows
     ]
+
+
+def trace_record(
+    problem: Problem, trace: Trace, score: Score, tokenizer: Any, advantage: float | None = None
+) -> dict[str, Any]:
+    """One trace; without an advantage it is not trained on."""
+    return TraceRecord(
+        problem=_storable(problem),
+        trace=trace,
+        reward=score.total,
+        rewards=score.parts,
+        reward_errors=score.errors,
+        advantage=advantage,
+        text=tokenizer.decode(list(trace.output_ids)),
+    ).to_json()
 
 
 def _storable(problem: Problem) -> Problem:

@@ -10,27 +10,21 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from delethink.config import Recipe, TaskConfig, dump_recipe
+from delethink.config import Recipe, dump_recipe
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.evaluate import Evaluator, Summary
-from delethink.query import check_thinking_is_open, query_ids
-from delethink.rule import start
-from delethink.serving.checkpoint import (
-    eos_ids,
-    load_model,
-    load_tokenizer,
-    longest_sequence,
-)
+from delethink.serving.checkpoint import load_model
 from delethink.serving.engine import Engine
 from delethink.serving.factory import choose_engine, make_engine
-from delethink.tasks import Taken, Task, left_out_of, take
+from delethink.tasks import Taken, left_out_of
 from delethink.training.checkpoints import Checkpoint, find, remove_unfinished
+from delethink.training.checks import check_run, refuse_problems
+from delethink.training.inputs import Inputs, read_inputs
 from delethink.training.job import AFTER, Job
 from delethink.training.preflight import Place, Prepared
 from delethink.training.progress import Reporter
 from delethink.training.run_directory import RunDirectory
 from delethink.training.trl_config import trl_config
-from delethink.types import Problem
 
 
 def train(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
@@ -46,6 +40,7 @@ def train(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
         place.run.discard_if_empty()
         raise
     finally:
+        prepared.close()
         place.run.release()
 
 
@@ -53,37 +48,23 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
     recipe, run = prepared.recipe, place.run
     set_seed(recipe.seed)
     _check_devices()
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    inputs = read_inputs(prepared)
+    reporter.say(f"run directory: {run.path}")
+    _preflight(prepared, inputs, run, reporter)
     model = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    eos_ids(model, tokenizer)
-    training, other = recipe.training, recipe.evaluation.task or recipe.task
-    needed = training.num_batches * training.traces_per_batch // training.num_generations
-    taken = {
-        "train": _take(prepared.task, "train", needed, recipe.task, tokenizer),
-        "heldout": _take(
-            prepared.evaluation_task, "heldout", recipe.evaluation.num_problems, other, tokenizer
-        ),
-    }
-    problems, heldout = taken["train"].problems, taken["heldout"].problems
-    spec, longest = recipe.thinking.spec().bind(tokenizer), longest_sequence(model)
-    for problem in (*problems, *heldout):
-        start(spec, query_ids(tokenizer, problem), longest)
-    check_thinking_is_open(tokenizer, problems[0])
+    tokenizer, spec = inputs.tokenizer, inputs.spec
     settings = trl_config(recipe, spec, run.checkpoints)
     model.to(settings.device)
 
-    reporter.say(f"run directory: {run.path}")
     checkpoint = _take_up(place, recipe, reporter) if place.begun else None
-    _report_problems(prepared, run, taken, reporter)
+    _report_problems(prepared, run, inputs.taken, reporter)
     reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
-    scorer, evaluation_scorer = prepared.scorer, prepared.evaluation_scorer
-    with (
-        closing(scorer),
-        closing(evaluation_scorer),
-        closing(_make_engine(recipe, model, tokenizer)) as engine,
-    ):
-        temperature = recipe.training.temperature
-        evaluator = Evaluator(heldout, evaluation_scorer, tokenizer, temperature, recipe.seed)
+    problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
+    with closing(_make_engine(recipe, model, tokenizer)) as engine:
+        temperature, scorer = recipe.training.temperature, prepared.scorer
+        evaluator = Evaluator(
+            heldout, prepared.evaluation_scorer, tokenizer, temperature, recipe.seed
+        )
         job = Job(
             recipe, spec, run, reporter, engine, evaluator, problems, scorer, tokenizer, model
         )
@@ -91,9 +72,18 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter) -> Path:
         job.measure_baselines()
         job.fit(settings, checkpoint)
         job.add_row(AFTER, spec)
-        run.finish(training.max_steps)
+        run.finish(recipe.training.max_steps)
         reporter.table(job.rows, spec, run.path)
     return run.path
+
+
+def _preflight(prepared: Prepared, inputs: Inputs, run: RunDirectory, reporter: Reporter) -> None:
+    """Says what is close or cannot be known, and ends a run that cannot go well."""
+    checks = check_run(prepared, inputs, run.path)
+    refuse_problems(checks, prepared.recipe.preflight)
+    for check in checks:
+        if check.status != "ok":
+            reporter.say(f"{check.status}: {check.name}: {check.found}; {check.advice}")
 
 
 def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | None:
@@ -126,15 +116,6 @@ def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | N
             f"under {run.path / 'superseded'} now; they are made again"
         )
     return checkpoint
-
-
-def _take(task: Task, split: str, number: int, config: TaskConfig, tokenizer: Any) -> Taken:
-    """The problems of a split that the run uses."""
-
-    def length(problem: Problem) -> int:
-        return len(query_ids(tokenizer, problem))
-
-    return take(task, split, number, length, config.max_query_tokens)
 
 
 def _report_problems(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from delethink.training.grpo import Sampled, Work
-from delethink.training.statistics import Means, StepStatistics
-from delethink.types import Score, TraceStop
+from delethink.training.sampler import has_signal
+from delethink.types import Score, Trace, TraceStop
+
+if TYPE_CHECKING:
+    from delethink.training.grpo import Sampled, Work
+    from delethink.training.statistics import Means, StepStatistics
 
 # What is called otherwise in a line of metrics than in ``Means``.
 _NAMES = {
@@ -73,9 +76,26 @@ def sampled_metrics(sampled: Sampled, scores: Sequence[Score], group: int) -> di
     }
 
 
-def has_signal(rewards: Sequence[float | None]) -> bool:
-    """Whether the rewards of a group differ, so that its advantages are not all 0."""
-    return len({reward for reward in rewards if reward is not None}) > 1
+def staleness_metrics(traces: Sequence[Trace], version: int) -> dict[str, float]:
+    """How many weight updates ago sampled tokens were sampled.
+
+    Args:
+        traces: of the batch.
+        version: of the weights that the batch is trained on first.
+    """
+    ages = [
+        (version - chunk.policy_version, len(chunk.output_ids))
+        for trace in traces
+        for chunk in trace.chunks
+        if chunk.policy_version is not None
+    ]
+    tokens = sum(number for _, number in ages)
+    mixed = [len({c.policy_version for c in t.chunks if c.output_ids}) > 1 for t in traces]
+    return {
+        "staleness": sum(age * number for age, number in ages) / max(1, tokens),
+        "staleness_max": max((age for age, _ in ages), default=0),
+        "mixed_version_share": fmean(mixed),
+    }
 
 
 def _reward_by_chunks(sampled: Sampled, scores: Sequence[Score]) -> dict[str, float]:

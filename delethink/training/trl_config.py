@@ -19,6 +19,7 @@ _OWN = {
     "forward_tokens",
     "max_failed_share",
     "max_sampling_rounds",
+    "max_staleness",
     "on_nonfinite",
     "save_steps",
     "lora",

@@ -14,7 +14,7 @@ from delethink import ChunkSpec, StopReason, start
 from delethink.cost.memory import training_bytes
 from delethink.cost.model_config import model_shape
 from delethink.serving.checkpoint import load_model, load_tokenizer
-from delethink.training.grpo import DelethinkTrainer, Objective
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective
 from delethink.types import Chunk, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -56,7 +56,7 @@ def peak_bytes(tmp_path: Path, spec: ChunkSpec, forward_tokens: int) -> int:
         ),
         train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}]),
         reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(GROUP)]],
-        play=lambda examples: traces,
+        play=lambda examples: Filled(examples, traces),
         on_sampled=seen.append,
         objective=Objective(forward_tokens=forward_tokens),
     )

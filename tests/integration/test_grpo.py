@@ -26,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from trl import GRPOConfig, GRPOTrainer
 
-from delethink.errors import RolloutError
-from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
+from delethink.errors import ConfigError, RolloutError
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
+from delethink.training.served_weights import served_weights
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -181,7 +182,7 @@ def train(
         args=config(folder, **options),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda prompts, **_: rewards],
-        play=lambda examples: traces,
+        play=lambda examples: Filled(examples, traces),
         objective=objective or Objective(max_failed_share=0.5),
         peft_config=peft_config,
     )
@@ -577,3 +578,57 @@ def test_adapters_alone_are_trained_and_their_gradient_is_the_formulas(
             assert torch.equal(parameter, first[name.replace(".base_layer", "")])
     moved = [name for name in adapted if "lora_B" in name and adapted[name].abs().max() > 0]
     assert len(moved) == sum("lora_B" in name for name in adapted)
+
+
+def test_adapters_are_served_merged_under_the_names_of_the_checkpoint() -> None:
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    names = set(model.state_dict())
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = served_weights(model)
+    assert set(weights) == names
+    plain = make_model()
+    plain.load_state_dict(weights)
+    ids = torch.tensor([[3, 5, 7, 2, 9]])
+    torch.testing.assert_close(plain(ids).logits, adapted(ids).logits)
+    assert not torch.allclose(plain(ids).logits, make_model()(ids).logits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# -- randomness --------------------------------------------------------------------------------
+
+
+def test_dropout_of_every_kind_is_taken_out(tmp_path: Path, tokenizer: Any) -> None:
+    traces, rewards = random_batch(4, UNEQUAL)
+    model = make_qwen2(
+        3,
+        scale=4,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        attention_dropout=0.4,
+    )
+    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(
+        model.model.layers[0].mlp.down_proj, torch.nn.Dropout(0.5)
+    )
+    trainer = train(tmp_path, tokenizer, traces, rewards, model=model)
+    assert {layer.self_attn.attention_dropout for layer in trainer.model.model.layers} == {0.0}
+    assert trainer.model.model.layers[0].mlp.down_proj[1].p == 0.0
+
+
+def test_a_model_that_is_random_while_it_trains_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    class Noise(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.randn_like(x) if self.training else x
+
+    traces, rewards = random_batch(4, UNEQUAL)
+    model = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
+    model.model.norm = torch.nn.Sequential(model.model.norm, Noise())
+    with pytest.raises(ConfigError, match="random while it trains.*logits.*differ by"):
+        train(tmp_path, tokenizer, traces, rewards, model=model)

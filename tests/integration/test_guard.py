@@ -14,7 +14,7 @@ from tiny_models import make_qwen2
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from delethink.training.grpo import DelethinkTrainer, Objective, Sampled
+from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
 from delethink.training.guard import Guarded, NonFinite
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
@@ -37,8 +37,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
 
 
-def trace(ids: tuple[int, ...]) -> Trace:
-    chunk = Chunk((3, 4), ids, (-1.0,) * len(ids), StopReason.EOS)
+def trace(ids: tuple[int, ...], engine_logprob: float = -1.0) -> Trace:
+    chunk = Chunk((3, 4), ids, (engine_logprob,) * len(ids), StopReason.EOS)
     return Trace((3, 4), (chunk,), TraceStop.COMPLETED)
 
 
@@ -108,7 +108,7 @@ class Run:
             args=GRPOConfig(output_dir=str(folder), **(settings | options)),
             train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces))]),
             reward_funcs=[lambda prompts, **_: next(pay)],
-            play=lambda examples: next(play),
+            play=lambda examples: Filled(examples, next(play)),
             on_sampled=self._see,
             on_nonfinite=on_nonfinite or self.found.append,
             objective=Objective(forward_tokens=forward_tokens),
@@ -160,8 +160,9 @@ def test_a_log_prob_that_is_none_leaves_weights_and_moments_alone(
 
 
 def test_an_infinite_loss_is_found(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    far = [1e39, -1e39, 1e39, -1e39]  # infinite in float32
-    run = Run(tmp_path, tokenizer, [GOOD, GOOD], [far, REWARDS]).train()
+    """Rewards that float32 just holds, times the bound of the correction for the engine."""
+    far, unlikely = [3e38, -3e38, 3e38, -3e38], [trace(t.output_ids, -50.0) for t in GOOD]
+    run = Run(tmp_path, tokenizer, [unlikely, GOOD], [far, REWARDS]).train()
     assert [(found.step, found.what, found.traces) for found in run.found] == [(1, "loss", [])]
     assert torch.equal(run.weights[0], run.weights[1])
     assert run.moments == [0, 0, 1]

@@ -232,6 +232,21 @@ def test_a_finished_run_may_be_given_more_steps(
     assert grown == straight
 
 
+def test_a_batch_for_several_steps_is_never_cut_by_a_checkpoint(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    twice = ["training.num_iterations=2", "training.save_steps=3", "training.max_steps=8"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert launcher.train(whole, *twice) == 0, launcher.log
+    assert [line["policy_version"] for line in read_metrics(whole)] == [0, 0, 2, 2, 4, 4, 6, 6]
+    dies = {"path": "traces/step_000007", "count": 1, "delay": 0.0}
+    assert launcher.train(folder, *twice, die_at=dies) == -9, launcher.log
+    kept = sorted(entry.name for entry in (folder / "checkpoints").glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-6"]  # due after 3 and 6
+    assert launcher.train(folder, *twice) == 0, launcher.log
+    assert_same_run(folder, whole)
+
+
 def test_more_steps_without_a_checkpoint_are_refused(launcher: Launcher, copy: Path) -> None:
     for folder in (copy / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(folder)

@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "training": PLAY
     | SETTINGS
     | SCORE
-    | {"evaluation", "evaluation.metrics", "output", "serving", "traces"},  # it measures
+    | {"cost", "evaluation", "evaluation.metrics", "output", "serving", "traces"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
 }

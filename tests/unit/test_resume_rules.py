@@ -110,25 +110,12 @@ def test_a_run_directory_stands_for_its_recipe(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-@given(st.lists(st.integers(0, 3), max_size=8), st.integers(1, 4), st.integers(1, 3))
-def test_every_problem_is_taken_once_also_after_a_resume(
-    extra: list[int], per_batch: int, processes: int
-) -> None:
-    """Batches of slots over some processes, some more problems taken between, one resume."""
-    cursors = [PromptCursor(per_batch * processes) for _ in range(processes)]
-    taken: list[int] = []
-    for batch, more in enumerate(extra):
-        if batch == len(extra) // 2:
-            states = [cursor.state_dict() for cursor in cursors]
-            cursors = [PromptCursor(per_batch * processes) for _ in range(processes)]
-            for cursor, state in zip(cursors, states, strict=True):
-                cursor.load_state_dict(state)
-        first = batch * per_batch * processes
-        for rank, cursor in enumerate(cursors):
-            slots = [first + rank * per_batch + i for i in range(per_batch) for _ in range(2)]
-            filled = cursor.fill(slots)
-            assert filled[::2] == filled[1::2]  # the traces of a group have one problem
-            taken += filled[::2]
-        replaced = [cursor.take(more) for cursor in cursors]
-        taken += replaced[0]
-    assert taken == list(range(len(taken)))
+@given(st.lists(st.integers(1, 5), max_size=8), st.integers(0, 8))
+def test_every_problem_is_taken_once_also_after_a_resume(numbers: list[int], resume: int) -> None:
+    cursor, taken = PromptCursor(), list[int]()
+    for i, number in enumerate(numbers):
+        if i == resume:
+            state, cursor = cursor.state_dict(), PromptCursor()
+            cursor.load_state_dict(state)
+        taken += cursor.take(number)
+    assert taken == list(range(sum(numbers)))

@@ -1,11 +1,11 @@
-"""A trace becomes one row and the row's mask alone says where its chunks lie."""
+"""A trace becomes one row, whatever its chunks."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink.errors import RolloutError
-from delethink.training.rows import flatten, spans
+from delethink.training.rows import flatten
 from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
 
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6).map(tuple)
@@ -23,40 +23,18 @@ def traces(draw: st.DrawFn) -> Trace:
     return Trace(query, tuple(chunks), TraceStop.BUDGET)
 
 
-@given(traces(), st.integers(0, 5))
-def test_a_row_gives_back_every_chunk(trace: Trace, padding: int) -> None:
-    row = flatten(trace, pad_id=0)
-    found = spans(row.mask + [0] * padding)
-    assert len(found) == len(trace.chunks)
-    for i, (span, chunk) in enumerate(zip(found, trace.chunks, strict=True)):
-        prompt = row.completion_ids[span.start : span.output] if i else row.prompt_ids
-        assert tuple(prompt) == chunk.prompt_ids
-        assert tuple(row.completion_ids[span.output : span.end]) == chunk.output_ids
-        assert tuple(row.logprobs[span.output : span.end]) == chunk.logprobs
-
-
-@given(traces())
-def test_the_mask_counts_each_sampled_token_once(trace: Trace) -> None:
-    row = flatten(trace, pad_id=0)
-    assert sum(row.mask) == trace.length
-    assert len(row.mask) == len(row.completion_ids) == len(row.logprobs)
-
-
-def test_a_worked_example() -> None:
-    first = Chunk((1, 2), (5, 6), (-0.1, -0.2), StopReason.LENGTH)
-    second = Chunk((1, 2, 6), (7,), (-0.3,), StopReason.EOS, carried=1)
-    row = flatten(Trace((1, 2), (first, second), TraceStop.COMPLETED), pad_id=0)
-    assert row.prompt_ids == [1, 2]
-    assert row.completion_ids == [5, 6, 1, 2, 6, 7]
-    assert row.mask == [1, 1, 0, 0, 0, 1]
-    assert row.logprobs == [-0.1, -0.2, 0.0, 0.0, 0.0, -0.3]
-    assert spans(row.mask) == [(0, 0, 2), (2, 5, 6)]
+@given(traces(), st.booleans())
+def test_a_row_is_all_that_was_sampled_in_order(trace: Trace, in_loss: bool) -> None:
+    row = flatten(trace, pad_id=0, in_loss=in_loss)
+    assert tuple(row.prompt_ids) == trace.query_ids
+    assert tuple(row.completion_ids) == sum((c.output_ids for c in trace.chunks), ())
+    assert tuple(row.logprobs) == sum((c.logprobs for c in trace.chunks), ())
+    assert row.mask == [int(in_loss)] * trace.length
 
 
 def test_a_trace_that_failed_at_once_is_one_masked_token() -> None:
     failed = Trace((1, 2), (Chunk((1, 2), (), (), StopReason.ERROR, error="x"),), TraceStop.ERROR)
     assert flatten(failed, pad_id=9) == ([1, 2], [9], [0.0], [0])
-    assert spans([0]) == []
 
 
 def test_a_trace_that_nobody_sampled_is_not_trained_on() -> None:
@@ -73,8 +51,7 @@ def test_what_was_written_to_be_carried_is_trained_where_it_was_sampled() -> Non
     )
     trace = Trace((1,), chunks, TraceStop.COMPLETED)
     row = flatten(trace, pad_id=9)
-    assert row.completion_ids == [5, 6, 1, 5, 6, 2, 7, 0, 1, 7, 8, 0]
-    assert row.mask == [1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1]
+    assert row.completion_ids == [5, 6, 7, 0, 8, 0]
     assert sum(row.mask) == trace.length == 6
     assert trace.output_ids == (5, 6, 8, 0)
 

@@ -1,0 +1,44 @@
+"""The weights that an engine serves, under the names of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def served_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state of a model; adapters are added to the weights that they adapt.
+
+    The model itself is left as it is: adding adapters in place and taking them off again would
+    round its weights a little at every update.
+    """
+    state = model.state_dict()
+    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    if not adapted:
+        return state
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name
+    }
+    with torch.no_grad():
+        for name, module in adapted.items():
+            weights[f"{name}.weight"] = _merged(module)
+    return weights
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether low-rank adapters were put into a model."""
+    return any(_is_adapted(module) for module in model.modules())
+
+
+def _is_adapted(module: Any) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
+
+
+def _merged(module: Any) -> torch.Tensor:
+    merged: torch.Tensor = module.base_layer.weight.clone()
+    for adapter in module.active_adapters:
+        merged += module.get_delta_weight(adapter).to(merged.dtype)
+    return merged
