@@ -18,6 +18,7 @@ import itertools
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ ORDERS = ("breadth", "depth", "known")  # the pool's two, and one that knows eve
 SHORTEST, EXPONENT = 2500, 1.1  # of Pareto's distribution, in tokens
 QUERY, GROUP = 256, 8  # tokens; traces of a query
 DRIVER = 150e-6  # seconds for each chunk: the most that environment, scheduler and Ray may take
-MOMENTS = 200  # of a course
+MOMENTS = 100  # of a course
+SHARES = (1, 2, 4, 8)  # of the traces, what fraction is played
 
 
 def main() -> None:
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--max-chunks", type=int, default=12)
     parser.add_argument("--faults-every", type=float, default=120.0, help="seconds; 0 for none")
     parser.add_argument("--service", type=Path, help="what bench_rollouts.py --json wrote")
+    parser.add_argument("--fault-seeds", type=int, default=3, help="runs with faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="path of the .png and the .json")
     asked = parser.parse_args()
@@ -69,16 +72,15 @@ def main() -> None:
         f"{asked.workers} workers, {asked.traces} traces of up to {spec.budget} tokens; {times}\n"
     )
     print(
-        "| batch | traces | order | makespan, s | bound, s | ratio | chunks/s "
+        "| batch | traces | order | seed | workers lost | makespan, s | bound, s | ratio | chunks/s "
         "| scheduler, us a chunk |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for batch in map(int, asked.batches.split(",")):
-        for share in (1, 2, 4, 8, 16):
-            for order in ORDERS:
-                rows.append(run(asked, spec, times, batch, asked.traces // share, order))
-                print(line(rows[-1]), flush=True)
+        for traces, order, faults, seed in plan(asked):
+            rows.append(run(asked, spec, times, batch, traces, order, faults, seed))
+            print(line(rows[-1]), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"\npeak memory of this process: {peak:.0f} MiB")
     if asked.out:
@@ -94,6 +96,17 @@ def main() -> None:
         plot(rows, asked.workers, asked.out.with_suffix(".png"))
 
 
+def plan(asked: argparse.Namespace) -> Iterator[tuple[int, str, float, int]]:
+    """Traces, order, seconds between faults and seed of each run with one size of batch."""
+    every, seed = asked.faults_every, asked.seed
+    for share in SHARES:
+        yield asked.traces // share, "breadth", 0.0, seed
+        yield asked.traces // share, "known", 0.0, seed
+    yield asked.traces, "depth", 0.0, seed
+    for more in range(asked.fault_seeds if every else 0):
+        yield asked.traces, "breadth", every, seed + more
+
+
 def run(
     asked: argparse.Namespace,
     spec: ChunkSpec,
@@ -101,9 +114,11 @@ def run(
     batch: int,
     traces: int,
     order: str,
+    faults_every: float,
+    seed: int,
 ) -> dict[str, Any]:
     """One simulation, as figures."""
-    rng = np.random.default_rng(asked.seed)
+    rng = np.random.default_rng(seed)
     drawn = SHORTEST * (1 - rng.random(traces)) ** (-1 / EXPONENT)
     workload = Workload(spec, np.minimum(drawn, spec.budget).astype(int).tolist(), QUERY, GROUP)
     chunks = [len(workload.chunks(length)) for length in workload.lengths]
@@ -119,15 +134,17 @@ def run(
         slots=batch + batch // 4,  # as the pool has it
         times=times,
         driver_seconds=DRIVER,
-        faults=Faults(asked.faults_every) if asked.faults_every else None,
+        faults=Faults(faults_every) if faults_every else None,
     )
-    outcome = simulate(workload, cluster, rank, asked.seed)
+    outcome = simulate(workload, cluster, rank, seed)
     if set(outcome.ended) != {1} or outcome.left_over:
         raise RuntimeError("a trace was lost or ended twice")
-    return figures(outcome, batch, traces, order, asked.workers * batch / times.step(batch))
+    row = {"batch": batch, "traces": traces, "order": order, "seed": seed}
+    row |= {"faults_every": faults_every}
+    return row | figures(outcome, asked.workers * batch / times.step(batch))
 
 
-def figures(outcome: Outcome, batch: int, traces: int, order: str, peak: float) -> dict[str, Any]:
+def figures(outcome: Outcome, peak: float) -> dict[str, Any]:
     """What is kept of an outcome; ``peak`` is tokens a second with all batches full."""
     moments = outcome.course[:: max(1, len(outcome.course) // MOMENTS)]
     rates = [
@@ -135,9 +152,6 @@ def figures(outcome: Outcome, batch: int, traces: int, order: str, peak: float) 
         for earlier, later in itertools.pairwise(moments)
     ]
     return {
-        "batch": batch,
-        "traces": traces,
-        "order": order,
         "makespan": outcome.makespan,
         "bound_work": outcome.bound_work,
         "bound_trace": outcome.bound_trace,
@@ -152,7 +166,7 @@ def figures(outcome: Outcome, batch: int, traces: int, order: str, peak: float) 
         "most_kept": max(m.waiting + m.in_flight for m in outcome.course),
         "seconds": [round(m.seconds, 1) for m in moments[1:]],
         "share_of_peak": [round(rate, 3) for rate in rates],
-        "going_on": [traces - m.ended for m in moments[1:]],
+        "going_on": [len(outcome.ended) - m.ended for m in moments[1:]],
     }
 
 
@@ -160,7 +174,8 @@ def line(row: dict[str, Any]) -> str:
     """A row of the printed table."""
     bound = max(row["bound_work"], row["bound_trace"])
     return (
-        f"| {row['batch']} | {row['traces']} | {row['order']} | {row['makespan']:.0f} "
+        f"| {row['batch']} | {row['traces']} | {row['order']} | {row['seed']} "
+        f"| {row['failures']} | {row['makespan']:.0f} "
         f"| {bound:.0f} | {row['ratio']:.3f} | {row['chunks_per_second']:.0f} "
         f"| {row['scheduler_us']:.1f} |"
     )
@@ -197,26 +212,34 @@ def plot(rows: list[dict[str, Any]], workers: int, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     most = max(row["traces"] for row in rows)
     batches = sorted({row["batch"] for row in rows})
-    for batch in batches:
-        (row,) = [
-            r for r in rows if (r["batch"], r["traces"], r["order"]) == (batch, most, "breadth")
-        ]
-        left.plot(row["seconds"], row["share_of_peak"], label=f"batch {batch}")
-    left.set(xlabel="virtual seconds", ylabel="tokens/s, share of full batches", ylim=(0, 1.05))
-    left.set_title(f"{workers} workers, {most:,} traces, breadth", fontsize=10)
-    left.legend()
-    for order, style in zip(ORDERS, ("-", "--", ":"), strict=True):
-        for place, batch in enumerate(batches):
-            some = sorted(
+    for place, batch in enumerate(batches):
+        whole = [r for r in rows if r["batch"] == batch and r["traces"] == most]
+        for faulty, style in ((False, "-"), (True, ":")):
+            some = [r for r in whole if r["order"] == "breadth" and bool(r["failures"]) == faulty]
+            for row in some[:1]:
+                label = f"batch {batch}, {row['failures'] or 'no'} workers lost"
+                shares = (row["seconds"], row["share_of_peak"])
+                left.plot(*shares, style, color=f"C{place}", label=label)
+        for order, style in (("breadth", "-"), ("known", "--")):
+            points = sorted(
                 (r["traces"] / (workers * batch), r["ratio"])
                 for r in rows
-                if (r["batch"], r["order"]) == (batch, order)
+                if (r["batch"], r["order"], r["failures"]) == (batch, order, 0)
             )
-            label = f"{order}, batch {batch}"
-            right.plot(*zip(*some, strict=True), style, marker=".", color=f"C{place}", label=label)
+            label = f"batch {batch}, {order}"
+            right.plot(
+                *zip(*points, strict=True), style, marker=".", color=f"C{place}", label=label
+            )
+        lost = [(most / (workers * batch), r["ratio"]) for r in whole if r["failures"]]
+        if lost:
+            label = f"batch {batch}, with faults"
+            right.plot(*zip(*lost, strict=True), "x", color=f"C{place}", label=label)
+    left.set(xlabel="virtual seconds", ylabel="tokens/s, share of full batches", ylim=(0, 1.1))
+    left.set_title(f"{workers} workers, {most:,} traces, breadth", fontsize=10)
+    left.legend(fontsize=7)
     right.axhline(1.05, color="black", linewidth=0.6)
     right.set(xscale="log", xlabel="traces for each place in a batch", ylabel="makespan / bound")
-    right.set_ylim(1, 2.5)
+    right.set_ylim(bottom=1)
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
