@@ -72,8 +72,8 @@ def main() -> None:
         f"{asked.workers} workers, {asked.traces} traces of up to {spec.budget} tokens; {times}\n"
     )
     print(
-        "| batch | traces | order | seed | workers lost | makespan, s | bound, s | ratio | chunks/s "
-        "| scheduler, us a chunk |"
+        "| batch | traces | order | seed | workers lost | makespan, s | bound, s | ratio "
+        "| chunks/s | scheduler, us a chunk |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
