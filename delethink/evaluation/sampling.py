@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from delethink.errors import ConfigError, UserError
+from delethink.errors import ConfigError, UserError, WorkersLostError
 from delethink.evaluation.answers import vote
 from delethink.evaluation.budgets import cut
 from delethink.evaluation.plan import Asked, Setting
@@ -130,7 +130,7 @@ class Sampler:
         if error is None:
             try:
                 outcomes = await self._outcomes(setting, trace, problem, sampling)
-            except UserError:
+            except (UserError, WorkersLostError):
                 raise
             except Exception as failure:  # the boundary to any grader, and to the engine
                 error = f"{type(failure).__name__}: {failure}"

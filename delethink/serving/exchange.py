@@ -7,8 +7,8 @@ it has several things to say, or when it has been silent for long enough to be t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from delethink.policy import Completion, Sampling
@@ -76,8 +76,6 @@ class WorkerState:
     pid: int
     max_model_tokens: int
     batch_size: int  # the most chunks that the engine samples side by side
-    prefix_block: int = 1  # tokens; the prefix cache keeps whole blocks only
-    facts: Mapping[str, Any] = field(default_factory=dict)  # more, for people
 
 
 class WorkerHandle(Protocol):

@@ -104,7 +104,6 @@ class VllmWorker:
             pid=os.getpid(),
             max_model_tokens=vllm_config.model_config.max_model_len,
             batch_size=self._batch_size,
-            prefix_block=vllm_config.cache_config.block_size,
         )
 
     async def exchange(

@@ -126,6 +126,8 @@ class WorkerPool:
             reason = await worker.lost
             self._bury(worker, reason)
             while not worker.in_service:
+                if self._ended is not None:
+                    return
                 if worker.fruitless > self._settings.max_restarts:
                     self._give_up(worker)
                     return
@@ -316,6 +318,8 @@ class WorkerPool:
 
     def _go(self, worker: PoolWorker) -> None:
         """Goes to a worker with what there is for it."""
+        if self._ended is not None:
+            return
         jobs, worker.jobs = worker.jobs, []
         dropped, worker.dropped = worker.dropped, []
         worker.exchanges += 1

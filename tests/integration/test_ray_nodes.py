@@ -21,6 +21,7 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("vllm")
 pytest.importorskip("torch")
 
+from ray._private import ray_constants  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from delethink.serving.pool_settings import PoolSettings  # noqa: E402
@@ -33,24 +34,26 @@ pytestmark = pytest.mark.integration
 
 SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=4)
 QUERIES = [(5, 9, 3, 2 + i // 4) for i in range(64)]
-NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+NODE = {"num_cpus": 1}
 
 
 @pytest.fixture
 def cluster(own_ray: None) -> Iterator[Cluster]:
     """Two nodes of a core each, that listen on loopback."""
     assert not ray.is_initialized()
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    try:
-        cluster.add_node(**NODE)
-        with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # else Ray finds another address
+        head = {**NODE, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            cluster.add_node(**NODE)
             patch.setenv("RAY_ADDRESS", cluster.address)
             yield cluster
-    finally:
-        processes = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        cluster.shutdown()
-        assert_gone(processes)
+        finally:
+            processes = psutil.Process().children(recursive=True)
+            ray.shutdown()
+            cluster.shutdown()
+            assert_gone(processes)
 
 
 def node_of(pid: int) -> int:

@@ -171,3 +171,14 @@ def test_a_broken_model_fails_the_requests_and_not_the_loop(model: Any) -> None:
         play_traces(engine, ChunkSpec(8, 4, 2, 0), [(99,), (98,)], [Sampling()] * 2)
     )
     assert all("IndexError" in (trace.error or "") for trace in traces)
+
+
+def test_metrics_count_what_was_decoded_since_they_were_taken(model: Any) -> None:
+    engine = engine_of(model, max_batch_size=2)
+    assert engine.take_metrics() == {"engine/chunks": 0}
+    completions = ask(engine, [Sampling(seed=i) for i in range(4)])
+    metrics = engine.take_metrics()
+    assert (metrics["engine/chunks"], metrics["engine/batch_occupancy"]) == (4, 2)
+    assert metrics["engine/tokens_per_second"] > 0
+    assert sum(len(completion.token_ids) for completion in completions) > 0
+    assert engine.take_metrics() == {"engine/chunks": 0}

@@ -527,3 +527,19 @@ def test_who_waits_when_a_pool_is_closed_is_told_so() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         PoolSettings(**settings)
+
+
+def test_a_pool_that_is_closed_at_work_leaves_no_task() -> None:
+    cluster = FakeCluster(2, seconds_per_token=100)
+
+    async def all_of_it() -> None:
+        pool = WorkerPool(cluster.launch, 2, PoolSettings())
+        await pool.start()
+        waiting = [asyncio.ensure_future(sample(pool, seed)) for seed in range(30)]
+        await asyncio.sleep(1)
+        await pool.close()
+        own = [str(task.get_coro()) for task in asyncio.all_tasks()]
+        assert not [name for name in own if "WorkerPool." in name]
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    run_in_virtual_time(all_of_it())
