@@ -403,7 +403,7 @@ class Recipe(_Section):
     preflight: Literal["refuse", "warn"] = "refuse"
     """What a problem does that is found before anything heavy starts: end the run, or be told."""
     output: Path | None = None
-    """The run directory, also that of a run to go on with; by default a new one under runs/."""
+    """The run directory, also of a run to go on with; relative to DELETHINK_OUTPUT if set."""
 
     @property
     def accuracy_reward(self) -> str:

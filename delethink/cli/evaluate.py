@@ -30,6 +30,7 @@ from delethink.evaluation.run import (
     longcot_cap,
     longest_query,
 )
+from delethink.output import output_path
 from delethink.serving.checkpoint import (
     digest,
     eos_ids,
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks everything that can be checked, then samples and sums up."""
     _fill_in(arguments)
     _check(arguments)
+    arguments.output = output_path(arguments.output or _default_output(arguments))
     set_up_process()
     problems = load_problems(
         arguments.task,
@@ -103,7 +105,7 @@ def _measure(arguments: argparse.Namespace, problems: Problems) -> int:
         seed=arguments.seed,
         device=accelerator(arguments.gpu),
     )
-    output = arguments.output or _default_output(arguments)
+    output: Path = arguments.output
     reporter = Reporter(Console(highlight=False, stderr=arguments.json))
     if problems.left_out:
         listed = ", ".join(f"{number} {why}" for why, number in problems.left_out.items())

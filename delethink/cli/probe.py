@@ -18,6 +18,7 @@ from delethink.cli.process import set_up_process
 from delethink.cli.sizes import size, sizes
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.problems import load_problems
+from delethink.output import output_path
 from delethink.policy import Sampling
 from delethink.query import query_ids, reward_text
 from delethink.rollout import derive_seed, play_traces
@@ -66,7 +67,7 @@ def _specs(arguments: argparse.Namespace) -> list[ChunkSpec]:
 
 def _output(arguments: argparse.Namespace) -> Path:
     name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-    output: Path = arguments.output or Path("probes") / name
+    output = output_path(arguments.output or Path("probes") / name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not empty; choose another folder with -o")
     return output

@@ -20,7 +20,7 @@ from delethink.serving.factory import choose_engine
 from delethink.tasks import Task, demonstrations_of
 from delethink.training.inputs import Inputs, read_inputs
 from delethink.training.machine import Memory, device_memory, free_disk, process_memory, size_of
-from delethink.training.preflight import Prepared, output_path, prepare
+from delethink.training.preflight import Prepared, prepare, run_path
 from delethink.types import Problem
 
 Status = Literal["ok", "warning", "problem", "not checked"]
@@ -58,7 +58,7 @@ def check_recipe(recipe: Recipe) -> list[Check]:
         except UserError as problem:
             rewards = list(_rewards(prepared, prepared.task.problem("train", 0), None))
             return [*checks, Check("inputs", "problem", str(problem)), *rewards]
-        return [*checks, *check_run(prepared, inputs, output_path(prepared.recipe))]
+        return [*checks, *check_run(prepared, inputs, run_path(prepared.recipe))]
     finally:
         prepared.close()
 

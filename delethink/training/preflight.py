@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, with_rewards
 from delethink.errors import ConfigError, MissingExtraError
+from delethink.output import output_path
 from delethink.registry import make_task, resolve
 from delethink.scoring import make_scorer
 from delethink.serving.checkpoint import digest, locate
@@ -77,7 +78,7 @@ def place(recipe: Recipe) -> Place:
     Raises:
         RunDirectoryError: it cannot be written, or holds something else or another recipe's run.
     """
-    path = output_path(recipe)
+    path = run_path(recipe)
     if not RunDirectory.holds_run(path):
         run = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
         return Place(run, False, {})
@@ -127,8 +128,7 @@ def _check_packages(recipe: Recipe) -> None:
             )
 
 
-def output_path(recipe: Recipe) -> Path:
+def run_path(recipe: Recipe) -> Path:
     """Where the run of a recipe goes."""
-    if recipe.output is not None:
-        return recipe.output.expanduser()
-    return Path("runs") / f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return output_path(recipe.output or Path("runs") / name)

@@ -26,7 +26,6 @@ _MAY_DIFFER = {
     "training.report_to",
     "training.save_steps",
     "training.save_total_limit",
-    "trainer.cpus_per_worker",
     "trainer.gpus_per_worker",
     "weight_sync_timeout",
 }

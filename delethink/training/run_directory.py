@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -362,7 +363,8 @@ def _git_commit() -> str | None:
     # Installed into some other project's .venv, the commit found there would be that project's.
     own = ["ls-files", "--error-unmatch", Path(__file__).name]
     commit = ["describe", "--always", "--dirty", "--abbrev=40"]
-    return _git(*commit) if _git(*own) else None
+    # The files of a job are no clone; docs/ray_jobs.md shows how the commit goes along.
+    return _git(*commit) if _git(*own) else os.environ.get("DELETHINK_COMMIT")
 
 
 def _git(*arguments: str) -> str | None:

@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "rule": NOUNS | {"query", "tokens", "carryover", "border"},
     "policy": NOUNS,
     "query": NOUNS | {"tokens"},
+    "output": NOUNS,
     "tasks": NOUNS,
     "scoring": PLAY | {"registry"},
     "rewards": NOUNS,
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "training": PLAY
     | SETTINGS
     | SCORE
-    | {"cost", "evaluation", "evaluation.metrics", "serving", "traces"},  # it measures
+    | {"cost", "evaluation", "evaluation.metrics", "output", "serving", "traces"},  # it measures
     "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
     "": PLAY,  # the public names, in delethink/__init__.py
 }
@@ -55,7 +56,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all
 
 # Rooms that load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *RULE, "policy", "rollout", "query", "registry", "cost", "traces", "testing"}
-CORE |= {"tasks", "scoring"}
+CORE |= {"tasks", "scoring", "output"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
