@@ -65,7 +65,7 @@ class Request(NamedTuple):
 
     prompt: list[int]
     new: int
-    seed: int
+    seed: int | None
 
 
 class RawEngine(VllmWorker):
@@ -141,7 +141,7 @@ class Naive:
 
     async def generate(self, prompt: Any, new: int, sampling: Sampling) -> Completion:
         """As the engine does."""
-        request = Request(list(prompt), new, sampling.seed or 0)
+        request = Request(list(prompt), new, sampling.seed)
         completion: Completion = await self.actor.one.remote(request)
         return completion
 
@@ -151,7 +151,7 @@ class Task(NamedTuple):
 
     query: tuple[int, ...]
     spec: ChunkSpec
-    seed: int
+    seed: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Workload:
     num_workers: int
     chunks: Callable[[random.Random], int]  # of a trace
     longcot: bool = False
+    seeded: bool = True  # TRL's requests are not
     variants: tuple[str, ...] = ("at once", "naive")
 
     def tasks(self, number: int, seed: int) -> list[Task]:
@@ -173,7 +174,8 @@ class Workload:
                 query = tuple(rng.randrange(2, 16) for _ in range(QUERY))
             spec = ChunkSpec(CONTEXT, CARRYOVER, self.chunks(rng), head_size=0)
             spec = ChunkSpec.longcot(spec.budget) if self.longcot else spec
-            tasks.append(Task(query, spec, rng.randrange(2**31)))
+            own = rng.randrange(2**31)
+            tasks.append(Task(query, spec, own if self.seeded else None))
         return tasks
 
 
@@ -184,9 +186,13 @@ def heavy_tailed(rng: random.Random) -> int:
 
 WORKLOADS = [
     Workload("1 to 12 chunks, evenly", 1, lambda rng: rng.randint(1, MOST_CHUNKS)),
-    Workload("LongCoT, as long", 1, lambda rng: rng.randint(1, MOST_CHUNKS), True, ("at once",)),
-    Workload("LongCoT, 624 tokens", 1, lambda rng: MOST_CHUNKS, True, ("at once", "trl")),
-    Workload("heavy-tailed, 1 to 12 chunks", 2, heavy_tailed, False, ("naive",)),
+    Workload(
+        "LongCoT, as long", 1, lambda rng: rng.randint(1, MOST_CHUNKS), True, True, ("at once",)
+    ),
+    Workload(
+        "LongCoT, 624 tokens, no seeds", 1, lambda rng: MOST_CHUNKS, True, False, ("at once", "trl")
+    ),
+    Workload("heavy-tailed, 1 to 12 chunks", 2, heavy_tailed, False, True, ("naive",)),
 ]
 
 
@@ -324,7 +330,8 @@ async def _play(policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
 
 def _requests(trace: Trace, task: Task) -> Iterator[Request]:
     for i, chunk in enumerate(trace.chunks):
-        yield Request(list(chunk.prompt_ids), len(chunk.output_ids), derive_seed(task.seed, i))
+        seed = None if task.seed is None else derive_seed(task.seed, i)
+        yield Request(list(chunk.prompt_ids), len(chunk.output_ids), seed)
 
 
 def _idle_share() -> float:
