@@ -69,11 +69,11 @@ class Bench:
 
 
 CPU = Bench(
-    model={
-        "hidden_size": 128,
+    model={  # wide and shallow: attention matters, and products are large enough for two cores
+        "hidden_size": 512,
         "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
         "num_key_value_heads": 1,
         "vocab_size": 32,
     },
@@ -306,6 +306,8 @@ def report(
     shape = shape_of_config(model.config.to_dict(), "benchmark")
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine["processor"]
     sizes = f"C={bench.context_size} m={bench.context_size // 2}, {bench.traces} traces a step"
+    width, layers = bench.model["hidden_size"], bench.model["num_hidden_layers"]
+    sizes += f"; Qwen2 of {layers} layers, width {width}"
     print(f"\n{device}, {arguments.threads} threads, torch {torch.__version__}, {bench.dtype}")
     print(f"commit {machine['git_commit']}, seed {arguments.seed}, {sizes}\n")
     print("| n | chunks | Delethink s | s a chunk | MiB | LongCoT s | MiB | speed-up | predicted |")
