@@ -35,7 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training.lora={r: 4, lora_alpha: 8}",
         "training.bf16=true",
         "training.report_to=[tensorboard]",
-        "scoring.out_of_budget=mask",
         "evaluation.every=100",
         cwd=folder,
     )
@@ -48,10 +47,9 @@ def test_several_steps_on_a_batch(folder: Path) -> None:
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert ["sampled_tokens" in m for m in metrics] == [True, False, False, False, True, False]
     batch = metrics[:4]
-    left = batch[0]["sampled_tokens"] - batch[0]["tokens_left_out"]
-    assert sum(m["trained_tokens"] for m in batch) == 2 * left
-    assert batch[0]["importance_ratio"] == 1.0
-    assert batch[3]["importance_ratio"] != 1.0
+    assert sum(m["trained_tokens"] for m in batch) == 2 * batch[0]["sampled_tokens"]
+    assert batch[0]["importance_ratio"] == pytest.approx(1.0, abs=1e-2)
+    assert batch[3]["importance_ratio"] != batch[0]["importance_ratio"]
     assert all(0 <= m["padding"] <= 0.02 for m in metrics)
 
 
@@ -139,8 +137,9 @@ def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
         assert all(own == sorted(own) for own in versions)
         assert {v for own in versions for v in own} <= {step - 2, step - 1}
     # Log-probs of older weights differ, and are corrected for.
-    assert metrics[0]["logprob_difference"] < 1e-3
-    assert max(m["logprob_difference"] for m in metrics[1:]) > 1e-3
+    fresh = metrics[0]["logprob_difference"]
+    assert fresh < 1e-5
+    assert max(m["logprob_difference"] for m in metrics[1:]) > 10 * fresh
     assert any(m["importance_correction"] != 1.0 for m in metrics[1:])
     problems = [
         json.loads(line)["prompt"]
