@@ -70,8 +70,9 @@ def test_a_job_gets_code_and_no_weights_and_its_results_may_not_be_lost_with_it(
         (tmp_path / name).write_text("x")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", dirs_exist_ok=True)
     toy = "delethink/assets/toy_reasoner/model.safetensors"
-    (tmp_path / toy).parent.mkdir(parents=True)
-    shutil.copy(ROOT / toy, tmp_path / toy)
+    # Whole, because a job imports what lies in its working directory.
+    bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "delethink", tmp_path / "delethink", ignore=bytecode, dirs_exist_ok=True)
     text, changed = re.subn("DELETHINK_OUTPUT: .*", "OTHER: x", RUNTIME_ENV.read_text())
     assert changed == 1
     (tmp_path / "runtime_env.yaml").write_text(text)
