@@ -36,6 +36,21 @@ def assert_gone(processes: Iterable[psutil.Process]) -> None:
     wait_until(lambda: not alive(processes))
 
 
+def started() -> set[psutil.Process]:
+    """All that this process has started, but for Python's own tracker of shared memory.
+
+    That one is started by whichever test shares memory first, and stays as long as the process.
+    """
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                found.add(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 def engine_of(pid: int) -> psutil.Process:
     """The engine process of a vLLM worker: by far the largest of its children."""
     children = psutil.Process(pid).children(recursive=True)

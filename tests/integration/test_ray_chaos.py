@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
-from processes import alive, assert_gone, engine_of, wait_until
+from processes import alive, assert_gone, engine_of, started, wait_until
 
 from delethink.policy import Completion, Sampling
 from delethink.rollout import derive_seed, play_traces, retrace
@@ -125,13 +124,13 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
     pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     chaos, steps = Chaos(pool), list[list[Trace]]()
-    processes = set(psutil.Process().children(recursive=True))
+    processes = started()
     restarts = rescheduled = 0.0
     while chaos.to_come:
         step = len(steps)
         pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)
         steps.append(play_step(chaos, step, pool.max_model_tokens))
-        processes |= set(psutil.Process().children(recursive=True))
+        processes |= started()
         metrics = pool.take_metrics()
         restarts += metrics["engine/restarts"]
         rescheduled += metrics["engine/chunks_rescheduled"]
@@ -155,7 +154,7 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
             retrace(SPEC, trace)  # no chunk is missing, or another trace's
             assert trace.output_ids == same.output_ids
 
-    processes |= set(psutil.Process().children(recursive=True))
+    processes |= started()
     pool.close()
     assert_gone(processes)
-    assert alive(psutil.Process().children(recursive=True)) == []
+    assert alive(started()) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from processes import assert_gone, wait_until
+from processes import assert_gone, started, wait_until
 
 from delethink.errors import ConfigError
 from delethink.policy import Sampling
@@ -50,7 +50,7 @@ def cluster(own_ray: None) -> Iterator[Cluster]:
             patch.setenv("RAY_ADDRESS", cluster.address)
             yield cluster
         finally:
-            processes = psutil.Process().children(recursive=True)
+            processes = started()
             ray.shutdown()
             cluster.shutdown()
             assert_gone(processes)

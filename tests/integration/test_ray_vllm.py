@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from processes import assert_gone, wait_until
+from processes import assert_gone, started, wait_until
 
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
@@ -268,9 +268,9 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
 
 
 def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
-    processes = psutil.Process().children(recursive=True)
-    started = {process.pid: process.cmdline() for process in processes}
-    assert all(worker.pid in started for worker in pool.workers), started
+    processes = started()
+    pids = {process.pid for process in processes}
+    assert all(worker.pid in pids for worker in pool.workers), pids
     pool.close()
     pool.close()
     assert_gone(processes)
