@@ -172,7 +172,7 @@ INTERRUPTS = [
     ("transformers", "sampling", signal.SIGINT),
     ("transformers", "training", signal.SIGINT),
     ("transformers", "training", signal.SIGTERM),
-    ("vllm", "sampling", signal.SIGINT),
+    pytest.param("vllm", "sampling", signal.SIGINT, marks=pytest.mark.slow),
     ("vllm", "training", signal.SIGTERM),
 ]
 

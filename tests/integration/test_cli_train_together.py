@@ -88,7 +88,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
     code, printed, errors = run(tmp_path, "trainer.num_workers=2", f"trainer.strategy={strategy}")
     assert code == 0, errors
@@ -132,6 +132,7 @@ def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     process = start(tmp_path, "trainer.num_workers=2", "training.max_steps=500")
     written = tmp_path / "run" / "metrics.jsonl"

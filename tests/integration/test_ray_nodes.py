@@ -73,6 +73,7 @@ def play(pool: RayPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
     )
 
 
+@pytest.mark.slow
 def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, TinyModel]) -> None:
     pool = RayPool(
         tiny_models[0].folder,
