@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import train_command
+from train_command import RECIPE, ROOT
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "quickstart" / "recipe.yaml"
 SMALL = [
-    "task.args.min_steps=2",
-    "task.args.max_steps=4",
-    "thinking.context_size=32",
-    "thinking.carryover_size=16",
-    "thinking.max_chunks=4",
+    *train_command.SMALL,
     "training.max_steps=9",
-    "training.per_device_train_batch_size=8",
-    "training.gradient_accumulation_steps=2",
     "training.save_steps=2",
     "evaluation.num_problems=4",
     "evaluation.num_problems_at_intervals=2",
