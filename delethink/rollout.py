@@ -243,22 +243,11 @@ async def _play_chunk(
     policy: Policy, state: ThinkingState, sampling: Sampling, deadline: _Deadline
 ) -> tuple[Chunk, ThinkingState]:
     """One chunk and the state after it; what the policy raises or breaks becomes data."""
+    prompt_ids = state.prompt_ids
     try:
-        done = await deadline.bound(
-            policy.generate(state.prompt_ids, state.max_new_tokens, sampling)
-        )
+        done = await deadline.bound(policy.generate(prompt_ids, state.max_new_tokens, sampling))
         output_ids, stop = state.cut(done.token_ids, done.stop)
         state.check(output_ids, stop)
-        chunk = Chunk(
-            prompt_ids=state.prompt_ids,
-            output_ids=output_ids,
-            logprobs=done.logprobs[: len(output_ids)],
-            stop=stop,
-            carried=len(state.prompt_ids) - len(state.query_ids),
-            policy_version=done.policy_version,
-            error=_FAILURES.get(stop),
-            role=state.role,
-        )
     except (UserError, WorkersLostError):
         raise
     except DeadlineError as problem:
@@ -267,6 +256,16 @@ async def _play_chunk(
         _logger.warning("a chunk failed", exc_info=True)
         reason = f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem)
         return _failed_chunk(state, StopReason.ERROR, reason)
+    chunk = Chunk(
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        logprobs=done.logprobs[: len(output_ids)],
+        stop=stop,
+        carried=len(prompt_ids) - len(state.query_ids),
+        policy_version=done.policy_version,
+        error=_FAILURES.get(stop),
+        role=state.role,
+    )
     return chunk, state.advance(output_ids, stop)
 
 

@@ -333,7 +333,7 @@ class ThinkingState:
         if self.context is not None:
             return self._after_writing(output_ids, stop, num_sampled)
         num_chunks = self.num_chunks + 1
-        after = partial(replace, self, num_chunks=num_chunks, num_sampled=num_sampled)
+        after = partial(self._with, num_chunks=num_chunks, num_sampled=num_sampled)
         if stop is not StopReason.LENGTH:
             return after(stop=_TRACE_STOP[stop])
         spent = self._thinking_left == len(output_ids)
@@ -348,12 +348,18 @@ class ThinkingState:
         self, output_ids: TokenIds, stop: StopReason, num_sampled: int
     ) -> ThinkingState:
         num_written = self.num_written + len(output_ids)
-        after = replace(self, num_sampled=num_sampled, num_written=num_written)
+        after = partial(self._with, num_sampled=num_sampled, num_written=num_written)
         if stop in (StopReason.ABORT, StopReason.ERROR):
-            return replace(after, stop=_TRACE_STOP[stop])
+            return after(stop=_TRACE_STOP[stop])
         written = output_ids[:-1] if stop is StopReason.EOS else output_ids
         head, tail = self.spec.carry(self.head, written)
-        return replace(after, head=head, tail=tail, context=None)
+        return after(head=head, tail=tail, context=None)
+
+    def _with(self, **changes: Any) -> ThinkingState:
+        """``dataclasses.replace``, which takes as long as the rest of ``advance``, for fields."""
+        after = object.__new__(ThinkingState)
+        after.__dict__.update(self.__dict__, **changes)
+        return after
 
 
 _TRACE_STOP = {
@@ -372,6 +378,8 @@ def _whole(name: str, value: Any) -> int:
 
 def _known(stop: StopReason | str) -> StopReason:
     """An engine that forgot to translate its own word must not think on past the end."""
+    if type(stop) is StopReason:
+        return stop
     try:
         return StopReason(stop)
     except ValueError:

@@ -40,10 +40,11 @@ import numpy as np  # noqa: E402
 import ray  # noqa: E402
 
 from delethink.envs.thinking import ThinkingEnv  # noqa: E402
-from delethink.policy import Completion, Sampling  # noqa: E402
+from delethink.policy import Completion, Progress, Sampling  # noqa: E402
 from delethink.rollout import derive_seed, play_trace, replay_trace  # noqa: E402
 from delethink.rule import ChunkSpec  # noqa: E402
 from delethink.serving.checkpoint import locate  # noqa: E402
+from delethink.serving.exchange import EngineCounts  # noqa: E402
 from delethink.serving.ray_calls import connect  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
 from delethink.serving.vllm_worker import (  # noqa: E402
@@ -85,6 +86,11 @@ class RawEngine(VllmWorker):
         async for output in self._engine.generate(prompt, params, name):
             last = output.outputs[0]
         return Completion(tuple(last.token_ids), tuple(last.logprobs.logprobs), StopReason.LENGTH)
+
+    async def counts(self) -> EngineCounts:
+        """All that it has done so far."""
+        counts: EngineCounts = self._counter.counts()
+        return counts
 
     async def block_size(self) -> int:
         """Tokens of a block of the prefix cache."""
@@ -143,6 +149,21 @@ class Naive:
         """As the engine does."""
         request = Request(list(prompt), new, sampling.seed)
         completion: Completion = await self.actor.one.remote(request)
+        return completion
+
+
+class Unknowing:
+    """Hides from the pool how long a trace will be, as nobody knows it of a real one."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    async def generate(self, prompt: Any, new: int, sampling: Sampling) -> Completion:
+        """As the engine does."""
+        known = sampling.progress or Progress()
+        progress = Progress(known.query, known.num_chunks, MOST_CHUNKS)
+        sampling = Sampling(sampling.temperature, sampling.seed, progress)
+        completion: Completion = await self.policy.generate(prompt, new, sampling)
         return completion
 
 
@@ -286,7 +307,7 @@ def _round(
 ) -> Measured:
     before = _hits(pool)
     cpu, started = time.process_time(), time.perf_counter()
-    traces = asyncio.run(_play([pool], tasks))
+    traces = _play([Unknowing(pool)], tasks)
     seconds = {"pool": time.perf_counter() - started}
     cpu = time.process_time() - cpu
     chunks = sum(len(trace.chunks) for trace in traces)
@@ -301,7 +322,7 @@ def _round(
     if "naive" in workload.variants:
         other = [task._replace(query=task.query[::-1]) for task in tasks]  # in no cache yet
         started = time.perf_counter()
-        asyncio.run(_play([Naive(actor) for actor in raw], other))
+        _play([Naive(actor) for actor in raw], other)
         seconds["naive"] = time.perf_counter() - started
     if trl is not None:
         prompts = [list(task.query) for task in tasks]
@@ -319,13 +340,23 @@ def _round(
     )
 
 
-async def _play(policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
-    return await asyncio.gather(
-        *(
-            play_trace(policies[i % len(policies)], task.spec, task.query, Sampling(1.0, task.seed))
-            for i, task in enumerate(tasks)
+def _play(policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
+    """Plays all traces; task i asks the policies in turns."""
+    traces: list[Trace] = []
+
+    async def play() -> None:
+        found = await asyncio.gather(
+            *(
+                play_trace(
+                    policies[i % len(policies)], task.spec, task.query, Sampling(1.0, task.seed)
+                )
+                for i, task in enumerate(tasks)
+            )
         )
-    )
+        traces.extend(found)  # asyncio.run makes a text of what is returned, all tokens and all
+
+    asyncio.run(play())
+    return traces
 
 
 def _requests(trace: Trace, task: Task) -> Iterator[Request]:

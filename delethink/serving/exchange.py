@@ -1,11 +1,13 @@
 """What a pool and its workers say to each other, many chunks at a time.
 
 A call to a Ray actor costs the driver as much as ten chunks do otherwise, so a worker answers when
-it has several things to say, or when it has been silent for long enough to be thought dead.
+it has several things to say, or when it has been silent for long enough to be thought dead. What is
+said goes as one block of bytes (``encode``): Ray would pickle each element of a list on its own.
 """
 
 from __future__ import annotations
 
+import pickle
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,16 @@ from delethink.policy import Completion, Sampling
 from delethink.types import StopReason, TokenIds
 
 _STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
+
+
+def encode(said: Any) -> bytes:
+    """Jobs or a report as they are sent."""
+    return pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
+
+
+def decode(sent: bytes) -> Any:
+    """What ``encode`` was given."""
+    return pickle.loads(sent)
 
 
 class Job(NamedTuple):

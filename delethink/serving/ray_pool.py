@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
-from delethink.serving.exchange import Job, Report, WorkerState
+from delethink.serving.exchange import Job, Report, WorkerState, decode, encode
 from delethink.serving.pool_metrics import PoolMetrics
 from delethink.serving.pool_settings import PoolSettings, check_resources
 from delethink.serving.pool_worker import Chunk, Outcome, PoolWorker
@@ -323,7 +323,8 @@ class _RayWorker:
         return state
 
     async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        report: Report = await _ask(self._actor.exchange.remote(jobs, dropped, _SILENCE_S))
+        said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))
+        report: Report = decode(said)
         return report
 
     async def update(self, weights: Any, version: int) -> int:

@@ -4,7 +4,10 @@ At a border the whole state of a trace is its next prompt, so any worker may tak
 decided here, in this order:
 
 1. A worker has at most ``slots`` chunks; the others wait with the scheduler, where it costs nothing
-   to give them to another worker. While chunks wait, no worker has a free slot.
+   to give them to another worker. While chunks wait, no worker has a free slot. Up to ``surplus``
+   more lie ready at a worker while at least twice as many wait for each worker, so that they run
+   out as the work does and none holds back what another could do (guided self-scheduling:
+   Polychronopoulos and Kuck, 1987).
 2. The worker with the fewest tokens in flight is served first.
 3. It gets a chunk of the lowest rank; among equals one whose query it has sampled from before, so
    that the prefix is in its cache; then one of a query that no worker has; then the oldest.
@@ -17,7 +20,7 @@ lease ends once (``finish``, ``give_back``, ``withdraw``, or with its worker), a
 that has ended is told apart by ``None``. Each call takes O(log n) of workers and ranks, amortised.
 
     scheduler = Scheduler()
-    scheduler.add_worker("a", slots=64)
+    scheduler.add_worker("a", slots=64, surplus=64)
     scheduler.submit(Request(key=7, tokens=160, query=hash(query_ids), rank=(-11,)))
     for lease in scheduler.assign(now):     # after any number of other calls
         send(lease.worker, lease.number, lease.request.key)
@@ -31,7 +34,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +42,8 @@ from delethink.errors import ConfigError
 
 Rank = tuple[float, ...]
 
-_SPARE_ENTRIES = 64  # in the heap of workers, before stale ones are cleared out
+_SPARE_ENTRIES = 64  # in a heap of workers, before stale ones are cleared out
+_WAIT_FOR_SURPLUS = 2  # chunks that wait for each worker, for one that lies ready beyond its slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +70,16 @@ class Lease:
 class _Worker:
     name: Hashable
     slots: int
+    surplus: int
     order: int  # between equals, the one added first
     tokens: int = 0  # of its leases
     leases: dict[int, Lease] = field(default_factory=dict)
     paused: bool = False
     gone: bool = False
 
-    @property
-    def takes(self) -> bool:
-        return not (self.gone or self.paused) and len(self.leases) < self.slots
+    def takes(self, beyond: int) -> bool:
+        """Whether it takes a chunk, where it may have so many more than its slots."""
+        return not (self.gone or self.paused) and len(self.leases) < self.slots + beyond
 
 
 class Scheduler:
@@ -93,7 +98,8 @@ class Scheduler:
         self._leases: dict[int, Lease] = {}
         self._lease_of: dict[Hashable, int] = {}
         self._homes: OrderedDict[Hashable, _Worker] = OrderedDict()  # of queries
-        self._free: list[tuple[int, int, _Worker]] = []  # heap; entries may be stale
+        self._free = _Idlest(self._workers, lambda worker: worker.takes(0))
+        self._full = _Idlest(self._workers, lambda worker: worker.takes(worker.surplus))
         self._numbers, self._orders = itertools.count(1), itertools.count()
 
     # -- what there is -------------------------------------------------------------------------
@@ -125,8 +131,10 @@ class Scheduler:
 
     # -- workers come and go -------------------------------------------------------------------
 
-    def add_worker(self, worker: Hashable, slots: int) -> None:
+    def add_worker(self, worker: Hashable, slots: int, surplus: int = 0) -> None:
         """A worker that takes up to ``slots`` chunks at a time, with an empty prefix cache.
+
+        While many wait, it takes up to ``surplus`` more.
 
         Raises:
             ConfigError: there is one of that name, or it has no slot.
@@ -135,7 +143,7 @@ class Scheduler:
             raise ConfigError(f"there is a worker {worker!r} already")
         if slots < 1:
             raise ConfigError(f"a worker needs at least one slot, got {slots}")
-        added = _Worker(worker, slots, next(self._orders))
+        added = _Worker(worker, slots, surplus, next(self._orders))
         self._workers[worker] = added
         self._offer(added)
 
@@ -180,13 +188,10 @@ class Scheduler:
         self._wait(request, first=False)
 
     def assign(self, now: float = 0.0) -> list[Lease]:
-        """Gives out waiting chunks, until none waits or no worker has a free slot."""
+        """Gives out waiting chunks, until none waits or no worker takes one."""
         given = []
-        while self._waiting:
-            worker = self._least_busy()
-            if worker is None:
-                break
-            given.append(self._give(worker, now))
+        while self._waiting and (found := self._next_worker()) is not None:
+            given.append(self._give(*found, now))
         return given
 
     def finish(self, number: int) -> Lease | None:
@@ -228,11 +233,21 @@ class Scheduler:
         self._waiting[request.key] = request
         level.add(request, self._home(request.query), first)
 
-    def _give(self, worker: _Worker, now: float) -> Lease:
+    def _next_worker(self) -> tuple[_Worker, int] | None:
+        """Who is served next, and how many chunks more than its slots anybody may have now."""
+        if (worker := self._free.find()) is not None:
+            return worker, 0
+        worker = self._full.find()
+        beyond = len(self._waiting) // (_WAIT_FOR_SURPLUS * max(1, len(self._workers)))
+        if worker is None or not worker.takes(beyond):
+            return None
+        return worker, beyond
+
+    def _give(self, worker: _Worker, beyond: int, now: float) -> Lease:
         level = self._lowest_level()
         request, home = level.choose(worker)
-        if home is not None and home.takes and home.tokens <= worker.tokens + request.tokens:
-            worker = home
+        if home is not None and home.tokens <= worker.tokens + request.tokens:
+            worker = home if home.takes(min(beyond, home.surplus)) else worker
         level.remove(request)
         del self._waiting[request.key]
         if request.query is not None:
@@ -260,20 +275,10 @@ class Scheduler:
 
     def _offer(self, worker: _Worker) -> None:
         """Puts a worker where the least busy one is looked for, if it takes chunks."""
-        if not worker.takes:
-            return
-        heapq.heappush(self._free, (worker.tokens, worker.order, worker))
-        if len(self._free) > 4 * len(self._workers) + _SPARE_ENTRIES:
-            self._free = [(w.tokens, w.order, w) for w in self._workers.values() if w.takes]
-            heapq.heapify(self._free)
-
-    def _least_busy(self) -> _Worker | None:
-        while self._free:
-            tokens, _, worker = self._free[0]
-            if worker.takes and worker.tokens == tokens:
-                return worker
-            heapq.heappop(self._free)
-        return None
+        if worker.takes(0):
+            self._free.add(worker)
+        elif worker.takes(worker.surplus):
+            self._full.add(worker)
 
     def _home(self, query: Hashable) -> _Worker | None:
         """Who has sampled from a query last, if that worker is still there."""
@@ -285,6 +290,34 @@ class Scheduler:
         self._homes.move_to_end(query)
         if len(self._homes) > self._max_queries:
             self._homes.popitem(last=False)
+
+
+class _Idlest:
+    """Finds the worker with the fewest tokens among those that were added and still take chunks.
+
+    Args:
+        workers: all that there are.
+        takes: whether one still does.
+    """
+
+    def __init__(self, workers: dict[Hashable, _Worker], takes: Callable[[_Worker], bool]) -> None:
+        self._workers, self._takes = workers, takes
+        self._heap: list[tuple[int, int, _Worker]] = []  # entries may be stale
+
+    def add(self, worker: _Worker) -> None:
+        heapq.heappush(self._heap, (worker.tokens, worker.order, worker))
+        if len(self._heap) > 4 * len(self._workers) + _SPARE_ENTRIES:
+            latest = {w.order: (t, w.order, w) for t, _, w in self._heap if w.tokens == t}
+            self._heap = list(latest.values())
+            heapq.heapify(self._heap)
+
+    def find(self) -> _Worker | None:
+        while self._heap:
+            tokens, _, worker = self._heap[0]
+            if worker.tokens == tokens and self._takes(worker):
+                return worker
+            heapq.heappop(self._heap)
+        return None
 
 
 class _Level:

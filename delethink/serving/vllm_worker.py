@@ -14,19 +14,19 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
-from delethink.serving.exchange import Answer, Job, Report, WorkerState
+from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
 from delethink.serving.vllm_weights import Packed, WeightUpdates, write
 from delethink.types import StopReason, TokenIds
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
-_LINGER_SHARE = 0.125  # of the time that a chunk takes, for which an answer waits for others
-_HASTE = 0.15  # the share of that where the engine has nothing left to begin
+_LINGER_SHARE = 0.5  # of the time that a chunk takes, for which an answer waits for others
+_HASTE = 0.04  # the share of that where the engine has nothing left to begin
 _MOST_LINGER_S = 1.0
 _LOG_BYTES = 65_536  # how far back the last error is looked for
 # vLLM's own errors only refer to what its engine process wrote; this is what is looked for there.
@@ -106,14 +106,20 @@ class VllmWorker:
             batch_size=self._batch_size,
         )
 
-    async def exchange(
-        self, jobs: Sequence[Job], dropped: Sequence[int], silence_s: float
-    ) -> Report:
+    async def exchange(self, sent: bytes, silence_s: float) -> bytes:
         """Takes jobs on, gives others up, and reports what has been done since the last report.
+
+        Args:
+            sent: packed, the jobs and the numbers of those that are taken back.
+            silence_s: after how many seconds it reports that there is nothing.
+
+        Returns:
+            The report, packed.
 
         It waits for something to report, for ``silence_s`` at most, and for a little more to come,
         so that the driver need not come for each chunk. A later exchange relieves it.
         """
+        jobs, dropped = decode(sent)
         for job in jobs:
             self._tasks[job.number] = asyncio.create_task(self._do(job))
         for number in dropped:
@@ -129,7 +135,7 @@ class VllmWorker:
         answers: list[Answer] = []
         if self._turn == turn:
             answers, self._answers = self._answers, []
-        return Report(answers, self._counter.counts())
+        return encode(Report(answers, self._counter.counts()))
 
     async def _linger(self, turn: int) -> None:
         """Waits for more answers, for longer while the engine has chunks that it has not begun."""

@@ -32,8 +32,8 @@ from delethink.types import TokenIds
 
 _logger = logging.getLogger(__name__)
 
-_SURPLUS = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
-_GATHER_S = 0.002  # for which the driver collects jobs before it goes to a worker empty-handed
+_MARGIN = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
+_GATHER_S = 0.002  # for which chunks are collected before they are given out
 _TICK_S = 1.0  # between two looks at deadlines
 _MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted
 _PAUSE_S = 1.0  # after a worker raised: others get the chunk
@@ -164,10 +164,7 @@ class WorkerPool:
         worker.rest(loop.time())
         worker.in_service = True
         self.max_model_tokens = state.max_model_tokens
-        slots = self._settings.chunks_per_worker
-        self._scheduler.add_worker(
-            worker.key, slots or state.batch_size + max(1, state.batch_size // _SURPLUS)
-        )
+        self._scheduler.add_worker(worker.key, *self._room(state.batch_size))
         self._by_life[worker.key] = worker
         if self._unsound or not self._awake.is_set():
             self._scheduler.pause(worker.key)
@@ -175,6 +172,17 @@ class WorkerPool:
         self._changed.set()
         self._go(worker)
         self._assign_soon()
+
+    def _room(self, batch_size: int) -> tuple[int, int]:
+        """Slots and surplus of a worker: where many wait, twice its batch is with it.
+
+        An engine begins prompts that lie ready together, which is cheaper than one by one, and
+        works on while the driver takes its time.
+        """
+        if (asked := self._settings.chunks_per_worker) is not None:
+            return asked, 0
+        margin = max(1, batch_size // _MARGIN)
+        return batch_size + margin, max(0, batch_size - margin)
 
     def _lose(self, worker: PoolWorker, reason: str) -> None:
         """Ends the present life of a worker; its chunks go to others at once."""
@@ -284,7 +292,7 @@ class WorkerPool:
     def _assign_soon(self) -> None:
         if not self._assigning:
             self._assigning = True
-            asyncio.get_running_loop().call_soon(self._assign)
+            asyncio.get_running_loop().call_later(_GATHER_S, self._assign)
 
     def _assign(self) -> None:
         self._assigning = False

@@ -24,20 +24,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.scheduler = Scheduler(max_queries=5)
         self.slots: dict[Hashable, int] = {}
+        self.surplus: dict[Hashable, int] = {}
         self.paused: set[Hashable] = set()
         self.waiting: dict[Hashable, Request] = {}
         self.given: dict[int, Lease] = {}
         self.ended: set[int] = set()
         self.assigned = True  # whether nothing has happened since assign
 
-    @rule(worker=WORKERS, slots=st.integers(1, 4))
-    def add_worker(self, worker: int, slots: int) -> None:
+    @rule(worker=WORKERS, slots=st.integers(1, 4), surplus=st.integers(0, 3))
+    def add_worker(self, worker: int, slots: int, surplus: int) -> None:
         if worker in self.slots:
             with pytest.raises(ConfigError, match="already"):
                 self.scheduler.add_worker(worker, slots)
             return
-        self.scheduler.add_worker(worker, slots)
-        self.slots[worker] = slots
+        self.scheduler.add_worker(worker, slots, surplus)
+        self.slots[worker], self.surplus[worker] = slots, surplus
         self.assigned = False
 
     @rule(worker=WORKERS)
@@ -72,7 +73,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
+        held = Counter({worker: len(self.scheduler.leases(worker)) for worker in self.slots})
         for lease in self.scheduler.assign(1.5):
+            # Beyond a worker's slots lies no more than a half of what waits for each.
+            beyond = held[lease.worker] - self.slots[lease.worker]
+            assert beyond < 0 or beyond < len(self.waiting) // (2 * len(self.slots))
+            held[lease.worker] += 1
             # A later one of the same call may have a lower rank only if this one was put back.
             assert lease.request.rank == min(r.rank for r in self.waiting.values())
             assert self.waiting.pop(lease.request.key) == lease.request
@@ -125,13 +131,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             own = [lease for lease in self.given.values() if lease.worker == worker]
             assert self.scheduler.leases(worker) == own
             assert self.scheduler.tokens(worker) == sum(lease.request.tokens for lease in own)
-            assert len(own) <= slots
+            assert len(own) <= slots + self.surplus[worker]
 
     @invariant()
     def no_worker_is_idle_while_chunks_wait(self) -> None:
         if self.assigned and self.waiting:
             for worker in self.slots.keys() - self.paused:
-                assert len(self.scheduler.leases(worker)) == self.slots[worker]
+                assert len(self.scheduler.leases(worker)) >= self.slots[worker]
+
+    @invariant()
+    def what_lies_ready_is_as_much_as_it_may_be(self) -> None:
+        beyond = len(self.waiting) // (2 * max(1, len(self.slots)))
+        held = {worker: len(self.scheduler.leases(worker)) for worker in self.slots}
+        room = [
+            worker
+            for worker in self.slots.keys() - self.paused
+            if held[worker] < self.slots[worker] + self.surplus[worker]
+        ]
+        if self.assigned and self.waiting and room:
+            idlest = min(map(self.scheduler.tokens, room))
+            assert any(
+                held[worker] >= self.slots[worker] + min(beyond, self.surplus[worker])
+                for worker in room
+                if self.scheduler.tokens(worker) == idlest
+            )
 
 
 TestSchedulerLaws = SchedulerMachine.TestCase

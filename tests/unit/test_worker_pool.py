@@ -428,10 +428,18 @@ def test_a_step_that_takes_too_long_keeps_what_it_has() -> None:
         assert kept == whole_chunks[: len(kept)]
 
 
-def test_a_worker_has_a_quarter_more_than_its_batch_and_no_more() -> None:
+@pytest.mark.parametrize(
+    ("chunks", "most"),
+    [
+        (43, [20, 20]),
+        (104, [31, 30]),
+        (200, [32, 32]),
+    ],  # 42 wait for two workers: 11 and 10 lie ready
+)
+def test_a_worker_has_more_than_its_batch_where_many_wait(chunks: int, most: list[int]) -> None:
     cluster = FakeCluster(2, batch_size=16)
-    run(cluster, lambda pool: sample(pool, *range(200)))
-    assert [cluster.now(i).most_in_flight for i in range(2)] == [20, 20]
+    run(cluster, lambda pool: sample(pool, *range(chunks)))
+    assert [cluster.now(i).most_in_flight for i in range(2)] == most
 
 
 def test_what_is_not_waited_for_any_more_is_taken_back() -> None:
