@@ -342,6 +342,8 @@ class RolloutConfig(_Section):
     """For which a worker may have a chunk; then its trace is aborted. Unset, for ever."""
     step_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
     """For the sampling of a step; traces that have not ended then are aborted. Unset, none."""
+    silence_timeout: float = Field(15.0, gt=0, allow_inf_nan=False)
+    """After which the chunks of a worker without a sign of life go to others."""
     hang_timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
     """After which a worker without a sign of life, or whose engine stands still, is restarted."""
     slow_factor: float = Field(8.0, ge=1, allow_inf_nan=False)
@@ -355,7 +357,8 @@ class RolloutConfig(_Section):
     startup_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
     """For a worker to start."""
     chunks_per_worker: int | None = Field(None, ge=1)
-    """Chunks that a worker has at a time; unset, a quarter more than its batch takes."""
+    """Chunks that a worker has at a time; unset, a quarter more than its batch takes, and twice its
+    batch while many wait."""
     max_batch_size: int | None = Field(None, ge=1)
     """Chunks that an engine samples side by side; unset, as vLLM says."""
     kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)

@@ -31,6 +31,7 @@ from delethink.cost.model_config import model_shape
 from delethink.cost.timing import moved_weight_bytes
 from delethink.policy import Progress
 from delethink.rule import ChunkSpec
+from delethink.serving.pool_settings import PoolSettings
 from delethink.serving.scheduler import Rank
 from delethink.serving.simulation import (
     Cluster,
@@ -128,10 +129,12 @@ def run(
         progress = Progress(None, done, spec.max_chunks, known)
         return rank_of(progress, "depth" if order == "depth" else "breadth")
 
+    slots, surplus = PoolSettings().room(batch)
     cluster = Cluster(
         asked.workers,
         batch,
-        slots=batch + batch // 4,  # as the pool has it
+        slots=slots,
+        surplus=surplus,
         times=times,
         driver_seconds=DRIVER,
         faults=Faults(faults_every) if faults_every else None,

@@ -22,6 +22,7 @@ class PoolWorker:
     handle: WorkerHandle | None = None  # of its present life
     pid: int = 0  # on its own machine; 0 while it has none
     in_service: bool = False
+    silent: bool = False  # for so long that its chunks were given to others
     given_up: bool = False  # it is not started again
     completions: int = 0  # that it has returned
     restarts: int = 0

@@ -50,7 +50,8 @@ class Faults:
 
     every: float  # mean seconds between two, anywhere in the cluster
     hang_share: float = 0.5  # the others die, which Ray tells at once
-    hang_timeout: float = 120.0  # seconds until a hang is noticed
+    silence_timeout: float = 15.0  # seconds until the chunks of one that hangs go to others
+    hang_timeout: float = 120.0  # seconds until it is given up
     restart: float = 90.0  # seconds from there until the worker is back
 
 
@@ -62,6 +63,7 @@ class Cluster:
     batch_size: int  # chunks that an engine samples side by side
     slots: int  # chunks that a worker has at a time
     times: ServiceTimes
+    surplus: int = 0  # more that it has while many wait
     round_trip: float = 0.01  # seconds from a chunk's end to the next one's arrival
     driver_seconds: float = 0.0  # of the driver, for each chunk
     faults: Faults | None = None
@@ -341,7 +343,7 @@ class _Simulation:
         worker = next(self.lives)
         self.engines[worker] = _Engine(self.cluster.times, self.cluster.batch_size)
         self.engines[worker].take(now)
-        self.scheduler.add_worker(worker, self.cluster.slots)
+        self.scheduler.add_worker(worker, self.cluster.slots, self.cluster.surplus)
 
     def give(self, now: float, lease: Lease) -> None:
         engine, trace = self.engines[cast(int, lease.worker)], cast(int, lease.request.key)
@@ -379,7 +381,17 @@ class _Simulation:
         self.engines[worker].failed = True
         self.outcome.failures += 1
         hangs = self.random.random() < faults.hang_share
+        if hangs:
+            self.later(now + min(faults.silence_timeout, faults.hang_timeout), self.suspect, worker)
         self.later(now + (faults.hang_timeout if hangs else 1.0), self.lose, worker)
+
+    def suspect(self, now: float, worker: int) -> None:
+        """The driver has not heard of a worker for a while."""
+        self.scheduler.pause(worker)
+        for lease in reversed(self.scheduler.leases(worker)):
+            self.scheduler.give_back(lease.number)
+            self.outcome.rescheduled += 1
+        self.assign(now)
 
     def lose(self, now: float, worker: int) -> None:
         """The driver notices that a worker has failed."""

@@ -32,7 +32,6 @@ from delethink.types import TokenIds
 
 _logger = logging.getLogger(__name__)
 
-_MARGIN = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
 _GATHER_S = 0.002  # for which chunks are collected before they are given out
 _TICK_S = 1.0  # between two looks at deadlines
 _MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted
@@ -162,9 +161,9 @@ class WorkerPool:
         worker.exchanges = worker.returned_tokens = worker.failing_reports = 0
         worker.pace, worker.paced = 0.0, 0
         worker.rest(loop.time())
-        worker.in_service = True
+        worker.in_service, worker.silent = True, False
         self.max_model_tokens = state.max_model_tokens
-        self._scheduler.add_worker(worker.key, *self._room(state.batch_size))
+        self._scheduler.add_worker(worker.key, *self._settings.room(state.batch_size))
         self._by_life[worker.key] = worker
         if self._unsound or not self._awake.is_set():
             self._scheduler.pause(worker.key)
@@ -172,17 +171,6 @@ class WorkerPool:
         self._changed.set()
         self._go(worker)
         self._assign_soon()
-
-    def _room(self, batch_size: int) -> tuple[int, int]:
-        """Slots and surplus of a worker: where many wait, twice its batch is with it.
-
-        An engine begins prompts that lie ready together, which is cheaper than one by one, and
-        works on while the driver takes its time.
-        """
-        if (asked := self._settings.chunks_per_worker) is not None:
-            return asked, 0
-        margin = max(1, batch_size // _MARGIN)
-        return batch_size + margin, max(0, batch_size - margin)
 
     def _lose(self, worker: PoolWorker, reason: str) -> None:
         """Ends the present life of a worker; its chunks go to others at once."""
@@ -359,6 +347,9 @@ class WorkerPool:
     def _hear(self, worker: PoolWorker, report: Report) -> None:
         now = asyncio.get_running_loop().time()
         worker.heard = now
+        if worker.silent:
+            worker.silent = False
+            self._resume(worker, worker.life)
         if report.counts.steps != worker.counts.steps or worker.idle.is_set():
             worker.progressed = now
         worker.counts = report.counts
@@ -432,6 +423,7 @@ class WorkerPool:
 
     def _resume(self, worker: PoolWorker, life: int) -> None:
         paused = self._updating.locked() or self._unsound or not self._awake.is_set()
+        paused = paused or worker.silent
         if worker.life == life and worker.in_service and not paused:
             self._scheduler.resume(worker.key)
             self._assign_soon()
@@ -456,6 +448,8 @@ class WorkerPool:
         if silent > settings.hang_timeout:
             self._lose(worker, f"hangs: no sign of life for {silent:.0f} s")
             return
+        if silent > settings.silence_timeout and not worker.silent:
+            self._suspect(worker, silent)
         if still > settings.hang_timeout and not worker.idle.is_set():
             self._lose(worker, f"hangs: its engine made no step for {still:.0f} s")
             return
@@ -473,6 +467,18 @@ class WorkerPool:
             if pace and age > max(fair, settings.hang_timeout):
                 self._lose(worker, f"is slow: {age:.0f} s at a chunk, others take {fair:.0f} s")
                 return
+
+    def _suspect(self, worker: PoolWorker, silence: float) -> None:
+        """Gives the chunks of a silent worker to others, who may be done before it is given up."""
+        if not any(o.in_service and not o.silent for o in self.workers if o is not worker):
+            return
+        worker.silent = True
+        self._scheduler.pause(worker.key)
+        for lease in reversed(self._scheduler.leases(worker.key)):  # the oldest is to be the first
+            self._scheduler.give_back(lease.number)
+            self._drop(lease)
+            self.counts.chunks_rescheduled += 1
+            self._count_attempt(lease, f"{worker} gave no sign of life for {silence:.0f} s")
 
     def _pace_of_others(self, worker: PoolWorker) -> float:
         """Seconds per token of the others, in the middle; 0 where nobody can say."""
@@ -515,7 +521,7 @@ class WorkerPool:
                 self._unsound = None
             finally:
                 for worker in self.workers:
-                    if worker.in_service:
+                    if worker.in_service and not worker.silent:
                         self._scheduler.resume(worker.key)
                 self._assign_soon()
 

@@ -179,6 +179,56 @@ def test_a_short_stop_is_borne() -> None:
     assert run(cluster, play, PoolSettings(hang_timeout=30)) == undisturbed()
 
 
+def test_chunks_of_a_silent_worker_go_to_others_before_it_is_given_up() -> None:
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> list[Trace]:
+        metrics = PoolMetrics(pool)
+        playing = asyncio.ensure_future(play_all(pool))
+        await asyncio.sleep(0.5)
+        cluster.now(0).stopped = True
+        traces = await playing  # all of them, while one worker is stopped
+        taken = await metrics.take()
+        assert taken["engine/chunks_rescheduled"] >= 1
+        assert (taken["engine/restarts"], taken["engine/workers"]) == (0, 2)
+        cluster.now(0).stopped = False
+        await asyncio.sleep(10)
+        before = cluster.now(0).tokens
+        await sample(pool, *range(8))
+        assert cluster.now(0).tokens > before  # it is one of them again
+        return traces
+
+    assert run(cluster, play, PoolSettings(silence_timeout=5, hang_timeout=1e6)) == undisturbed()
+
+
+def test_a_silent_worker_keeps_its_chunks_where_there_is_no_other() -> None:
+    cluster = FakeCluster(1)
+
+    async def play(pool: WorkerPool) -> list[Completion]:
+        sampling = asyncio.ensure_future(sample(pool, *range(4)))
+        await asyncio.sleep(0.1)
+        cluster.now(0).stopped = True
+        await asyncio.sleep(60)
+        cluster.now(0).stopped = False
+        answers = await sampling
+        assert pool.counts.chunks_rescheduled == 0
+        return answers
+
+    run(cluster, play, PoolSettings(silence_timeout=5, hang_timeout=1e6))
+
+
+def test_a_chunk_that_silences_every_worker_is_data() -> None:
+    cluster = FakeCluster(3)
+
+    async def play(pool: WorkerPool) -> None:
+        for index in range(3):
+            cluster.now(index).stopped = True
+        with pytest.raises(PolicyError, match="no sign of life for"):
+            await pool.sample((5,), 30, Sampling(seed=0))
+
+    run(cluster, play, PoolSettings(silence_timeout=5, hang_timeout=1e6, max_attempts=2))
+
+
 def test_an_answer_of_a_life_that_was_given_up_does_not_count() -> None:
     cluster = FakeCluster(2, batch_size=1)
 
