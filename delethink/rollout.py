@@ -114,7 +114,8 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        if tuple(map(int, observation)) != chunk.prompt_ids:
+        seen = observation.tolist() if hasattr(observation, "tolist") else map(int, observation)
+        if tuple(seen) != chunk.prompt_ids:
             raise RolloutError(
                 f"chunk {i} was sampled after another prompt than the environment shows: the "
                 "rollout and the environment do not follow one rule"

@@ -105,3 +105,8 @@ class Counts:
     late_answers: int = 0
     chunk_timeouts: int = 0
     chunks_failed: int = 0
+
+
+def say(problem: BaseException) -> str:
+    """What an error says, or at least its name."""
+    return str(problem) or repr(problem)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,8 @@ class Scheduler:
         self._leases: dict[int, Lease] = {}
         self._lease_of: dict[Hashable, int] = {}
         self._homes: OrderedDict[Hashable, _Worker] = OrderedDict()  # of queries
-        self._free = _Idlest(self._workers, lambda worker: worker.takes(0))
-        self._full = _Idlest(self._workers, lambda worker: worker.takes(worker.surplus))
+        self._free = _Idlest(self._workers, surplus=False)
+        self._full = _Idlest(self._workers, surplus=True)
         self._numbers, self._orders = itertools.count(1), itertools.count()
 
     # -- what there is -------------------------------------------------------------------------
@@ -297,11 +297,11 @@ class _Idlest:
 
     Args:
         workers: all that there are.
-        takes: whether one still does.
+        surplus: whether those count that take one beyond their slots only.
     """
 
-    def __init__(self, workers: dict[Hashable, _Worker], takes: Callable[[_Worker], bool]) -> None:
-        self._workers, self._takes = workers, takes
+    def __init__(self, workers: dict[Hashable, _Worker], surplus: bool) -> None:
+        self._workers, self._surplus = workers, surplus
         self._heap: list[tuple[int, int, _Worker]] = []  # entries may be stale
 
     def add(self, worker: _Worker) -> None:
@@ -314,7 +314,7 @@ class _Idlest:
     def find(self) -> _Worker | None:
         while self._heap:
             tokens, _, worker = self._heap[0]
-            if worker.tokens == tokens and self._takes(worker):
+            if worker.tokens == tokens and worker.takes(worker.surplus if self._surplus else 0):
                 return worker
             heapq.heappop(self._heap)
         return None

@@ -13,20 +13,20 @@ import itertools
 import logging
 import statistics
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from delethink.errors import (
     ConfigError,
     DeadlineError,
     PolicyError,
     UserError,
-    WeightSyncError,
     WorkersLostError,
 )
 from delethink.policy import Completion, Progress, Sampling
 from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerHandle, WorkerState
 from delethink.serving.pool_settings import Order, PoolSettings
-from delethink.serving.pool_worker import Chunk, Counts, Outcome, PoolWorker
+from delethink.serving.pool_weights import PoolWeights
+from delethink.serving.pool_worker import Chunk, Counts, Outcome, PoolWorker, say
 from delethink.serving.scheduler import Lease, Rank, Request, Scheduler
 from delethink.types import TokenIds
 
@@ -40,10 +40,6 @@ _FIRST_BACKOFF_S = 1.0  # doubles from the second restart in a row without a chu
 _LAST_BACKOFF_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _MEASURED_CHUNKS = 8  # of a worker, before its pace says anything
-
-
-class LostError(Exception):
-    """A worker is no use any more; the text says why."""
 
 
 class WorkerPool:
@@ -71,15 +67,13 @@ class WorkerPool:
         self._chunks: dict[Hashable, Chunk] = {}  # by key
         self._keys = itertools.count(1)
         self._by_life: dict[Hashable, PoolWorker] = {}
-        self._weights: tuple[Any, int] | None = None  # that workers are to run, once there are any
-        self._unsound: Exception | None = None  # why nothing is sampled before other weights come
-        self._ended: Exception | None = None  # why nothing is sampled ever again
+        self._weights = PoolWeights(self, settings.weight_sync_timeout)
+        self.ended: Exception | None = None  # why nothing is sampled ever again
         self._gone_since: float | None = None
         self._assigning = False
-        self._updating = asyncio.Lock()
         self._falling_asleep, self._awake = asyncio.Lock(), asyncio.Event()
         self._awake.set()
-        self._changed = asyncio.Event()  # a worker came into service, or was given up
+        self.changed = asyncio.Event()  # a worker came into service, or was given up
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life ----------------------------------------------------------------------------------
@@ -98,7 +92,7 @@ class WorkerPool:
             if isinstance(problem, UserError):
                 raise problem
             if isinstance(problem, BaseException):
-                raise ConfigError(f"{worker} did not start: {_say(problem)}") from None
+                raise ConfigError(f"{worker} did not start: {say(problem)}") from None
         for worker in self.workers:
             self._spawn(self._keep(worker))
         self._spawn(self._watch())
@@ -125,7 +119,7 @@ class WorkerPool:
             reason = await worker.lost
             self._bury(worker, reason)
             while not worker.in_service:
-                if self._ended is not None:
+                if self.ended is not None:
                     return
                 if worker.fruitless > self._settings.max_restarts:
                     self._give_up(worker)
@@ -136,7 +130,7 @@ class WorkerPool:
                 try:
                     await self._begin(worker)
                 except Exception as problem:  # whatever keeps an engine from starting
-                    self._bury(worker, f"did not start: {_say(problem)}")
+                    self._bury(worker, f"did not start: {say(problem)}")
 
     async def _begin(self, worker: PoolWorker) -> None:
         """A new life: an engine with the current weights, in service when this returns."""
@@ -144,11 +138,7 @@ class WorkerPool:
         worker.life += 1
         worker.handle = handle = self._launch(worker.index)
         state = await handle.start()
-        while self._weights is not None and not self._unsound:
-            weights, version = self._weights
-            await self._update(worker, weights, version)
-            if self._weights is not None and self._weights[1] == version:
-                break
+        await self._weights.catch_up(worker)
         self._serve(worker, state)
 
     def _serve(self, worker: PoolWorker, state: WorkerState) -> None:
@@ -165,14 +155,14 @@ class WorkerPool:
         self.max_model_tokens = state.max_model_tokens
         self._scheduler.add_worker(worker.key, *self._settings.room(state.batch_size))
         self._by_life[worker.key] = worker
-        if self._unsound or not self._awake.is_set():
-            self._scheduler.pause(worker.key)
+        if self._weights.unsound or not self._awake.is_set():
+            self.hold(worker)
         self._gone_since = None
-        self._changed.set()
+        self.changed.set()
         self._go(worker)
         self._assign_soon()
 
-    def _lose(self, worker: PoolWorker, reason: str) -> None:
+    def lose(self, worker: PoolWorker, reason: str) -> None:
         """Ends the present life of a worker; its chunks go to others at once."""
         if worker.lost is None or worker.lost.done():
             return
@@ -211,7 +201,7 @@ class WorkerPool:
 
     def _give_up(self, worker: PoolWorker) -> None:
         worker.given_up = True
-        self._changed.set()
+        self.changed.set()
         if all(other.given_up for other in self.workers):
             self._end_without_workers(f"each was restarted {self._settings.max_restarts} times")
 
@@ -222,11 +212,12 @@ class WorkerPool:
         )
 
     def _end(self, why: Exception) -> None:
-        self._ended = self._ended or why
-        self._changed.set()
-        self._fail_all(self._ended)
+        self.ended = self.ended or why
+        self.changed.set()
+        self.fail_all(self.ended)
 
-    def _fail_all(self, why: Exception) -> None:
+    def fail_all(self, why: Exception) -> None:
+        """Tells all who wait for a chunk that none will come."""
         for key in list(self._chunks):
             if (lease := self._scheduler.withdraw(key)) is not None:
                 self._drop(lease)
@@ -236,7 +227,7 @@ class WorkerPool:
 
     def submit(self, chunk: Chunk) -> None:
         """Lets a chunk be sampled; ``chunk.deliver`` is told what came out, once."""
-        if (why := self._ended or self._unsound) is not None:
+        if (why := self.ended or self._weights.unsound) is not None:
             chunk.deliver(why)
             return
         if not self._awake.is_set():
@@ -314,7 +305,7 @@ class WorkerPool:
 
     def _go(self, worker: PoolWorker) -> None:
         """Goes to a worker with what there is for it."""
-        if self._ended is not None:
+        if self.ended is not None:
             return
         jobs, worker.jobs = worker.jobs, []
         dropped, worker.dropped = worker.dropped, []
@@ -329,7 +320,7 @@ class WorkerPool:
             report = await worker.handle.exchange(jobs, dropped)
         except Exception as problem:  # however a worker fails, it is lost
             if worker.life == life:
-                self._lose(worker, _say(problem))
+                self.lose(worker, say(problem))
             return
         if worker.life != life or worker.is_dead:
             self.counts.late_answers += len(report.answers)
@@ -349,7 +340,7 @@ class WorkerPool:
         worker.heard = now
         if worker.silent:
             worker.silent = False
-            self._resume(worker, worker.life)
+            self.release(worker)
         if report.counts.steps != worker.counts.steps or worker.idle.is_set():
             worker.progressed = now
         worker.counts = report.counts
@@ -389,10 +380,10 @@ class WorkerPool:
             return 0
         assert answer.error is not None
         if isinstance(answer.error, ConnectionError):
-            self._lose(worker, _say(answer.error))
+            self.lose(worker, say(answer.error))
         else:
             self.counts.chunks_rescheduled += 1
-        self._count_attempt(lease, f"{worker} {_say(answer.error)}")
+        self._count_attempt(lease, f"{worker} {say(answer.error)}")
         return 1
 
     def _count_attempt(self, lease: Lease, reason: str) -> None:
@@ -416,17 +407,14 @@ class WorkerPool:
         worker.failing_reports = worker.failing_reports + 1 if failed == answers else 0
         others = any(other.in_service and other is not worker for other in self.workers)
         if others and worker.failing_reports >= _MOST_FAILING_REPORTS:
-            self._lose(worker, f"only raised, {worker.failing_reports} times in a row")
+            self.lose(worker, f"only raised, {worker.failing_reports} times in a row")
             return
-        self._scheduler.pause(worker.key)
+        self.hold(worker)
         asyncio.get_running_loop().call_later(_PAUSE_S, self._resume, worker, worker.life)
 
     def _resume(self, worker: PoolWorker, life: int) -> None:
-        paused = self._updating.locked() or self._unsound or not self._awake.is_set()
-        paused = paused or worker.silent
-        if worker.life == life and worker.in_service and not paused:
-            self._scheduler.resume(worker.key)
-            self._assign_soon()
+        if worker.life == life:
+            self.release(worker)
 
     # -- deadlines -----------------------------------------------------------------------------
 
@@ -437,7 +425,7 @@ class WorkerPool:
             for worker in self.workers:
                 if worker.in_service:
                     self._look_at(worker, now)
-            if self._gone_since is not None and self._ended is None:
+            if self._gone_since is not None and self.ended is None:
                 gone = now - self._gone_since
                 if gone > self._settings.lost_timeout:
                     self._end_without_workers(f"for {gone:.0f} s")
@@ -446,12 +434,12 @@ class WorkerPool:
         settings = self._settings
         silent, still = now - worker.heard, now - worker.progressed
         if silent > settings.hang_timeout:
-            self._lose(worker, f"hangs: no sign of life for {silent:.0f} s")
+            self.lose(worker, f"hangs: no sign of life for {silent:.0f} s")
             return
         if silent > settings.silence_timeout and not worker.silent:
             self._suspect(worker, silent)
         if still > settings.hang_timeout and not worker.idle.is_set():
-            self._lose(worker, f"hangs: its engine made no step for {still:.0f} s")
+            self.lose(worker, f"hangs: its engine made no step for {still:.0f} s")
             return
         pace = self._pace_of_others(worker)
         soonest = min(settings.hang_timeout, settings.chunk_timeout or settings.hang_timeout)
@@ -465,7 +453,7 @@ class WorkerPool:
             chunk = self._chunks[lease.request.key]
             fair = settings.slow_factor * chunk.max_new_tokens * pace
             if pace and age > max(fair, settings.hang_timeout):
-                self._lose(worker, f"is slow: {age:.0f} s at a chunk, others take {fair:.0f} s")
+                self.lose(worker, f"is slow: {age:.0f} s at a chunk, others take {fair:.0f} s")
                 return
 
     def _suspect(self, worker: PoolWorker, silence: float) -> None:
@@ -473,7 +461,7 @@ class WorkerPool:
         if not any(o.in_service and not o.silent for o in self.workers if o is not worker):
             return
         worker.silent = True
-        self._scheduler.pause(worker.key)
+        self.hold(worker)
         for lease in reversed(self._scheduler.leases(worker.key)):  # the oldest is to be the first
             self._scheduler.give_back(lease.number)
             self._drop(lease)
@@ -511,83 +499,19 @@ class WorkerPool:
             WorkersLostError: there is no worker.
         """
         await self.wake()
-        async with self._updating:
-            before, self._weights = self._weights, (weights, version)
-            try:
-                refusals = await self._update_all(weights, version)
-                if refusals:
-                    self._weights = before
-                    self._refuse(refusals, version)
-                self._unsound = None
-            finally:
-                for worker in self.workers:
-                    if worker.in_service and not worker.silent:
-                        self._scheduler.resume(worker.key)
-                self._assign_soon()
+        await self._weights.update(weights, version)
 
-    def _refuse(self, refusals: list[tuple[PoolWorker, str]], version: int) -> NoReturn:
-        self._unsound = PolicyError(
-            f"takes no requests since an update of weights {refusals[0][1]}"
-        )
-        self._fail_all(self._unsound)
-        said = "; ".join(f"{worker} {reason}" for worker, reason in refusals)
-        raise WeightSyncError(
-            f"{len(refusals)} of {len(self.workers)} workers did not take up the weights of "
-            f"version {version}: {said}"
-        )
+    def hold(self, worker: PoolWorker) -> None:
+        """Gives a worker no further chunk; those that it has go on."""
+        if worker.in_service:
+            self._scheduler.pause(worker.key)
 
-    async def _update_all(self, weights: Any, version: int) -> list[tuple[PoolWorker, str]]:
-        """Who refused, and what they said, where all did; nothing where one at least agreed."""
-        while True:
-            self._changed.clear()
-            if self._ended is not None:
-                raise self._ended
-            lives = [(w, w.life) for w in self.workers if w.in_service]
-            answers = [self._update_one(worker, weights, version) for worker, _ in lives]
-            outcomes = await asyncio.gather(*answers)
-            refused = [
-                (worker, said)
-                for (worker, life), said in zip(lives, outcomes, strict=True)
-                if isinstance(said, str) and worker.life == life and worker.in_service
-            ]
-            if True in outcomes:
-                for worker, said in refused:
-                    self._lose(worker, said)
-                return []
-            if refused:
-                return refused
-            await self._changed.wait()  # until a worker is back, which then runs the weights
-
-    async def _update_one(self, worker: PoolWorker, weights: Any, version: int) -> str | bool:
-        """Whether a worker runs the weights; the text says why it refused them."""
-        self._scheduler.pause(worker.key)
-        await worker.idle.wait()
-        if worker.is_dead:
-            return False
-        life = worker.life
-        try:
-            await self._update(worker, weights, version)
-        except WeightSyncError as problem:
-            return str(problem)
-        except Exception as problem:  # however a worker fails, it is lost
-            if worker.life == life:
-                self._lose(worker, _say(problem))
-            return False
-        worker.heard = worker.progressed = asyncio.get_running_loop().time()
-        return worker.in_service
-
-    async def _update(self, worker: PoolWorker, weights: Any, version: int) -> None:
-        assert worker.handle is not None
-        limit = self._settings.weight_sync_timeout
-        try:
-            async with asyncio.timeout(limit):
-                said = await worker.handle.update(weights, version)
-        except TimeoutError:
-            raise LostError(
-                f"did not take up the weights of version {version} within {limit:g} s"
-            ) from None
-        if said != version:
-            raise LostError(f"runs version {said} of the weights and was given {version}")
+    def release(self, worker: PoolWorker) -> None:
+        """Gives a worker chunks again, where nothing else speaks against it."""
+        held = self._weights.changing or self._weights.unsound or not self._awake.is_set()
+        if worker.in_service and not (held or worker.silent):
+            self._scheduler.resume(worker.key)
+            self._assign_soon()
 
     # -- sleep ---------------------------------------------------------------------------------
 
@@ -608,10 +532,10 @@ class WorkerPool:
             await self._all(self._wake_up)
             self._awake.set()
         for worker in self.workers:
-            self._resume(worker, worker.life)
+            self.release(worker)
 
     async def _put_to_sleep(self, worker: PoolWorker) -> None:
-        self._scheduler.pause(worker.key)
+        self.hold(worker)
         await worker.idle.wait()
         if worker.in_service and worker.handle is not None:
             await worker.handle.sleep()
@@ -625,7 +549,7 @@ class WorkerPool:
         done = await asyncio.gather(*[act(w) for w, _ in lives], return_exceptions=True)
         for (worker, life), problem in zip(lives, done, strict=True):
             if isinstance(problem, BaseException) and worker.life == life:
-                self._lose(worker, _say(problem))
+                self.lose(worker, say(problem))
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -681,7 +605,3 @@ def _backoff(fruitless: int) -> float:
         return 0.0
     seconds: float = _FIRST_BACKOFF_S * 2 ** (fruitless - 2)
     return min(_LAST_BACKOFF_S, seconds)
-
-
-def _say(problem: BaseException) -> str:
-    return str(problem) or repr(problem)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from delethink.rollout import play_traces
 from delethink.rule import ChunkSpec, start
 from delethink.types import StopReason, TokenIds
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 pytest.importorskip("vllm")
 torch = pytest.importorskip("torch")
 
@@ -188,6 +190,31 @@ def test_new_weights_reach_every_worker_and_nothing_old_is_left(
             assert_greedy(model, prompt, completion)
             assert completion.policy_version == version
         assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
+
+
+def test_ray_exports_what_the_pool_counts(pool: RayPool) -> None:
+    complete(pool, PROMPTS, 8, [GREEDY] * len(PROMPTS))
+    taken = pool.take_metrics()
+    (node,) = ray.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+    def exported() -> dict[str, float]:
+        with urllib.request.urlopen(address, timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        found = {}
+        for line in lines:
+            if line.startswith("ray_delethink_"):
+                name, value = line.rsplit(" ", 1)
+                worker = re.search(r'worker="(worker \d)"', name)
+                found[name.partition("{")[0] + (worker[1] if worker else "")] = float(value)
+        return found
+
+    wait_until(lambda: "ray_delethink_worker_chunksworker 1" in exported())
+    seen = exported()
+    assert seen["ray_delethink_workers"] == taken["engine/workers"] == 2
+    chunks = [f"ray_delethink_worker_chunksworker {i}" for i in range(2)]
+    assert [seen[name] for name in chunks] == [taken[f"engine/worker {i}/chunks"] for i in range(2)]
+    assert sum(seen[name] for name in chunks) >= len(PROMPTS)
 
 
 def test_traces_follow_the_chunk_rule(pool: RayPool) -> None:
