@@ -13,7 +13,9 @@ the length that it was given, and all variants do the same work:
   trl      TRL's own vLLM generation, for LongCoT
 
 Rounds take the variants in turns, the engines of both sides stay up, and every round has prompts
-of its own, so that no prefix cache knows them. A ratio is the median of the rounds' ratios.
+of its own, so that no prefix cache knows them. A ratio is the median of the rounds' ratios. Seconds
+are those of a machine that may have other work; how many steps an engine takes for the same tokens
+is not, and tells how full its batches were.
 """
 
 from __future__ import annotations
@@ -224,6 +226,7 @@ class Measured:
     tokens: int
     chunks: int
     seconds: dict[str, float]
+    steps: dict[str, int]  # of the engines, which other work on the machine does not change
     driver: float = (
         0.0  # microseconds of the driver's processor for each chunk: pool, Ray, rollouts
     )
@@ -305,11 +308,12 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
 def _round(
     workload: Workload, tasks: list[Task], pool: RayPool, raw: list[Any], trl: Any, idle: float
 ) -> Measured:
-    before = _hits(pool)
+    before, steps = _hits(pool), {"pool": -_steps(pool)}
     cpu, started = time.process_time(), time.perf_counter()
     traces = _play([Unknowing(pool)], tasks)
     seconds = {"pool": time.perf_counter() - started}
     cpu = time.process_time() - cpu
+    steps["pool"] += _steps(pool)
     chunks = sum(len(trace.chunks) for trace in traces)
     for trace, task in zip(traces, tasks, strict=True):
         if trace.length != task.spec.budget:
@@ -318,7 +322,9 @@ def _round(
         requests = [
             r for trace, task in zip(traces, tasks, strict=True) for r in _requests(trace, task)
         ]
+        earlier = ray.get(raw[0].counts.remote()).steps
         seconds["at once"] = ray.get(raw[0].play.remote(requests))
+        steps["at once"] = ray.get(raw[0].counts.remote()).steps - earlier
     if "naive" in workload.variants:
         other = [task._replace(query=task.query[::-1]) for task in tasks]  # in no cache yet
         started = time.perf_counter()
@@ -333,6 +339,7 @@ def _round(
         tokens=sum(trace.length for trace in traces),
         chunks=chunks,
         seconds=seconds,
+        steps=steps,
         driver=1e6 * (cpu - idle * seconds["pool"]) / chunks,
         driver_and_idle=1e6 * cpu / chunks,
         environment=_environment(traces, tasks),
@@ -370,6 +377,10 @@ def _idle_share() -> float:
     began = time.process_time()
     time.sleep(5)
     return (time.process_time() - began) / 5
+
+
+def _steps(pool: RayPool) -> int:
+    return sum(worker.counts.steps for worker in pool.workers)
 
 
 def _hits(pool: RayPool) -> int:
@@ -491,29 +502,26 @@ def describe(measured: Measured) -> str:
     rates = ", ".join(
         f"{k} {measured.tokens / s:,.0f} tokens/s" for k, s in measured.seconds.items()
     )
+    steps = ", ".join(f"{k} {n}" for k, n in measured.steps.items())
     return (
-        f"{rates}; driver {measured.driver:.0f} (with idle Ray {measured.driver_and_idle:.0f}) + "
-        f"environment {measured.environment:.0f} us a chunk; "
-        f"query hits {measured.hits:.2f}"
+        f"{rates}; steps {steps}; driver {measured.driver:.0f} "
+        f"(with idle Ray {measured.driver_and_idle:.0f}) + environment {measured.environment:.0f} "
+        f"us a chunk; query hits {measured.hits:.2f}"
     )
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
     """Medians over the rounds, and of ratios their range."""
     yield (
-        "| workload | workers | traces, chunks | pool, tokens/s | of all at once | x naive | x TRL "
-        "| driver + environment, us a chunk | query hits |"
+        "| workload | workers | traces, chunks | pool, tokens/s | of all at once "
+        "| the same by steps | x naive | x TRL | driver + environment, us a chunk | query hits |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "|" + " --- |" * 10
     for row in found:
         rounds = row["rounds"]
 
-        def ratio(variant: str, rounds: Any = rounds) -> str:
-            ratios = [
-                r["seconds"][variant] / r["seconds"]["pool"]
-                for r in rounds
-                if variant in r["seconds"]
-            ]
+        def ratio(variant: str, of: str = "seconds", rounds: Any = rounds) -> str:
+            ratios = [r[of][variant] / r[of]["pool"] for r in rounds if variant in r[of]]
             if not ratios:
                 return ""
             return f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
@@ -524,6 +532,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"| {row['name']} | {row['num_workers']} | {row['traces']}, {rounds[0]['chunks']} | "
             f"{middle(lambda r: r['tokens'] / r['seconds']['pool']):,.0f} | {ratio('at once')} | "
+            f"{ratio('at once', 'steps')} | "
             f"{ratio('naive')} | {ratio('trl') or row['trl_failure']} | "
             f"{middle(lambda r: r['driver']):.0f} + {middle(lambda r: r['environment']):.0f} | "
             f"{middle(lambda r: r['hits']):.2f} |"
