@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from processes import started
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyModel, Ti
     """Two models of one shape."""
     folder = tmp_path_factory.mktemp("tiny")
     return make_tiny_model(folder / "a", 0), make_tiny_model(folder / "b", 1)
+
+
+@pytest.fixture(scope="module")
+def others() -> set[psutil.Process]:
+    """What other tests have left running, workers of verifiers that they share, say."""
+    return started()
 
 
 @pytest.fixture(scope="session")

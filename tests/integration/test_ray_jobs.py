@@ -33,6 +33,7 @@ SMALL = [
     "evaluation.num_problems=8",
     "evaluation.every=1000",
 ]
+STEPS = 10  # of a run that is stopped after the first
 RUN = ("/delethink train", "VllmWorker", "EngineCore")  # in the commands of what a run starts
 
 
@@ -91,7 +92,7 @@ def test_a_stopped_job_leaves_no_worker_and_no_engine_and_the_same_command_goes_
     head: RayHead, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    steps = ["training.max_steps=20", "training.save_steps=1"]
+    steps = [f"training.max_steps={STEPS}", "training.save_steps=1"]
     command = [*TRAIN, *SMALL, *steps, "engine=vllm", "num_workers=2", f"output={run}"]
     job = head.start(*submit("--submission-id", "half", "--", *command), cwd=ROOT)
     try:
@@ -117,8 +118,8 @@ def test_a_stopped_job_leaves_no_worker_and_no_engine_and_the_same_command_goes_
     done = head.ray(*submit("--", *command), cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "after RL, Delethink" in done.stdout
-    assert 0 < len(before) < 20
-    assert steps_of(run) == list(range(1, 21))
+    assert 0 < len(before) < STEPS
+    assert steps_of(run) == list(range(1, STEPS + 1))
     assert not head.processes(*RUN)
 
 

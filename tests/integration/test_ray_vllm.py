@@ -44,7 +44,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_models: tuple[TinyModel, TinyModel], own_ray: None) -> Iterator[RayPool]:
+def pool(
+    others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel], own_ray: None
+) -> Iterator[RayPool]:
     pool = RayPool(
         tiny_models[0].folder,
         num_workers=2,
@@ -294,8 +296,8 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
         assert metrics[f"engine/worker {index}/batch_occupancy"] > 0
 
 
-def test_a_closed_pool_leaves_no_process(pool: RayPool) -> None:
-    processes = started()
+def test_a_closed_pool_leaves_no_process(pool: RayPool, others: set[psutil.Process]) -> None:
+    processes = started() - others
     pids = {process.pid for process in processes}
     assert all(worker.pid in pids for worker in pool.workers), pids
     pool.close()

@@ -226,7 +226,7 @@ def test_a_chunk_that_silences_every_worker_is_data() -> None:
         with pytest.raises(PolicyError, match="no sign of life for"):
             await pool.sample((5,), 30, Sampling(seed=0))
 
-    run(cluster, play, PoolSettings(silence_timeout=5, hang_timeout=1e6, max_attempts=2))
+    run(cluster, play, PoolSettings(silence_timeout=5, hang_timeout=60, max_attempts=2))
 
 
 def test_an_answer_of_a_life_that_was_given_up_does_not_count() -> None:
