@@ -38,7 +38,7 @@ NODE = {"num_cpus": 1}
 
 
 @pytest.fixture
-def cluster(own_ray: None) -> Iterator[Cluster]:
+def cluster(others: set[psutil.Process], own_ray: None) -> Iterator[Cluster]:
     """Two nodes of a core each, that listen on loopback."""
     assert not ray.is_initialized()
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def cluster(own_ray: None) -> Iterator[Cluster]:
             patch.setenv("RAY_ADDRESS", cluster.address)
             yield cluster
         finally:
-            processes = started()
+            processes = started() - others
             ray.shutdown()
             cluster.shutdown()
             assert_gone(processes)
