@@ -356,7 +356,7 @@ class ThinkingState:
         return after(head=head, tail=tail, context=None)
 
     def _with(self, **changes: Any) -> ThinkingState:
-        """``dataclasses.replace``, which takes as long as the rest of ``advance``, for fields."""
+        """This state but for some fields; ``dataclasses.replace`` would look at each one anew."""
         after = object.__new__(ThinkingState)
         after.__dict__.update(self.__dict__, **changes)
         return after

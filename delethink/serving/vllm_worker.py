@@ -110,11 +110,11 @@ class VllmWorker:
         """Takes jobs on, gives others up, and reports what has been done since the last report.
 
         Args:
-            sent: packed, the jobs and the numbers of those that are taken back.
+            sent: encoded, the jobs and the numbers of those that are taken back.
             silence_s: after how many seconds it reports that there is nothing.
 
         Returns:
-            The report, packed.
+            The report, encoded.
 
         It waits for something to report, for ``silence_s`` at most, and for a little more to come,
         so that the driver need not come for each chunk. A later exchange relieves it.
