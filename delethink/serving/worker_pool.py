@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import statistics
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from delethink.errors import (
@@ -25,6 +24,8 @@ from delethink.errors import (
 from delethink.policy import Completion, Progress, Sampling
 from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerHandle, WorkerState
 from delethink.serving.pool_settings import Order, PoolSettings
+from delethink.serving.pool_sleep import PoolSleep
+from delethink.serving.pool_watch import PoolWatch
 from delethink.serving.pool_weights import PoolWeights
 from delethink.serving.pool_worker import Chunk, Counts, Outcome, PoolWorker, say
 from delethink.serving.scheduler import Lease, Rank, Request, Scheduler
@@ -39,7 +40,7 @@ _PAUSE_S = 1.0  # after a worker raised: others get the chunk
 _FIRST_BACKOFF_S = 1.0  # doubles from the second restart in a row without a chunk in between
 _LAST_BACKOFF_S = 60.0
 _STOP_TIMEOUT_S = 10.0
-_MEASURED_CHUNKS = 8  # of a worker, before its pace says anything
+_PACED_CHUNKS = 32  # of a worker, over which its pace is smoothed
 
 
 class WorkerPool:
@@ -71,8 +72,7 @@ class WorkerPool:
         self.ended: Exception | None = None  # why nothing is sampled ever again
         self._gone_since: float | None = None
         self._assigning = False
-        self._falling_asleep, self._awake = asyncio.Lock(), asyncio.Event()
-        self._awake.set()
+        self._watch, self._sleep = PoolWatch(self, settings), PoolSleep(self)
         self.changed = asyncio.Event()  # a worker came into service, or was given up
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -95,7 +95,7 @@ class WorkerPool:
                 raise ConfigError(f"{worker} did not start: {say(problem)}") from None
         for worker in self.workers:
             self._spawn(self._keep(worker))
-        self._spawn(self._watch())
+        self._spawn(self._watch_over_all())
 
     async def close(self) -> None:
         """Ends all workers; who still waits is told so."""
@@ -134,7 +134,7 @@ class WorkerPool:
 
     async def _begin(self, worker: PoolWorker) -> None:
         """A new life: an engine with the current weights, in service when this returns."""
-        await self._awake.wait()  # while it sleeps, its GPU is somebody else's
+        await self._sleep.awake.wait()  # while it sleeps, its GPU is somebody else's
         worker.life += 1
         worker.handle = handle = self._launch(worker.index)
         state = await handle.start()
@@ -155,7 +155,7 @@ class WorkerPool:
         self.max_model_tokens = state.max_model_tokens
         self._scheduler.add_worker(worker.key, *self._settings.room(state.batch_size))
         self._by_life[worker.key] = worker
-        if self._weights.unsound or not self._awake.is_set():
+        if self._weights.unsound or not self._sleep.awake.is_set():
             self.hold(worker)
         self._gone_since = None
         self.changed.set()
@@ -230,7 +230,7 @@ class WorkerPool:
         if (why := self.ended or self._weights.unsound) is not None:
             chunk.deliver(why)
             return
-        if not self._awake.is_set():
+        if not self._sleep.awake.is_set():
             self._spawn(self.wake())
         chunk.key = next(self._keys)
         self._chunks[chunk.key] = chunk
@@ -364,7 +364,7 @@ class WorkerPool:
         worker.returned_tokens += len(answer.output)
         pace = (now - lease.given) / max(1, len(answer.output))
         worker.paced += 1
-        worker.pace += (pace - worker.pace) / min(worker.paced, 4 * _MEASURED_CHUNKS)
+        worker.pace += (pace - worker.pace) / min(worker.paced, _PACED_CHUNKS)
         chunk = self._chunks.pop(lease.request.key)
         try:
             outcome: Outcome = answer.error or answer.completion()
@@ -418,48 +418,23 @@ class WorkerPool:
 
     # -- deadlines -----------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
+    async def _watch_over_all(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_TICK_S)
-            now = asyncio.get_running_loop().time()
-            for worker in self.workers:
-                if worker.in_service:
-                    self._look_at(worker, now)
+            self._watch.look(loop.time())
             if self._gone_since is not None and self.ended is None:
-                gone = now - self._gone_since
+                gone = loop.time() - self._gone_since
                 if gone > self._settings.lost_timeout:
                     self._end_without_workers(f"for {gone:.0f} s")
 
-    def _look_at(self, worker: PoolWorker, now: float) -> None:
-        settings = self._settings
-        silent, still = now - worker.heard, now - worker.progressed
-        if silent > settings.hang_timeout:
-            self.lose(worker, f"hangs: no sign of life for {silent:.0f} s")
-            return
-        if silent > settings.silence_timeout and not worker.silent:
-            self._suspect(worker, silent)
-        if still > settings.hang_timeout and not worker.idle.is_set():
-            self.lose(worker, f"hangs: its engine made no step for {still:.0f} s")
-            return
-        pace = self._pace_of_others(worker)
-        soonest = min(settings.hang_timeout, settings.chunk_timeout or settings.hang_timeout)
-        for lease in self._scheduler.leases(worker.key):
-            age = now - lease.given
-            if age <= soonest:
-                return  # the oldest come first
-            if settings.chunk_timeout is not None and age > settings.chunk_timeout:
-                self._time_out(worker, lease, settings.chunk_timeout)
-                continue
-            chunk = self._chunks[lease.request.key]
-            fair = settings.slow_factor * chunk.max_new_tokens * pace
-            if pace and age > max(fair, settings.hang_timeout):
-                self.lose(worker, f"is slow: {age:.0f} s at a chunk, others take {fair:.0f} s")
-                return
+    def held_by(self, worker: PoolWorker) -> list[tuple[Lease, Chunk]]:
+        """The chunks that a worker has, the oldest first."""
+        leases = self._scheduler.leases(worker.key)
+        return [(lease, self._chunks[lease.request.key]) for lease in leases]
 
-    def _suspect(self, worker: PoolWorker, silence: float) -> None:
+    def suspect(self, worker: PoolWorker, silence: float) -> None:
         """Gives the chunks of a silent worker to others, who may be done before it is given up."""
-        if not any(o.in_service and not o.silent for o in self.workers if o is not worker):
-            return
         worker.silent = True
         self.hold(worker)
         for lease in reversed(self._scheduler.leases(worker.key)):  # the oldest is to be the first
@@ -468,16 +443,8 @@ class WorkerPool:
             self.counts.chunks_rescheduled += 1
             self._count_attempt(lease, f"{worker} gave no sign of life for {silence:.0f} s")
 
-    def _pace_of_others(self, worker: PoolWorker) -> float:
-        """Seconds per token of the others, in the middle; 0 where nobody can say."""
-        known = [
-            other.pace
-            for other in self.workers
-            if other is not worker and other.in_service and other.paced >= _MEASURED_CHUNKS
-        ]
-        return statistics.median(known) if known else 0.0
-
-    def _time_out(self, worker: PoolWorker, lease: Lease, seconds: float) -> None:
+    def time_out(self, worker: PoolWorker, lease: Lease, seconds: float) -> None:
+        """Gives a chunk up for good: its trace is data."""
         self._scheduler.finish(lease.number)
         self._drop(lease)
         self.counts.chunk_timeouts += 1
@@ -486,7 +453,7 @@ class WorkerPool:
             DeadlineError(f"the chunk was not done after {seconds:g} s (chunk_timeout) at {worker}")
         )
 
-    # -- weights -------------------------------------------------------------------------------
+    # -- weights and sleep -------------------------------------------------------------------------
 
     async def update_weights(self, weights: Any, version: int) -> None:
         """Gives weights to all workers, each as soon as it has no chunk in flight.
@@ -508,48 +475,21 @@ class WorkerPool:
 
     def release(self, worker: PoolWorker) -> None:
         """Gives a worker chunks again, where nothing else speaks against it."""
-        held = self._weights.changing or self._weights.unsound or not self._awake.is_set()
+        held = self._weights.changing or self._weights.unsound or not self._sleep.awake.is_set()
         if worker.in_service and not (held or worker.silent):
             self._scheduler.resume(worker.key)
             self._assign_soon()
-
-    # -- sleep ---------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
         """Frees the GPUs of all workers, once no chunk is in flight.
 
         The next chunk, or new weights, wake them.
         """
-        async with self._falling_asleep:
-            self._awake.clear()
-            await self._all(self._put_to_sleep)
+        await self._sleep.begin()
 
     async def wake(self) -> None:
         """Ends sleep."""
-        async with self._falling_asleep:
-            if self._awake.is_set():
-                return
-            await self._all(self._wake_up)
-            self._awake.set()
-        for worker in self.workers:
-            self.release(worker)
-
-    async def _put_to_sleep(self, worker: PoolWorker) -> None:
-        self.hold(worker)
-        await worker.idle.wait()
-        if worker.in_service and worker.handle is not None:
-            await worker.handle.sleep()
-
-    async def _wake_up(self, worker: PoolWorker) -> None:
-        if worker.handle is not None:
-            await worker.handle.wake()
-
-    async def _all(self, act: Callable[[PoolWorker], Awaitable[None]]) -> None:
-        lives = [(worker, worker.life) for worker in self.workers if worker.in_service]
-        done = await asyncio.gather(*[act(w) for w, _ in lives], return_exceptions=True)
-        for (worker, life), problem in zip(lives, done, strict=True):
-            if isinstance(problem, BaseException) and worker.life == life:
-                self.lose(worker, say(problem))
+        await self._sleep.end()
 
     # -- inside --------------------------------------------------------------------------------
 
