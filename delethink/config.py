@@ -366,11 +366,13 @@ class RolloutConfig(_Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a GPU's memory for a worker."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs over which each engine is spread."""
+    """Ranks over which each engine is spread: on GPUs, as many as each worker has."""
     placement: Literal["pack", "spread"] | None = None
     """Workers on as few, or as many, nodes as there are; unset, as Ray likes."""
     sleep: bool = False
     """Free the workers' GPUs while the trainer trains."""
+    weight_transfer: Literal["store", "nccl", "ipc"] = "store"
+    """How new weights come to workers: Ray's object store, or vLLM's own transfer between GPUs."""
 
 
 class Recipe(_Section):

@@ -8,6 +8,7 @@ from typing import Literal
 from delethink.errors import ConfigError
 
 Order = Literal["breadth", "depth"]
+WeightTransfer = Literal["store", "nccl", "ipc"]
 
 _MARGIN = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
 
@@ -82,7 +83,12 @@ class PoolSettings:
 
 
 def check_resources(
-    gpus_per_worker: float, tensor_parallel_size: int, can_sleep: bool, placement: str | None
+    gpus_per_worker: float,
+    tensor_parallel_size: int,
+    can_sleep: bool,
+    placement: str | None,
+    weight_transfer: str = "store",
+    num_trainers: int = 1,
 ) -> None:
     """Refuses what no machine can give.
 
@@ -96,7 +102,7 @@ def check_resources(
         )
     if tensor_parallel_size < 1:
         raise ConfigError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
-    if tensor_parallel_size > 1 and gpus_per_worker != tensor_parallel_size:
+    if tensor_parallel_size > 1 and gpus_per_worker not in (0, tensor_parallel_size):
         raise ConfigError(
             f"tensor_parallel_size={tensor_parallel_size} needs as many GPUs for each worker, got "
             f"gpus_per_worker={gpus_per_worker:g}"
@@ -107,3 +113,17 @@ def check_resources(
         )
     if placement not in (None, "pack", "spread"):
         raise ConfigError(f"placement must be 'pack' or 'spread', got {placement!r}")
+    if weight_transfer not in ("store", "nccl", "ipc"):
+        raise ConfigError(
+            f"weight_transfer must be 'store', 'nccl' or 'ipc', got {weight_transfer!r}"
+        )
+    if weight_transfer != "store" and not gpus_per_worker:
+        raise ConfigError(
+            f"weight_transfer={weight_transfer!r} goes from GPU to GPU, and the workers have none: "
+            "set gpus_per_worker, or weight_transfer='store'"
+        )
+    if weight_transfer == "ipc" and num_trainers > 1:
+        raise ConfigError(
+            f"weight_transfer='ipc' is for workers on the one trainer's GPU, and {num_trainers} "
+            "processes train: set weight_transfer='nccl'"
+        )

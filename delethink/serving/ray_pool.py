@@ -17,18 +17,19 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
-from delethink.serving.exchange import Job, Report, WorkerState, decode, encode
+from delethink.serving.exchange import WorkerHandle
 from delethink.serving.pool_metrics import PoolMetrics
-from delethink.serving.pool_settings import PoolSettings, check_resources
+from delethink.serving.pool_settings import PoolSettings, WeightTransfer, check_resources
 from delethink.serving.pool_worker import Chunk, Outcome, PoolWorker
-from delethink.serving.ray_calls import cause, connect
+from delethink.serving.ray_calls import connect
+from delethink.serving.ray_worker import Room
 from delethink.serving.vllm_weights import pack
-from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
+from delethink.serving.vllm_worker import WorkerConfig
 from delethink.serving.worker_pool import WorkerPool, settle
 from delethink.types import TokenIds
 
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
-_MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
-_SILENCE_S = 2.0  # after which a worker says that it is alive
 _CLOSE_TIMEOUT_S = 60.0
 
 Answer = tuple[asyncio.Future[Completion], Outcome]
@@ -73,6 +72,8 @@ class RayPool:
         tensor_parallel_size: GPUs over which vLLM spreads each engine.
         can_sleep: lets ``sleep`` free the GPUs while somebody else uses them.
         placement: "pack" or "spread" puts the workers on as few, or as many, nodes as there are.
+        weight_transfer: "store" sends new weights through Ray's object store; "nccl" and "ipc" by
+            vLLM's own weight transfer from this process's GPU, "ipc" where workers share it.
         settings: how workers that fail, hang or are slow are treated, and how chunks are ordered.
 
     Raises:
@@ -109,13 +110,16 @@ class RayPool:
         tensor_parallel_size: int = 1,
         can_sleep: bool = False,
         placement: str | None = None,
+        weight_transfer: WeightTransfer = "store",
         settings: PoolSettings | None = None,
     ) -> None:
         if ray is None:
             raise MissingExtraError("ray", "ray")
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
-        check_resources(gpus_per_worker, tensor_parallel_size, can_sleep, placement)
+        check_resources(
+            gpus_per_worker, tensor_parallel_size, can_sleep, placement, weight_transfer
+        )
         settings = settings or PoolSettings()
         settings = dataclasses.replace(settings, weight_sync_timeout=weight_sync_timeout_s)
         cpus = _cpus(cpus_per_worker, num_workers, on_gpu=gpus_per_worker > 0)
@@ -134,14 +138,13 @@ class RayPool:
                 max_batch_size=max_batch_size,
                 tensor_parallel_size=tensor_parallel_size,
                 can_sleep=can_sleep,
+                weight_transfer=None if weight_transfer == "store" else weight_transfer,
             )
             for i in range(num_workers)
         ]
         self.max_model_tokens = 0
         self._can_sleep = can_sleep
-        self._startup_timeout_s = startup_timeout_s
-        self._resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
-        self._group: Any = None
+        self._room: Room | None = None
         self._inbox: list[Chunk] = []
         self._outbox: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
         self._lock = threading.Lock()  # of the inbox
@@ -151,7 +154,8 @@ class RayPool:
         self._metrics = PoolMetrics(self._pool)
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
-            self._group = _reserve(placement, self._resources, num_workers, startup_timeout_s)
+            resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
+            self._room = Room(resources, num_workers, placement, startup_timeout_s)
             self._thread = threading.Thread(
                 target=self._loop.run_forever, name="delethink-pool", daemon=True
             )
@@ -167,18 +171,9 @@ class RayPool:
         """The workers, until the pool is closed."""
         return self._pool.workers
 
-    def _launch(self, index: int) -> _RayWorker:
-        options = dict(self._resources)
-        if self._group is not None:
-            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            )
-        remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(VllmWorker)
-        return _RayWorker(
-            remote.remote(self._configs[index]), self._startup_timeout_s, self._resources
-        )
+    def _launch(self, index: int) -> WorkerHandle:
+        assert self._room is not None
+        return self._room.launch(index, self._configs[index])
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -241,7 +236,16 @@ class RayPool:
             WeightSyncError: all workers refused them; the text is what each said.
             WorkersLostError: no worker came back in time.
         """
-        self._run(self._pool.update_weights(ray.put(pack(weights)), version))
+        self._run(self._pool.update_weights(self._hold(weights), version))
+
+    def _hold(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        """A copy from which workers take weights up, now or when they restart."""
+        config = self._configs[0]
+        if config.weight_transfer is None:
+            return ray.put(pack(weights))
+        from delethink.serving.weight_transfer import snapshot
+
+        return snapshot(weights, config.dtype)
 
     def sleep(self) -> None:
         """Frees the GPUs until the next request or weights, if the pool was made to."""
@@ -266,9 +270,8 @@ class RayPool:
             thread.join(_CLOSE_TIMEOUT_S)
         if not self._loop.is_running() and not self._loop.is_closed():
             self._loop.close()
-        if self._group is not None and ray.is_initialized():
-            ray.util.remove_placement_group(self._group)
-        self._group = None
+        if self._room is not None:
+            self._room.give_up()
         if self._owns_ray:
             ray.shutdown()
         self._owns_ray = False
@@ -304,75 +307,9 @@ class RayPool:
             )
 
 
-class _RayWorker:
-    """A worker in a Ray actor: ``WorkerHandle``."""
-
-    def __init__(self, actor: Any, timeout_s: float, resources: Mapping[str, float]) -> None:
-        self._actor, self._timeout_s, self._resources = actor, timeout_s, resources
-
-    async def start(self) -> WorkerState:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                state: WorkerState = await _ask(self._actor.start.remote())
-        except TimeoutError:
-            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-            raise TimeoutError(
-                f"gave no answer within {self._timeout_s:g} s; it asks for "
-                f"{dict(self._resources)}, and Ray has {free} left"
-            ) from None
-        return state
-
-    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))
-        report: Report = decode(said)
-        return report
-
-    async def update(self, weights: Any, version: int) -> int:
-        said: int = await _ask(self._actor.update.remote(weights, version))
-        return said
-
-    async def sleep(self) -> None:
-        await _ask(self._actor.sleep.remote())
-
-    async def wake(self) -> None:
-        await _ask(self._actor.wake.remote())
-
-    async def stop(self) -> None:
-        await _ask(self._actor.stop.remote())
-
-    def kill(self) -> None:
-        if ray.is_initialized():
-            ray.kill(self._actor)
-
-
-async def _ask(call: Any) -> Any:
-    try:
-        return await call
-    except ray.exceptions.RayError as error:
-        raise cause(error) from None
-
-
 def _settle_all(answers: list[Answer]) -> None:
     for answer, outcome in answers:
         settle(answer, outcome)
-
-
-def _reserve(
-    placement: str | None, resources: Mapping[str, float], num_workers: int, timeout_s: float
-) -> Any:
-    """A placement group with a bundle for each worker, or ``None`` where none was asked for."""
-    if placement is None:
-        return None
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    bundle = {names[name]: amount for name, amount in resources.items() if amount}
-    group = ray.util.placement_group([bundle] * num_workers, strategy=placement.upper())
-    if not group.wait(timeout_s):
-        ray.util.remove_placement_group(group)
-        raise ConfigError(
-            f"Ray has no room for {num_workers} workers of {bundle} each; it has "
-            f"{ {name: ray.available_resources().get(name, 0) for name in bundle} } left"
-        )
-    return group
 
 
 def _cpus(asked: float | None, num_workers: int, on_gpu: bool) -> float:

@@ -1,24 +1,30 @@
-"""New weights on their way into vLLM: from the driver into an engine, and the proof of arrival.
+"""New weights in an engine process, by whichever way they come, and the proof that it runs them.
 
-    pack (driver)  ──►  Ray's object store  ──►  write (actor)  ──►  WeightUpdates (engine process)
+Through Ray's object store, to engines anywhere:
 
-vLLM fuses and packs what a checkpoint holds apart (q, k and v become one layer), and not all that
-is sent to it is bound to arrive: on the CPU a tied output layer keeps its old weights. So each
-update ends with a comparison of what every layer computes with and what was sent.
+    pack (driver)  ──►  object store  ──►  write (actor)  ──►  WeightUpdates.delethink_load
+
+From GPU to GPU, by vLLM's own weight transfer (``weight_transfer``):
+
+    delethink_expect  ──►  vLLM's start, update and finish  ──►  delethink_confirm
+
+Either ends with a comparison of what the model computes with and what was sent (``weight_check``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from delethink.serving.weight_check import Pair, Sent, check, names, pair_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +33,6 @@ Packed = Mapping[str, "tuple[np.ndarray, str, tuple[int, ...]]"]  # bytes, dtype
 Slot = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, first byte, number of bytes
 
 _ALIGNMENT = 64  # bytes; a view of another dtype must start at a multiple of its size
-_PROBED_COLUMNS = 16
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -70,139 +75,92 @@ def read(path: str, slots: list[Slot]) -> dict[str, torch.Tensor]:
     }
 
 
+def _answers(method: Callable[..., int]) -> Callable[..., int | str]:
+    """What goes wrong is an answer too, as text, and not raised.
+
+    Where a rank of several raises, vLLM leaves what the others say in their queues, and takes it
+    for the answers to its next call.
+    """
+
+    @functools.wraps(method)
+    def answer(*arguments: Any) -> int | str:
+        try:
+            return method(*arguments)
+        except Exception as problem:  # ours, or whatever vLLM's loading says
+            return str(problem) or repr(problem)
+
+    return answer
+
+
 class WeightUpdates:
     """What is mixed into vLLM's own worker, in the engine process."""
 
     model_runner: Any
+    _pairs: list[Pair]
+    _sent: dict[str, Sent]
 
     def __new__(cls, *args: object, **kwargs: object) -> WeightUpdates:
         """The first thing of ours that runs in the engine process, before it loads the model."""
         _die_with_parent()
         return super().__new__(cls)
 
+    @_answers
     def delethink_load(self, path: str, slots: list[Slot], version: int) -> int:
         """Takes up the weights in a file and checks that the model computes with them.
 
-        Raises:
-            ValueError: they do not fit the model, or it computes with others afterwards.
+        Returns:
+            The version; or as text, that they do not fit, or that it computes with others.
         """
+        self._expect({name: shape for name, _, shape, _, _ in slots})
+        self.model_runner.reload_weights(weights_iterator=iter(read(path, slots).items()))
+        return self._confirm(version)
+
+    @_answers
+    def delethink_expect(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Gets ready for weights of these names and shapes, which the model is given next.
+
+        Returns:
+            0; or as text, that they do not fit the model, of which nothing has been touched.
+        """
+        self._expect(shapes)
+        return 0
+
+    @_answers
+    def delethink_confirm(self, version: int) -> int:
+        """Checks that the model computes with what has come since ``delethink_expect``.
+
+        Returns:
+            The version, as what this process runs from now on; or as text, that it runs others.
+        """
+        return self._confirm(version)
+
+    def _expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         model = self.model_runner.get_model()
-        sent = read(path, slots)
-        pairs = list(pair_weights(model, sent))  # raises before anything is touched
-        self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
+        self._sent = {name: Sent(shape) for name, shape in shapes.items()}
+        self._pairs = pair_weights(model, self._sent)
+        vars(model).pop("load_weights", None)  # of an update that was broken off
+        load = model.load_weights
+        model.load_weights = lambda weights: load(self._seen(weights))
+
+    def _seen(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self._sent[name].see(tensor)
+            yield name, tensor
+
+    def _confirm(self, version: int) -> int:
+        model = self.model_runner.get_model()
+        vars(model).pop("load_weights", None)
         _pack_tied(model)
-        stale = [pair.name for pair in pairs if not runs(pair)]
-        if stale:
-            raise ValueError(
-                f"the engine runs other weights than it was sent: {len(stale)} of {len(pairs)} "
-                f"differ, the first is {stale[0]!r}"
-            )
+        pairs, self._pairs, self._sent = self._pairs, [], {}
+        check(pairs)
         return version
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A parameter of a vLLM model and what was sent for it."""
-
-    name: str  # in vLLM
-    module: Any  # that holds it
-    parts: list[torch.Tensor]  # one under the other; several where vLLM fuses them
-
-    @property
-    def parameter(self) -> torch.Tensor:
-        """What vLLM holds: on the CPU it may be empty, as linear layers keep a packed copy only."""
-        held: torch.Tensor = getattr(self.module, self.name.rpartition(".")[2])
-        return held
-
-
-def pair_weights(model: torch.nn.Module, sent: Mapping[str, torch.Tensor]) -> Iterator[Pair]:
-    """Finds what was sent for each parameter of a vLLM model.
-
-    Raises:
-        ValueError: a parameter for which nothing was sent, a name that the model does not have, or
-            another shape than the model's.
-    """
-    unused = set(sent)
-    for name, module, sources in _parameters(model):
-        names = next((names for names in sources if sent.keys() >= set(names)), None)
-        if names is None:
-            raise ValueError(f"nothing was sent for {name!r}, which the engine has")
-        pair = Pair(name, module, [sent[n] for n in names])
-        _check_shape(pair, names)
-        unused -= set(names)
-        yield pair
-    if unused:
-        raise ValueError(f"the engine has no weight called {min(unused)!r}")
-
-
-def runs(pair: Pair) -> bool:
-    """Whether a module computes with the values that were sent for one of its parameters."""
-    sent = torch.cat(pair.parts) if len(pair.parts) > 1 else pair.parts[0]
-    held = pair.parameter
-    if pair.name.endswith(".weight") and hasattr(pair.module, "cpu_linear"):
-        return _multiplies_with(pair.module, sent.to(held.dtype))
-    unpadded = held[: len(sent)] if sent.ndim else held
-    return torch.equal(unpadded, sent.to(held.device, held.dtype))
-
-
-def _multiplies_with(module: Any, weight: torch.Tensor) -> bool:
-    """Asks a linear layer for columns of its weight, which one-hot inputs give back exactly."""
-    columns = torch.linspace(0, weight.shape[1] - 1, _PROBED_COLUMNS).long()
-    probe = torch.zeros(_PROBED_COLUMNS, weight.shape[1], dtype=weight.dtype)
-    probe[range(_PROBED_COLUMNS), columns] = 1.0
-    found = module.quant_method.apply(module, probe, bias=None)
-    return torch.equal(found[:, : len(weight)], weight[:, columns].T)
-
-
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any, list[list[str]]]]:
-    """Each parameter's name and module, and the names in a checkpoint that may make it up."""
-    fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    tied = _names(model)
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}".removeprefix(".")
-            sources = [s for alias in [name, *tied[parameter]] for s in _sources(alias, fused)]
-            yield name, module, sources
-
-
-def _sources(name: str, fused: Mapping[str, list[str]]) -> Iterator[list[str]]:
-    yield [name]
-    for whole, parts in fused.items():
-        if f".{whole}." in name:
-            yield [name.replace(f".{whole}.", f".{part}.") for part in parts]
-
-
-def _names(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[str]]:
-    """All names of each parameter: tied ones have several."""
-    names: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names
-
-
-def _check_shape(pair: Pair, names: list[str]) -> None:
-    """A wrong shape must be found before vLLM starts to load, as it does not recover from one."""
-    expected = _checkpoint_shape(pair)
-    rows = sum(part.shape[0] for part in pair.parts if part.ndim)
-    if any(([rows, *part.shape[1:]] if part.ndim else []) != expected for part in pair.parts):
-        shapes = zip(names, pair.parts, strict=True)
-        found = ", ".join(f"{list(part.shape)} for {name!r}" for name, part in shapes)
-        raise ValueError(f"the engine expects the shape {expected} and was sent {found}")
-
-
-def _checkpoint_shape(pair: Pair) -> list[int]:
-    """A parameter's shape without vLLM's padding of vocabularies and emptying of packed layers."""
-    shape = list(pair.parameter.shape)
-    if hasattr(pair.module, "org_vocab_size"):
-        return [int(pair.module.org_vocab_size), *shape[1:]]
-    if pair.name.endswith(".weight") and hasattr(pair.module, "output_size"):
-        return [int(pair.module.output_size), int(pair.module.input_size)]
-    return shape
 
 
 def _pack_tied(model: torch.nn.Module) -> None:
     """On the CPU, vLLM leaves the packed copy of a tied output layer as it was."""
-    tied = _names(model)
+    tied = names(model)
     module: Any
     for module in model.modules():
         shared = any(len(tied[p]) > 1 for p in module.parameters(recurse=False))

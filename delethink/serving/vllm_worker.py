@@ -14,10 +14,10 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
 from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
@@ -53,10 +53,13 @@ class WorkerConfig:
     max_batch_size: int | None = None  # None takes vLLM's own
     tensor_parallel_size: int = 1
     can_sleep: bool = False
+    weight_transfer: Literal["nccl", "ipc"] | None = None  # of vLLM's own, if weights come by it
 
 
 class VllmWorker:
     """A vLLM engine that is given chunks and reports them; made to be an asynchronous Ray actor."""
+
+    extension: type = WeightUpdates  # what is mixed into vLLM's worker
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
@@ -88,7 +91,7 @@ class VllmWorker:
         counters: list[Any] = []
         try:
             self._engine = AsyncLLM.from_engine_args(
-                _engine_args(self._config), stat_loggers=[make_counter(counters)]
+                _engine_args(self._config, self.extension), stat_loggers=[make_counter(counters)]
             )
             async for _ in self._engine.generate(
                 {"prompt_token_ids": [0]}, _sampling_params(1, 1.0, None, ()), "warm-up"
@@ -204,32 +207,73 @@ class VllmWorker:
                 worker samples nothing until an update succeeds.
             ConnectionError: the engine process died.
         """
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        self._broken = "was interrupted"
-        try:
-            self._version = await self._load(weights, version)
-        except Exception as error:
-            explained = self._explain(error)
-            if isinstance(explained, ConnectionError):
-                raise explained from None
-            self._broken = str(explained)
-            raise WeightSyncError(self._broken) from None
-        self._broken = ""
-        return self._version
-
-    async def _load(self, weights: Packed, version: int) -> int:
+        await self._rest()
         file, slots = write(weights)
         try:
             path = f"/proc/{os.getpid()}/fd/{file}"
-            arguments = (path, slots, version)
-            said = await self._engine.collective_rpc("delethink_load", args=arguments)
+            return await self._take_up("delethink_load", path, slots, version)
         finally:
             os.close(file)
+
+    async def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gets ready for weights by vLLM's own transfer: see ``weight_transfer``.
+
+        Raises:
+            WeightSyncError: they do not fit the model.
+            ConnectionError: the engine process died.
+        """
+        await self._rest()
+        await self._ask_engine("delethink_expect", shapes)
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        """One of the four calls that vLLM's trainer side makes; its own engine answers them."""
+        await self._engine.init_weight_transfer_engine(request)
+
+    async def start_weight_update(self) -> None:
+        """Another."""
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, request: Any) -> None:
+        """Another."""
+        await self._engine.update_weights(request)
+
+    async def finish_weight_update(self) -> None:
+        """The last."""
+        await self._engine.finish_weight_update()
+
+    async def confirm(self, version: int) -> int:
+        """Ends what ``expect`` began; raises and returns as ``update`` does."""
+        return await self._take_up("delethink_confirm", version)
+
+    async def _rest(self) -> None:
+        """Samples nothing until weights have been taken up."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._broken = "was interrupted"
+
+    async def _take_up(self, method: str, *arguments: Any) -> int:
+        """Lets the engine run other weights; it samples again if it says that it does."""
+        said = await self._ask_engine(method, *arguments)
         if len(set(said)) != 1:
-            raise RuntimeError(f"its {len(said)} parts run different versions: {said}")
+            self._refuse(f"its {len(said)} parts run different versions: {said}")
         if not await self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM did not empty its prefix cache")
-        return int(said[0])
+            self._refuse("vLLM did not empty its prefix cache")
+        self._version, self._broken = int(said[0]), ""
+        return self._version
+
+    async def _ask_engine(self, method: str, *arguments: Any) -> list[int]:
+        """What each rank of the engine says to a call of ``WeightUpdates``."""
+        try:
+            said = await self._engine.collective_rpc(method, args=arguments)
+        except Exception as error:
+            raise self._explain(error) from None
+        for answer in said:
+            if isinstance(answer, str):
+                self._refuse(f"failed: {answer}")
+        return list(said)
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._broken = why
+        raise WeightSyncError(why) from None
 
     async def sleep(self) -> None:
         """Moves the weights to the host and gives up the cache, so that the GPU is free."""
@@ -269,7 +313,7 @@ def _sampling_params(
     )
 
 
-def _engine_args(config: WorkerConfig) -> Any:
+def _engine_args(config: WorkerConfig, extension: type) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     on_device: dict[str, Any] = {
@@ -278,13 +322,18 @@ def _engine_args(config: WorkerConfig) -> Any:
         # Where vLLM splits the prompt of a request with a seed, its engine dies on the CPU, because
         # generators of the CPU cannot be wound back.
         "enable_chunked_prefill": False,
-        "distributed_executor_backend": "uni",
     }
+    if config.tensor_parallel_size == 1:
+        on_device["distributed_executor_backend"] = "uni"
     if config.on_gpu:
         on_device = {
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enable_sleep_mode": config.can_sleep,
         }
+    if config.weight_transfer is not None:
+        from vllm.config import WeightTransferConfig
+
+        on_device["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
     return AsyncEngineArgs(
         model=config.model,
         skip_tokenizer_init=True,
@@ -296,7 +345,7 @@ def _engine_args(config: WorkerConfig) -> Any:
         # After temperature; greedy requests are not scaled, so theirs are at temperature 1.
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
-        worker_extension_cls=f"{WeightUpdates.__module__}.{WeightUpdates.__qualname__}",
+        worker_extension_cls=f"{extension.__module__}.{extension.__qualname__}",
         disable_log_stats=True,  # but for what vllm_counter counts
         tensor_parallel_size=config.tensor_parallel_size,
         **_where_given(max_num_seqs=config.max_batch_size),
@@ -312,10 +361,15 @@ def _set_environment(config: WorkerConfig) -> None:
     """Must come before vLLM is imported; the engine process inherits it."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if config.weight_transfer == "ipc":
+        # Handles of memory go from the actor to its own engine process in Python's format.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if not config.on_gpu:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else "uni" becomes one more process
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB only, and overrides ours
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, config.threads // config.tensor_parallel_size))
+        if config.tensor_parallel_size > 1:  # else vLLM wants a NUMA node for each rank
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # vLLM compiles a helper of its sampler even in eager mode: half a minute, to no gain here.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 

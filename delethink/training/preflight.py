@@ -98,7 +98,12 @@ def _check_engine(recipe: Recipe) -> None:
     rollout = recipe.rollout
     if choose_engine(recipe.engine) == "vllm":
         check_resources(
-            recipe.gpus_per_worker, rollout.tensor_parallel_size, rollout.sleep, rollout.placement
+            recipe.gpus_per_worker,
+            rollout.tensor_parallel_size,
+            rollout.sleep,
+            rollout.placement,
+            rollout.weight_transfer,
+            recipe.trainer.num_workers,
         )
         return
     if recipe.training.max_staleness:

@@ -12,7 +12,6 @@ import re
 import signal
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -30,7 +29,7 @@ pytest.importorskip("vllm")
 torch = pytest.importorskip("torch")
 
 from delethink.serving.ray_pool import RayPool  # noqa: E402
-from delethink.serving.vllm_weights import Pair, pair_weights, runs  # noqa: E402
+from delethink.serving.weight_check import Pair, Sent, pair_weights, runs  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -307,6 +306,10 @@ def test_a_closed_pool_leaves_no_process(pool: RayPool, others: set[psutil.Proce
         complete(pool, [PROMPTS[0]], 8, [GREEDY])
 
 
+def seen(weights: dict[str, torch.Tensor]) -> dict[str, Sent]:
+    return {name: Sent.of(tensor) for name, tensor in weights.items()}
+
+
 def test_an_update_that_was_not_applied_is_seen() -> None:
     class Fused(torch.nn.Module):
         packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
@@ -319,10 +322,10 @@ def test_an_update_that_was_not_applied_is_seen() -> None:
     held = model.attention["qkv_proj"].weight.detach()
     parts = [f"attention.{part}_proj.weight" for part in "qkv"]
     sent = dict(zip(parts, held.clone().split(4), strict=True))
-    (pair,) = pair_weights(model, sent)
+    (pair,) = pair_weights(model, seen(sent))
     assert isinstance(pair, Pair)
     assert runs(pair)
-    for part in range(3):
-        changed = [tensor.clone() for tensor in pair.parts]
-        changed[part][-1, -1] *= 1 + 1e-6
-        assert not runs(replace(pair, parts=changed))
+    for name in parts:
+        changed = sent[name].clone()
+        changed[-1, -1] *= 1 + 1e-6
+        assert not runs(pair_weights(model, {**seen(sent), name: Sent.of(changed)})[0])

@@ -20,7 +20,9 @@ from delethink.serving.pool_settings import PoolSettings, check_resources
         ((1.5, 1, False, None), "a fraction of one GPU or a whole number, got 1.5"),
         ((1.0, 0, False, None), "tensor_parallel_size must be at least 1, got 0"),
         ((1.0, 2, False, None), "needs as many GPUs for each worker, got gpus_per_worker=1"),
-        ((0.0, 2, False, None), "needs as many GPUs for each worker, got gpus_per_worker=0"),
+        ((1.0, 1, False, None, "email"), "must be 'store', 'nccl' or 'ipc', got 'email'"),
+        ((0.5, 1, False, None, "ipc", 2), "and 2 processes train: set weight_transfer='nccl'"),
+        ((0.0, 1, False, None, "nccl"), "goes from GPU to GPU, and the workers have none"),
         ((0.0, 1, True, None), "the workers have none: set gpus_per_worker"),
         ((0.0, 1, False, "near"), "placement must be 'pack' or 'spread', got 'near'"),
     ],
@@ -34,6 +36,8 @@ def test_what_machines_can_give_is_not() -> None:
     check_resources(0.5, 1, True, "pack")
     check_resources(4.0, 4, False, "spread")
     check_resources(0.0, 1, False, None)
+    check_resources(0.0, 2, False, None, "store")
+    check_resources(0.5, 1, False, None, "ipc")
 
 
 def test_every_setting_of_a_recipe_reaches_the_pool() -> None:

@@ -1,0 +1,175 @@
+"""Workers in Ray actors: room for them in the cluster, and each life of one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from delethink.errors import ConfigError
+from delethink.serving.exchange import (
+    Job,
+    Report,
+    WorkerHandle,
+    WorkerState,
+    decode,
+    encode,
+)
+from delethink.serving.ray_calls import cause
+from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
+
+try:
+    import ray
+except ImportError:  # the pool says so when one is made
+    ray = None
+
+if TYPE_CHECKING:
+    from delethink.serving.weight_transfer import Transfer
+
+_MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
+_SILENCE_S = 2.0  # after which a worker says that it is alive
+
+
+class Room:
+    """What Ray sets aside for each of a pool's workers.
+
+    Args:
+        resources: of a worker, as options of an actor.
+        num_workers: how many there are.
+        placement: "pack" or "spread" sets all aside at once; ``None`` as each worker starts.
+        timeout_s: seconds that this may take, and each start of a worker.
+
+    Raises:
+        ConfigError: the cluster has not got it.
+    """
+
+    def __init__(
+        self,
+        resources: Mapping[str, float],
+        num_workers: int,
+        placement: str | None,
+        timeout_s: float,
+    ) -> None:
+        self.resources, self.timeout_s = resources, timeout_s
+        self._group = _reserve(placement, resources, num_workers, timeout_s)
+
+    def launch(self, index: int, config: WorkerConfig) -> WorkerHandle:
+        """Begins a life of the worker of an index."""
+        options: dict[str, Any] = dict(self.resources)
+        if self._group is not None:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=index
+            )
+        remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(VllmWorker)
+        return _RayWorker(remote.remote(config), config, self)
+
+    def give_up(self) -> None:
+        """Lets others have it."""
+        if self._group is not None and ray.is_initialized():
+            ray.util.remove_placement_group(self._group)
+        self._group = None
+
+
+class _RayWorker:
+    """A worker in a Ray actor: ``WorkerHandle``."""
+
+    def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
+        self._actor, self._room = actor, room
+        self._transfer: Transfer | None = None
+        if config.weight_transfer is not None:
+            from delethink.serving.weight_transfer import Transfer
+
+            self._transfer = Transfer(config.weight_transfer, actor, config.tensor_parallel_size)
+
+    async def start(self) -> WorkerState:
+        try:
+            async with asyncio.timeout(self._room.timeout_s):
+                state: WorkerState = await _ask(self._actor.start.remote())
+        except TimeoutError:
+            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+            raise TimeoutError(
+                f"gave no answer within {self._room.timeout_s:g} s; it asks for "
+                f"{dict(self._room.resources)}, and Ray has {free} left"
+            ) from None
+        return state
+
+    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
+        said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))
+        report: Report = decode(said)
+        return report
+
+    async def update(self, weights: Any, version: int) -> int:
+        if (transfer := self._transfer) is not None:
+            return await _in_thread(lambda: transfer.send(weights, version))
+        said: int = await _ask(self._actor.update.remote(weights, version))
+        return said
+
+    async def sleep(self) -> None:
+        await _ask(self._actor.sleep.remote())
+
+    async def wake(self) -> None:
+        await _ask(self._actor.wake.remote())
+
+    async def stop(self) -> None:
+        await _ask(self._actor.stop.remote())
+
+    def kill(self) -> None:
+        if self._transfer is not None:  # it may be waiting for the worker
+            threading.Thread(target=self._transfer.close, daemon=True).start()
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+
+async def _ask(call: Any) -> Any:
+    try:
+        return await call
+    except ray.exceptions.RayError as error:
+        raise cause(error) from None
+
+
+async def _in_thread(work: Callable[[], int]) -> int:
+    """Of its own, which dies with the process: what waits in it may never end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[int] = loop.create_future()
+
+    def settle(said: int, problem: Exception | None) -> None:
+        if done.done():
+            return
+        if problem is None:
+            done.set_result(said)
+        else:
+            done.set_exception(problem)
+
+    def run() -> None:
+        said, problem = 0, None
+        try:
+            said = work()
+        except Exception as error:  # of Ray, vLLM or CUDA: the pool judges
+            problem = cause(error)
+        with contextlib.suppress(RuntimeError):  # the pool is closed
+            loop.call_soon_threadsafe(settle, said, problem)
+
+    threading.Thread(target=run, name="delethink-weights", daemon=True).start()
+    return await done
+
+
+def _reserve(
+    placement: str | None, resources: Mapping[str, float], num_workers: int, timeout_s: float
+) -> Any:
+    """A placement group with a bundle for each worker, or ``None`` where none was asked for."""
+    if placement is None:
+        return None
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    bundle = {names[name]: amount for name, amount in resources.items() if amount}
+    group = ray.util.placement_group([bundle] * num_workers, strategy=placement.upper())
+    if not group.wait(timeout_s):
+        ray.util.remove_placement_group(group)
+        raise ConfigError(
+            f"Ray has no room for {num_workers} workers of {bundle} each; it has "
+            f"{ {name: ray.available_resources().get(name, 0) for name in bundle} } left"
+        )
+    return group

@@ -1,0 +1,85 @@
+"""vLLM's weight transfer where there is no GPU: what NCCL and CUDA do goes by TCP and by files.
+
+All else is vLLM's own on both sides: the rendezvous, the calls and their order, the descriptions of
+tensors, the loading. ``Worker`` puts the stand-ins in place in its engine process; the other side
+calls ``put_in_place``. vLLM is imported where it is used, because a worker sets its environment
+before that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from delethink.serving.vllm_weights import WeightUpdates
+from delethink.serving.vllm_worker import VllmWorker
+
+SHARED = Path(tempfile.gettempdir())
+PREFIX = "delethink-ipc-"
+
+
+class Communicator:
+    """In place of ``PyNcclCommunicator``, over the TCP store of its group."""
+
+    def __init__(self, group: Any, device: Any) -> None:
+        self._group = group
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        came = self._group.broadcast(tensor, src)
+        if self._group.rank != src:
+            tensor.copy_(came)
+
+    def destroy(self) -> None:
+        pass
+
+
+def share(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """In place of ``reduce_tensor``; vLLM writes the receiver's device over the seventh part."""
+    with tempfile.NamedTemporaryFile(dir=SHARED, prefix=PREFIX, delete=False) as file:
+        torch.save(tensor, file)
+    return None, (file.name, 0, 0, 0, 0, 0, 0)
+
+
+def opened(name: str, *rest: Any) -> torch.Tensor:
+    """In place of ``rebuild_cuda_tensor``."""
+    tensor: torch.Tensor = torch.load(name)
+    return tensor
+
+
+def put_in_place(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Lets the stand-ins answer in this process.
+
+    Args:
+        replace: as ``setattr``.
+    """
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import ipc_engine
+
+    replace(pynccl, "PyNcclCommunicator", Communicator)
+    replace(ipc_engine, "reduce_tensor", share)
+    replace(ipc_engine, "rebuild_cuda_tensor", opened)
+    replace(torch.accelerator, "current_device_index", lambda: 0)
+    replace(torch.accelerator, "synchronize", lambda device=None: None)
+    replace(torch.cuda, "current_stream", lambda device=None: None)
+    only = SimpleNamespace(uuid="the only one")
+    replace(torch.cuda, "get_device_properties", lambda device=None: only)
+    replace(torch.cuda, "ipc_collect", lambda: None)
+
+
+class Updates(WeightUpdates):
+    """What is mixed into vLLM's worker: the same, after the stand-ins."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> WeightUpdates:
+        put_in_place()
+        return super().__new__(cls, *args, **kwargs)
+
+
+class Worker(VllmWorker):
+    """A worker whose engine has the stand-ins."""
+
+    extension = Updates

@@ -1,0 +1,141 @@
+"""New weights by each way, into engines of one rank and of two.
+
+vLLM's own weight transfer runs from GPU to GPU. Here NCCL's and CUDA's part of it is played by
+stand-ins (``transfer_without_gpu``), because there is no GPU; the engines, Ray and vLLM's code on
+both sides are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from processes import assert_gone, started, wait_until
+
+from delethink.errors import ConfigError, WeightSyncError
+from delethink.policy import Completion, Sampling
+
+pytest.importorskip("ray")
+pytest.importorskip("vllm")
+torch = pytest.importorskip("torch")
+
+import transfer_without_gpu  # noqa: E402
+
+from delethink.serving import ray_pool, ray_worker, weight_transfer  # noqa: E402
+from delethink.serving.pool_settings import WeightTransfer  # noqa: E402
+from delethink.serving.ray_pool import RayPool  # noqa: E402
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+pytestmark = pytest.mark.integration
+
+PROMPT = tuple(2 + i % 22 for i in range(60))
+MISFIT = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For this test alone: what they replace is put back."""
+    transfer_without_gpu.put_in_place(monkeypatch.setattr)
+    folder = str(Path(transfer_without_gpu.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)  # of Ray's processes
+    monkeypatch.setattr(ray_worker, "VllmWorker", transfer_without_gpu.Worker)
+    monkeypatch.setattr(ray_pool, "check_resources", lambda *asked: None)  # it asks for GPUs
+    monkeypatch.setattr(weight_transfer, "_PACKED", False)  # packing works on CUDA's streams
+    yield
+    for file in transfer_without_gpu.SHARED.glob(f"{transfer_without_gpu.PREFIX}*"):
+        file.unlink()
+
+
+def make_pool(
+    model: TinyModel, transfer: WeightTransfer, workers: int, ranks: int
+) -> contextlib.closing[RayPool]:
+    return contextlib.closing(
+        RayPool(
+            model.folder,
+            num_workers=workers,
+            eos_ids=(1,),
+            max_model_tokens=256,
+            kv_cache_gib=0.25,
+            tensor_parallel_size=ranks,
+            weight_transfer=transfer,
+            weight_sync_timeout_s=10,
+        )
+    )
+
+
+def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
+    """Every worker samples what a plain forward pass of the model gives."""
+
+    async def play() -> list[Completion]:
+        greedy = Sampling(temperature=0.0)
+        return await asyncio.gather(*[pool.generate(PROMPT, 24, greedy) for _ in range(4)])
+
+    before = [worker.completions for worker in pool.workers]
+    for completion in asyncio.run(play()):
+        choices, logprobs = model.forward(PROMPT, completion.token_ids)
+        assert list(completion.token_ids) == choices
+        assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
+        assert completion.policy_version == version
+    assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
+
+
+@pytest.mark.parametrize(("transfer", "ranks"), [("store", 2), ("ipc", 2)])
+def test_every_rank_takes_weights_up(
+    own_ray: None,
+    tiny_models: tuple[TinyModel, TinyModel],
+    stand_ins: None,
+    transfer: WeightTransfer,
+    ranks: int,
+) -> None:
+    first, second = tiny_models
+    with make_pool(first, transfer, 1, ranks) as pool:
+        assert_runs(pool, first, 0)
+        pool.update_weights(second.model.state_dict(), version=1)
+        assert_runs(pool, second, 1)
+        weights = second.model.state_dict()
+        with pytest.raises(WeightSyncError, match="expects the shape"):
+            pool.update_weights({**weights, MISFIT: weights[MISFIT][:-1]}, version=2)
+        pool.update_weights(first.model.state_dict(), version=3)
+        assert_runs(pool, first, 3)
+
+
+def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
+    others: set[psutil.Process],
+    own_ray: None,
+    tiny_models: tuple[TinyModel, TinyModel],
+    stand_ins: None,
+) -> None:
+    first, second = tiny_models
+    with make_pool(first, "nccl", 2, 1) as pool:
+        pool.update_weights(second.model.state_dict(), version=1)
+        assert_runs(pool, second, 1)
+        victim = pool.workers[0]
+        engine = psutil.Process(victim.pid).children(recursive=True)
+        for process in engine:
+            process.send_signal(signal.SIGSTOP)
+        model = dict(first.model.state_dict())
+        pool.update_weights(model, version=2)
+        assert victim.is_dead
+        assert_gone(engine)
+        for tensor in model.values():  # as a trainer does, that goes on
+            tensor.add_(0.0)
+        wait_until(lambda: not victim.is_dead)
+        assert_runs(pool, first, 2)
+        processes = started() - others
+    assert_gone(processes)
+
+
+def test_a_transfer_between_gpus_is_refused_where_there_are_none(
+    own_ray: None, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    with pytest.raises(ConfigError, match="goes from GPU to GPU, and the workers have none"):
+        make_pool(tiny_models[0], "nccl", 1, 1)

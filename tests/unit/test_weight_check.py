@@ -1,0 +1,165 @@
+"""Whatever rank holds which rows and columns, what it runs is told from what it was sent.
+
+The modules have the attributes of vLLM's, which the check reads; vLLM itself is in the integration
+tests.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from delethink.serving.weight_check import Sent, check, pair_weights, runs  # noqa: E402
+
+WIDTH = 40  # more than the columns that are compared
+
+
+class Held(torch.nn.Module):
+    """A module with one weight and vLLM's description of its share."""
+
+    def __init__(self, weight: torch.Tensor, **share: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        for name, value in share.items():
+            setattr(self, name, value)
+
+
+class Model(torch.nn.Module):
+    packed_modules_mapping = {  # noqa: RUF012 - vLLM's
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, **modules: Held) -> None:
+        super().__init__()
+        self.layer = torch.nn.ModuleDict(modules)
+
+
+def random(rows: int, columns: int = WIDTH) -> torch.Tensor:
+    return torch.randn(rows, columns)
+
+
+def linear(parts: list[torch.Tensor], rank: int, ranks: int, replicas: int = 1) -> Held:
+    """A layer spread by its rows; ``replicas`` ranks hold the same of all but the first part."""
+    repeats = [1, *[replicas] * (len(parts) - 1)]
+    own = [
+        part.chunk(ranks // times)[rank // times]
+        for part, times in zip(parts, repeats, strict=True)
+    ]
+    sizes = [len(part) for part in own]
+    share: dict[str, Any] = {"num_kv_head_replicas": replicas} if len(parts) == 3 else {}
+    return Held(
+        torch.cat(own),
+        output_partition_sizes=sizes,
+        output_size=sum(sizes) * ranks,
+        output_size_per_partition=sum(sizes),
+        input_size=WIDTH,
+        input_size_per_partition=WIDTH,
+        tp_rank=rank,
+        tp_size=ranks,
+        **share,
+    )
+
+
+def by_columns(whole: torch.Tensor, rank: int, ranks: int) -> Held:
+    return Held(
+        whole.chunk(ranks, 1)[rank],
+        output_partition_sizes=[len(whole)],
+        output_size=len(whole),
+        output_size_per_partition=len(whole),
+        input_size=WIDTH,
+        input_size_per_partition=WIDTH // ranks,
+        tp_rank=rank,
+        tp_size=ranks,
+    )
+
+
+def vocabulary(whole: torch.Tensor, rank: int, ranks: int) -> Held:
+    """Rows are filled up to equal shares."""
+    share = -(-len(whole) // ranks)
+    first, end = min(rank * share, len(whole)), min((rank + 1) * share, len(whole))
+    held = torch.zeros(share, WIDTH)
+    held[: end - first] = whole[first:end]
+    rows = SimpleNamespace(org_vocab_start_index=first, org_vocab_end_index=end)
+    return Held(held, shard_indices=rows, org_vocab_size=len(whole))
+
+
+def model_of(sent: dict[str, torch.Tensor], rank: int, ranks: int, replicas: int) -> Model:
+    weights = {name.split(".")[1]: tensor for name, tensor in sent.items()}
+    return Model(
+        qkv_proj=linear([weights[f"{x}_proj"] for x in "qkv"], rank, ranks, replicas),
+        gate_up_proj=linear([weights["gate_proj"], weights["up_proj"]], rank, ranks),
+        down_proj=by_columns(weights["down_proj"], rank, ranks),
+        embed=vocabulary(weights["embed"], rank, ranks),
+        norm=Held(weights["norm"]),
+    )
+
+
+def seen(sent: dict[str, torch.Tensor]) -> dict[str, Sent]:
+    return {name: Sent.of(tensor) for name, tensor in sent.items()}
+
+
+@given(data=st.data(), seed=st.integers(0, 2**16))
+def test_each_rank_knows_its_share_and_every_change_of_it(data: st.DataObject, seed: int) -> None:
+    ranks = data.draw(st.sampled_from([1, 2, 4]))
+    replicas = data.draw(st.sampled_from([n for n in (1, 2, 4) if n <= ranks]))
+    torch.manual_seed(seed)
+    sent = {
+        "layer.q_proj.weight": random(8),
+        "layer.k_proj.weight": random(4),
+        "layer.v_proj.weight": random(4),
+        "layer.gate_proj.weight": random(12),
+        "layer.up_proj.weight": random(12),
+        "layer.down_proj.weight": random(5),
+        "layer.embed.weight": random(data.draw(st.integers(ranks, 9))),
+        "layer.norm.weight": torch.randn(WIDTH),
+    }
+    models = [model_of(sent, rank, ranks, replicas) for rank in range(ranks)]
+    for model in models:
+        check(pair_weights(model, seen(sent)))
+    name = data.draw(st.sampled_from(sorted(sent)))
+    changed = sent[name].clone()
+    changed.view(len(changed), -1)[data.draw(st.integers(0, len(changed) - 1))] += 1.0
+    resent = seen({**sent, name: changed})
+    stale = [sum(not runs(pair) for pair in pair_weights(model, resent)) for model in models]
+    assert max(stale) == 1
+
+
+def test_a_share_of_another_rank_is_told() -> None:
+    sent = {"layer.down_proj.weight": random(5)}
+    held = by_columns(sent["layer.down_proj.weight"], 0, 2)
+    held.tp_rank = 1
+    with pytest.raises(ValueError, match=r"1 of 1 differ, the first is 'layer.down_proj.weight'"):
+        check(pair_weights(Model(down_proj=held), seen(sent)))
+
+
+def test_weights_that_have_not_come_are_told() -> None:
+    sent = {"layer.norm.weight": torch.randn(WIDTH)}
+    announced = {name: Sent(tuple(tensor.shape)) for name, tensor in sent.items()}
+    pairs = pair_weights(Model(norm=Held(sent["layer.norm.weight"])), announced)
+    with pytest.raises(ValueError, match="1 of 1 differ"):
+        check(pairs)
+    announced["layer.norm.weight"].see(sent["layer.norm.weight"])
+    check(pairs)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({}, "nothing was sent for 'layer.norm.weight'"),
+        ({"layer.norm.weight": (3,)}, r"expects the shape \[40\] and was sent \[3\]"),
+        ({"layer.norm.weight": (40,), "more": (1,)}, "no weight called 'more'"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_it_comes(
+    sent: dict[str, tuple[int, ...]], said: str
+) -> None:
+    announced = {name: Sent(shape) for name, shape in sent.items()}
+    with pytest.raises(ValueError, match=said):
+        pair_weights(Model(norm=Held(torch.randn(WIDTH))), announced)
