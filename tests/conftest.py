@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,25 @@ from hypothesis import settings
 # Tests check behaviour, never wall-clock time: a busy machine must not fail them.
 settings.register_profile("delethink", deadline=None)
 settings.load_profile("delethink")
+
+# Ray's processes yield to all others by default, and starve beside a busy test.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+# Files of minutes, the longest first: two run side by side, and the last should not run alone.
+LONGEST = [
+    "test_ray_chaos",
+    "test_ray_jobs",
+    "test_cli_train",
+    "test_cli_train_together",
+    "test_ray_vllm",
+    "test_weight_transfer",
+    "test_cli_train_options",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def numbers(n: int, **extra: Any) -> list[dict[str, Any]]:

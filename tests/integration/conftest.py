@@ -79,7 +79,5 @@ def own_ray() -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_TMPDIR", str(folder))
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-        # Ray's processes yield to all others by default, and may starve beside a busy test.
-        patch.setenv("RAY_worker_niceness", "0")
         yield
     shutil.rmtree(folder, ignore_errors=True)

@@ -88,7 +88,9 @@ def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
     assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
 
 
-@pytest.mark.parametrize(("transfer", "ranks"), [("store", 2), ("ipc", 2)])
+@pytest.mark.parametrize(
+    ("transfer", "ranks"), [("store", 2), ("ipc", 1), pytest.param("ipc", 2, marks=pytest.mark.slow)]
+)
 def test_every_rank_takes_weights_up(
     own_ray: None,
     tiny_models: tuple[TinyModel, TinyModel],

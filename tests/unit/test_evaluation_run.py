@@ -289,7 +289,7 @@ def test_killed_ten_times_and_resumed_it_gives_what_an_undisturbed_run_gives(
 
 
 def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
-    """What is held at a time is the traces in flight; each here has 20,000 tokens."""
+    """What is held at a time is the traces in flight; each here has 5,000 tokens."""
     import tracemalloc
 
     class Endless(GuessingPolicy):
@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
             return Completion(ids, (0.0,) * max_new_tokens, StopReason.LENGTH)
 
     def peak(samples: int) -> int:
-        settings = make_settings(["x"], ["delethink"], [4000], [2000], [9], head_size=0)
+        settings = make_settings(["x"], ["delethink"], [1000], [500], [9], head_size=0)
         asked = Evaluation(guessing_problems(4), settings, Asked(samples), in_flight=1)
         tracemalloc.start()
         run(tmp_path / str(samples), Endless(), evaluation=asked)
@@ -307,7 +307,7 @@ def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
         return most
 
     few, many = peak(1), peak(20)
-    assert many < few + 80 * 20_000  # bytes: an eighth of what the tokens of 80 traces take
+    assert many < few + 80 * 5_000  # bytes: an eighth of what the tokens of 80 traces take
 
 
 def test_samples_of_a_problem_differ_and_settings_begin_alike(tmp_path: Path) -> None:
