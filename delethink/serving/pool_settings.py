@@ -122,6 +122,16 @@ def check_resources(
             f"weight_transfer={weight_transfer!r} goes from GPU to GPU, and the workers have none: "
             "set gpus_per_worker, or weight_transfer='store'"
         )
+    if weight_transfer == "nccl" and gpus_per_worker < 1:
+        raise ConfigError(
+            f"weight_transfer='nccl' is for workers with GPUs of their own, and gpus_per_worker="
+            f"{gpus_per_worker:g} shares one: set weight_transfer='ipc'"
+        )
+    if weight_transfer == "ipc" and gpus_per_worker > 1:
+        raise ConfigError(
+            "weight_transfer='ipc' is for workers on the trainer's GPU, and gpus_per_worker="
+            f"{gpus_per_worker:g} are several: set weight_transfer='nccl'"
+        )
     if weight_transfer == "ipc" and num_trainers > 1:
         raise ConfigError(
             f"weight_transfer='ipc' is for workers on the one trainer's GPU, and {num_trainers} "

@@ -138,13 +138,15 @@ class RayPool:
                 max_batch_size=max_batch_size,
                 tensor_parallel_size=tensor_parallel_size,
                 can_sleep=can_sleep,
-                weight_transfer=None if weight_transfer == "store" else weight_transfer,
+                weight_transfer=weight_transfer,
             )
             for i in range(num_workers)
         ]
         self.max_model_tokens = 0
         self._can_sleep = can_sleep
         self._room: Room | None = None
+        self._sends_from = _sends_from(weight_transfer)
+        self._under_way: set[concurrent.futures.Future[Any]] = set()  # of who waits here
         self._inbox: list[Chunk] = []
         self._outbox: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
         self._lock = threading.Lock()  # of the inbox
@@ -155,7 +157,9 @@ class RayPool:
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
             resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
-            self._room = Room(resources, num_workers, placement, startup_timeout_s)
+            self._room = Room(
+                resources, num_workers, placement, startup_timeout_s, self._sends_from
+            )
             self._thread = threading.Thread(
                 target=self._loop.run_forever, name="delethink-pool", daemon=True
             )
@@ -240,12 +244,11 @@ class RayPool:
 
     def _hold(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy from which workers take weights up, now or when they restart."""
-        config = self._configs[0]
-        if config.weight_transfer is None:
+        if self._sends_from is None:
             return ray.put(pack(weights))
-        from delethink.serving.weight_transfer import snapshot
+        from delethink.serving.weight_transfer import Snapshot
 
-        return snapshot(weights, config.dtype)
+        return Snapshot(weights, self._sends_from)
 
     def sleep(self) -> None:
         """Frees the GPUs until the next request or weights, if the pool was made to."""
@@ -263,6 +266,8 @@ class RayPool:
     def close(self) -> None:
         """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
         thread, self._thread = self._thread, None
+        for future in list(self._under_way):
+            future.cancel()
         if thread is not None:
             with contextlib.suppress(TimeoutError):
                 self._await(self._pool.close(), _CLOSE_TIMEOUT_S)
@@ -288,10 +293,13 @@ class RayPool:
 
     def _await(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._under_way.add(future)
         try:
             return future.result(timeout_s)
         except concurrent.futures.CancelledError:
             raise PolicyError("the pool was closed meanwhile") from None
+        finally:
+            self._under_way.discard(future)
 
     def _check(self, needed: int, temperature: float) -> None:
         if self._thread is None:
@@ -310,6 +318,17 @@ class RayPool:
 def _settle_all(answers: list[Answer]) -> None:
     for answer, outcome in answers:
         settle(answer, outcome)
+
+
+def _sends_from(weight_transfer: WeightTransfer) -> torch.device | None:
+    """The GPU from which weights go to workers; ``None`` where they go by Ray."""
+    if weight_transfer == "store":
+        return None
+    try:
+        from delethink.serving.weight_transfer import this_device
+    except ImportError as error:
+        raise MissingExtraError("vllm", "vllm") from error
+    return this_device()
 
 
 def _cpus(asked: float | None, num_workers: int, on_gpu: bool) -> float:

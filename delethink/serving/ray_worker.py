@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from delethink.errors import ConfigError
 from delethink.serving.exchange import (
@@ -26,7 +26,11 @@ except ImportError:  # the pool says so when one is made
     ray = None
 
 if TYPE_CHECKING:
+    import torch
+
     from delethink.serving.weight_transfer import Transfer
+
+T = TypeVar("T")
 
 _MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
 _SILENCE_S = 2.0  # after which a worker says that it is alive
@@ -40,6 +44,7 @@ class Room:
         num_workers: how many there are.
         placement: "pack" or "spread" sets all aside at once; ``None`` as each worker starts.
         timeout_s: seconds that this may take, and each start of a worker.
+        sends_from: the GPU from which weights go to workers, where they do not go by Ray.
 
     Raises:
         ConfigError: the cluster has not got it.
@@ -51,8 +56,9 @@ class Room:
         num_workers: int,
         placement: str | None,
         timeout_s: float,
+        sends_from: torch.device | None = None,
     ) -> None:
-        self.resources, self.timeout_s = resources, timeout_s
+        self.resources, self.timeout_s, self.sends_from = resources, timeout_s, sends_from
         self._group = _reserve(placement, resources, num_workers, timeout_s)
 
     def launch(self, index: int, config: WorkerConfig) -> WorkerHandle:
@@ -80,15 +86,18 @@ class _RayWorker:
     def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
         self._actor, self._room = actor, room
         self._transfer: Transfer | None = None
-        if config.weight_transfer is not None:
+        if room.sends_from is not None:
             from delethink.serving.weight_transfer import Transfer
 
-            self._transfer = Transfer(config.weight_transfer, actor, config.tensor_parallel_size)
+            ranks = config.tensor_parallel_size
+            self._transfer = Transfer(config.weight_transfer, actor, ranks, room.sends_from)
 
     async def start(self) -> WorkerState:
         try:
             async with asyncio.timeout(self._room.timeout_s):
                 state: WorkerState = await _ask(self._actor.start.remote())
+                if self._transfer is not None:
+                    await _in_thread(self._transfer.meet)
         except TimeoutError:
             free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
             raise TimeoutError(
@@ -118,10 +127,10 @@ class _RayWorker:
         await _ask(self._actor.stop.remote())
 
     def kill(self) -> None:
-        if self._transfer is not None:  # it may be waiting for the worker
-            threading.Thread(target=self._transfer.close, daemon=True).start()
         if ray.is_initialized():
             ray.kill(self._actor)
+        if self._transfer is not None:  # it may be waiting for the worker
+            threading.Thread(target=self._transfer.close, daemon=True).start()
 
 
 async def _ask(call: Any) -> Any:
@@ -131,27 +140,23 @@ async def _ask(call: Any) -> Any:
         raise cause(error) from None
 
 
-async def _in_thread(work: Callable[[], int]) -> int:
+async def _in_thread(work: Callable[[], T]) -> T:
     """Of its own, which dies with the process: what waits in it may never end."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[int] = loop.create_future()
+    done: asyncio.Future[T] = loop.create_future()
 
-    def settle(said: int, problem: Exception | None) -> None:
-        if done.done():
-            return
-        if problem is None:
-            done.set_result(said)
-        else:
-            done.set_exception(problem)
+    def settle(tell: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():
+            tell(outcome)
 
     def run() -> None:
-        said, problem = 0, None
+        outcome: tuple[Callable[[Any], None], Any]
         try:
-            said = work()
+            outcome = done.set_result, work()
         except Exception as error:  # of Ray, vLLM or CUDA: the pool judges
-            problem = cause(error)
+            outcome = done.set_exception, cause(error)
         with contextlib.suppress(RuntimeError):  # the pool is closed
-            loop.call_soon_threadsafe(settle, said, problem)
+            loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, name="delethink-weights", daemon=True).start()
     return await done

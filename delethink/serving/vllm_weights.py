@@ -13,17 +13,14 @@ Either ends with a comparison of what the model computes with and what was sent 
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from delethink.serving.vllm_process import die_with_parent
 from delethink.serving.weight_check import Pair, Sent, check, names, pair_weights
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ Packed = Mapping[str, "tuple[np.ndarray, str, tuple[int, ...]]"]  # bytes, dtype
 Slot = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, first byte, number of bytes
 
 _ALIGNMENT = 64  # bytes; a view of another dtype must start at a multiple of its size
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def pack(weights: Mapping[str, torch.Tensor]) -> Packed:
@@ -96,12 +92,13 @@ class WeightUpdates:
     """What is mixed into vLLM's own worker, in the engine process."""
 
     model_runner: Any
+    reload_weights: Any
     _pairs: list[Pair]
     _sent: dict[str, Sent]
 
     def __new__(cls, *args: object, **kwargs: object) -> WeightUpdates:
         """The first thing of ours that runs in the engine process, before it loads the model."""
-        _die_with_parent()
+        die_with_parent()
         return super().__new__(cls)
 
     @_answers
@@ -112,7 +109,7 @@ class WeightUpdates:
             The version; or as text, that they do not fit, or that it computes with others.
         """
         self._expect({name: shape for name, _, shape, _, _ in slots})
-        self.model_runner.reload_weights(weights_iterator=iter(read(path, slots).items()))
+        self.reload_weights(weights_iterator=iter(read(path, slots).items()))
         return self._confirm(version)
 
     @_answers
@@ -126,12 +123,15 @@ class WeightUpdates:
         return 0
 
     @_answers
-    def delethink_confirm(self, version: int) -> int:
-        """Checks that the model computes with what has come since ``delethink_expect``.
+    def delethink_confirm(self, version: int, digests: Mapping[str, str]) -> int:
+        """Checks that what was sent has come since ``delethink_expect``, and is computed with.
 
         Returns:
-            The version, as what this process runs from now on; or as text, that it runs others.
+            The version, as what this process runs from now on; or as text, what is otherwise.
         """
+        for name, sent in self._sent.items():
+            if sent.rows is None or sent.digest() != digests[name]:
+                raise ValueError(f"{name!r} did not come as it was sent")
         return self._confirm(version)
 
     def _expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -166,20 +166,3 @@ def _pack_tied(model: torch.nn.Module) -> None:
         shared = any(len(tied[p]) > 1 for p in module.parameters(recurse=False))
         if shared and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
-
-
-def _die_with_parent() -> None:
-    """A killed worker leaves no engine behind: vLLM itself does not notice that it is gone.
-
-    The kernel's signal also ends an engine that is stopped; the thread sees a parent that was gone
-    before.
-    """
-    if (parent := multiprocessing.parent_process()) is None:
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -14,15 +14,19 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
 from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
+from delethink.serving.pool_settings import WeightTransfer
+from delethink.serving.vllm_process import EXECUTOR
 from delethink.serving.vllm_weights import Packed, WeightUpdates, write
 from delethink.types import StopReason, TokenIds
+
+T = TypeVar("T")
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _LINGER_SHARE = 0.5  # of the time that a chunk takes, for which an answer waits for others
@@ -53,7 +57,7 @@ class WorkerConfig:
     max_batch_size: int | None = None  # None takes vLLM's own
     tensor_parallel_size: int = 1
     can_sleep: bool = False
-    weight_transfer: Literal["nccl", "ipc"] | None = None  # of vLLM's own, if weights come by it
+    weight_transfer: WeightTransfer = "store"
 
 
 class VllmWorker:
@@ -226,24 +230,30 @@ class VllmWorker:
         await self._ask_engine("delethink_expect", shapes)
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
-        """One of the four calls that vLLM's trainer side makes; its own engine answers them."""
-        await self._engine.init_weight_transfer_engine(request)
+        """For vLLM's trainer side: meets it."""
+        await self._pass_on(self._engine.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
-        """Another."""
-        await self._engine.start_weight_update()
+        """For vLLM's trainer side: begins an update."""
+        await self._pass_on(self._engine.start_weight_update())
 
     async def update_weights(self, request: Any) -> None:
-        """Another."""
-        await self._engine.update_weights(request)
+        """For vLLM's trainer side: receives weights."""
+        await self._pass_on(self._engine.update_weights(request))
 
     async def finish_weight_update(self) -> None:
-        """The last."""
-        await self._engine.finish_weight_update()
+        """For vLLM's trainer side: ends an update."""
+        await self._pass_on(self._engine.finish_weight_update())
 
-    async def confirm(self, version: int) -> int:
+    async def confirm(self, version: int, digests: Mapping[str, str]) -> int:
         """Ends what ``expect`` began; raises and returns as ``update`` does."""
-        return await self._take_up("delethink_confirm", version)
+        return await self._take_up("delethink_confirm", version, digests)
+
+    async def _pass_on(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except Exception as error:
+            raise self._explain(error) from None
 
     async def _rest(self) -> None:
         """Samples nothing until weights have been taken up."""
@@ -262,10 +272,7 @@ class VllmWorker:
 
     async def _ask_engine(self, method: str, *arguments: Any) -> list[int]:
         """What each rank of the engine says to a call of ``WeightUpdates``."""
-        try:
-            said = await self._engine.collective_rpc(method, args=arguments)
-        except Exception as error:
-            raise self._explain(error) from None
+        said = await self._pass_on(self._engine.collective_rpc(method, args=arguments))
         for answer in said:
             if isinstance(answer, str):
                 self._refuse(f"failed: {answer}")
@@ -323,14 +330,12 @@ def _engine_args(config: WorkerConfig, extension: type) -> Any:
         # generators of the CPU cannot be wound back.
         "enable_chunked_prefill": False,
     }
-    if config.tensor_parallel_size == 1:
-        on_device["distributed_executor_backend"] = "uni"
     if config.on_gpu:
         on_device = {
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enable_sleep_mode": config.can_sleep,
         }
-    if config.weight_transfer is not None:
+    if config.weight_transfer != "store":
         from vllm.config import WeightTransferConfig
 
         on_device["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
@@ -345,6 +350,7 @@ def _engine_args(config: WorkerConfig, extension: type) -> Any:
         # After temperature; greedy requests are not scaled, so theirs are at temperature 1.
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
+        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else EXECUTOR,
         worker_extension_cls=f"{extension.__module__}.{extension.__qualname__}",
         disable_log_stats=True,  # but for what vllm_counter counts
         tensor_parallel_size=config.tensor_parallel_size,

@@ -8,6 +8,7 @@ parameter, of some columns of what was sent with what the model multiplies by.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,12 @@ class Sent:
     def see(self, tensor: torch.Tensor) -> None:
         """Remembers the columns; the tensor may be overwritten afterwards."""
         self.rows = _as_matrix(tensor)[:, self.columns.to(tensor.device)].clone()
+
+    def digest(self) -> str:
+        """Of what is remembered, to the bit."""
+        assert self.rows is not None
+        memory = self.rows.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        return hashlib.blake2b(memory.tobytes(), digest_size=16).hexdigest()
 
     @property
     def columns(self) -> torch.Tensor:
@@ -119,7 +126,7 @@ def _own(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = getattr(module, "output_partition_sizes", None)
     if sizes is None:
         return torch.cat(parts), columns
-    if len(parts) == 1 and len(sizes) > 1:
+    if len(parts) == 1 and len(sizes) > 1:  # fused in the checkpoint, too
         parts = list(torch.split(parts[0], _whole_sizes(module)))
     owned = [_shard(part, size, module) for part, size in zip(parts, sizes, strict=True)]
     rows = torch.cat(owned)
@@ -183,6 +190,12 @@ def names(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[str]]:
 def _check_shape(pair: Pair, names: list[str]) -> None:
     """A wrong shape must be found before vLLM starts to load, as it does not recover from one."""
     expected = _checkpoint_shape(pair)
+    held = len(getattr(pair.module, "output_partition_sizes", names))
+    if len(names) not in (1, held):
+        raise ValueError(
+            f"the engine keeps {pair.name!r} in {held} parts, and a checkpoint in {len(names)}: "
+            "such a model takes no new weights yet"
+        )
     rows = sum(part.shape[0] for part in pair.parts if part.shape)
     shapes = [part.shape for part in pair.parts]
     if any(([rows, *shape[1:]] if shape else []) != expected for shape in shapes):

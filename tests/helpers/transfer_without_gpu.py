@@ -8,7 +8,10 @@ before that.
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,33 +24,54 @@ from delethink.serving.vllm_worker import VllmWorker
 
 SHARED = Path(tempfile.gettempdir())
 PREFIX = "delethink-ipc-"
+STANDS_STILL = SHARED / "delethink-stands-still"  # where it is, whoever receives next does
 
 
 class Communicator:
-    """In place of ``PyNcclCommunicator``, over the TCP store of its group."""
+    """In place of ``PyNcclCommunicator``, over the TCP store of its group.
+
+    As with NCCL, a sender waits until all have received, or until it is destroyed.
+    """
 
     def __init__(self, group: Any, device: Any) -> None:
-        self._group = group
+        self._group, self._round = group, 0
+        self._destroyed = False
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        self._round += 1
         came = self._group.broadcast(tensor, src)
         if self._group.rank != src:
             tensor.copy_(came)
+            if STANDS_STILL.exists():
+                STANDS_STILL.unlink()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            self._group.store.set(f"received/{self._round}/{self._group.rank}", b"1")
+            return
+        others = [rank for rank in range(self._group.world_size) if rank != src]
+        while not self._group.store.check([f"received/{self._round}/{rank}" for rank in others]):
+            if self._destroyed:
+                raise RuntimeError("the communicator was destroyed")
+            time.sleep(0.001)
 
     def destroy(self) -> None:
-        pass
+        self._destroyed = True
 
 
 def share(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """In place of ``reduce_tensor``; vLLM writes the receiver's device over the seventh part."""
+    """In place of ``reduce_tensor``: a handle of the kinds of parts that CUDA's have.
+
+    vLLM writes the receiver's device over the seventh.
+    """
     with tempfile.NamedTemporaryFile(dir=SHARED, prefix=PREFIX, delete=False) as file:
         torch.save(tensor, file)
-    return None, (file.name, 0, 0, 0, 0, 0, 0)
+    layout = (type(tensor), tensor.size(), tensor.stride(), 0)
+    return None, (*layout, torch.UntypedStorage, tensor.dtype, 0, file.name.encode(), 0, False)
 
 
-def opened(name: str, *rest: Any) -> torch.Tensor:
+def opened(*handle: Any) -> torch.Tensor:
     """In place of ``rebuild_cuda_tensor``."""
-    tensor: torch.Tensor = torch.load(name)
+    tensor: torch.Tensor = torch.load(handle[7].decode())
+    assert handle[5] == tensor.dtype
     return tensor
 
 

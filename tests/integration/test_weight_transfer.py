@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from processes import assert_gone, started, wait_until
 
-from delethink.errors import ConfigError, WeightSyncError
+from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
 
 pytest.importorskip("ray")
@@ -28,7 +29,7 @@ torch = pytest.importorskip("torch")
 
 import transfer_without_gpu  # noqa: E402
 
-from delethink.serving import ray_pool, ray_worker, weight_transfer  # noqa: E402
+from delethink.serving import ray_pool, ray_worker  # noqa: E402
 from delethink.serving.pool_settings import WeightTransfer  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
 
@@ -49,8 +50,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)  # of Ray's processes
     monkeypatch.setattr(ray_worker, "VllmWorker", transfer_without_gpu.Worker)
     monkeypatch.setattr(ray_pool, "check_resources", lambda *asked: None)  # it asks for GPUs
-    monkeypatch.setattr(weight_transfer, "_PACKED", False)  # packing works on CUDA's streams
     yield
+    transfer_without_gpu.STANDS_STILL.unlink(missing_ok=True)
     for file in transfer_without_gpu.SHARED.glob(f"{transfer_without_gpu.PREFIX}*"):
         file.unlink()
 
@@ -67,7 +68,7 @@ def make_pool(
             kv_cache_gib=0.25,
             tensor_parallel_size=ranks,
             weight_transfer=transfer,
-            weight_sync_timeout_s=10,
+            weight_sync_timeout_s=30,
         )
     )
 
@@ -89,9 +90,15 @@ def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transfer", "ranks"), [("store", 2), ("ipc", 1), pytest.param("ipc", 2, marks=pytest.mark.slow)]
+    ("transfer", "ranks"),
+    [
+        ("store", 2),
+        ("ipc", 1),
+        pytest.param("ipc", 2, marks=pytest.mark.slow),
+        pytest.param("nccl", 2, marks=pytest.mark.slow),
+    ],
 )
-def test_every_rank_takes_weights_up(
+def test_every_rank_takes_weights_up_and_ends_with_its_worker(
     own_ray: None,
     tiny_models: tuple[TinyModel, TinyModel],
     stand_ins: None,
@@ -108,6 +115,12 @@ def test_every_rank_takes_weights_up(
             pool.update_weights({**weights, MISFIT: weights[MISFIT][:-1]}, version=2)
         pool.update_weights(first.model.state_dict(), version=3)
         assert_runs(pool, first, 3)
+        actor = psutil.Process(pool.workers[0].pid)
+        processes = sorted(actor.children(recursive=True), key=lambda process: process.pid)
+        for process in processes[-ranks:]:
+            process.send_signal(signal.SIGSTOP)  # as if they hung
+        actor.kill()
+        assert_gone(processes)
 
 
 def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
@@ -120,19 +133,22 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
     with make_pool(first, "nccl", 2, 1) as pool:
         pool.update_weights(second.model.state_dict(), version=1)
         assert_runs(pool, second, 1)
-        victim = pool.workers[0]
-        engine = psutil.Process(victim.pid).children(recursive=True)
-        for process in engine:
-            process.send_signal(signal.SIGSTOP)
-        model = dict(first.model.state_dict())
-        pool.update_weights(model, version=2)
-        assert victim.is_dead
-        assert_gone(engine)
-        for tensor in model.values():  # as a trainer does, that goes on
-            tensor.add_(0.0)
+        transfer_without_gpu.STANDS_STILL.touch()  # in the middle of the next one
+        weights = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+        pool.update_weights(weights, version=2)
+        (victim,) = [worker for worker in pool.workers if worker.is_dead]
+        assert "did not take up the weights of version 2 within 30 s" in victim.reason
+        for tensor in weights.values():  # as a trainer does, that goes on
+            tensor.zero_()
         wait_until(lambda: not victim.is_dead)
         assert_runs(pool, first, 2)
+
+        transfer_without_gpu.STANDS_STILL.touch()
+        waiting = ThreadPoolExecutor(1).submit(pool.update_weights, weights, 3)
+        wait_until(lambda: not transfer_without_gpu.STANDS_STILL.exists())
         processes = started() - others
+    with pytest.raises(PolicyError, match="the pool was closed meanwhile"):
+        waiting.result()
     assert_gone(processes)
 
 

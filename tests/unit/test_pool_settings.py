@@ -21,6 +21,11 @@ from delethink.serving.pool_settings import PoolSettings, check_resources
         ((1.0, 0, False, None), "tensor_parallel_size must be at least 1, got 0"),
         ((1.0, 2, False, None), "needs as many GPUs for each worker, got gpus_per_worker=1"),
         ((1.0, 1, False, None, "email"), "must be 'store', 'nccl' or 'ipc', got 'email'"),
+        (
+            (0.5, 1, False, None, "nccl"),
+            "gpus_per_worker=0.5 shares one: set weight_transfer='ipc'",
+        ),
+        ((2.0, 2, False, None, "ipc"), "gpus_per_worker=2 are several: set weight_transfer='nccl'"),
         ((0.5, 1, False, None, "ipc", 2), "and 2 processes train: set weight_transfer='nccl'"),
         ((0.0, 1, False, None, "nccl"), "goes from GPU to GPU, and the workers have none"),
         ((0.0, 1, True, None), "the workers have none: set gpus_per_worker"),

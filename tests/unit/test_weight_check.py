@@ -131,6 +131,44 @@ def test_each_rank_knows_its_share_and_every_change_of_it(data: st.DataObject, s
     assert max(stale) == 1
 
 
+def test_a_checkpoint_that_is_fused_already() -> None:
+    gate, up = random(12), random(12)
+    for rank in range(2):
+        model = Model(gate_up_proj=linear([gate, up], rank, 2))
+        check(pair_weights(model, seen({"layer.gate_up_proj.weight": torch.cat([gate, up])})))
+        with pytest.raises(ValueError, match="1 of 1 differ"):
+            check(pair_weights(model, seen({"layer.gate_up_proj.weight": torch.cat([up, gate])})))
+
+
+def test_biases_are_spread_with_rows_and_whole_otherwise() -> None:
+    bias = torch.randn(8)
+    for rank in range(2):
+        rows = linear([random(8)], rank, 2)
+        columns = by_columns(random(8), rank, 2)
+        rows.bias = torch.nn.Parameter(bias.chunk(2)[rank])
+        columns.bias = torch.nn.Parameter(bias)
+        for module in (rows, columns):
+            del module.weight
+            model = Model(some_proj=module)
+            check(pair_weights(model, seen({"layer.some_proj.bias": bias})))
+            with pytest.raises(ValueError, match="1 of 1 differ"):
+                check(pair_weights(model, seen({"layer.some_proj.bias": bias + 1})))
+
+
+def test_a_model_that_vllm_packs_otherwise_is_refused_with_a_sentence() -> None:
+    held = linear([random(4), random(4), random(4)], 0, 1)
+    sent = {"layer.gate_proj.weight": (8, WIDTH), "layer.up_proj.weight": (4, WIDTH)}
+    announced = {name: Sent(shape) for name, shape in sent.items()}
+    with pytest.raises(ValueError, match="in 3 parts, and a checkpoint in 2: such a model"):
+        pair_weights(Model(gate_up_proj=held), announced)
+
+
+def test_the_digest_tells_every_bit_of_what_is_compared() -> None:
+    tensor = torch.randn(3, WIDTH, dtype=torch.bfloat16)
+    same, other = Sent.of(tensor.clone()), Sent.of(-tensor)
+    assert Sent.of(tensor).digest() == same.digest() != other.digest()
+
+
 def test_a_share_of_another_rank_is_told() -> None:
     sent = {"layer.down_proj.weight": random(5)}
     held = by_columns(sent["layer.down_proj.weight"], 0, 2)
