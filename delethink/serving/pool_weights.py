@@ -54,22 +54,25 @@ class PoolWeights:
         self._pool, self._timeout = pool, timeout
         self._current: tuple[Any, int] | None = None  # that workers are to run, once there are any
         self._lock = asyncio.Lock()
+        self._behind: set[PoolWorker] = set()  # who has yet to take up the weights of an update
 
-    @property
-    def changing(self) -> bool:
-        """Whether an update is under way."""
-        return self._lock.locked()
+    def holds(self, worker: PoolWorker) -> bool:
+        """Whether a worker may sample nothing until it has taken up others."""
+        return self.unsound is not None or worker in self._behind
 
     async def update(self, weights: Any, version: int) -> None:
         """Gives weights to all workers: see ``WorkerPool.update_weights``."""
         try:
             async with self._lock:
                 before, self._current = self._current, (weights, version)
+                self._behind = set(self._pool.workers)
                 if refusals := await self._give_all(weights, version):
                     self._current = before
                     self._refuse(refusals, version)
                 self.unsound = None
         finally:
+            if not self._lock.locked():  # else another update has begun
+                self._behind.clear()
             for worker in self._pool.workers:
                 self._pool.release(worker)
 
@@ -128,6 +131,8 @@ class PoolWeights:
                 self._pool.lose(worker, say(problem))
             return False
         worker.heard = worker.progressed = asyncio.get_running_loop().time()
+        self._behind.discard(worker)
+        self._pool.release(worker)
         return worker.in_service
 
     async def _give(self, worker: PoolWorker, weights: Any, version: int) -> None:

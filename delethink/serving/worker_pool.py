@@ -475,7 +475,7 @@ class WorkerPool:
 
     def release(self, worker: PoolWorker) -> None:
         """Gives a worker chunks again, where nothing else speaks against it."""
-        held = self._weights.changing or self._weights.unsound or not self._sleep.awake.is_set()
+        held = self._weights.holds(worker) or not self._sleep.awake.is_set()
         if worker.in_service and not (held or worker.silent):
             self._scheduler.resume(worker.key)
             self._assign_soon()

@@ -341,6 +341,27 @@ def test_an_update_comes_between_chunks() -> None:
     run(cluster, play)
 
 
+def test_a_worker_that_has_the_weights_does_not_wait_for_the_others() -> None:
+    """With sampling ahead of the trainer there are chunks, and another may have a long one."""
+    cluster = FakeCluster(2)
+
+    async def play(pool: WorkerPool) -> None:
+        busy = asyncio.ensure_future(sample(pool, 0))
+        await asyncio.sleep(0.01)
+        slow, idle = cluster.now(0), cluster.now(1)
+        slow.engine_stopped = True
+        update = asyncio.ensure_future(pool.update_weights("b", 1))
+        assert {c.policy_version for c in await sample(pool, *range(1, 9))} == {1}
+        assert idle.version == 1
+        assert not (update.done() or busy.done() or slow.version)
+        slow.engine_stopped = False
+        await update
+        assert [c.policy_version for c in await busy] == [0]
+        assert slow.version == 1
+
+    run(cluster, play)
+
+
 @pytest.mark.parametrize("fault", [die, hang])
 def test_a_worker_that_fails_over_an_update_comes_back_with_it(fault: Fault) -> None:
     cluster = FakeCluster(2)
