@@ -353,7 +353,7 @@ def test_a_worker_that_has_the_weights_does_not_wait_for_the_others() -> None:
         update = asyncio.ensure_future(pool.update_weights("b", 1))
         assert {c.policy_version for c in await sample(pool, *range(1, 9))} == {1}
         assert idle.version == 1
-        assert not (update.done() or busy.done() or slow.version)
+        assert [update.done(), busy.done(), slow.version] == [False, False, 0]
         slow.engine_stopped = False
         await update
         assert [c.policy_version for c in await busy] == [0]
