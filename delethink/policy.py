@@ -56,7 +56,7 @@ class Completion:
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", tuple(self.token_ids))
         object.__setattr__(self, "logprobs", tuple(self.logprobs))
-        if not all(map(math.isfinite, self.logprobs)):
+        if not math.isfinite(sum(self.logprobs)):  # one that is not makes the sum so, too
             raise PolicyError("the policy returned a log-prob that is not a finite number")
         if len(self.token_ids) != len(self.logprobs):
             raise PolicyError(

@@ -100,6 +100,7 @@ class Scheduler:
         self._homes: OrderedDict[Hashable, _Worker] = OrderedDict()  # of queries
         self._free = _Idlest(self._workers, surplus=False)
         self._full = _Idlest(self._workers, surplus=True)
+        self._changed: dict[_Worker, None] = {}  # since a worker was last looked for
         self._numbers, self._orders = itertools.count(1), itertools.count()
 
     # -- what there is -------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class Scheduler:
             raise ConfigError(f"a worker needs at least one slot, got {slots}")
         added = _Worker(worker, slots, surplus, next(self._orders))
         self._workers[worker] = added
-        self._offer(added)
+        self._changed[added] = None
 
     def remove_worker(self, worker: Hashable) -> list[Lease]:
         """Forgets a worker. Its chunks wait again, before others of their rank.
@@ -173,7 +174,7 @@ class Scheduler:
         """Ends a pause."""
         held = self._workers[worker]
         held.paused = False
-        self._offer(held)
+        self._changed[held] = None
 
     # -- chunks come and go --------------------------------------------------------------------
 
@@ -235,6 +236,12 @@ class Scheduler:
 
     def _next_worker(self) -> tuple[_Worker, int] | None:
         """Who is served next, and how many chunks more than its slots anybody may have now."""
+        for changed in self._changed:
+            if changed.takes(0):
+                self._free.add(changed)
+            elif changed.takes(changed.surplus):
+                self._full.add(changed)
+        self._changed.clear()
         if (worker := self._free.find()) is not None:
             return worker, 0
         worker = self._full.find()
@@ -257,7 +264,7 @@ class Scheduler:
         self._leases[lease.number] = worker.leases[lease.number] = lease
         self._lease_of[request.key] = lease.number
         worker.tokens += request.tokens
-        self._offer(worker)
+        self._changed[worker] = None
         return lease
 
     def _end(self, lease: Lease) -> None:
@@ -265,20 +272,13 @@ class Scheduler:
         worker = self._workers.get(lease.worker)
         if worker is not None and worker.leases.pop(lease.number, None) is not None:
             worker.tokens -= lease.request.tokens
-            self._offer(worker)
+            self._changed[worker] = None
 
     def _lowest_level(self) -> _Level:
         """Of those in which something waits; there is one."""
         while not self._levels[self._ranks[0]]:
             del self._levels[heapq.heappop(self._ranks)]
         return self._levels[self._ranks[0]]
-
-    def _offer(self, worker: _Worker) -> None:
-        """Puts a worker where the least busy one is looked for, if it takes chunks."""
-        if worker.takes(0):
-            self._free.add(worker)
-        elif worker.takes(worker.surplus):
-            self._full.add(worker)
 
     def _home(self, query: Hashable) -> _Worker | None:
         """Who has sampled from a query last, if that worker is still there."""

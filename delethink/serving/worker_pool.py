@@ -344,15 +344,16 @@ class WorkerPool:
         if report.counts.steps != worker.counts.steps or worker.idle.is_set():
             worker.progressed = now
         worker.counts = report.counts
-        failed = 0
-        # What was raised comes last: it may be the end of the worker, but not of what it has done.
-        for answer in sorted(report.answers, key=lambda answer: answer.error is not None):
+        raised = []
+        for answer in report.answers:
             if answer.error is not None and not isinstance(answer.error, UserError):
-                failed += self._fail(worker, answer)
+                raised.append(answer)
             elif (lease := self._scheduler.finish(answer.number)) is None:
                 self.counts.late_answers += 1
             else:
                 self._deliver(worker, lease, answer, now)
+        # It may be the end of the worker, but not of what it has done.
+        failed = sum(self._fail(worker, answer) for answer in raised)
         if report.answers and not worker.is_dead:
             self._freed(worker)
             self._judge(worker, failed, len(report.answers))
