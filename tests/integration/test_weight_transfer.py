@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,7 +100,7 @@ def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
         pytest.param("nccl", 2, marks=pytest.mark.slow),
     ],
 )
-def test_every_rank_takes_weights_up_and_ends_with_its_worker(
+def test_every_rank_takes_weights_up(
     own_ray: None,
     tiny_models: tuple[TinyModel, TinyModel],
     stand_ins: None,
@@ -115,12 +117,6 @@ def test_every_rank_takes_weights_up_and_ends_with_its_worker(
             pool.update_weights({**weights, MISFIT: weights[MISFIT][:-1]}, version=2)
         pool.update_weights(first.model.state_dict(), version=3)
         assert_runs(pool, first, 3)
-        actor = psutil.Process(pool.workers[0].pid)
-        processes = sorted(actor.children(recursive=True), key=lambda process: process.pid)
-        for process in processes[-ranks:]:
-            process.send_signal(signal.SIGSTOP)  # as if they hung
-        actor.kill()
-        assert_gone(processes)
 
 
 def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
@@ -149,6 +145,46 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
         processes = started() - others
     with pytest.raises(PolicyError, match="the pool was closed meanwhile"):
         waiting.result()
+    assert_gone(processes)
+
+
+STARTS_AN_ENGINE = """
+import asyncio, sys
+from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
+
+async def main():
+    config = WorkerConfig(
+        model=sys.argv[1], eos_ids=(1,), max_model_tokens=256, dtype="float32", seed=0,
+        on_gpu=False, threads=1, kv_cache_gib=0.25, gpu_memory_utilization=0.9,
+        trust_remote_code=False, tensor_parallel_size=2,
+    )
+    await VllmWorker(config).start()
+    print("started", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_ranks_end_with_the_process_that_started_them(
+    tiny_models: tuple[TinyModel, TinyModel], tmp_path: Path
+) -> None:
+    """Without Ray, which ends them itself where it can; stopped ones, too."""
+    script = tmp_path / "starts_an_engine.py"
+    script.write_text(STARTS_AN_ENGINE)
+    command = [sys.executable, str(script), str(tiny_models[0].folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        try:
+            assert starter.stdout is not None
+            assert "started\n" in starter.stdout  # reads up to there
+            processes = psutil.Process(starter.pid).children(recursive=True)
+            ranks = [p for p in processes if any("Worker_TP" in word for word in p.cmdline())]
+            assert len(ranks) == 2
+            for rank in ranks:
+                rank.send_signal(signal.SIGSTOP)
+        finally:
+            starter.kill()
     assert_gone(processes)
 
 
