@@ -44,7 +44,7 @@ class Job(NamedTuple):
         cls, number: int, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Job:
         """For the chunk of a lease."""
-        # Four times as fast as array(ids).
+        # array(ids) would take the ids one by one.
         prompt = array("i", struct.pack(f"{len(prompt_ids)}i", *prompt_ids))
         return cls(number, prompt, max_new_tokens, sampling.temperature, sampling.seed)
 

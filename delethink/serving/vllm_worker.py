@@ -250,9 +250,10 @@ class VllmWorker:
         return await self._take_up("delethink_confirm", version, digests)
 
     async def _pass_on(self, call: Awaitable[T]) -> T:
+        """A call of the engine; what goes wrong is raised in words of its own."""
         try:
             return await call
-        except Exception as error:
+        except Exception as error:  # the boundary to vLLM: the pool judges
             raise self._explain(error) from None
 
     async def _rest(self) -> None:

@@ -124,8 +124,8 @@ class Transfer:
         try:
             with self._on_device():
                 self._sender.send_weights()
-        except Exception:
-            if self._client.failure is not None:  # why the worker takes no more
+        except Exception:  # raised again, with the worker's own reason where there is one
+            if self._client.failure is not None:
                 raise self._client.failure from None
             raise
         said: int = ray.get(self._worker.confirm.remote(version, snapshot.digests))
@@ -188,7 +188,7 @@ class _Client(RayVLLMWeightSyncClient):  # type: ignore[misc]
     def update_weights(self, update_info: Any) -> None:
         try:
             super().update_weights(update_info)
-        except Exception as error:
+        except Exception as error:  # raised again; the sender is told
             self.failure = cause(error)
             self._close()  # the worker receives nothing more, for which the sender would wait
             raise
