@@ -240,9 +240,9 @@ class RayPool:
             WeightSyncError: all workers refused them; the text is what each said.
             WorkersLostError: no worker came back in time.
         """
-        self._run(self._pool.update_weights(self._hold(weights), version))
+        self._run(self._pool.update_weights(self._copy(weights), version))
 
-    def _hold(self, weights: Mapping[str, torch.Tensor]) -> Any:
+    def _copy(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy from which workers take weights up, now or when they restart."""
         if self._sends_from is None:
             return ray.put(pack(weights))
