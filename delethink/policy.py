@@ -7,12 +7,12 @@ script. Engines live in ``delethink.serving``.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from delethink.errors import PolicyError
+from delethink.tokens import all_finite, as_logprobs, as_token_ids
 from delethink.types import StopReason, TokenIds
 
 
@@ -54,9 +54,9 @@ class Completion:
     policy_version: int = 0  # number of weight updates of the weights that sampled this
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", tuple(self.token_ids))
-        object.__setattr__(self, "logprobs", tuple(self.logprobs))
-        if not math.isfinite(sum(self.logprobs)):  # one that is not makes the sum so, too
+        object.__setattr__(self, "token_ids", as_token_ids(self.token_ids))
+        object.__setattr__(self, "logprobs", as_logprobs(self.logprobs))
+        if not all_finite(self.logprobs):
             raise PolicyError("the policy returned a log-prob that is not a finite number")
         if len(self.token_ids) != len(self.logprobs):
             raise PolicyError(

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from delethink.errors import (
     DeadlineError,
     PolicyError,
@@ -22,6 +24,7 @@ from delethink.errors import (
 )
 from delethink.policy import Completion, Policy, Progress, Sampling
 from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.tokens import token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
 _logger = logging.getLogger(__name__)
@@ -114,8 +117,7 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        seen = observation.tolist() if hasattr(observation, "tolist") else map(int, observation)
-        if tuple(seen) != chunk.prompt_ids:
+        if token_array(np.asarray(observation, dtype=np.int64)) != chunk.prompt_ids:
             raise RolloutError(
                 f"chunk {i} was sampled after another prompt than the environment shows: the "
                 "rollout and the environment do not follow one rule"

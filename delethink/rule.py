@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from delethink.border import Border
@@ -106,7 +106,7 @@ class ChunkSpec:
         """Whether there is one chunk only, so that nothing is ever carried."""
         return self.max_chunks == 1
 
-    @property
+    @cached_property
     def budget(self) -> int:
         """The most sampled tokens of a trace: n = C + (I - 1)(C - m).
 
@@ -114,12 +114,12 @@ class ChunkSpec:
         """
         return self.thinking_budget + (self.max_chunks - 1) * self.max_written
 
-    @property
+    @cached_property
     def thinking_budget(self) -> int:
         """The most tokens of thinking: n, without what the model writes to be carried."""
         return self.context_size + (self.max_chunks - 1) * (self.context_size - self.carryover_size)
 
-    @property
+    @cached_property
     def ask(self) -> Ask | None:
         """What the model is asked at a border, where it writes the carryover itself."""
         return None if self.is_longcot else self.policy.ask(self.carryover_size)
@@ -129,7 +129,7 @@ class ChunkSpec:
         """The most tokens that the model writes at a border to be carried over it."""
         return self.ask.max_new_tokens if self.ask else 0
 
-    @property
+    @cached_property
     def max_carried(self) -> int | None:
         """The most tokens that are ever carried; ``None`` where a policy sets no bound."""
         return 0 if self.is_longcot else self.policy.bound(self.carryover_size)

@@ -1,26 +1,33 @@
-"""Token ids in one block of memory, for who handles thousands of them at a time.
+"""Token ids and log-probs in one block of memory, for who handles thousands of them at a time.
 
-Everywhere in the library token ids are tuples of ints. A tuple of 8,000 of them is 8,000 objects,
-and taking one apart costs more than a step of an environment may. ``token_array`` gives the same
-sequence as plain 64-bit numbers: slices and sums copy memory, and it equals, hashes and adds like
-the tuple that it stands for.
+Everywhere in the library both are tuples. A tuple of 8,000 numbers is 8,000 objects, four times the
+memory, and taking one apart costs more than a step of an environment or a chunk of the driver may.
+``token_array`` and ``logprob_array`` give the same sequence as plain 64-bit numbers: slices and
+sums copy memory, and it equals, hashes and adds like the tuple that it stands for.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
 
 from delethink.types import TokenIds
 
 
-class _TokenArray(Sequence[int]):
-    """An unchangeable sequence of ints; ``numbers`` is not to be changed by anybody."""
+class _Block(Sequence[Any]):
+    """An unchangeable sequence of numbers; ``numbers`` is not to be changed by anybody.
+
+    Types are compared with ``is`` here: an abstract class answers ``isinstance`` slowly.
+    """
 
     __slots__ = ("numbers",)
+    typecode: ClassVar[str]
 
-    def __init__(self, numbers: array[int]) -> None:
+    def __init__(self, numbers: array[Any]) -> None:
         self.numbers = numbers
 
     def __len__(self) -> int:
@@ -28,19 +35,19 @@ class _TokenArray(Sequence[int]):
 
     def __getitem__(self, index: Any) -> Any:
         found = self.numbers[index]
-        return _TokenArray(found) if isinstance(index, slice) else found
+        return type(self)(found) if isinstance(index, slice) else found
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.numbers)
 
-    def __add__(self, other: object) -> _TokenArray:
-        return _TokenArray(self.numbers + _numbers(other)) if _is_ids(other) else NotImplemented
+    def __add__(self, other: object) -> Self:
+        return type(self)(self.numbers + self._of(other)) if self._adds(other) else NotImplemented
 
-    def __radd__(self, other: object) -> _TokenArray:
-        return _TokenArray(_numbers(other) + self.numbers) if _is_ids(other) else NotImplemented
+    def __radd__(self, other: object) -> Self:
+        return type(self)(self._of(other) + self.numbers) if self._adds(other) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, _TokenArray):
+        if type(other) is type(self):
             return self.numbers == other.numbers
         return tuple(self.numbers) == other if isinstance(other, tuple) else NotImplemented
 
@@ -51,7 +58,35 @@ class _TokenArray(Sequence[int]):
         return repr(tuple(self.numbers))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _TokenArray, (self.numbers,)
+        return type(self), (self.numbers,)
+
+    def _adds(self, other: object) -> bool:
+        return isinstance(other, tuple) or type(other) is type(self)
+
+    @classmethod
+    def _of(cls, values: Any) -> array[Any]:
+        if type(values) is cls:
+            return values.numbers
+        if isinstance(values, tuple):  # much faster than to extend an empty one
+            return array(cls.typecode, values)
+        numbers: array[Any] = array(cls.typecode)
+        try:
+            view = memoryview(values)
+        except TypeError:
+            numbers.extend(values)
+        else:
+            numbers.frombytes(view.cast("B") if view.c_contiguous else view.tobytes())
+        return numbers
+
+
+class _TokenArray(_Block):
+    __slots__ = ()
+    typecode = "q"
+
+
+class _LogprobArray(_Block):
+    __slots__ = ()
+    typecode = "d"
 
 
 def token_array(ids: Any) -> TokenIds:
@@ -60,49 +95,61 @@ def token_array(ids: Any) -> TokenIds:
     Args:
         ids: a sequence of ints, or what holds 64-bit ones in memory, as a NumPy array of ``int64``.
     """
-    if isinstance(ids, _TokenArray):
+    if type(ids) is _TokenArray:
         return cast("TokenIds", ids)
-    return cast("TokenIds", _TokenArray(_numbers(ids)))
+    return cast("TokenIds", _TokenArray(_TokenArray._of(ids)))
+
+
+def logprob_array(logprobs: Any) -> tuple[float, ...]:
+    """The same log-probs in one block of memory, as a sequence that behaves like their tuple.
+
+    Args:
+        logprobs: a sequence of floats, or what holds 64-bit ones in memory.
+    """
+    if type(logprobs) is _LogprobArray:
+        return cast("tuple[float, ...]", logprobs)
+    return cast("tuple[float, ...]", _LogprobArray(_LogprobArray._of(logprobs)))
 
 
 def joined(parts: Iterable[TokenIds]) -> TokenIds:
     """All parts in one block of memory, in order."""
     whole = array("q")
     for part in parts:
-        whole.extend(_numbers(part))
-    return token_array(_TokenArray(whole))
+        whole.extend(memory_of(part))
+    return cast("TokenIds", _TokenArray(whole))
 
 
 def as_list(ids: Sequence[int]) -> list[int]:
     """The ids as a list of ints, which other libraries' tokenizers take."""
-    return ids.numbers.tolist() if isinstance(ids, _TokenArray) else list(ids)
+    return ids.numbers.tolist() if type(ids) is _TokenArray else list(ids)
 
 
 def memory_of(ids: TokenIds) -> array[int]:
     """The 64-bit numbers of ``ids``, to be read through the buffer protocol and not changed."""
-    return _numbers(ids)
+    return _TokenArray._of(ids)
+
+
+def memory_of_logprobs(logprobs: tuple[float, ...]) -> array[float]:
+    """The same of log-probs."""
+    return _LogprobArray._of(logprobs)
 
 
 def as_token_ids(ids: Sequence[int]) -> TokenIds:
     """``ids`` as a tuple, or as they are where they behave like one."""
-    return cast("TokenIds", ids) if isinstance(ids, tuple | _TokenArray) else tuple(ids)
+    if isinstance(ids, tuple) or type(ids) is _TokenArray:
+        return cast("TokenIds", ids)
+    return tuple(ids)
 
 
-def _is_ids(value: object) -> bool:
-    return isinstance(value, tuple | _TokenArray)
+def as_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
+    """``logprobs`` as a tuple, or as they are where they behave like one."""
+    if isinstance(logprobs, tuple) or type(logprobs) is _LogprobArray:
+        return cast("tuple[float, ...]", logprobs)
+    return tuple(logprobs)
 
 
-def _numbers(ids: Any) -> array[int]:
-    if isinstance(ids, _TokenArray):
-        return ids.numbers
-    numbers = array("q")
-    if isinstance(ids, tuple):
-        numbers.extend(ids)
-        return numbers
-    try:
-        view = memoryview(ids)
-    except TypeError:
-        numbers.extend(ids)
-    else:
-        numbers.frombytes(view.cast("B") if view.c_contiguous else view.tobytes())
-    return numbers
+def all_finite(logprobs: Sequence[float]) -> bool:
+    """Whether each is a finite number: one that is not makes their sum so, too."""
+    if type(logprobs) is _LogprobArray:
+        return not logprobs or math.isfinite(np.frombuffer(logprobs.numbers).sum())
+    return math.isfinite(sum(logprobs))

@@ -7,6 +7,7 @@ The Markovian Thinker (arXiv 2510.06557).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -109,7 +110,7 @@ class Trace:
     @property
     def output_ids(self) -> TokenIds:
         """All tokens of thinking in order, stitched: what the reward reads."""
-        return tuple(token for chunk in self.thinking for token in chunk.output_ids)
+        return tuple(itertools.chain.from_iterable(chunk.output_ids for chunk in self.thinking))
 
     @property
     def error(self) -> str | None:

@@ -352,7 +352,7 @@ def _round(
         steps=steps,
         driver=1e6 * (cpu - idle * seconds["pool"]) / chunks,
         driver_and_idle=1e6 * cpu / chunks,
-        environment=_environment(traces, tasks),
+        environment=measure_environment(traces, tasks),
         hits=(_hits(pool) - before) / ((chunks - queries) * (QUERY // block * block)),
     )
 
@@ -425,7 +425,7 @@ class Queries:
         return VOCABULARY
 
 
-def _environment(traces: list[Trace], tasks: list[Task]) -> float:
+def measure_environment(traces: list[Trace], tasks: list[Task]) -> float:
     """Microseconds of the processor to take a chunk through the environment."""
     queries = Queries()
     environments = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.errors import RunDirectoryError
+from delethink.tokens import as_list
 
 _TRACES = "traces.jsonl"
 _TOKENS = "tokens.jsonl"
@@ -163,8 +164,8 @@ class ResultsDirectory:
             RunDirectoryError: it cannot be written; the file ends where it ended before.
         """
         if record.output_ids:
-            tokens = {**record.place._asdict(), "output_ids": record.output_ids}
-            self._append(_TOKENS, _line(tokens))
+            output_ids = [as_list(ids) for ids in record.output_ids]
+            self._append(_TOKENS, _line({**record.place._asdict(), "output_ids": output_ids}))
         self._append(_TRACES, record.as_line())
 
     def _append(self, name: str, line: bytes) -> None:

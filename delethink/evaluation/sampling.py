@@ -19,6 +19,7 @@ from delethink.policy import Completion, Policy, Sampling
 from delethink.query import Tokenizer, query_ids, reward_text
 from delethink.rollout import derive_seed, play_trace
 from delethink.rule import ChunkSpec
+from delethink.tokens import token_array
 from delethink.types import (
     END_OF_THINKING,
     Attempt,
@@ -39,18 +40,17 @@ def end_mark(tokenizer: Tokenizer) -> TokenIds:
 class _Lean:
     """Passes on what a policy samples in less memory: long traces are many in flight.
 
-    Log-probs, which nothing here reads, become zeros, and equal tokens become one object.
+    Log-probs, which nothing here reads, become zeros, and tokens one block of memory.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._tokens: dict[int, int] = {}
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
         done = await self._policy.generate(prompt_ids, max_new_tokens, sampling)
-        ids = tuple(self._tokens.setdefault(token, token) for token in done.token_ids)
+        ids = token_array(done.token_ids)
         return replace(done, token_ids=ids, logprobs=(0.0,) * len(ids))
 
 

@@ -8,15 +8,16 @@ said goes as one block of bytes (``encode``): Ray would pickle each element of a
 from __future__ import annotations
 
 import pickle
-import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from delethink.policy import Completion, Sampling
+from delethink.tokens import as_list, logprob_array, memory_of, token_array
 from delethink.types import StopReason, TokenIds
 
+_TOKEN_BYTES = array("q").itemsize
 _STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
 
 
@@ -34,7 +35,7 @@ class Job(NamedTuple):
     """A chunk for a worker; ids are packed, because a tuple of thousands is slow to send."""
 
     number: int  # of its lease
-    prompt: array[int]
+    prompt: bytes  # 64-bit ids
     max_new_tokens: int
     temperature: float
     seed: int | None
@@ -44,24 +45,46 @@ class Job(NamedTuple):
         cls, number: int, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Job:
         """For the chunk of a lease."""
-        # array(ids) would take the ids one by one.
-        prompt = array("i", struct.pack(f"{len(prompt_ids)}i", *prompt_ids))
+        prompt = memory_of(prompt_ids).tobytes()
         return cls(number, prompt, max_new_tokens, sampling.temperature, sampling.seed)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt, as vLLM takes it."""
+        return as_list(token_array(self.prompt))
 
 
 class Answer(NamedTuple):
     """What became of a job: tokens, or what was raised."""
 
     number: int
-    output: array[int] = array("i")  # noqa: RUF012, RUF100 -- never changed
-    logprobs: array[float] = array("d")
+    output: bytes = b""  # 64-bit ids
+    logprobs: bytes = b""  # 64-bit numbers
     stop: str = StopReason.LENGTH.value
     version: int = 0  # of the weights
     error: Exception | None = None
 
+    @classmethod
+    def pack(
+        cls,
+        number: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        stop: StopReason,
+        version: int,
+    ) -> Answer:
+        """For a job that was sampled."""
+        packed = array("q", token_ids).tobytes(), array("d", logprobs).tobytes()
+        return cls(number, *packed, stop.value, version)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many were sampled."""
+        return len(self.output) // _TOKEN_BYTES
+
     def completion(self) -> Completion:
         """As rollouts know it."""
-        tokens, logprobs = tuple(self.output), tuple(self.logprobs)
+        tokens, logprobs = token_array(self.output), logprob_array(self.logprobs)
         return Completion(tokens, logprobs, _STOPS[self.stop], self.version)
 
 

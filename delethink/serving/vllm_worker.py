@@ -13,7 +13,6 @@ import contextlib
 import os
 import re
 import time
-from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +176,7 @@ class VllmWorker:
         params = _sampling_params(
             job.max_new_tokens, job.temperature, job.seed, self._config.eos_ids
         )
-        prompt = {"prompt_token_ids": job.prompt.tolist()}
+        prompt = {"prompt_token_ids": job.prompt_ids}
         try:
             async for output in self._engine.generate(prompt, params, str(job.number)):
                 last = output.outputs[0]
@@ -185,11 +184,11 @@ class VllmWorker:
             raise self._explain(error) from None
         if last.finish_reason not in _STOP:
             raise PolicyError(f"ended a request with {last.finish_reason!r}: {_last_error()}")
-        return Answer(
+        return Answer.pack(
             job.number,
-            array("i", last.token_ids),
-            array("d", last.logprobs.logprobs),
-            _STOP[last.finish_reason].value,
+            last.token_ids,
+            last.logprobs.logprobs,
+            _STOP[last.finish_reason],
             self._version,
         )
 

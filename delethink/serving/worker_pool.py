@@ -362,8 +362,8 @@ class WorkerPool:
         worker.completions += 1
         worker.given_chunks += 1
         worker.fruitless = 0
-        worker.returned_tokens += len(answer.output)
-        pace = (now - lease.given) / max(1, len(answer.output))
+        worker.returned_tokens += answer.num_tokens
+        pace = (now - lease.given) / max(1, answer.num_tokens)
         worker.paced += 1
         worker.pace += (pace - worker.pace) / min(worker.paced, _PACED_CHUNKS)
         chunk = self._chunks.pop(lease.request.key)

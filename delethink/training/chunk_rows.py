@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from delethink.tokens import joined, memory_of, memory_of_logprobs
 from delethink.training.packing import pack, padding_share
 from delethink.types import TokenIds, Trace
 
@@ -35,6 +37,11 @@ class ChunkRow(NamedTuple):
     def end(self) -> int:
         """One past the place of its last output token."""
         return self.start + len(self.output_ids)
+
+    def sampled_at(self, device: torch.device) -> torch.Tensor:
+        """``engine_logprobs`` in double precision: [len(output_ids)]."""
+        numbers = memory_of_logprobs(self.engine_logprobs)
+        return torch.frombuffer(numbers, dtype=torch.float64).to(device)
 
 
 FILLER = -1
@@ -91,10 +98,10 @@ class Layout:
         self._device = device
         longest = max(row.length for row in batch)
         self.prompt_size = min(len(row.prompt_ids) for row in batch)
-        padded = [
-            [*row.prompt_ids, *row.output_ids] + [pad_id] * (longest - row.length) for row in batch
-        ]
-        self.ids = torch.tensor(padded, device=device)
+        ids = np.full((len(batch), longest), pad_id, dtype=np.int64)
+        for padded, row in zip(ids, batch, strict=True):
+            padded[: row.length] = memory_of(joined([row.prompt_ids, row.output_ids]))
+        self.ids = torch.from_numpy(ids).to(device)
         columns = torch.arange(longest - self.prompt_size, device=device)
         first = torch.tensor([len(r.prompt_ids) - self.prompt_size for r in batch], device=device)
         last = torch.tensor([r.length - self.prompt_size for r in batch], device=device)

@@ -413,7 +413,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in inputs:
                 part[name] = layout.place([_of(inputs[name], row) for row in batch])
-        engine = layout.place([torch.tensor(r.engine_logprobs).double() for r in batch])
+        engine = layout.place([row.sampled_at(self.accelerator.device) for row in batch])
         own = None if means is None else (means[0][places], means[1][places])
         self._part = _Part(layout, batch, part, engine, own)
         try:
@@ -546,7 +546,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                     old = now
                     if "old_per_token_logps" in inputs:
                         old = inputs["old_per_token_logps"][row.trace][row.start : row.end]
-                    engine = torch.tensor(row.engine_logprobs, device=now.device).double()
+                    engine = row.sampled_at(now.device)
                     both = torch.stack([now - old, self._correct(old - engine.to(old.dtype))])
                     means[:, row.trace] += both.sum(-1) / inputs["trace"][row.trace].length
         return means[0], means[1]

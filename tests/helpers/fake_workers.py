@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from delethink.errors import WeightSyncError
 from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerState
+from delethink.types import StopReason
 
 EOS = 1
 
 
-def sampled(job: Job) -> tuple[list[int], str]:
+def sampled(job: Job) -> tuple[list[int], StopReason]:
     """What any worker makes of a job: a matter of its prompt and seed alone."""
-    rng = random.Random(f"{job.prompt.tolist()} {job.seed}")
+    rng = random.Random(f"{job.prompt_ids} {job.seed}")
     if rng.random() < 0.7:
-        return [rng.randint(2, 9) for _ in range(job.max_new_tokens)], "length"
-    return [rng.randint(2, 9) for _ in range(rng.randrange(job.max_new_tokens))] + [EOS], "eos"
+        return [rng.randint(2, 9) for _ in range(job.max_new_tokens)], StopReason.LENGTH
+    tokens = [rng.randint(2, 9) for _ in range(rng.randrange(job.max_new_tokens))]
+    return [*tokens, EOS], StopReason.EOS
 
 
 @dataclass(eq=False)
@@ -90,16 +91,9 @@ class FakeWorker:
             self.tokens += 1
         error = self.raises(job)
         self.in_flight.pop(job.number, None)
-        self.answers.append(
-            Answer(
-                job.number,
-                array("i", tokens),
-                array("d", [-0.5] * len(tokens)),
-                stop,
-                self.version,
-                error,
-            )
-        )
+        logprobs = [-0.5] * len(tokens)
+        answer = Answer.pack(job.number, tokens, logprobs, stop, self.version)
+        self.answers.append(answer._replace(error=error))
 
     async def _wait(self) -> None:
         self._check()

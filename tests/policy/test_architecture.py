@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "carryover": NOUNS | {"query", "tokens"},  # some policies read text
     "border": NOUNS | {"query"},
     "rule": NOUNS | {"query", "tokens", "carryover", "border"},
-    "policy": NOUNS,
+    "policy": NOUNS | {"tokens"},
     "query": NOUNS | {"tokens"},
     "output": NOUNS,
     "tasks": NOUNS,

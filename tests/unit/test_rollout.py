@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from delethink.errors import ModelError, QueryTooLongError
 from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
 from delethink.rollout import derive_seed, play_trace, play_traces
 from delethink.rule import ChunkSpec
+from delethink.tokens import logprob_array, token_array
 from delethink.types import StopReason, TokenIds, Trace, TraceStop
 
 EOS = 1
@@ -71,6 +72,20 @@ def test_a_chunk_keeps_what_the_policy_said_of_it() -> None:
     assert [chunk.logprobs for chunk in chunks] == [first.logprobs, second.logprobs]
     assert [chunk.stop for chunk in chunks] == [StopReason.LENGTH, StopReason.EOS]
     assert [chunk.policy_version for chunk in chunks] == [3, 4]
+
+
+def test_an_engine_may_answer_in_blocks_of_memory_and_no_number_is_taken_out_of_them() -> None:
+    plain = [said(FIRST), said(SECOND), said((23, EOS), StopReason.EOS)]
+    blocks = [
+        replace(c, token_ids=token_array(c.token_ids), logprobs=logprob_array(c.logprobs))
+        for c in plain
+    ]
+    trace = play(ScriptedPolicy(blocks))
+    assert trace == play(ScriptedPolicy(plain))
+    for chunk, block in zip(trace.chunks, blocks, strict=True):
+        assert chunk.output_ids is block.token_ids
+        assert type(chunk.logprobs) is type(block.logprobs)
+    assert type(trace.chunks[1].prompt_ids) is type(blocks[0].token_ids)
 
 
 def test_a_policy_that_never_ends_spends_the_budget() -> None:

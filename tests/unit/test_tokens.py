@@ -1,4 +1,4 @@
-"""Token ids in one block of memory behave like the tuple that they stand for."""
+"""Token ids and log-probs in one block of memory behave like the tuple that they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.tokens import as_list, as_token_ids, joined, memory_of, token_array
+from delethink.tokens import (
+    all_finite,
+    as_list,
+    as_logprobs,
+    as_token_ids,
+    joined,
+    logprob_array,
+    memory_of,
+    token_array,
+)
 from delethink.types import TokenIds
 
 ids = st.lists(st.integers(0, 2**31), max_size=12).map(tuple)
@@ -72,3 +81,38 @@ def test_what_behaves_like_a_tuple_is_left_as_it_is() -> None:
     assert as_token_ids(block) is block
     assert as_token_ids(plain) is plain
     assert as_token_ids([1, 2]) == (1, 2)
+
+
+logprobs = st.lists(st.floats(-50, 0), max_size=12).map(tuple)
+
+
+@given(logprobs, logprobs, places, places)
+def test_log_probs_are_the_same_numbers_to_the_bit(
+    one: tuple[float, ...], two: tuple[float, ...], start: int | None, stop: int | None
+) -> None:
+    block = logprob_array(one)
+    assert block == one == tuple(block)
+    assert hash(block) == hash(one)
+    assert block[start:stop] == one[start:stop]
+    assert block + two == one + two == one + logprob_array(two)
+    assert pickle.loads(pickle.dumps(block)) == one
+    assert as_logprobs(block) is block
+    assert as_logprobs(list(one)) == one
+    assert logprob_array(np.array(one)) == one
+
+
+def test_ids_and_log_probs_are_not_taken_for_each_other() -> None:
+    with pytest.raises(TypeError):
+        token_array((1, 2)) + logprob_array((1.0, 2.0))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_one_number_that_is_not_finite_is_found_anywhere(odd: float, place: int) -> None:
+    values = [-0.5] * 7
+    assert all_finite(tuple(values))
+    assert all_finite(logprob_array(values))
+    values[place] = odd
+    assert not all_finite(tuple(values))
+    assert not all_finite(logprob_array(values))
+    assert all_finite(logprob_array(()))

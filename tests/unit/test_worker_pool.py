@@ -257,7 +257,7 @@ def test_a_chunk_that_kills_every_worker_is_data_and_not_the_end_of_all() -> Non
     cluster = FakeCluster(3, start_seconds=1)
 
     def poison(job: Any) -> Exception | None:
-        return ConnectionError("has lost its engine") if job.prompt[0] == 13 else None
+        return ConnectionError("has lost its engine") if job.prompt_ids[0] == 13 else None
 
     async def play(pool: WorkerPool) -> None:
         cluster.settings["raises"] = poison
