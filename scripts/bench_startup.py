@@ -5,36 +5,57 @@ Run it with ``python scripts/bench_startup.py``; it prints a small table.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
-RUNS = 10
+RUNS = {False: 10, True: 3}  # of what takes a moment, and of what takes long
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import delethink": ["-c", "import delethink"],
     "import delethink.envs, .rewards": ["-c", "import delethink.envs, delethink.rewards"],
     "delethink --help": ["-m", "delethink.cli.main", "--help"],
+    "import delethink.training.grpo": ["-c", "import delethink.training.grpo"],
+    "from trl import GRPOTrainer": ["-c", "from trl import GRPOTrainer"],
 }
 
 
-def seconds(arguments: list[str]) -> float:
-    """The median wall-clock time of a fresh interpreter."""
-    taken = []
-    for _ in range(RUNS + 1):  # the first one warms the disk cache
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+class Taken(NamedTuple):
+    """Medians over fresh interpreters."""
+
+    seconds: float
+    mib: float  # of memory, at most
+
+
+def measure(arguments: list[str], runs: int) -> Taken:
+    """The first run, which warms the disk cache, does not count."""
+    found = [run(arguments) for _ in range(runs + 1)][1:]
+    return Taken(*map(statistics.median, zip(*found, strict=True)))
+
+
+def run(arguments: list[str]) -> Taken:
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"python {' '.join(arguments)} ended with status {status}")
+    return Taken(time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
 def main() -> None:
-    medians = {name: seconds(arguments) for name, arguments in COMMANDS.items()}
-    bare = next(iter(medians.values()))
-    print(f"{'median of ' + str(RUNS):<34}{'seconds':>9}{'ratio':>8}")
-    for name, median in medians.items():
-        print(f"{name:<34}{median:>9.3f}{median / bare:>8.1f}")
+    found = {
+        name: measure(command, RUNS["training" in name or "trl" in name])
+        for name, command in COMMANDS.items()
+    }
+    bare = next(iter(found.values())).seconds
+    print(f"{'medians':<34}{'seconds':>9}{'ratio':>8}{'MiB':>8}")
+    for name, taken in found.items():
+        print(f"{name:<34}{taken.seconds:>9.3f}{taken.seconds / bare:>8.1f}{taken.mib:>8.0f}")
 
 
 if __name__ == "__main__":

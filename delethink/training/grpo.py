@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from trl import GRPOTrainer
 
 from delethink.errors import RolloutError
 from delethink.training.chunk_rows import (
@@ -39,6 +38,7 @@ from delethink.training.rows import flatten
 from delethink.training.shares import Shares, chunk_tokens, share_out
 from delethink.training.statistics import ChunkStatistics, StepStatistics
 from delethink.training.strategy import shard_on_cpu
+from delethink.training.trl_trainer import GRPOTrainer
 from delethink.types import Trace, TraceStop
 
 _SET_FOR_THE_SUM = (
