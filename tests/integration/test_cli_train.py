@@ -172,8 +172,9 @@ INTERRUPTS = [
     ("transformers", "sampling", signal.SIGINT),
     ("transformers", "training", signal.SIGINT),
     ("transformers", "training", signal.SIGTERM),
+    # The job that is stopped in test_ray_jobs is the same with the vLLM engine.
     pytest.param("vllm", "sampling", signal.SIGINT, marks=pytest.mark.slow),
-    ("vllm", "training", signal.SIGTERM),
+    pytest.param("vllm", "training", signal.SIGTERM, marks=pytest.mark.slow),
 ]
 
 

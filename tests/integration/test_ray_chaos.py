@@ -39,9 +39,9 @@ QUERIES = [(5, 9, 3, 2 + i // 4) for i in range(32)]
 CHUNKS_BETWEEN_EVENTS = 25
 # What is done to whom: a kill or a hang costs a restart, a pause is borne, and in a silence the
 # chunks go to others although the worker comes back.
-EVENTS = [("kill", "worker")] * 3 + [("kill", "engine")] * 3
+EVENTS = [("kill", "worker")] * 2 + [("kill", "engine")] * 2
 EVENTS += [("hang", "worker"), ("hang", "engine")]
-EVENTS += [("pause", "worker")] * 6 + [("pause", "engine")] * 7 + [("silence", "worker")]
+EVENTS += [("pause", "worker")] * 7 + [("pause", "engine")] * 8 + [("silence", "worker")]
 SECONDS = {"pause": 0.5, "silence": 8.0}  # until it goes on
 
 
