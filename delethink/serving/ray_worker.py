@@ -84,7 +84,7 @@ class _RayWorker:
     """A worker in a Ray actor: ``WorkerHandle``."""
 
     def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
-        self._actor, self._room = actor, room
+        self._actor, self._config, self._room = actor, config, room
         self._transfer: Transfer | None = None
         if room.sends_from is not None:
             from delethink.serving.weight_transfer import Transfer
@@ -93,18 +93,26 @@ class _RayWorker:
             self._transfer = Transfer(config.weight_transfer, actor, ranks, room.sends_from)
 
     async def start(self) -> WorkerState:
+        state: WorkerState | None = None
         try:
             async with asyncio.timeout(self._room.timeout_s):
-                state: WorkerState = await _ask(self._actor.start.remote())
+                state = await _ask(self._actor.start.remote())
                 if self._transfer is not None:
                     await _in_thread(self._transfer.meet)
         except TimeoutError:
-            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-            raise TimeoutError(
-                f"gave no answer within {self._room.timeout_s:g} s; it asks for "
-                f"{dict(self._room.resources)}, and Ray has {free} left"
-            ) from None
+            raise TimeoutError(self._what_is_late(has_started=state is not None)) from None
         return state
+
+    def _what_is_late(self, has_started: bool) -> str:
+        within = f"within {self._room.timeout_s:g} s"
+        if has_started:
+            return (
+                f"has started and did not meet the trainer {within}, for weights by its own "
+                f"transfer ({self._config.weight_transfer}): is there a way between their GPUs?"
+            )
+        free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+        asked = dict(self._room.resources)
+        return f"gave no answer {within}; it asks for {asked}, and Ray has {free} left"
 
     async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
         said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))

@@ -173,6 +173,16 @@ class Job:
             )
         self.add_row("base, Delethink", spec)
 
+    def prove_updates(self) -> None:
+        """Gives the engine the weights that it has.
+
+        What it will not take up, now or after a step, is so known before anything is sampled.
+
+        Raises:
+            WeightSyncError: see ``Engine.update_weights``.
+        """
+        self.engine.update_weights(served_weights(self.model), self.version)
+
     def serve_current_weights(self) -> None:
         """Brings the engine up to the trainer's version; does nothing where it is."""
         version = 0 if self.trainer is None else int(self.trainer.state.global_step)

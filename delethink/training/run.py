@@ -88,6 +88,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
             processes,
         )
         job.rows = [Summary.from_dict(row) for row in run.read_table()]
+        job.prove_updates()
         job.measure_baselines()
         job.fit(settings, checkpoint)
         job.add_row(AFTER, spec)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_command import assert_one_sentence, run
+from train_command import assert_one_sentence, command, environment, run
 
 from delethink.serving.checkpoint import load_model
 
@@ -110,6 +112,49 @@ def test_metrics_are_reported_where_asked(folder: Path) -> None:
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, override: str, words: list[str]) -> None:
     assert_one_sentence(run("output=run", override, cwd=tmp_path), *words)
     assert not (tmp_path / "run").exists()
+
+
+REFUSES = """
+import sys
+from delethink.cli.main import main
+from delethink.errors import WeightSyncError
+from delethink.training import run
+
+
+class Refuses:
+    max_model_tokens = 10_000
+
+    def update_weights(self, weights, version):
+        raise WeightSyncError("worker 0 failed: such a model takes no new weights yet")
+
+    async def generate(self, *request):
+        raise AssertionError("sampled before it was known that weights can be updated")
+
+    def close(self):
+        pass
+
+
+run._make_engine = lambda *arguments: Refuses()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_engine_that_takes_no_weights_is_known_before_anything_is_sampled(
+    tmp_path: Path,
+) -> None:
+    _, _, _, *arguments = command("output=run")
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSES, *arguments],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    told = done.stderr.strip().splitlines()[-1]
+    assert told == "delethink: worker 0 failed: such a model takes no new weights yet"
 
 
 def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:

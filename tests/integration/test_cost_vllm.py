@@ -9,13 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from installed import need
 
 from delethink.cost.memory import cache_bytes
 from delethink.cost.model_config import model_shape
 
 pytestmark = pytest.mark.integration
-vllm = pytest.importorskip("vllm")
-torch = pytest.importorskip("torch")
+need("vllm", "torch")
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -54,6 +54,7 @@ def test_blocks_of_a_running_engine(tiny_models: tuple[TinyModel, TinyModel]) ->
 
 def page_bytes(name: str) -> int:
     """What vLLM keeps in a block of every layer of a bundled model, by its own classes."""
+    import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
     common: dict[str, Any] = {"block_size": BLOCK, "dtype": torch.bfloat16}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from installed import need
 
 from delethink import ChunkSpec, Sampling, TraceStop, play_traces
 from delethink.cli.main import main
@@ -50,7 +51,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of the toy reasoner."""
-    pytest.importorskip("vllm")
+    need("vllm")
     httpx = pytest.importorskip("httpx")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     environment = {

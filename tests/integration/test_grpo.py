@@ -24,11 +24,12 @@ from reference_objective import Settings
 from tiny_models import make_qwen2
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from delethink.errors import ConfigError, RolloutError
 from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
 from delethink.training.served_weights import served_weights
+from delethink.training.trl_trainer import GRPOTrainer
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from installed import need
 from processes import alive, assert_gone, engine_of, started, wait_until
 
 from delethink.policy import Completion, Sampling
@@ -20,13 +21,11 @@ from delethink.rollout import derive_seed, play_traces, retrace
 from delethink.rule import ChunkSpec
 from delethink.types import TokenIds, Trace
 
-pytest.importorskip("ray")
-pytest.importorskip("vllm")
-pytest.importorskip("torch")
+need("ray", "vllm", "torch")
 
-from delethink.serving.pool_settings import PoolSettings
-from delethink.serving.pool_worker import PoolWorker
-from delethink.serving.ray_pool import RayPool
+from delethink.serving.pool_settings import PoolSettings  # noqa: E402
+from delethink.serving.pool_worker import PoolWorker  # noqa: E402
+from delethink.serving.ray_pool import RayPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel

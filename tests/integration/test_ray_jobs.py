@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from installed import need
 
-pytest.importorskip("ray")
-pytest.importorskip("vllm")
+need("ray", "vllm")
 
-from ray_head import RayHead, ray_head
+from ray_head import RayHead, ray_head  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

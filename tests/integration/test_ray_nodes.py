@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from installed import need
 from processes import assert_gone, started, wait_until
 
 from delethink.errors import ConfigError
@@ -18,8 +19,7 @@ from delethink.rule import ChunkSpec
 from delethink.types import Trace
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("vllm")
-pytest.importorskip("torch")
+need("vllm", "torch")
 
 from ray._private import ray_constants  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from installed import need
 from processes import assert_gone, started, wait_until
 
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
@@ -25,7 +26,7 @@ from delethink.rule import ChunkSpec, start
 from delethink.types import StopReason, TokenIds
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("vllm")
+need("vllm")
 torch = pytest.importorskip("torch")
 
 from delethink.serving.ray_pool import RayPool  # noqa: E402

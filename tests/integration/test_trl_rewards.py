@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from delethink.errors import ConfigError
 from delethink.rewards.exact import exact_match
@@ -15,6 +15,7 @@ from delethink.rewards.length import cosine, overlong
 from delethink.rewards.math import math_equal
 from delethink.rewards.trl import for_trl
 from delethink.serving.checkpoint import TOY, load_model, load_tokenizer
+from delethink.training.trl_trainer import GRPOTrainer
 
 pytest.importorskip("math_verify")
 pytestmark = pytest.mark.integration

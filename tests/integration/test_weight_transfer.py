@@ -13,27 +13,32 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from installed import need
 from processes import assert_gone, started, wait_until
 
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
 
-pytest.importorskip("ray")
-pytest.importorskip("vllm")
+need("ray", "vllm")
 torch = pytest.importorskip("torch")
 
 import transfer_without_gpu  # noqa: E402
 
 from delethink.serving import ray_pool, ray_worker  # noqa: E402
+from delethink.serving.exchange import WorkerState  # noqa: E402
 from delethink.serving.pool_settings import WeightTransfer  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
+from delethink.serving.vllm_worker import WorkerConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -193,3 +198,16 @@ def test_a_transfer_between_gpus_is_refused_where_there_are_none(
 ) -> None:
     with pytest.raises(ConfigError, match="goes from GPU to GPU, and the workers have none"):
         make_pool(tiny_models[0], "nccl", 1, 1)
+
+
+def test_a_worker_that_starts_and_does_not_meet_the_trainer_is_not_called_silent() -> None:
+    async def started() -> WorkerState:
+        return WorkerState(pid=1, max_model_tokens=256, batch_size=4)
+
+    config = WorkerConfig("x", (1,), None, "float32", 0, True, 1, 1.0, 0.9, False)
+    actor = SimpleNamespace(start=SimpleNamespace(remote=started))
+    room = SimpleNamespace(timeout_s=0.05, resources={"num_gpus": 1}, sends_from=None)
+    worker = ray_worker._RayWorker(actor, replace(config, weight_transfer="nccl"), room)  # type: ignore[arg-type]
+    worker._transfer = SimpleNamespace(meet=lambda: time.sleep(0.5))  # type: ignore[assignment]
+    with pytest.raises(TimeoutError, match=r"has started and did not meet the trainer.*\(nccl\)"):
+        asyncio.run(worker.start())
