@@ -31,6 +31,7 @@ LONGEST = [
     "test_ray_vllm",
     "test_weight_transfer",
     "test_cli_train_options",
+    "test_evaluation_run",
 ]
 
 

@@ -86,6 +86,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray's own ports are open to the network
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",  # a busy machine takes longer to end than Ray's 3 s
         "HF_HUB_OFFLINE": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         _MARK: str(folder),

@@ -121,6 +121,7 @@ def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strateg
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"

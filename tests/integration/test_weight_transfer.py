@@ -172,6 +172,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ranks_end_with_the_process_that_started_them(
     tiny_models: tuple[TinyModel, TinyModel], tmp_path: Path
 ) -> None:
