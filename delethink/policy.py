@@ -45,7 +45,8 @@ class Completion:
     """What a policy made of a prompt.
 
     ``logprobs`` are those of ``token_ids`` under the distribution they were drawn from (temperature
-    applied), one each. ``token_ids`` end with EOS where ``stop`` is ``EOS``.
+    applied), one each. ``token_ids`` end with EOS where ``stop`` is ``EOS``. Both stay what they
+    were given as: tuples, or blocks of memory that behave like them (``delethink.tokens``).
     """
 
     token_ids: TokenIds

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from delethink.errors import (
     DeadlineError,
     PolicyError,
@@ -117,7 +115,7 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        if token_array(np.asarray(observation, dtype=np.int64)) != chunk.prompt_ids:
+        if _shown(observation) != chunk.prompt_ids:
             raise RolloutError(
                 f"chunk {i} was sampled after another prompt than the environment shows: the "
                 "rollout and the environment do not follow one rule"
@@ -127,6 +125,15 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     if not ended:
         raise RolloutError("the environment goes on after the last chunk of the trace")
     return float(reward)
+
+
+def _shown(observation: Any) -> TokenIds:
+    """The ids of an observation."""
+    if hasattr(observation, "tolist") and getattr(observation, "ndim", 0) != 1:
+        raise RolloutError(
+            f"an observation is a sequence of token ids, the environment gave {observation!r:.80}"
+        )
+    return token_array(observation)
 
 
 def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:

@@ -1,9 +1,10 @@
 """Token ids and log-probs in one block of memory, for who handles thousands of them at a time.
 
-Everywhere in the library both are tuples. A tuple of 8,000 numbers is 8,000 objects, four times the
-memory, and taking one apart costs more than a step of an environment or a chunk of the driver may.
-``token_array`` and ``logprob_array`` give the same sequence as plain 64-bit numbers: slices and
-sums copy memory, and it equals, hashes and adds like the tuple that it stands for.
+A tuple of 8,000 numbers is 8,000 objects, four times the memory, and taking one apart costs more
+than a step of an environment or a chunk of the driver may. ``token_array`` and ``logprob_array``
+give the same sequence as plain 64-bit numbers: slices and sums copy memory, and it equals, hashes
+and adds like the tuple that it stands for. Wherever the library has one, it may have the other;
+what knows lists and tuples alone, JSON for one, is given ``list(ids)``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, cast
-
-import numpy as np
 
 from delethink.types import TokenIds
 
@@ -26,6 +25,7 @@ class _Block(Sequence[Any]):
 
     __slots__ = ("numbers",)
     typecode: ClassVar[str]
+    formats: ClassVar[str]  # of the same numbers in the buffer protocol
 
     def __init__(self, numbers: array[Any]) -> None:
         self.numbers = numbers
@@ -69,31 +69,39 @@ class _Block(Sequence[Any]):
             return values.numbers
         if isinstance(values, tuple):  # much faster than to extend an empty one
             return array(cls.typecode, values)
+        if isinstance(values, bytes):
+            return array(cls.typecode, values)
         numbers: array[Any] = array(cls.typecode)
         try:
             view = memoryview(values)
         except TypeError:
             numbers.extend(values)
-        else:
+            return numbers
+        if view.format in cls.formats and view.itemsize == numbers.itemsize and view.ndim == 1:
             numbers.frombytes(view.cast("B") if view.c_contiguous else view.tobytes())
+        else:
+            numbers.extend(iter(values))  # of an array of another kind, too
         return numbers
 
 
 class _TokenArray(_Block):
     __slots__ = ()
     typecode = "q"
+    formats = "ql"
 
 
 class _LogprobArray(_Block):
     __slots__ = ()
     typecode = "d"
+    formats = "d"
 
 
 def token_array(ids: Any) -> TokenIds:
     """The same ids in one block of memory, as a sequence that behaves like their tuple.
 
     Args:
-        ids: a sequence of ints, or what holds 64-bit ones in memory, as a NumPy array of ``int64``.
+        ids: a sequence of ints; of bytes, each eight are one. An array of 64-bit ones is copied as
+            it lies in memory, any other number by number.
     """
     if type(ids) is _TokenArray:
         return cast("TokenIds", ids)
@@ -104,7 +112,7 @@ def logprob_array(logprobs: Any) -> tuple[float, ...]:
     """The same log-probs in one block of memory, as a sequence that behaves like their tuple.
 
     Args:
-        logprobs: a sequence of floats, or what holds 64-bit ones in memory.
+        logprobs: a sequence of floats, as ``token_array`` takes ints.
     """
     if type(logprobs) is _LogprobArray:
         return cast("tuple[float, ...]", logprobs)
@@ -149,7 +157,9 @@ def as_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
 
 
 def all_finite(logprobs: Sequence[float]) -> bool:
-    """Whether each is a finite number: one that is not makes their sum so, too."""
-    if type(logprobs) is _LogprobArray:
-        return not logprobs or math.isfinite(np.frombuffer(logprobs.numbers).sum())
-    return math.isfinite(sum(logprobs))
+    """Whether each is a finite number."""
+    if type(logprobs) is not _LogprobArray:
+        return math.isfinite(sum(logprobs))  # one that is not makes the sum so, too
+    import numpy as np  # not with this module, of which the core is made
+
+    return not logprobs or bool(np.isfinite(np.frombuffer(logprobs.numbers)).all())

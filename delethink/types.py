@@ -76,7 +76,8 @@ class Chunk:
     """
 
     prompt_ids: TokenIds  # x_l: query, then what was carried
-    output_ids: TokenIds  # y_l: sampled tokens, EOS included
+    output_ids: TokenIds  # y_l: sampled tokens, EOS included; like the others, these may be blocks
+    # of memory that behave as tuples do (``delethink.tokens``): JSON takes ``list(output_ids)``
     logprobs: tuple[float, ...]  # log-probs of y_l when sampled, temperature applied [len(y_l)];
     # none where an environment was played by hand
     stop: StopReason

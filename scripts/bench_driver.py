@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import statistics
@@ -62,7 +63,8 @@ class MadeUp(VllmWorker):
         """There is no engine to start."""
         self._batch_size = self._config.max_batch_size or 1
         self._places = asyncio.Semaphore(self._batch_size)
-        self._counter = SimpleNamespace(counts=lambda: EngineCounts())
+        steps = itertools.count(1)  # whose engine makes none is taken to hang
+        self._counter = SimpleNamespace(counts=lambda: EngineCounts(steps=next(steps)))
         longest = self._config.max_model_tokens or 0
         return WorkerState(os.getpid(), longest, self._batch_size)
 
@@ -113,7 +115,7 @@ def main() -> None:
 def measure(sizes: tuple[int, int, int], asked: argparse.Namespace) -> Iterator[Measured]:
     """All rounds; the first, which is small, warms up."""
     number = asked.traces_per_slot * asked.slots * asked.workers
-    with contextlib.closing(make_pool(sizes, asked)) as pool:
+    with made_up_workers(), contextlib.closing(make_pool(sizes, asked)) as pool:
         for turn in range(asked.rounds + 1):
             seed = derive_seed(asked.seed, turn)
             tasks = make_tasks(number if turn else number // 8, sizes, seed)
@@ -161,17 +163,21 @@ def make_tasks(number: int, sizes: tuple[int, int, int], seed: int) -> list[Task
     return tasks
 
 
+def made_up_workers() -> contextlib.AbstractContextManager[object]:
+    """While this lasts; a pool has no other way in."""
+    return mock.patch.object(ray_worker, "VllmWorker", MadeUp)
+
+
 def make_pool(sizes: tuple[int, int, int], asked: argparse.Namespace) -> RayPool:
-    with mock.patch.object(ray_worker, "VllmWorker", MadeUp):  # there is no other way in
-        return RayPool(
-            "made-up",
-            eos_ids=(),
-            num_workers=asked.workers,
-            max_model_tokens=QUERY + sizes[0],
-            cpus_per_worker=1,
-            seed=asked.seed,
-            max_batch_size=asked.slots,
-        )
+    return RayPool(
+        "made-up",
+        eos_ids=(),
+        num_workers=asked.workers,
+        max_model_tokens=QUERY + sizes[0],
+        cpus_per_worker=1,
+        seed=asked.seed,
+        max_batch_size=asked.slots,
+    )
 
 
 def row(name: str, sizes: tuple[int, int, int], rounds: list[Measured]) -> str:

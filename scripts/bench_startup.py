@@ -39,11 +39,12 @@ def measure(arguments: list[str], runs: int) -> Taken:
 def run(arguments: list[str]) -> Taken:
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-W", "ignore", *arguments], stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"python {' '.join(arguments)} ended with status {status}")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)} ended with {process.returncode}")
     return Taken(time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 

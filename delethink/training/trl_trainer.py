@@ -34,7 +34,7 @@ def _import_without_vllm() -> None:
         import_utils.is_vllm_available, importing = available, False
 
 
-if not {"vllm", _GENERATION} & set(sys.modules):
+if import_utils.is_vllm_available() and not {"vllm", _GENERATION} & set(sys.modules):
     _import_without_vllm()
 
 from trl import GRPOTrainer  # noqa: E402

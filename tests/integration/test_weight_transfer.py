@@ -36,9 +36,10 @@ import transfer_without_gpu  # noqa: E402
 
 from delethink.serving import ray_pool, ray_worker  # noqa: E402
 from delethink.serving.exchange import WorkerState  # noqa: E402
-from delethink.serving.pool_settings import WeightTransfer  # noqa: E402
+from delethink.serving.pool_settings import PoolSettings, WeightTransfer  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
 from delethink.serving.vllm_worker import WorkerConfig  # noqa: E402
+from delethink.serving.worker_pool import WorkerPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -210,5 +211,13 @@ def test_a_worker_that_starts_and_does_not_meet_the_trainer_is_not_called_silent
     room = SimpleNamespace(timeout_s=0.05, resources={"num_gpus": 1}, sends_from=None)
     worker = ray_worker._RayWorker(actor, replace(config, weight_transfer="nccl"), room)  # type: ignore[arg-type]
     worker._transfer = SimpleNamespace(meet=lambda: time.sleep(0.5))  # type: ignore[assignment]
-    with pytest.raises(TimeoutError, match=r"has started and did not meet the trainer.*\(nccl\)"):
-        asyncio.run(worker.start())
+    pool = WorkerPool(lambda index: worker, 1, PoolSettings())
+    with pytest.raises(ConfigError, match="did not start: its engine is up, but it did not meet"):
+        asyncio.run(pool.start())
+
+    def meet() -> None:
+        raise TimeoutError("the rendezvous took too long")
+
+    worker._transfer = SimpleNamespace(meet=meet)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="did not start: the rendezvous took too long"):
+        asyncio.run(WorkerPool(lambda index: worker, 1, PoolSettings()).start())

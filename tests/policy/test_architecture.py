@@ -178,3 +178,9 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     say = f"import atexit, sys; atexit.register(lambda: print({loaded}, file=sys.stderr))\n"
     done = subprocess.run([sys.executable, "-c", say + code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_the_core_is_the_standard_library() -> None:
+    code = "import sys, delethink; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

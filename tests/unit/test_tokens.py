@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from array import array
 
 import numpy as np
 import pytest
@@ -113,6 +114,19 @@ def test_one_number_that_is_not_finite_is_found_anywhere(odd: float, place: int)
     assert all_finite(tuple(values))
     assert all_finite(logprob_array(values))
     values[place] = odd
+    values[1] = -float("inf") if odd == float("inf") else values[1]
     assert not all_finite(tuple(values))
     assert not all_finite(logprob_array(values))
     assert all_finite(logprob_array(()))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint16, np.int64])
+def test_numbers_of_any_size_are_taken_for_what_they_are(dtype: type) -> None:
+    assert token_array(np.array([1, 2, 3], dtype)) == (1, 2, 3)
+    assert token_array(array("i", [1, 2, 3])) == (1, 2, 3)
+    assert logprob_array(np.array([-0.5, -2.0], np.float32)) == (-0.5, -2.0)
+    assert token_array(token_array((1, 2)).numbers.tobytes()) == (1, 2)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError):
+        token_array(np.array([1.0]))
+    with pytest.raises(TypeError):
+        token_array(np.array([[1, 2], [3, 4]]))
