@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 
 from trl import import_utils
 
@@ -34,7 +35,7 @@ def _import_without_vllm() -> None:
         import_utils.is_vllm_available, importing = available, False
 
 
-if import_utils.is_vllm_available() and not {"vllm", _GENERATION} & set(sys.modules):
+if find_spec("vllm") and not {"vllm", _GENERATION} & set(sys.modules):
     _import_without_vllm()
 
 from trl import GRPOTrainer  # noqa: E402
