@@ -67,9 +67,7 @@ class _Block(Sequence[Any]):
     def _of(cls, values: Any) -> array[Any]:
         if type(values) is cls:
             return values.numbers
-        if isinstance(values, tuple):  # much faster than to extend an empty one
-            return array(cls.typecode, values)
-        if isinstance(values, bytes):
+        if isinstance(values, tuple | bytes):  # of a tuple, much faster than to extend an empty one
             return array(cls.typecode, values)
         numbers: array[Any] = array(cls.typecode)
         try:

@@ -1,6 +1,6 @@
 """What a chunk costs the driver: rollouts, scheduler and Ray, and the environment.
 
-    python scripts/bench_driver.py                     # two minutes on two idle cores
+    python scripts/bench_driver.py
 
 Workers are real Ray actors that are given chunks and report them as the real ones do; only what
 samples is played: a chunk takes a fixed time, a fifth more or less, and its tokens are made up. So
@@ -181,9 +181,7 @@ def make_pool(sizes: tuple[int, int, int], asked: argparse.Namespace) -> RayPool
 
 
 def row(name: str, sizes: tuple[int, int, int], rounds: list[Measured]) -> str:
-    def middle(values: list[float]) -> float:
-        return statistics.median(values)
-
+    middle = statistics.median
     both = ", ".join(f"{m.driver + m.environment:.0f}" for m in rounds)
     return (
         f"| {name} | {', '.join(map(str, sizes))} "

@@ -12,12 +12,14 @@ import sys
 import time
 from typing import NamedTuple
 
-RUNS = {False: 10, True: 3}  # of what takes a moment, and of what takes long
+RUNS, RUNS_OF_TRAINING = 10, 3  # what loads torch takes long
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import delethink": ["-c", "import delethink"],
     "import delethink.envs, .rewards": ["-c", "import delethink.envs, delethink.rewards"],
     "delethink --help": ["-m", "delethink.cli.main", "--help"],
+}
+OF_TRAINING = {
     "import delethink.training.grpo": ["-c", "import delethink.training.grpo"],
     "from trl import GRPOTrainer": ["-c", "from trl import GRPOTrainer"],
 }
@@ -50,8 +52,8 @@ def run(arguments: list[str]) -> Taken:
 
 def main() -> None:
     found = {
-        name: measure(command, RUNS["training" in name or "trl" in name])
-        for name, command in COMMANDS.items()
+        name: measure(command, RUNS_OF_TRAINING if name in OF_TRAINING else RUNS)
+        for name, command in (COMMANDS | OF_TRAINING).items()
     }
     bare = next(iter(found.values())).seconds
     print(f"{'medians':<34}{'seconds':>9}{'ratio':>8}{'MiB':>8}")
