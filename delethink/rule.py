@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -210,7 +210,7 @@ class ThinkingState:
     context: TokenIds | None = None  # thinking that ends, while the model writes what is carried
     stop: TraceStop | None = None  # None while the trace goes on
 
-    @property
+    @cached_property
     def carried(self) -> TokenIds:
         """The thinking tokens that the context starts with."""
         return self.head + self.tail if self.head else self.tail
@@ -225,7 +225,7 @@ class ThinkingState:
         """What the next chunk is for."""
         return ChunkRole.THINKING if self.context is None else ChunkRole.CARRYOVER
 
-    @property
+    @cached_property
     def prompt_ids(self) -> TokenIds:
         """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
         ask = None if self.context is None else self.spec.ask
@@ -233,7 +233,7 @@ class ThinkingState:
             return self.query_ids + self.carried
         return self.query_ids + self.context + ask.prompt_ids
 
-    @property
+    @cached_property
     def max_new_tokens(self) -> int:
         """How many tokens the next chunk may have: C, later C - (tokens carried).
 
@@ -358,8 +358,12 @@ class ThinkingState:
     def _with(self, **changes: Any) -> ThinkingState:
         """This state but for some fields; ``dataclasses.replace`` would look at each one anew."""
         after = object.__new__(ThinkingState)
-        after.__dict__.update(self.__dict__, **changes)
+        own = self.__dict__
+        after.__dict__.update({name: own[name] for name in _FIELDS}, **changes)
         return after
+
+
+_FIELDS = [field.name for field in fields(ThinkingState)]  # and not what was worked out of them
 
 
 _TRACE_STOP = {

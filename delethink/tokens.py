@@ -16,70 +16,97 @@ from typing import Any, ClassVar, Self, cast
 
 from delethink.types import TokenIds
 
+_BYTES = 8  # of a number
+
 
 class _Block(Sequence[Any]):
-    """An unchangeable sequence of numbers; ``numbers`` is not to be changed by anybody.
+    """An unchangeable sequence of 64-bit numbers, one after the other in ``memory``.
 
-    Types are compared with ``is`` here: an abstract class answers ``isinstance`` slowly.
+    Bytes can be sent and received as they are, and Python's garbage collector has one object to
+    look at for thousands of numbers. Types are compared with ``is`` here: an abstract class answers
+    ``isinstance`` slowly.
     """
 
-    __slots__ = ("numbers",)
+    __slots__ = ("memory",)
     typecode: ClassVar[str]
     formats: ClassVar[str]  # of the same numbers in the buffer protocol
 
-    def __init__(self, numbers: array[Any]) -> None:
-        self.numbers = numbers
+    def __init__(self, memory: bytes) -> None:
+        self.memory = memory
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.memory) // _BYTES
 
     def __getitem__(self, index: Any) -> Any:
-        found = self.numbers[index]
-        return type(self)(found) if isinstance(index, slice) else found
+        if not isinstance(index, slice):
+            return self.view()[index]
+        start, stop, stride = index.indices(len(self))
+        if stride == 1:
+            return type(self)(self.memory[start * _BYTES : stop * _BYTES])
+        return type(self)(self.view()[index].tobytes())
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.numbers)
+        return iter(self.numbers())
 
     def __add__(self, other: object) -> Self:
-        return type(self)(self.numbers + self._of(other)) if self._adds(other) else NotImplemented
+        return type(self)(self.memory + self._of(other)) if self._adds(other) else NotImplemented
 
     def __radd__(self, other: object) -> Self:
-        return type(self)(self._of(other) + self.numbers) if self._adds(other) else NotImplemented
+        return type(self)(self._of(other) + self.memory) if self._adds(other) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if type(other) is type(self):
-            return self.numbers == other.numbers
-        return tuple(self.numbers) == other if isinstance(other, tuple) else NotImplemented
+            return self.memory == other.memory or self.view() == other.view()  # 0.0 is -0.0
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(tuple(self.numbers))
+        return hash(tuple(self))
 
     def __repr__(self) -> str:
-        return repr(tuple(self.numbers))
+        return repr(tuple(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.numbers,)
+        return type(self), (self.memory,)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def view(self) -> memoryview:
+        """The numbers, without a copy."""
+        return memoryview(self.memory).cast(self.typecode)  # type: ignore[call-overload, no-any-return]
+
+    def numbers(self) -> array[Any]:
+        """A copy of the numbers."""
+        return array(self.typecode, self.memory)
 
     def _adds(self, other: object) -> bool:
         return isinstance(other, tuple) or type(other) is type(self)
 
     @classmethod
-    def _of(cls, values: Any) -> array[Any]:
+    def _of(cls, values: Any) -> bytes:
         if type(values) is cls:
-            return values.numbers
-        if isinstance(values, tuple | bytes):  # of a tuple, much faster than to extend an empty one
-            return array(cls.typecode, values)
+            return values.memory
+        if isinstance(values, bytes):
+            if len(values) % _BYTES:
+                raise ValueError(f"{len(values)} bytes are no whole number of 64-bit numbers")
+            return values
+        if isinstance(values, tuple):  # much faster than to extend an empty one
+            return array(cls.typecode, values).tobytes()
+        if (lies := _bytes_of(values, cls.formats)) is not None:
+            return lies
         numbers: array[Any] = array(cls.typecode)
-        try:
-            view = memoryview(values)
-        except TypeError:
-            numbers.extend(values)
-            return numbers
-        if view.format in cls.formats and view.itemsize == numbers.itemsize and view.ndim == 1:
-            numbers.frombytes(view.cast("B") if view.c_contiguous else view.tobytes())
-        else:
-            numbers.extend(iter(values))  # of an array of another kind, too
-        return numbers
+        numbers.extend(iter(values))  # of an array of another kind, too
+        return numbers.tobytes()
+
+
+def _bytes_of(values: Any, formats: str) -> bytes | None:
+    """What lies in memory as a row of 64-bit numbers of these formats."""
+    try:
+        view = memoryview(values)
+    except TypeError:
+        return None
+    fits = view.format in formats and view.itemsize == _BYTES and view.ndim == 1
+    return view.tobytes() if fits else None
 
 
 class _TokenArray(_Block):
@@ -117,25 +144,27 @@ def logprob_array(logprobs: Any) -> tuple[float, ...]:
     return cast("tuple[float, ...]", _LogprobArray(_LogprobArray._of(logprobs)))
 
 
+def is_block(ids: Any) -> bool:
+    """Whether these are ids in one block of memory."""
+    return type(ids) is _TokenArray
+
+
 def joined(parts: Iterable[TokenIds]) -> TokenIds:
     """All parts in one block of memory, in order."""
-    whole = array("q")
-    for part in parts:
-        whole.extend(memory_of(part))
-    return cast("TokenIds", _TokenArray(whole))
+    return cast("TokenIds", _TokenArray(b"".join(map(memory_of, parts))))
 
 
 def as_list(ids: Sequence[int]) -> list[int]:
     """The ids as a list of ints, which other libraries' tokenizers take."""
-    return ids.numbers.tolist() if type(ids) is _TokenArray else list(ids)
+    return ids.numbers().tolist() if type(ids) is _TokenArray else list(ids)
 
 
-def memory_of(ids: TokenIds) -> array[int]:
-    """The 64-bit numbers of ``ids``, to be read through the buffer protocol and not changed."""
+def memory_of(ids: TokenIds) -> bytes:
+    """The 64-bit numbers of ``ids``, one after the other."""
     return _TokenArray._of(ids)
 
 
-def memory_of_logprobs(logprobs: tuple[float, ...]) -> array[float]:
+def memory_of_logprobs(logprobs: tuple[float, ...]) -> bytes:
     """The same of log-probs."""
     return _LogprobArray._of(logprobs)
 
@@ -160,4 +189,4 @@ def all_finite(logprobs: Sequence[float]) -> bool:
         return math.isfinite(sum(logprobs))  # one that is not makes the sum so, too
     import numpy as np  # not with this module, of which the core is made
 
-    return not logprobs or bool(np.isfinite(np.frombuffer(logprobs.numbers)).all())
+    return bool(np.isfinite(np.frombuffer(logprobs.memory)).all())

@@ -313,7 +313,12 @@ def _reward(reward: Reward | str) -> Any:
 
 def as_array(ids: TokenIds) -> Ids:
     """A new array of the ids."""
-    return np.array(memory_of(ids), dtype=np.int64)
+    return as_view(ids).copy()
+
+
+def as_view(ids: TokenIds) -> Ids:
+    """The ids as an array that cannot be written to."""
+    return np.frombuffer(memory_of(ids), dtype=np.int64)
 
 
 def _problem_in(options: dict[str, Any]) -> Problem | None:

@@ -86,6 +86,8 @@ class TokenSequence(gymnasium.Space[Ids]):
             return False
         if len(ids) == 0:
             return True
+        if ids.dtype == np.int64:  # a negative one is a very large one without a sign
+            return bool(ids.view(np.uint64).max() < self.vocabulary)
         whole = np.issubdtype(ids.dtype, np.integer)
         return bool(whole and 0 <= ids.min() and ids.max() < self.vocabulary)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from delethink.envs.episode import EpisodeEnv, as_array
-from delethink.envs.spaces import Ids, TokenSequence, UnicodeText
+from delethink.envs.episode import EpisodeEnv, as_array, as_view
+from delethink.envs.spaces import TokenSequence, UnicodeText
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.query import encode, retokenized_at
 from delethink.rule import ThinkingState
-from delethink.tokens import as_token_ids, memory_of, token_array
+from delethink.tokens import is_block, token_array
 from delethink.types import StopReason, TokenIds, TraceStop
 
 _INTERFACES = ("tokens", "text")
@@ -82,7 +82,7 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
             ConfigError: an unknown option.
         """
-        return self._seen(self._begin(seed, options), (), 0)
+        return self._seen(self._begin(seed, options), token_array(()), 0)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Takes one chunk.
@@ -92,9 +92,11 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         """
         state = self._running_state()
         given = self._ids(action, state)
-        sampled, ended = self._to_end(given)
-        stop = StopReason.EOS if ended else StopReason.LENGTH
-        output_ids, stop = state.cut(token_array(sampled), stop)
+        end = self._end(given)
+        if end is None:
+            output_ids, stop = state.cut(given, StopReason.LENGTH)
+        else:
+            output_ids, stop = state.cut(given[: end + 1], StopReason.EOS)
         if len(output_ids) > state.max_new_tokens:
             raise ActionError(
                 f"this chunk takes {state.max_new_tokens} tokens at most, got {len(output_ids)}"
@@ -104,46 +106,38 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         terminated, truncated = state.stop is TraceStop.COMPLETED, state.stop is TraceStop.BUDGET
         return observation, reward, terminated, truncated, info
 
-    def _ids(self, action: Any, state: ThinkingState) -> Ids:
-        """The action as an array of ids."""
+    def _ids(self, action: Any, state: ThinkingState) -> TokenIds:
+        """The action as ids."""
+        space = self.action_space
         if self.interface == "text":
-            if not self.action_space.contains(action):
+            if not space.contains(action):
                 raise ActionError(
-                    f"an action is a text of 1 to {self.action_space.max_length} characters that "
+                    f"an action is a text of 1 to {space.max_length} characters that "
                     f"the tokenizer knows, got {action!r:.200}"
                 )
-            action = encode(self.tokenizer, action)
-        ids, space = self._array(action), self.action_space
-        if self.interface == "text":
+            ids = np.asarray(encode(self.tokenizer, action))
             space = TokenSequence(self.vocabulary, max(1, len(ids)), min_length=1)
+        else:
+            ids = _array(action)
         if not space.contains(ids):
             raise ActionError(
                 f"an action is 1 to {state.max_new_tokens} token ids below {self.vocabulary}, got "
                 f"{action!r:.200}"
             )
-        return np.ascontiguousarray(ids, dtype=np.int64)
+        return action if is_block(action) else token_array(ids.astype(np.int64, copy=False))
 
-    @staticmethod
-    def _array(action: Any) -> Any:
-        if isinstance(action, np.ndarray):
-            return action
-        try:
-            ids = as_token_ids(action)
-            return np.asarray(memory_of(ids)) if not isinstance(ids, tuple) else np.asarray(ids)
-        except (TypeError, ValueError):
-            return np.asarray(None)
-
-    def _to_end(self, ids: Ids) -> tuple[Ids, bool]:
-        """The ids up to the first EOS, as nothing is sampled after it, and whether there is one."""
-        ends = [int(places[0]) for e in self.eos_ids if len(places := np.flatnonzero(ids == e))]
-        return (ids[: min(ends) + 1], True) if ends else (ids, False)
+    def _end(self, ids: TokenIds) -> int | None:
+        """The place of the first EOS, as nothing is sampled after it, if there is one."""
+        numbers = as_view(ids)
+        ends = [places[0] for e in self.eos_ids if (places := (numbers == e).nonzero()[0]).size]
+        return int(min(ends)) if ends else None
 
     def _seen(
         self, state: ThinkingState, output_ids: TokenIds, ignored: int
     ) -> tuple[Any, dict[str, Any]]:
         prompt_ids = state.prompt_ids
         info = self._facts(state)
-        info["prompt_ids"], info["output_ids"] = prompt_ids, token_array(output_ids)
+        info["prompt_ids"], info["output_ids"] = prompt_ids, output_ids
         info["ignored"] = ignored
         if self.interface == "tokens":
             return as_array(prompt_ids), info
@@ -156,3 +150,13 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         if hasattr(self.tokenizer, "get_vocab"):
             return max(map(len, self.tokenizer.get_vocab()))
         return max(len(self._text((i,))) for i in range(self.vocabulary))
+
+
+def _array(action: Any) -> Any:
+    """Ids as an array, or an array that holds none."""
+    if is_block(action):
+        return as_view(action)
+    try:
+        return np.asarray(action)
+    except ValueError:  # ragged
+        return np.asarray(None)

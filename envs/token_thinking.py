@@ -14,10 +14,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from delethink.envs.episode import EpisodeEnv
+from delethink.envs.episode import EpisodeEnv, as_view
 from delethink.errors import ActionError
 from delethink.rule import ThinkingState
-from delethink.tokens import memory_of, token_array
+from delethink.tokens import token_array
 from delethink.types import StopReason, TokenIds, TraceStop
 
 Window = dict[str, NDArray[Any]]
@@ -115,7 +115,7 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         return reward
 
     def _open_chunk(self, state: ThinkingState) -> None:
-        prompt = np.frombuffer(memory_of(state.prompt_ids), dtype=np.int64)
+        prompt = as_view(state.prompt_ids)
         self._first = self._used = len(prompt)
         self._places[self._width : self._width + len(prompt)] = prompt
         self._limit = state.max_new_tokens

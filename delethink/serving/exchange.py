@@ -45,7 +45,7 @@ class Job(NamedTuple):
         cls, number: int, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Job:
         """For the chunk of a lease."""
-        prompt = memory_of(prompt_ids).tobytes()
+        prompt = memory_of(prompt_ids)
         return cls(number, prompt, max_new_tokens, sampling.temperature, sampling.seed)
 
     @property

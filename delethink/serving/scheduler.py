@@ -36,7 +36,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from delethink.errors import ConfigError
 
@@ -46,8 +46,7 @@ _SPARE_ENTRIES = 64  # in a heap of workers, before stale ones are cleared out
 _WAIT_FOR_SURPLUS = 2  # chunks that wait for each worker, for one that lies ready beyond its slots
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A chunk to be sampled, as the scheduler sees it."""
 
     key: Hashable  # the caller's name for it, of its own among chunks that wait or are in flight
@@ -56,8 +55,7 @@ class Request:
     rank: Rank = ()  # the lowest goes first
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """A chunk that was given to a worker."""
 
     number: int  # unlike that of any other lease

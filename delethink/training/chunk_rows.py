@@ -40,8 +40,8 @@ class ChunkRow(NamedTuple):
 
     def sampled_at(self, device: torch.device) -> torch.Tensor:
         """``engine_logprobs`` in double precision: [len(output_ids)]."""
-        numbers = memory_of_logprobs(self.engine_logprobs)
-        return torch.frombuffer(numbers, dtype=torch.float64).to(device)
+        numbers = np.frombuffer(memory_of_logprobs(self.engine_logprobs))
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 FILLER = -1
@@ -100,7 +100,8 @@ class Layout:
         self.prompt_size = min(len(row.prompt_ids) for row in batch)
         ids = np.full((len(batch), longest), pad_id, dtype=np.int64)
         for padded, row in zip(ids, batch, strict=True):
-            padded[: row.length] = memory_of(joined([row.prompt_ids, row.output_ids]))
+            memory = memory_of(joined([row.prompt_ids, row.output_ids]))
+            padded[: row.length] = np.frombuffer(memory, np.int64)
         self.ids = torch.from_numpy(ids).to(device)
         columns = torch.arange(longest - self.prompt_size, device=device)
         first = torch.tensor([len(r.prompt_ids) - self.prompt_size for r in batch], device=device)

@@ -23,6 +23,7 @@ from delethink.serving.engine import Engine
 from delethink.training.ahead import SamplingAhead
 from delethink.training.checkpoints import AtomicCheckpoints, Checkpoint
 from delethink.training.curves import plot_curves
+from delethink.training.garbage import GarbageCollection
 from delethink.training.grpo import DelethinkTrainer, Filled, Sampled
 from delethink.training.guard import Guarded, NonFinite
 from delethink.training.processes import Processes
@@ -358,7 +359,7 @@ def make_trainer(
         processes=processes,
         cost=trace_cost(model.config.to_dict()),
         peft_config=lora(recipe.training.lora),
-        callbacks=list(callbacks),
+        callbacks=[GarbageCollection(), *callbacks],
         **parts,
     )
     trainer.remove_callback(PrinterCallback)

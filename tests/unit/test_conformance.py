@@ -74,8 +74,8 @@ class Forgetful(ThinkingEnv):
 class Deaf(ThinkingEnv):
     """Goes on past the end of an answer, as a border."""
 
-    def _to_end(self, ids: Any) -> Any:
-        return ids, False
+    def _end(self, ids: Any) -> None:
+        return None
 
 
 class Tireless(ThinkingEnv):

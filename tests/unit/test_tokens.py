@@ -84,6 +84,15 @@ def test_what_behaves_like_a_tuple_is_left_as_it_is() -> None:
     assert as_token_ids([1, 2]) == (1, 2)
 
 
+def test_bytes_that_are_no_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 bytes are no whole number of 64-bit numbers"):
+        token_array(bytes(12))
+
+
+def test_signed_zeros_are_equal_as_in_tuples() -> None:
+    assert logprob_array((-0.0, -1.0)) == logprob_array((0.0, -1.0))
+
+
 logprobs = st.lists(st.floats(-50, 0), max_size=12).map(tuple)
 
 
@@ -120,12 +129,16 @@ def test_one_number_that_is_not_finite_is_found_anywhere(odd: float, place: int)
     assert all_finite(logprob_array(()))
 
 
+def test_finite_numbers_whose_squares_are_not_are_finite() -> None:
+    assert all_finite(logprob_array((-1e200, -0.5)))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint16, np.int64])
 def test_numbers_of_any_size_are_taken_for_what_they_are(dtype: type) -> None:
     assert token_array(np.array([1, 2, 3], dtype)) == (1, 2, 3)
     assert token_array(array("i", [1, 2, 3])) == (1, 2, 3)
     assert logprob_array(np.array([-0.5, -2.0], np.float32)) == (-0.5, -2.0)
-    assert token_array(token_array((1, 2)).numbers.tobytes()) == (1, 2)  # type: ignore[attr-defined]
+    assert token_array(memory_of(token_array((1, 2)))) == (1, 2)
     with pytest.raises(TypeError):
         token_array(np.array([1.0]))
     with pytest.raises(TypeError):
