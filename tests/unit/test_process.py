@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-THEN = (
-    "from delethink.cli.process import set_up_process; set_up_process(); print(gc.get_threshold())"
-)
+SET_UP = "from delethink.cli.process import set_up_process; set_up_process()"
 
 
 def thresholds_after(before: str) -> tuple[int, ...]:
     """Python's thresholds once a process has set itself up."""
-    code = f"import gc; {before}; {THEN}"
+    code = f"import gc; {before}; {SET_UP}; print(gc.get_threshold())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return tuple(map(int, said.stdout.strip("()\n").split(", ")))
 
