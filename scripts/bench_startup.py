@@ -19,9 +19,13 @@ COMMANDS = {
     "import delethink.envs, .rewards": ["-c", "import delethink.envs, delethink.rewards"],
     "delethink --help": ["-m", "delethink.cli.main", "--help"],
 }
+VLLM = "import vllm.v1.engine.async_llm"
+LOOK_RARELY = "from delethink.garbage import look_rarely; look_rarely()"
 OF_TRAINING = {
     "import delethink.training.grpo": ["-c", "import delethink.training.grpo"],
     "from trl import GRPOTrainer": ["-c", "from trl import GRPOTrainer"],
+    "import vLLM's engine": ["-c", VLLM],
+    "the same after look_rarely()": ["-c", f"{LOOK_RARELY}; {VLLM}"],
 }
 
 

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from delethink.garbage import look_rarely
+
 # Tests check behaviour, never wall-clock time: a busy machine must not fail them.
 settings.register_profile("delethink", deadline=None)
 settings.load_profile("delethink")
+
+look_rarely()  # as the commands do
 
 # Ray's processes yield to all others by default, and starve beside a busy test.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import warnings
 from contextlib import suppress
 
-_PYTHONS_THRESHOLD = (700, 10, 10)
-_OBJECTS = 50_000
+from delethink.garbage import look_rarely
 
 
 def set_up_process() -> None:
     """Settings that libraries read when they are imported; a value the user has set stays."""
     _keep_freed_memory()
-    _look_for_garbage_rarely()
+    look_rarely()
     # On a busy machine, threads that spin while they wait take the cores from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -33,16 +31,6 @@ def set_up_process() -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _look_for_garbage_rarely() -> None:
-    """Lets more objects come together before Python's garbage collector looks at them.
-
-    Chunks and traces stay until their step is over, so that with Python's default of 700 it looks
-    at each of them several times in vain: a sixth of what a short chunk costs the driver.
-    """
-    if gc.get_threshold() == _PYTHONS_THRESHOLD:
-        gc.set_threshold(_OBJECTS)
 
 
 def _keep_freed_memory() -> None:

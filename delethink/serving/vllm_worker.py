@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
+from delethink.garbage import look_rarely
 from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
 from delethink.serving.pool_settings import WeightTransfer
 from delethink.serving.vllm_process import EXECUTOR
@@ -85,6 +86,7 @@ class VllmWorker:
             RuntimeError: vLLM did not start; the text is what its engine process said.
         """
         _set_environment(self._config)
+        look_rarely()
         try:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:

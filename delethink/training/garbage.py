@@ -13,7 +13,7 @@ _YOUNG = 1  # the generation up to which a look takes milliseconds
 class GarbageCollection(TrainerCallback):  # type: ignore[misc]
     """Looks for young garbage after each step: by itself, the process does so rarely.
 
-    Tensors that only garbage holds would stay in memory for as long; see ``set_up_process``.
+    Tensors that only garbage holds would stay in memory for as long; see ``delethink.garbage``.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
