@@ -45,7 +45,6 @@ from delethink.serving.worker_pool import rank_of
 from delethink.training.run_directory import describe_environment
 
 MODEL, DEVICE = "Qwen/Qwen2.5-1.5B", "h100"
-ORDERS = ("breadth", "depth", "known")  # the pool's two, and one that knows every length
 SHORTEST, EXPONENT = 2500, 1.1  # of Pareto's distribution, in tokens
 QUERY, GROUP = 256, 8  # tokens; traces of a query
 DRIVER = 150e-6  # seconds for each chunk: the most that environment, scheduler and Ray may take
@@ -98,12 +97,18 @@ def main() -> None:
 
 
 def plan(asked: argparse.Namespace) -> Iterator[tuple[int, str, float, int]]:
-    """Traces, order, seconds between faults and seed of each run with one size of batch."""
+    """Traces, order, seconds between faults and seed of each run with one size of batch.
+
+    Orders are the pool's two, "known", which knows every length from the start, and "first border",
+    which learns a trace's at the end of its first chunk, and so is better informed than whoever has
+    to guess it from what was sampled so far.
+    """
     every, seed = asked.faults_every, asked.seed
     for share in SHARES:
         yield asked.traces // share, "breadth", 0.0, seed
         yield asked.traces // share, "known", 0.0, seed
     yield asked.traces, "depth", 0.0, seed
+    yield asked.traces, "first border", 0.0, seed
     for more in range(asked.fault_seeds if every else 0):
         yield asked.traces, "breadth", every, seed + more
 
@@ -125,7 +130,8 @@ def run(
     chunks = [len(workload.chunks(length)) for length in workload.lengths]
 
     def rank(trace: int, done: int) -> Rank:
-        known = float(chunks[trace]) if order == "known" else None
+        knows = order == "known" or (order == "first border" and done > 0)
+        known = float(chunks[trace]) if knows else None
         progress = Progress(None, done, spec.max_chunks, known)
         return rank_of(progress, "depth" if order == "depth" else "breadth")
 

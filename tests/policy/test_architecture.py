@@ -25,6 +25,7 @@ SCORE = {"tasks", "scoring"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
+    "garbage": set(),
     "tokens": NOUNS,
     "carryover": NOUNS | {"query", "tokens"},  # some policies read text
     "border": NOUNS | {"query"},
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "testing": PLAY,
     "rollout": RULE | {"policy"},
     "evaluation.metrics": NOUNS,
-    "serving": RULE | {"policy", "query", "rollout"},
+    "serving": RULE | {"garbage", "policy", "query", "rollout"},
     "evaluation": PLAY | SETTINGS | SCORE | {"cost", "evaluation.metrics", "serving"},
     "training": PLAY
     | SETTINGS
@@ -56,7 +57,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all
 
 # Rooms that load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *RULE, "policy", "rollout", "query", "registry", "cost", "traces", "testing"}
-CORE |= {"tasks", "scoring", "output"}
+CORE |= {"garbage", "tasks", "scoring", "output"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
