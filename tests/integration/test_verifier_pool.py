@@ -278,9 +278,11 @@ def test_a_sample_whose_verifier_stalls_is_an_error_and_never_a_zero(hostile: An
 
 
 OWNER = """
-import sys, time
+import signal, time
 import hostile_rewards
 from delethink.rewards.pool import PoolSettings, VerifierPool
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 pool = VerifierPool(PoolSettings(num_workers=2, timeout=1000))
 futures = [pool.submit(hostile_rewards.{function}, {{"text": "x"}}) for _ in range(4)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from delethink import registry
 from delethink.envs.automaton import AutomatonTask
 from delethink.errors import ConfigError
 from delethink.registry import make_task, resolve
@@ -51,3 +52,13 @@ def test_a_task_gets_the_seed_it_takes() -> None:
 def test_mistakes_are_explained(name: str, args: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         make_task(name, args, 0)
+
+
+def test_installed_packages_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluated trace asks for a name, and a look takes longer than the trace's own work."""
+    looks = []
+    monkeypatch.setattr(registry, "entry_points", lambda **wanted: looks.append(wanted) or ())
+    monkeypatch.syspath_prepend("a path that nothing has been looked for on")
+    for _ in range(3):
+        resolve("delethink.scoring", "answer")
+    assert looks == [{"group": "delethink.scoring"}]
