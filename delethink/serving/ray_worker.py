@@ -85,8 +85,6 @@ class _RayWorker:
 
     def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
         self._actor, self._config, self._room = actor, config, room
-        # Ray keeps an account of each call, for its dashboard; of these there is no end.
-        self._exchange = actor.exchange.options(enable_task_events=False)
         self._transfer: Transfer | None = None
         if room.sends_from is not None:
             from delethink.serving.weight_transfer import Transfer
@@ -120,7 +118,7 @@ class _RayWorker:
         return f"gave no answer {within}; it asks for {asked}, and Ray has {free} left"
 
     async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        said = await _ask(self._exchange.remote(encode((jobs, dropped)), _SILENCE_S))
+        said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))
         report: Report = decode(said)
         return report
 

@@ -34,7 +34,6 @@ from delethink.types import TokenIds
 _logger = logging.getLogger(__name__)
 
 _GATHER_S = 0.002  # for which chunks are collected before they are given out
-_LISTEN_S = 0.01  # after answers, until a worker is gone to without chunks: mostly, some follow
 _TICK_S = 1.0  # between two looks at deadlines
 _MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted
 _PAUSE_S = 1.0  # after a worker raised: others get the chunk
@@ -330,7 +329,7 @@ class WorkerPool:
         self._hear(worker, report)
         if not worker.is_dead and not worker.exchanges:
             loop = asyncio.get_running_loop()
-            loop.call_later(_LISTEN_S if report.answers else 0.0, self._go_again, worker, life)
+            loop.call_later(_GATHER_S if report.answers else 0.0, self._go_again, worker, life)
 
     def _go_again(self, worker: PoolWorker, life: int) -> None:
         if worker.life == life and worker.in_service and not worker.exchanges:
