@@ -47,7 +47,7 @@ from delethink.training.run_directory import describe_environment
 MODEL, DEVICE = "Qwen/Qwen2.5-1.5B", "h100"
 SHORTEST, EXPONENT = 2500, 1.1  # of Pareto's distribution, in tokens
 QUERY, GROUP = 256, 8  # tokens; traces of a query
-DRIVER = 550e-6  # seconds for each chunk, all that the driver does, as scripts/bench_driver.py measured
+DRIVER = 550e-6  # seconds of the driver for each chunk, as scripts/bench_driver.py measured
 MOMENTS = 100  # of a course
 SHARES = (1, 2, 4, 8)  # of the traces, what fraction is played
 
