@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import gc
 
-_PYTHONS_THRESHOLD = (700, 10, 10)
+_PYTHONS_THRESHOLDS = {(700, 10, 10), (2000, 10, 10), (2000, 10, 0)}  # of its versions
 _OBJECTS = 50_000
 
 
 def look_rarely() -> None:
-    """Lets more objects come together before the collector looks at them, for a process of ours.
+    """Raises the number of new objects after which the collector looks at them.
 
-    Modules stay, and chunks and traces until their step is over: with Python's default of 700
-    objects it looks at each of them several times in vain. That is a tenth of what vLLM takes to
+    Modules stay, and chunks and traces until their step is over: as often as Python does it by
+    itself, it looks at each of them several times in vain. That is a tenth of what vLLM takes to
     import (``scripts/bench_startup.py``) and more than that of what a short chunk costs the driver.
     Who has set a threshold keeps it.
     """
-    if gc.get_threshold() == _PYTHONS_THRESHOLD:
+    if gc.get_threshold() in _PYTHONS_THRESHOLDS:
         gc.set_threshold(_OBJECTS)

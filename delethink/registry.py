@@ -93,7 +93,7 @@ def names(group: str) -> dict[str, str]:
 
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> dict[str, str]:
-    """What packages on a path name; to look at them all again takes tens of milliseconds."""
+    """What packages on a path name; a look at them all takes tens of milliseconds."""
     return {point.name: point.value for point in entry_points(group=group)}
 
 
@@ -130,6 +130,9 @@ def resolve(group: str, name: str) -> Any:
     known = names(group)
     if name in _IN_PROCESS[group]:
         return _IN_PROCESS[group][name]
+    if name not in known:
+        _installed.cache_clear()  # the package may have been installed meanwhile
+        known = names(group)
     if name not in known:
         raise ConfigError(f"unknown {_kind(group)} {name!r}.{did_you_mean(name, known)}")
     module, _, attribute = known[name].partition(":")

@@ -64,7 +64,7 @@ async def play_trace(
         UserError: whatever else of this kind the policy raises: it concerns every trace.
         WorkersLostError: so does this, nothing is left to sample with.
     """
-    return await _play(policy, _start(spec, query_ids, max_model_tokens), sampling)
+    return await _play(policy, start(spec, query_ids, max_model_tokens), sampling)
 
 
 async def play_traces(
@@ -89,7 +89,7 @@ async def play_traces(
     """
     deadline = _Deadline.after(timeout)
     pairs = zip(queries, samplings, strict=True)
-    states = [(_start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
+    states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
 
     async def play(index: int, state: ThinkingState, sampling: Sampling) -> Trace:
         trace = await _play(policy, state, sampling, deadline=deadline)
@@ -102,11 +102,6 @@ async def play_traces(
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _start(spec: ChunkSpec, query_ids: TokenIds, max_model_tokens: int | None) -> ThinkingState:
-    """With the query as a block: a prompt is made of it for each chunk."""
-    return start(spec, token_array(query_ids), max_model_tokens)
 
 
 def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:

@@ -363,7 +363,7 @@ class ThinkingState:
         return after
 
 
-_FIELDS = [field.name for field in fields(ThinkingState)]  # and not what was worked out of them
+_FIELDS = [field.name for field in fields(ThinkingState)]  # what is cached of them is left out
 
 
 _TRACE_STOP = {

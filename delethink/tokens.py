@@ -10,6 +10,7 @@ what knows lists and tuples alone, JSON for one, is given ``list(ids)``.
 from __future__ import annotations
 
 import math
+import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, cast
@@ -39,7 +40,7 @@ class _Block(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
-            return self.view()[index]
+            return self.view()[operator.index(index)]
         start, stop, stride = index.indices(len(self))
         if stride == 1:
             return type(self)(self.memory[start * _BYTES : stop * _BYTES])
@@ -56,7 +57,7 @@ class _Block(Sequence[Any]):
 
     def __eq__(self, other: object) -> bool:
         if type(other) is type(self):
-            return self.memory == other.memory or self.view() == other.view()  # 0.0 is -0.0
+            return self._equals(other)
         return tuple(self) == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
@@ -71,6 +72,13 @@ class _Block(Sequence[Any]):
     def __deepcopy__(self, memo: Any) -> Self:
         return self
 
+    def __reversed__(self) -> Iterator[Any]:
+        yield from reversed(self.numbers())
+
+    def index(self, value: Any, *bounds: int) -> int:
+        """See ``tuple.index``."""
+        return self.numbers().index(value, *bounds)
+
     def view(self) -> memoryview:
         """The numbers, without a copy."""
         return memoryview(self.memory).cast(self.typecode)  # type: ignore[call-overload, no-any-return]
@@ -78,6 +86,9 @@ class _Block(Sequence[Any]):
     def numbers(self) -> array[Any]:
         """A copy of the numbers."""
         return array(self.typecode, self.memory)
+
+    def _equals(self, other: _Block) -> bool:
+        return self.memory == other.memory
 
     def _adds(self, other: object) -> bool:
         return isinstance(other, tuple) or type(other) is type(self)
@@ -119,6 +130,9 @@ class _LogprobArray(_Block):
     __slots__ = ()
     typecode = "d"
     formats = "d"
+
+    def _equals(self, other: _Block) -> bool:
+        return self.view() == other.view()  # 0.0 is -0.0, and no NaN is another
 
 
 def token_array(ids: Any) -> TokenIds:
@@ -186,7 +200,7 @@ def as_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
 def all_finite(logprobs: Sequence[float]) -> bool:
     """Whether each is a finite number."""
     if type(logprobs) is not _LogprobArray:
-        return math.isfinite(sum(logprobs))  # one that is not makes the sum so, too
+        return all(map(math.isfinite, logprobs))
     import numpy as np  # not with this module, of which the core is made
 
     return bool(np.isfinite(np.frombuffer(logprobs.memory)).all())

@@ -80,7 +80,7 @@ class TokenSequence(gymnasium.Space[Ids]):
         """Whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
         try:
             ids = np.asarray(x)
-        except ValueError:  # ragged
+        except (TypeError, ValueError, RuntimeError):  # ragged; a tensor of another device
             return False
         if ids.ndim != 1 or not self.min_length <= len(ids) <= self.max_length:
             return False

@@ -158,5 +158,5 @@ def _array(action: Any) -> Any:
         return as_view(action)
     try:
         return np.asarray(action)
-    except ValueError:  # ragged
+    except (TypeError, ValueError, RuntimeError):  # ragged; a tensor of another device
         return np.asarray(None)

@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-_YOUNG = 1  # the generation up to which a look takes milliseconds
+_YOUNG = 1  # the oldest generation that is looked at: not the modules
 
 
 class GarbageCollection(TrainerCallback):  # type: ignore[misc]
     """Looks for young garbage after each step: by itself, the process does so rarely.
 
-    Tensors that only garbage holds would stay in memory for as long; see ``delethink.garbage``.
+    A precaution: a tensor that only garbage held would stay in memory for as long. See
+    ``delethink.garbage``.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import invalidate_caches
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,29 @@ def test_mistakes_are_explained(name: str, args: dict[str, Any], text: str) -> N
         make_task(name, args, 0)
 
 
-def test_installed_packages_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_packages_are_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each evaluated trace asks for a name, and a look takes longer than the trace's own work."""
     looks = []
     monkeypatch.setattr(registry, "entry_points", lambda **wanted: looks.append(wanted) or ())
-    monkeypatch.syspath_prepend("a path that nothing has been looked for on")
+    monkeypatch.syspath_prepend(tmp_path)
     for _ in range(3):
         resolve("delethink.scoring", "answer")
     assert looks == [{"group": "delethink.scoring"}]
+
+
+def test_a_package_that_is_installed_meanwhile_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="unknown task 'late'"):
+        resolve("delethink.tasks", "late")
+    metadata = tmp_path / "theirs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[delethink.tasks]\nlate = delethink.envs.automaton:AutomatonTask\n"
+    )
+    invalidate_caches()
+    assert resolve("delethink.tasks", "late") is AutomatonTask

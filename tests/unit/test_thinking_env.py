@@ -102,6 +102,13 @@ def test_the_end_of_the_budget_truncates() -> None:
         env.step(ids("0"))
 
 
+class OnAnotherDevice:
+    """As torch's tensors of other devices are to NumPy."""
+
+    def __array__(self, *arguments: Any, **options: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
 @pytest.mark.parametrize(
     ("action", "text"),
     [
@@ -111,6 +118,11 @@ def test_the_end_of_the_budget_truncates() -> None:
         ([0.5], "token ids"),
         ("0000", "token ids"),
         (ids("0") * 7, "1 to 6"),
+        (np.array([-(2**63)]), "token ids"),
+        (np.array([2**64 - 1], np.uint64), "below 22"),
+        (np.array([[1, 2]]), "token ids"),
+        (np.array([True]), "token ids"),
+        (OnAnotherDevice(), "token ids"),
     ],
 )
 def test_illegal_actions_say_what_is_allowed(action: Any, text: str) -> None:

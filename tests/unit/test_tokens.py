@@ -43,6 +43,8 @@ def test_slices_are_those_of_tuples(
     assert tuple(block[start:stop:stride]) == one[start:stop:stride]
     assert block[start:stop:stride] == one[start:stop:stride]
     assert len(block) == len(one)
+    assert tuple(reversed(block)) == one[::-1]
+    assert [block.index(token) for token in one] == [one.index(token) for token in one]
 
 
 @given(ids)
@@ -129,8 +131,14 @@ def test_one_number_that_is_not_finite_is_found_anywhere(odd: float, place: int)
     assert all_finite(logprob_array(()))
 
 
-def test_finite_numbers_whose_squares_are_not_are_finite() -> None:
-    assert all_finite(logprob_array((-1e200, -0.5)))
+def test_finite_numbers_whose_sum_is_not_are_finite() -> None:
+    assert all_finite((-1e308, -1e308))
+    assert all_finite(logprob_array((-1e308, -1e308)))
+
+
+def test_what_is_no_number_equals_nothing_as_in_tuples() -> None:
+    one, other = (logprob_array((float("nan"),)) for _ in range(2))
+    assert one != other
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint16, np.int64])
