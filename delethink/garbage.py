@@ -13,7 +13,8 @@ def look_rarely() -> None:
 
     Modules stay, and chunks and traces until their step is over: as often as Python does it by
     itself, it looks at each of them several times in vain. That is a tenth of what vLLM takes to
-    import (``scripts/bench_startup.py``) and more than that of what a short chunk costs the driver.
+    import (``scripts/bench_startup.py``), and 40 to 65 us of what a short chunk costs the driver
+    (docs/rollouts.md).
     Who has set a threshold keeps it.
     """
     if gc.get_threshold() in _PYTHONS_THRESHOLDS:

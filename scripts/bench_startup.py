@@ -12,7 +12,7 @@ import sys
 import time
 from typing import NamedTuple
 
-RUNS, RUNS_OF_TRAINING = 10, 3  # what loads torch takes long
+RUNS, RUNS_OF_HEAVY = 10, 3  # what loads torch takes long
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import delethink": ["-c", "import delethink"],
@@ -21,10 +21,10 @@ COMMANDS = {
 }
 VLLM = "import vllm.v1.engine.async_llm"
 LOOK_RARELY = "from delethink.garbage import look_rarely; look_rarely()"
-OF_TRAINING = {
+HEAVY = {
     "import delethink.training.grpo": ["-c", "import delethink.training.grpo"],
     "from trl import GRPOTrainer": ["-c", "from trl import GRPOTrainer"],
-    "import vLLM's engine": ["-c", VLLM],
+    "import vllm.v1.engine.async_llm": ["-c", VLLM],
     "the same after look_rarely()": ["-c", f"{LOOK_RARELY}; {VLLM}"],
 }
 
@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> Taken:
 
 def main() -> None:
     found = {
-        name: measure(command, RUNS_OF_TRAINING if name in OF_TRAINING else RUNS)
-        for name, command in (COMMANDS | OF_TRAINING).items()
+        name: measure(command, RUNS_OF_HEAVY if name in HEAVY else RUNS)
+        for name, command in (COMMANDS | HEAVY).items()
     }
     bare = next(iter(found.values())).seconds
     print(f"{'medians':<34}{'seconds':>9}{'ratio':>8}{'MiB':>8}")

@@ -17,7 +17,6 @@ from delethink.policy import Completion, Sampling
 from delethink.tokens import as_list, logprob_array, memory_of, token_array
 from delethink.types import StopReason, TokenIds
 
-_TOKEN_BYTES = array("q").itemsize
 _STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
 
 
@@ -80,7 +79,7 @@ class Answer(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """How many were sampled."""
-        return len(self.output) // _TOKEN_BYTES
+        return len(token_array(self.output))
 
     def completion(self) -> Completion:
         """As rollouts know it."""
