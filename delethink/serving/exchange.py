@@ -25,7 +25,7 @@ def encode(said: Any) -> bytes:
     return pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
 
 
-def decode(sent: bytes) -> Any:
+def decode(sent: bytes | bytearray) -> Any:
     """What ``encode`` was given."""
     return pickle.loads(sent)
 

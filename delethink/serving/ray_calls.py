@@ -75,6 +75,18 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def address_for(peer: str) -> str:
+    """An address of this node, in an actor on it, at which another node finds it.
+
+    Args:
+        peer: Ray's id of the other node. On the same one, nobody else needs to reach it.
+    """
+    if ray.get_runtime_context().get_node_id() == peer:
+        return "127.0.0.1"
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
 def cause(error: Exception) -> Exception:
     """What went wrong in an actor, without Ray's account of it.
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delethink.errors import ConfigError
+from delethink.serving.channel import SECRET_BYTES, Channel
 from delethink.serving.exchange import (
     Job,
     Report,
@@ -31,9 +35,12 @@ if TYPE_CHECKING:
     from delethink.serving.weight_transfer import Transfer
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 _MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
 _SILENCE_S = 2.0  # after which a worker says that it is alive
+_CONNECT_TIMEOUT_S = 10.0
+_ACCOUNT_S = 10.0  # for which Ray's account of a lost worker is waited for
 
 
 class Room:
@@ -85,6 +92,8 @@ class _RayWorker:
 
     def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
         self._actor, self._config, self._room = actor, config, room
+        self._channel: Channel | None = None
+        self._attending: asyncio.Task[None] | None = None
         self._transfer: Transfer | None = None
         if room.sends_from is not None:
             from delethink.serving.weight_transfer import Transfer
@@ -100,6 +109,7 @@ class _RayWorker:
                 state = await _ask(self._actor.start.remote())
                 if self._transfer is not None:
                     await _in_thread(self._transfer.meet)
+                await self._connect()
         except TimeoutError:
             if not limit.expired():
                 raise  # of vLLM or Ray
@@ -117,8 +127,43 @@ class _RayWorker:
         asked = dict(self._room.resources)
         return f"gave no answer {within}; it asks for {asked}, and Ray has {free} left"
 
+    async def _connect(self) -> None:
+        """Chunks go over a connection of their own, unless that cannot be or must not."""
+        if _is_encrypted():
+            return
+        secret, node = secrets.token_bytes(SECRET_BYTES), ray.get_runtime_context().get_node_id()
+        host, port = await _ask(self._actor.listen.remote(secret, node, _SILENCE_S))
+        channel = Channel(self._account)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await channel.open(host, port, secret)
+        except OSError as problem:  # TimeoutError among them
+            _logger.warning(
+                "a worker cannot be reached at %s, port %s (%s): its chunks go by way of Ray, "
+                "which takes the driver longer; nodes of the cluster must reach each other's ports",
+                *(host, port, problem or "no answer"),
+            )
+            return
+        self._channel, self._attending = channel, asyncio.create_task(self._attend(channel))
+
+    async def _attend(self, channel: Channel) -> None:
+        """Ray knows why a worker was lost, and also that a whole node was."""
+        try:
+            await _ask(self._actor.live.remote())
+        except Exception as problem:  # whatever ended it
+            channel.end(problem)
+
+    async def _account(self) -> None:
+        """Until Ray has said why the worker was lost, if it says so in time."""
+        if self._attending is not None:
+            await asyncio.wait({self._attending}, timeout=_ACCOUNT_S)
+
     async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        said = await _ask(self._actor.exchange.remote(encode((jobs, dropped)), _SILENCE_S))
+        sent = encode((jobs, dropped))
+        if self._channel is not None:
+            said: bytes | bytearray = await self._channel.ask(sent)
+        else:
+            said = await _ask(self._actor.exchange.remote(sent, _SILENCE_S))
         report: Report = decode(said)
         return report
 
@@ -138,10 +183,19 @@ class _RayWorker:
         await _ask(self._actor.stop.remote())
 
     def kill(self) -> None:
+        if self._channel is not None:
+            self._channel.end(ConnectionError("was ended"))
+        if self._attending is not None:
+            self._attending.cancel()
         if ray.is_initialized():
             ray.kill(self._actor)
         if self._transfer is not None:  # it may be waiting for the worker
             threading.Thread(target=self._transfer.close, daemon=True).start()
+
+
+def _is_encrypted() -> bool:
+    """Whether the cluster encrypts what is said in it, which a connection of our own does not."""
+    return os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
 async def _ask(call: Any) -> Any:

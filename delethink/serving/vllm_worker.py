@@ -20,8 +20,10 @@ from typing import Any, NoReturn, TypeVar
 
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
 from delethink.garbage import look_rarely
+from delethink.serving.channel import Listener
 from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
 from delethink.serving.pool_settings import WeightTransfer
+from delethink.serving.ray_calls import address_for
 from delethink.serving.vllm_process import EXECUTOR
 from delethink.serving.vllm_weights import Packed, WeightUpdates, write
 from delethink.types import StopReason, TokenIds
@@ -77,6 +79,7 @@ class VllmWorker:
         self._turn = 0  # of exchanges
         self._news = asyncio.Event()
         self._seconds_per_chunk = 0.0  # smoothed
+        self._listener: Listener | None = None
 
     async def start(self) -> WorkerState:
         """Starts the engine, and samples a token, so that the first chunk finds it warm.
@@ -114,7 +117,26 @@ class VllmWorker:
             batch_size=self._batch_size,
         )
 
-    async def exchange(self, sent: bytes, silence_s: float) -> bytes:
+    async def listen(self, secret: bytes, peer: str, silence_s: float) -> tuple[str, int]:
+        """Takes exchanges over a connection as well, from who knows the secret.
+
+        Args:
+            secret: see ``Listener``.
+            peer: Ray's id of the node where the other end is.
+            silence_s: see ``exchange``.
+
+        Returns:
+            Host and port.
+        """
+        host = address_for(peer)
+        self._listener = Listener(lambda sent: self.exchange(sent, silence_s), secret)
+        return host, await self._listener.start(host)
+
+    async def live(self) -> None:
+        """Does not return: who waits for it is told by Ray when the worker is lost."""
+        await asyncio.Event().wait()
+
+    async def exchange(self, sent: bytes | bytearray, silence_s: float) -> bytes:
         """Takes jobs on, gives others up, and reports what has been done since the last report.
 
         Args:
@@ -294,6 +316,8 @@ class VllmWorker:
 
     async def stop(self) -> None:
         """Ends the engine process."""
+        if self._listener is not None:
+            self._listener.close()
         if self._engine is not None:
             self._engine.shutdown()
 
