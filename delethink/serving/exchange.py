@@ -1,15 +1,15 @@
 """What a pool and its workers say to each other, many chunks at a time.
 
-A call to a Ray actor costs the driver as much as ten chunks do otherwise, so a worker answers when
-it has several things to say, or when it has been silent for long enough to be thought dead. What is
-said goes as one block of bytes (``encode``): Ray would pickle each element of a list on its own.
+Each message costs both sides more than what is in it, so a worker reports when it has several
+things to say, or when it has been silent for long enough to be thought dead. What is said goes as
+one block of bytes (``encode``).
 """
 
 from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -99,7 +99,7 @@ class EngineCounts:
 
 
 class Report(NamedTuple):
-    """A worker's side of an exchange."""
+    """What a worker has done since its last one."""
 
     answers: Sequence[Answer]
     counts: EngineCounts
@@ -124,12 +124,17 @@ class WorkerHandle(Protocol):
         """Starts the engine; bounded in time by itself."""
         ...
 
-    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        """Hands over jobs, takes others back, and waits until there is something to report.
+    def attend(self, hear: Callable[[Report], None], lose: Callable[[Exception], None]) -> None:
+        """Listens to the worker from now on.
 
-        It returns after a few seconds at most, also with nothing, and at once where a later
-        exchange has been started.
+        Args:
+            hear: told each report; there is one every few seconds, also with nothing.
+            lose: told once that the worker is lost, and why, unless it was killed here.
         """
+        ...
+
+    def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:
+        """Hands over jobs, and takes back others by their numbers. A lost worker gets none."""
         ...
 
     async def update(self, weights: Any, version: int) -> int:

@@ -35,7 +35,6 @@ class PoolWorker:
     failing_reports: int = 0  # in a row
     jobs: list[Job] = field(default_factory=list)  # to be handed over
     dropped: list[int] = field(default_factory=list)  # to be taken back
-    exchanges: int = 0  # under way
     heard: float = 0.0  # when it last reported
     progressed: float = 0.0  # when its engine last made a step, or had nothing to do
     pace: float = 0.0  # seconds per sampled token of a chunk, smoothed

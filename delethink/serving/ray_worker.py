@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delethink.errors import ConfigError
@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 _MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
 _SILENCE_S = 2.0  # after which a worker says that it is alive
 _CONNECT_TIMEOUT_S = 10.0
-_ACCOUNT_S = 10.0  # for which Ray's account of a lost worker is waited for
+_ACCOUNT_S = 5.0  # for which Ray's account of a lost worker is waited for
 
 
 class Room:
@@ -92,8 +92,9 @@ class _RayWorker:
 
     def __init__(self, actor: Any, config: WorkerConfig, room: Room) -> None:
         self._actor, self._config, self._room = actor, config, room
-        self._channel: Channel | None = None
-        self._attending: asyncio.Task[None] | None = None
+        self._channel: Channel | None = None  # None: by way of Ray
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lose: Callable[[Exception], None] | None = None
         self._transfer: Transfer | None = None
         if room.sends_from is not None:
             from delethink.serving.weight_transfer import Transfer
@@ -133,7 +134,7 @@ class _RayWorker:
             return
         secret, node = secrets.token_bytes(SECRET_BYTES), ray.get_runtime_context().get_node_id()
         host, port = await _ask(self._actor.listen.remote(secret, node, _SILENCE_S))
-        channel = Channel(self._account)
+        channel = Channel()
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await channel.open(host, port, secret)
@@ -144,28 +145,54 @@ class _RayWorker:
                 *(host, port, problem or "no answer"),
             )
             return
-        self._channel, self._attending = channel, asyncio.create_task(self._attend(channel))
+        self._channel = channel
 
-    async def _attend(self, channel: Channel) -> None:
+    def attend(self, hear: Callable[[Report], None], lose: Callable[[Exception], None]) -> None:
+        self._lose = lose
+        self._spawn(self._live())
+        if self._channel is None:
+            self._spawn(self._ask_for_reports(hear))
+            return
+        self._channel.attend(
+            lambda said: hear(decode(said)), lambda why: self._spawn(self._disconnected(why))
+        )
+
+    async def _live(self) -> None:
         """Ray knows why a worker was lost, and also that a whole node was."""
-        try:
-            await _ask(self._actor.live.remote())
-        except Exception as problem:  # whatever ended it
-            channel.end(problem)
+        await _ask(self._actor.live.remote())
 
-    async def _account(self) -> None:
-        """Until Ray has said why the worker was lost, if it says so in time."""
-        if self._attending is not None:
-            await asyncio.wait({self._attending}, timeout=_ACCOUNT_S)
+    async def _ask_for_reports(self, hear: Callable[[Report], None]) -> None:
+        while True:
+            hear(decode(await _ask(self._actor.report.remote(_SILENCE_S))))
 
-    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
+    async def _disconnected(self, why: Exception) -> None:
+        """Ray may have more to say, soon."""
+        await asyncio.sleep(_ACCOUNT_S)
+        raise why
+
+    def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:
         sent = encode((jobs, dropped))
         if self._channel is not None:
-            said: bytes | bytearray = await self._channel.ask(sent)
+            self._channel.send(sent)
         else:
-            said = await _ask(self._actor.exchange.remote(sent, _SILENCE_S))
-        report: Report = decode(said)
-        return report
+            self._spawn(self._take(sent))
+
+    async def _take(self, sent: bytes) -> None:
+        await _ask(self._actor.take.remote(sent))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """What it raises is the end of the worker."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or not isinstance(problem := task.exception(), Exception):
+            return
+        lose, self._lose = self._lose, None
+        if lose is not None:
+            lose(problem)
 
     async def update(self, weights: Any, version: int) -> int:
         if (transfer := self._transfer) is not None:
@@ -183,10 +210,11 @@ class _RayWorker:
         await _ask(self._actor.stop.remote())
 
     def kill(self) -> None:
+        self._lose = None
         if self._channel is not None:
-            self._channel.end(ConnectionError("was ended"))
-        if self._attending is not None:
-            self._attending.cancel()
+            self._channel.close()
+        for task in self._tasks:
+            task.cancel()
         if ray.is_initialized():
             ray.kill(self._actor)
         if self._transfer is not None:  # it may be waiting for the worker

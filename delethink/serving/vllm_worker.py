@@ -76,7 +76,6 @@ class VllmWorker:
         self._answers: list[Answer] = []
         self._counter: Any = None
         self._batch_size = 0
-        self._turn = 0  # of exchanges
         self._news = asyncio.Event()
         self._seconds_per_chunk = 0.0  # smoothed
         self._listener: Listener | None = None
@@ -118,66 +117,63 @@ class VllmWorker:
         )
 
     async def listen(self, secret: bytes, peer: str, silence_s: float) -> tuple[str, int]:
-        """Takes exchanges over a connection as well, from who knows the secret.
+        """Takes jobs and reports over a connection as well, with who knows the secret.
 
         Args:
             secret: see ``Listener``.
             peer: Ray's id of the node where the other end is.
-            silence_s: see ``exchange``.
+            silence_s: see ``report``.
 
         Returns:
             Host and port.
         """
         host = address_for(peer)
-        self._listener = Listener(lambda sent: self.exchange(sent, silence_s), secret)
+        self._listener = Listener(self._take, lambda: self.report(silence_s), secret)
         return host, await self._listener.start(host)
 
     async def live(self) -> None:
         """Does not return: who waits for it is told by Ray when the worker is lost."""
         await asyncio.Event().wait()
 
-    async def exchange(self, sent: bytes | bytearray, silence_s: float) -> bytes:
-        """Takes jobs on, gives others up, and reports what has been done since the last report.
+    async def take(self, sent: bytes) -> None:
+        """Takes jobs on and gives others up.
 
         Args:
             sent: encoded, the jobs and the numbers of those that are taken back.
-            silence_s: after how many seconds it reports that there is nothing.
-
-        Returns:
-            The report, encoded.
-
-        It waits for something to report, for ``silence_s`` at most, and for a little more to come,
-        so that the driver need not come for each chunk. A later exchange relieves it.
         """
+        self._take(sent)
+
+    def _take(self, sent: bytes | bytearray) -> None:
         jobs, dropped = decode(sent)
         for job in jobs:
             self._tasks[job.number] = asyncio.create_task(self._do(job))
         for number in dropped:
             if (task := self._tasks.pop(number, None)) is not None:
                 task.cancel()
-        self._turn += 1
-        turn = self._turn
-        self._news.set()  # relieves the one before
-        await asyncio.sleep(0)
-        await self._wait(turn, silence_s, lambda: not self._answers)
+
+    async def report(self, silence_s: float) -> bytes:
+        """What has been done since the last report, encoded.
+
+        It waits for something to report, for ``silence_s`` at most, and for a little more to come,
+        so that the driver need not look at each chunk on its own.
+        """
+        await self._wait(silence_s, lambda: not self._answers)
         if self._answers:
-            await self._linger(turn)
-        answers: list[Answer] = []
-        if self._turn == turn:
-            answers, self._answers = self._answers, []
+            await self._linger()
+        answers, self._answers = self._answers, []
         return encode(Report(answers, self._counter.counts()))
 
-    async def _linger(self, turn: int) -> None:
+    async def _linger(self) -> None:
         """Waits for more answers, for longer while the engine has chunks that it has not begun."""
         most = min(_MOST_LINGER_S, _LINGER_SHARE * self._seconds_per_chunk)
-        await self._wait(turn, most, lambda: len(self._tasks) > self._batch_size)
-        await self._wait(turn, most * _HASTE, lambda: True)
+        await self._wait(most, lambda: len(self._tasks) > self._batch_size)
+        await self._wait(most * _HASTE, lambda: True)
 
-    async def _wait(self, turn: int, seconds: float, goes_on: Callable[[], bool]) -> None:
-        """Until time is up, another exchange has begun, or an answer has ended the reason."""
+    async def _wait(self, seconds: float, goes_on: Callable[[], bool]) -> None:
+        """Until time is up, or an answer has ended the reason."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._turn == turn and goes_on():
+                while goes_on():
                     self._news.clear()
                     await self._news.wait()
 

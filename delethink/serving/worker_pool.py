@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 from delethink.errors import (
@@ -148,7 +149,7 @@ class WorkerPool:
         worker.heard = worker.progressed = loop.time()
         worker.counts = worker.taken = EngineCounts()
         worker.jobs, worker.dropped = [], []
-        worker.exchanges = worker.returned_tokens = worker.failing_reports = 0
+        worker.returned_tokens = worker.failing_reports = 0
         worker.pace, worker.paced = 0.0, 0
         worker.rest(loop.time())
         worker.in_service, worker.silent = True, False
@@ -159,7 +160,10 @@ class WorkerPool:
             self.hold(worker)
         self._gone_since = None
         self.changed.set()
-        self._go(worker)
+        assert worker.handle is not None
+        worker.handle.attend(
+            partial(self._hear, worker, worker.life), partial(self._fall, worker, worker.life)
+        )
         self._assign_soon()
 
     def lose(self, worker: PoolWorker, reason: str) -> None:
@@ -285,7 +289,13 @@ class WorkerPool:
             worker.begin(loop.time())
         for worker in self.workers:
             if worker.in_service and (worker.jobs or worker.dropped):
-                self._go(worker)
+                self._send(worker)
+
+    def _send(self, worker: PoolWorker) -> None:
+        assert worker.handle is not None
+        jobs, worker.jobs = worker.jobs, []
+        dropped, worker.dropped = worker.dropped, []
+        worker.handle.send(jobs, dropped)
 
     def _drop(self, lease: Lease) -> None:
         """Takes a chunk back from a worker whose lease of it has ended."""
@@ -301,41 +311,23 @@ class WorkerPool:
             worker.rest(asyncio.get_running_loop().time())
         self._assign_soon()
 
-    # -- exchanges -----------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------
 
-    def _go(self, worker: PoolWorker) -> None:
-        """Goes to a worker with what there is for it."""
-        if self.ended is not None:
-            return
-        jobs, worker.jobs = worker.jobs, []
-        dropped, worker.dropped = worker.dropped, []
-        worker.exchanges += 1
-        self._spawn(self._exchange(worker, worker.life, jobs, dropped))
+    def _fall(self, worker: PoolWorker, life: int, problem: Exception) -> None:
+        """However a worker fails, it is lost."""
+        if worker.life == life:
+            self.lose(worker, say(problem))
 
-    async def _exchange(
-        self, worker: PoolWorker, life: int, jobs: Sequence[Job], dropped: Sequence[int]
-    ) -> None:
-        assert worker.handle is not None
-        try:
-            report = await worker.handle.exchange(jobs, dropped)
-        except Exception as problem:  # however a worker fails, it is lost
-            if worker.life == life:
-                self.lose(worker, say(problem))
-            return
+    def _hear(self, worker: PoolWorker, life: int, report: Report) -> None:
         if worker.life != life or worker.is_dead:
             self.counts.late_answers += len(report.answers)
             return
-        worker.exchanges -= 1
-        self._hear(worker, report)
-        if not worker.is_dead and not worker.exchanges:
-            loop = asyncio.get_running_loop()
-            loop.call_later(_GATHER_S if report.answers else 0.0, self._go_again, worker, life)
+        try:
+            self._take_in(worker, report)
+        except Exception as bug:
+            self._has_a_bug(bug)
 
-    def _go_again(self, worker: PoolWorker, life: int) -> None:
-        if worker.life == life and worker.in_service and not worker.exchanges:
-            self._go(worker)
-
-    def _hear(self, worker: PoolWorker, report: Report) -> None:
+    def _take_in(self, worker: PoolWorker, report: Report) -> None:
         now = asyncio.get_running_loop().time()
         worker.heard = now
         if worker.silent:
@@ -511,8 +503,11 @@ class WorkerPool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()) is not None:
-            _logger.error("the pool has a bug", exc_info=problem)
-            self._end(problem if isinstance(problem, Exception) else RuntimeError(repr(problem)))
+            self._has_a_bug(problem)
+
+    def _has_a_bug(self, problem: BaseException) -> None:
+        _logger.error("the pool has a bug", exc_info=problem)
+        self._end(problem if isinstance(problem, Exception) else RuntimeError(repr(problem)))
 
 
 def rank_of(progress: Progress, order: Order) -> Rank:

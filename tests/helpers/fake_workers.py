@@ -51,8 +51,9 @@ class FakeWorker:
     in_flight: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     most_in_flight: int = 0
-    exchanges: int = 0
     tokens: int = 0
+    inbox: list[tuple[Sequence[Job], Sequence[int]]] = field(default_factory=list)
+    reporting: asyncio.Task[None] | None = None
 
     async def start(self) -> WorkerState:
         await asyncio.sleep(self.start_seconds)
@@ -61,26 +62,41 @@ class FakeWorker:
         self._check()
         return WorkerState(pid=100 + self.index, max_model_tokens=256, batch_size=self.batch_size)
 
-    async def exchange(self, jobs: Sequence[Job], dropped: Sequence[int]) -> Report:
-        self.exchanges += 1
-        turn = self.exchanges
-        await self._wait()
-        for job in jobs:
-            self.started.append(job)
-            self.in_flight[job.number] = asyncio.ensure_future(self._do(job))
-        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
-        for number in dropped:
-            if (task := self.in_flight.pop(number, None)) is not None:
-                task.cancel()
-        for _ in range(40):
-            if self.answers or turn != self.exchanges or self.dead:
-                break
-            await asyncio.sleep(0.05)
-        await self._wait()
-        answers: list[Answer] = []
-        if turn == self.exchanges:
-            answers, self.answers = self.answers, []
-        return Report(answers, EngineCounts(steps=self.tokens, tokens=self.tokens))
+    def attend(self, hear: Callable[[Report], None], lose: Callable[[Exception], None]) -> None:
+        self.reporting = asyncio.ensure_future(self._report(hear, lose))
+
+    async def _report(
+        self, hear: Callable[[Report], None], lose: Callable[[Exception], None]
+    ) -> None:
+        try:
+            while True:
+                for _ in range(40):
+                    if self.answers or self.dead or self.stopped:
+                        break
+                    await asyncio.sleep(0.05)
+                await self._wait()
+                self._take()
+                answers, self.answers = self.answers, []
+                hear(Report(answers, EngineCounts(steps=self.tokens, tokens=self.tokens)))
+                await asyncio.sleep(0)
+        except ConnectionError as problem:
+            lose(problem)
+
+    def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:
+        self.inbox.append((jobs, dropped))
+        if not (self.dead or self.stopped):
+            self._take()
+
+    def _take(self) -> None:
+        for jobs, dropped in self.inbox:
+            for job in jobs:
+                self.started.append(job)
+                self.in_flight[job.number] = asyncio.ensure_future(self._do(job))
+            self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+            for number in dropped:
+                if (task := self.in_flight.pop(number, None)) is not None:
+                    task.cancel()
+        self.inbox = []
 
     async def _do(self, job: Job) -> None:
         tokens, stop = sampled(job)
@@ -128,7 +144,8 @@ class FakeWorker:
 
     def kill(self) -> None:
         self.dead = True
-        for task in self.in_flight.values():
+        tasks = [self.reporting] if self.reporting else []
+        for task in [*tasks, *self.in_flight.values()]:
             task.cancel()
 
 
