@@ -276,7 +276,7 @@ async def _play_chunk(
         error=_FAILURES.get(stop),
         role=state.role,
     )
-    return chunk, state.advance(output_ids, stop)
+    return chunk, state.advance(output_ids, stop, checked=True)
 
 
 _FAILURES = {

@@ -18,7 +18,7 @@ from delethink.border import Border
 from delethink.carryover import Ask, Carryover, HeadTail, name_of
 from delethink.errors import CarryoverError, ConfigError, PolicyError, QueryTooLongError
 from delethink.query import Tokenizer
-from delethink.tokens import as_token_ids
+from delethink.tokens import as_token_ids, is_block, token_array
 from delethink.types import ChunkRole, StopReason, TokenIds, TraceStop
 
 _HEAD_SIZE = 100  # footnote 2 of the paper
@@ -229,9 +229,18 @@ class ThinkingState:
     def prompt_ids(self) -> TokenIds:
         """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
         ask = None if self.context is None else self.spec.ask
-        if ask is None or self.context is None:
-            return self.query_ids + self.carried
-        return self.query_ids + self.context + ask.prompt_ids
+        if ask is not None and self.context is not None:
+            return self._query_before(self.context) + self.context + ask.prompt_ids
+        return self._query_before(self.carried) + self.carried
+
+    def _query_before(self, thinking: TokenIds) -> TokenIds:
+        """The query, in the form that costs least to put before these ids."""
+        return self._query_block if is_block(thinking) else self.query_ids
+
+    @cached_property
+    def _query_block(self) -> TokenIds:
+        """The same in every state of a trace: made of thousands of numbers only once."""
+        return token_array(self.query_ids)
 
     @cached_property
     def max_new_tokens(self) -> int:
@@ -314,7 +323,9 @@ class ThinkingState:
         if self._border is not None and len(self.cut(output_ids, stop)[0]) < len(output_ids):
             raise PolicyError("the chunk goes on beyond a border; cut() tells where it ends")
 
-    def advance(self, output_ids: Sequence[int], stop: StopReason) -> ThinkingState:
+    def advance(
+        self, output_ids: Sequence[int], stop: StopReason, *, checked: bool = False
+    ) -> ThinkingState:
         """The state after a chunk.
 
         Args:
@@ -322,13 +333,15 @@ class ThinkingState:
             stop: why the chunk ended; only ``LENGTH`` leads to a next chunk of thinking. A chunk
                 that is not full may end so too: that is an early border. A chunk that writes what
                 is carried may end with EOS, too.
+            checked: ``check`` has been asked about this chunk.
 
         Raises:
             PolicyError: see ``check``.
             CarryoverError: the carryover policy broke its promise.
         """
         output_ids, stop = as_token_ids(output_ids), _known(stop)
-        self.check(output_ids, stop)
+        if not checked:
+            self.check(output_ids, stop)
         num_sampled = self.num_sampled + len(output_ids)
         if self.context is not None:
             return self._after_writing(output_ids, stop, num_sampled)
@@ -360,6 +373,8 @@ class ThinkingState:
         after = object.__new__(ThinkingState)
         own = self.__dict__
         after.__dict__.update({name: own[name] for name in _FIELDS}, **changes)
+        if "_query_block" in own:
+            after.__dict__["_query_block"] = own["_query_block"]
         return after
 
 
