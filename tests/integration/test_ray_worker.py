@@ -90,35 +90,35 @@ def assert_played(traces: list[Trace]) -> None:
     assert all(len(trace.chunks) == SPEC.max_chunks for trace in traces)
 
 
-def count_calls(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many chunks go over the worker's own connection, exchange by exchange."""
-    asked: list[int] = []
-    ask = Channel.ask
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each message that goes over a worker's own connection, from now on."""
+    sent: list[int] = []
+    send = Channel.send
 
-    async def counted(self: Channel, request: bytes) -> Any:
-        asked.append(len(request))
-        return await ask(self, request)
+    def counted(self: Channel, said: bytes) -> None:
+        sent.append(len(said))
+        send(self, said)
 
-    monkeypatch.setattr(Channel, "ask", counted)
-    return asked
+    monkeypatch.setattr(Channel, "send", counted)
+    return sent
 
 
 @pytest.mark.parametrize("pool", [leave], indirect=True)
 def test_chunks_go_over_a_connection_of_their_own(
     pool: RayPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = count_calls(pool, monkeypatch)
+    sent = watch(monkeypatch)
     assert_played(play(pool))
-    assert asked
+    assert sent
 
 
 @pytest.mark.parametrize("pool", [encrypt, cut_off], indirect=True)
 def test_they_go_by_way_of_ray_where_that_must_not_or_cannot_be(
     pool: RayPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = count_calls(pool, monkeypatch)
+    sent = watch(monkeypatch)
     assert_played(play(pool))
-    assert not asked
+    assert not sent
 
 
 def test_a_worker_that_cannot_be_reached_is_told_of(
