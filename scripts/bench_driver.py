@@ -1,6 +1,7 @@
 """What a chunk costs the driver: rollouts, scheduler and Ray, and the environment.
 
     python scripts/bench_driver.py
+    python scripts/bench_driver.py --by-ray   # without connections of the workers' own
 
 Workers are real Ray actors that are given chunks and report them as the real ones do; only what
 samples is played: a chunk takes a fixed time, a fifth more or less, and its tokens are made up. So
@@ -93,11 +94,12 @@ def main() -> None:
     parser.add_argument("--traces-per-slot", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by-ray", action="store_true", help="chunks go as calls of Ray actors")
     asked = parser.parse_args()
     about = describe_environment()
     print(f"{about['processor']}, load {os.getloadavg()[0]:.1f}; commit {about['git_commit']}; ")
     print(f"{asked.workers} workers of {asked.slots} slots, {asked.rounds} rounds, a chunk takes ")
-    print(f"{CHUNK_SECONDS} s, seed {asked.seed}\n")
+    print(f"{CHUNK_SECONDS} s, seed {asked.seed}{', by way of Ray' * asked.by_ray}\n")
     owns = connect(num_cpus=asked.workers)  # reservations, not cores
     print(
         "| chunks | C, m, I | chunks a second | driver, us a chunk | environment, us a chunk "
@@ -115,7 +117,11 @@ def main() -> None:
 def measure(sizes: tuple[int, int, int], asked: argparse.Namespace) -> Iterator[Measured]:
     """All rounds; the first, which is small, warms up."""
     number = asked.traces_per_slot * asked.slots * asked.workers
-    with made_up_workers(), contextlib.closing(make_pool(sizes, asked)) as pool:
+    with (
+        made_up_workers(),
+        ways(asked.by_ray),
+        contextlib.closing(make_pool(sizes, asked)) as pool,
+    ):
         for turn in range(asked.rounds + 1):
             seed = derive_seed(asked.seed, turn)
             tasks = make_tasks(number if turn else number // 8, sizes, seed)
@@ -166,6 +172,13 @@ def make_tasks(number: int, sizes: tuple[int, int, int], seed: int) -> list[Task
 def made_up_workers() -> contextlib.AbstractContextManager[object]:
     """While this lasts; a pool has no other way in."""
     return mock.patch.object(ray_worker, "VllmWorker", MadeUp)
+
+
+def ways(by_ray: bool) -> contextlib.AbstractContextManager[object]:
+    """How chunks go while a pool starts: in a cluster that encrypts, they go by way of Ray."""
+    if not by_ray:
+        return contextlib.nullcontext()
+    return mock.patch.object(ray_worker, "_is_encrypted", return_value=True)
 
 
 def make_pool(sizes: tuple[int, int, int], asked: argparse.Namespace) -> RayPool:
