@@ -378,7 +378,9 @@ class ThinkingState:
         return after
 
 
-_FIELDS = [field.name for field in fields(ThinkingState)]  # what is cached of them is left out
+_FIELDS = [
+    field.name for field in fields(ThinkingState)
+]  # what is cached depends on them, the query aside
 
 
 _TRACE_STOP = {

@@ -21,6 +21,7 @@ from delethink.serving.exchange import (
     decode,
     encode,
 )
+from delethink.serving.pool_worker import say
 from delethink.serving.ray_calls import cause
 from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
-_MAX_CALLS = 1_000  # at one worker at a time: exchanges, updates and the like
+_MAX_CALLS = 1_000  # at one worker at a time
 _SILENCE_S = 2.0  # after which a worker says that it is alive
 _CONNECT_TIMEOUT_S = 10.0
 _ACCOUNT_S = 5.0  # for which Ray's account of a lost worker is waited for
@@ -110,11 +111,11 @@ class _RayWorker:
                 state = await _ask(self._actor.start.remote())
                 if self._transfer is not None:
                     await _in_thread(self._transfer.meet)
-                await self._connect()
         except TimeoutError:
             if not limit.expired():
                 raise  # of vLLM or Ray
             raise TimeoutError(self._what_is_late(has_engine=state is not None)) from None
+        await self._connect()
         return state
 
     def _what_is_late(self, has_engine: bool) -> str:
@@ -133,16 +134,17 @@ class _RayWorker:
         if _is_encrypted():
             return
         secret, node = secrets.token_bytes(SECRET_BYTES), ray.get_runtime_context().get_node_id()
-        host, port = await _ask(self._actor.listen.remote(secret, node, _SILENCE_S))
-        channel = Channel()
+        channel, where = Channel(), "its node"
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                host, port = await _ask(self._actor.listen.remote(secret, node, _SILENCE_S))
+                where = f"{host}, port {port}"
                 await channel.open(host, port, secret)
         except OSError as problem:  # TimeoutError among them
             _logger.warning(
-                "a worker cannot be reached at %s, port %s (%s): its chunks go by way of Ray, "
-                "which takes the driver longer; nodes of the cluster must reach each other's ports",
-                *(host, port, problem or "no answer"),
+                "a worker cannot be reached at %s (%s): its chunks go by way of Ray, which takes "
+                "the driver longer; nodes of the cluster must reach each other's ports",
+                *(where, say(problem)),
             )
             return
         self._channel = channel
@@ -166,8 +168,9 @@ class _RayWorker:
             hear(decode(await _ask(self._actor.report.remote(_SILENCE_S))))
 
     async def _disconnected(self, why: Exception) -> None:
-        """Ray may have more to say, soon."""
-        await asyncio.sleep(_ACCOUNT_S)
+        """Where the worker did not say why, Ray may know, soon."""
+        if isinstance(why, OSError):
+            await asyncio.sleep(_ACCOUNT_S)
         raise why
 
     def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:

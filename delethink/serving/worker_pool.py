@@ -295,7 +295,10 @@ class WorkerPool:
         assert worker.handle is not None
         jobs, worker.jobs = worker.jobs, []
         dropped, worker.dropped = worker.dropped, []
-        worker.handle.send(jobs, dropped)
+        try:
+            worker.handle.send(jobs, dropped)
+        except Exception as problem:  # however a worker fails, it is lost
+            self.lose(worker, say(problem))
 
     def _drop(self, lease: Lease) -> None:
         """Takes a chunk back from a worker whose lease of it has ended."""

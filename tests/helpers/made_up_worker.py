@@ -28,3 +28,11 @@ class MadeUpWorker(VllmWorker):
         count = job.max_new_tokens
         tokens = job.prompt_ids[-1:] * count
         return Answer.pack(job.number, tokens, [-0.5] * count, StopReason.LENGTH, self._version)
+
+
+class Unbound(MadeUpWorker):
+    """Its node's address is not one of the machine's own."""
+
+    async def listen(self, secret: bytes, peer: str, silence_s: float) -> tuple[str, int]:
+        """As the system says it."""
+        raise OSError(99, "Cannot assign requested address")

@@ -80,6 +80,11 @@ def cut_off(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Channel, "open", refuse)
 
 
+def unbound(patch: pytest.MonkeyPatch) -> None:
+    """As where a node goes by an address that it has not got itself."""
+    patch.setattr(ray_worker, "VllmWorker", made_up_worker.Unbound)
+
+
 def play(pool: RayPool) -> list[Trace]:
     queries = [(5, 9, 2 + i) for i in range(TRACES)]
     return asyncio.run(play_traces(pool, SPEC, queries, [Sampling()] * TRACES))
@@ -112,7 +117,7 @@ def test_chunks_go_over_a_connection_of_their_own(
     assert sent
 
 
-@pytest.mark.parametrize("pool", [encrypt, cut_off], indirect=True)
+@pytest.mark.parametrize("pool", [encrypt, cut_off, unbound], indirect=True)
 def test_they_go_by_way_of_ray_where_that_must_not_or_cannot_be(
     pool: RayPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +132,7 @@ def test_a_worker_that_cannot_be_reached_is_told_of(
     cut_off(monkeypatch)
     with caplog.at_level(logging.WARNING):
         RayPool("none", eos_ids=(1,), max_model_tokens=256).close()
-    assert "cannot be reached at 127.0.0.1" in caplog.text
+    assert "cannot be reached at 127.0.0.1, port" in caplog.text
     assert "no way there" in caplog.text
 
 
