@@ -373,14 +373,12 @@ class ThinkingState:
         after = object.__new__(ThinkingState)
         own = self.__dict__
         after.__dict__.update({name: own[name] for name in _FIELDS}, **changes)
-        if "_query_block" in own:
+        if "_query_block" in own:  # of the query, which stays
             after.__dict__["_query_block"] = own["_query_block"]
         return after
 
 
-_FIELDS = [
-    field.name for field in fields(ThinkingState)
-]  # what is cached depends on them, the query aside
+_FIELDS = [field.name for field in fields(ThinkingState)]  # no caches: those are of one state
 
 
 _TRACE_STOP = {

@@ -175,10 +175,8 @@ def made_up_workers() -> contextlib.AbstractContextManager[object]:
 
 
 def ways(by_ray: bool) -> contextlib.AbstractContextManager[object]:
-    """How chunks go while a pool starts: in a cluster that encrypts, they go by way of Ray."""
-    if not by_ray:
-        return contextlib.nullcontext()
-    return mock.patch.object(ray_worker, "_is_encrypted", return_value=True)
+    """How chunks go to a pool that is made meanwhile: by Ray where the cluster encrypts."""
+    return mock.patch.dict(os.environ, {"RAY_USE_TLS": "1"} if by_ray else {})
 
 
 def make_pool(sizes: tuple[int, int, int], asked: argparse.Namespace) -> RayPool:

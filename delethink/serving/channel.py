@@ -91,7 +91,7 @@ class Channel:
         try:
             await loop.create_connection(lambda: self._frames, host, port)
             await self._met
-        except BaseException:
+        except BaseException:  # a time-out of the caller's, too: nobody would close it
             self.close()
             raise
 

@@ -327,7 +327,7 @@ class WorkerPool:
             return
         try:
             self._take_in(worker, report)
-        except Exception as bug:
+        except Exception as bug:  # else the event loop would only log it, and the pool go on
             self._has_a_bug(bug)
 
     def _take_in(self, worker: PoolWorker, report: Report) -> None:

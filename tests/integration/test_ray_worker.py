@@ -68,7 +68,8 @@ def leave(patch: pytest.MonkeyPatch) -> None:
 
 
 def encrypt(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ray_worker, "_is_encrypted", lambda: True)
+    """As the driver of a cluster that encrypts has it; this one's processes started without."""
+    patch.setenv("RAY_USE_TLS", "1")
 
 
 def cut_off(patch: pytest.MonkeyPatch) -> None:
