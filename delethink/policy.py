@@ -55,8 +55,11 @@ class Completion:
     policy_version: int = 0  # number of weight updates of the weights that sampled this
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", as_token_ids(self.token_ids))
-        object.__setattr__(self, "logprobs", as_logprobs(self.logprobs))
+        tokens, logprobs = as_token_ids(self.token_ids), as_logprobs(self.logprobs)
+        if tokens is not self.token_ids:
+            object.__setattr__(self, "token_ids", tokens)
+        if logprobs is not self.logprobs:
+            object.__setattr__(self, "logprobs", logprobs)
         if not all_finite(self.logprobs):
             raise PolicyError("the policy returned a log-prob that is not a finite number")
         if len(self.token_ids) != len(self.logprobs):

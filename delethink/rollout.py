@@ -207,8 +207,6 @@ class _Deadline:
 
     async def bound(self, answer: Awaitable[Completion]) -> Completion:
         """The answer, if it comes in time."""
-        if self.at is None:
-            return await answer
         limit = asyncio.timeout_at(self.at)
         try:
             async with limit:
@@ -255,7 +253,8 @@ async def _play_chunk(
     """One chunk and the state after it; what the policy raises or breaks becomes data."""
     prompt_ids = state.prompt_ids
     try:
-        done = await deadline.bound(policy.generate(prompt_ids, state.max_new_tokens, sampling))
+        answer = policy.generate(prompt_ids, state.max_new_tokens, sampling)
+        done = await (answer if deadline.at is None else deadline.bound(answer))
         output_ids, stop = state.cut(done.token_ids, done.stop)
         state.check(output_ids, stop)
     except (UserError, WorkersLostError):
@@ -266,10 +265,11 @@ async def _play_chunk(
         _logger.warning("a chunk failed", exc_info=True)
         reason = f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem)
         return _failed_chunk(state, StopReason.ERROR, reason)
+    whole = output_ids is done.token_ids
     chunk = Chunk(
         prompt_ids=prompt_ids,
         output_ids=output_ids,
-        logprobs=done.logprobs[: len(output_ids)],
+        logprobs=done.logprobs if whole else done.logprobs[: len(output_ids)],
         stop=stop,
         carried=len(prompt_ids) - len(state.query_ids),
         policy_version=done.policy_version,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from delethink.border import Border
@@ -210,7 +210,7 @@ class ThinkingState:
     context: TokenIds | None = None  # thinking that ends, while the model writes what is carried
     stop: TraceStop | None = None  # None while the trace goes on
 
-    @cached_property
+    @property
     def carried(self) -> TokenIds:
         """The thinking tokens that the context starts with."""
         return self.head + self.tail if self.head else self.tail
@@ -218,7 +218,7 @@ class ThinkingState:
     @property
     def num_carried(self) -> int:
         """How many they are."""
-        return len(self.head or ()) + len(self.tail)
+        return len(self.tail) + (0 if self.head is None else len(self.head))
 
     @property
     def role(self) -> ChunkRole:
@@ -228,14 +228,13 @@ class ThinkingState:
     @cached_property
     def prompt_ids(self) -> TokenIds:
         """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
-        ask = None if self.context is None else self.spec.ask
-        if ask is not None and self.context is not None:
-            return self._query_before(self.context) + self.context + ask.prompt_ids
-        return self._query_before(self.carried) + self.carried
+        if self.context is None or (ask := self.spec.ask) is None:
+            return self._after_query(self.carried)
+        return self._after_query(self.context) + ask.prompt_ids
 
-    def _query_before(self, thinking: TokenIds) -> TokenIds:
-        """The query, in the form that costs least to put before these ids."""
-        return self._query_block if is_block(thinking) else self.query_ids
+    def _after_query(self, thinking: TokenIds) -> TokenIds:
+        """The query in the form that costs least to put before these ids, and they."""
+        return (self._query_block if is_block(thinking) else self.query_ids) + thinking
 
     @cached_property
     def _query_block(self) -> TokenIds:
@@ -342,43 +341,47 @@ class ThinkingState:
         output_ids, stop = as_token_ids(output_ids), _known(stop)
         if not checked:
             self.check(output_ids, stop)
-        num_sampled = self.num_sampled + len(output_ids)
+        count = len(output_ids)
         if self.context is not None:
-            return self._after_writing(output_ids, stop, num_sampled)
-        num_chunks = self.num_chunks + 1
-        after = partial(self._with, num_chunks=num_chunks, num_sampled=num_sampled)
+            return self._after_writing(output_ids, stop, count)
+        num_chunks, num_sampled = self.num_chunks + 1, self.num_sampled + count
+        changes: dict[str, Any] = {"num_chunks": num_chunks, "num_sampled": num_sampled}
         if stop is not StopReason.LENGTH:
-            return after(stop=_TRACE_STOP[stop])
-        spent = self._thinking_left == len(output_ids)
-        if num_chunks == self.spec.max_chunks or spent:
-            return after(stop=TraceStop.BUDGET)
-        if self.spec.ask is not None:
-            return after(context=self.carried + output_ids)
-        head, tail = self.spec.carry(self.head, self.tail + output_ids)
-        return after(head=head, tail=tail)
+            changes["stop"] = _TRACE_STOP[stop]
+        elif num_chunks == self.spec.max_chunks or self._thinking_left == count:
+            changes["stop"] = TraceStop.BUDGET
+        elif self.spec.ask is not None:
+            changes["context"] = self.carried + output_ids
+        else:
+            window = self.tail + output_ids
+            changes["head"], changes["tail"] = self.spec.carry(self.head, window)
+        return self._with(changes)
 
-    def _after_writing(
-        self, output_ids: TokenIds, stop: StopReason, num_sampled: int
-    ) -> ThinkingState:
-        num_written = self.num_written + len(output_ids)
-        after = partial(self._with, num_sampled=num_sampled, num_written=num_written)
+    def _after_writing(self, output_ids: TokenIds, stop: StopReason, count: int) -> ThinkingState:
+        changes: dict[str, Any] = {
+            "num_sampled": self.num_sampled + count,
+            "num_written": self.num_written + count,
+        }
         if stop in (StopReason.ABORT, StopReason.ERROR):
-            return after(stop=_TRACE_STOP[stop])
-        written = output_ids[:-1] if stop is StopReason.EOS else output_ids
-        head, tail = self.spec.carry(self.head, written)
-        return after(head=head, tail=tail, context=None)
+            changes["stop"] = _TRACE_STOP[stop]
+        else:
+            written = output_ids[:-1] if stop is StopReason.EOS else output_ids
+            changes["head"], changes["tail"] = self.spec.carry(self.head, written)
+            changes["context"] = None
+        return self._with(changes)
 
-    def _with(self, **changes: Any) -> ThinkingState:
+    def _with(self, changes: dict[str, Any]) -> ThinkingState:
         """This state but for some fields; ``dataclasses.replace`` would look at each one anew."""
         after = object.__new__(ThinkingState)
-        own = self.__dict__
-        after.__dict__.update({name: own[name] for name in _FIELDS}, **changes)
-        if "_query_block" in own:  # of the query, which stays
-            after.__dict__["_query_block"] = own["_query_block"]
+        own = after.__dict__
+        own.update(self.__dict__)
+        for name in _CACHED:
+            own.pop(name, None)
+        own.update(changes)
         return after
 
 
-_FIELDS = [field.name for field in fields(ThinkingState)]  # no caches: those are of one state
+_CACHED = ("prompt_ids", "max_new_tokens")  # what a state keeps of itself alone
 
 
 _TRACE_STOP = {

@@ -318,7 +318,7 @@ def as_array(ids: TokenIds) -> Ids:
 
 def as_view(ids: TokenIds) -> Ids:
     """The ids as an array that cannot be written to."""
-    return np.frombuffer(memory_of(ids), dtype=np.int64)
+    return np.frombuffer(memory_of(ids), np.int64)
 
 
 def _problem_in(options: dict[str, Any]) -> Problem | None:

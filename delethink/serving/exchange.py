@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from delethink.policy import Completion, Sampling
-from delethink.tokens import as_list, logprob_array, memory_of, token_array
+from delethink.tokens import as_list, count_in, logprob_array, memory_of, token_array
 from delethink.types import StopReason, TokenIds
 
 _STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
@@ -79,7 +79,7 @@ class Answer(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """How many were sampled."""
-        return len(token_array(self.output))
+        return count_in(self.output)
 
     def completion(self) -> Completion:
         """As rollouts know it."""

@@ -373,9 +373,12 @@ class _Level:
             self._same(request, None)[request.key] = request
 
     def _same(self, request: Request, home: _Worker | None) -> OrderedDict[Hashable, Request]:
-        if home is not None:
-            return self._homed.setdefault(home, OrderedDict())
-        return self._homeless.setdefault(_query(request), OrderedDict())
+        group: dict[Any, OrderedDict[Hashable, Request]]
+        group, key = (self._homeless, _query(request)) if home is None else (self._homed, home)
+        same = group.get(key)
+        if same is None:
+            same = group[key] = OrderedDict()
+        return same
 
 
 def _query(request: Request) -> Hashable:

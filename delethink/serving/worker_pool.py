@@ -279,14 +279,14 @@ class WorkerPool:
 
     def _assign(self) -> None:
         self._assigning = False
-        loop = asyncio.get_running_loop()
-        for lease in self._scheduler.assign(loop.time()):
+        now = asyncio.get_running_loop().time()
+        for lease in self._scheduler.assign(now):
             worker, chunk = self._by_life[lease.worker], self._chunks[lease.request.key]
             worker.jobs.append(
                 Job.pack(lease.number, chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling)
             )
             worker.tokens_in_flight += lease.request.tokens
-            worker.begin(loop.time())
+            worker.begin(now)
         for worker in self.workers:
             if worker.in_service and (worker.jobs or worker.dropped):
                 self._send(worker)
@@ -354,11 +354,12 @@ class WorkerPool:
             self._judge(worker, failed, len(report.answers))
 
     def _deliver(self, worker: PoolWorker, lease: Lease, answer: Answer, now: float) -> None:
+        num_tokens = answer.num_tokens
         worker.completions += 1
         worker.given_chunks += 1
         worker.fruitless = 0
-        worker.returned_tokens += answer.num_tokens
-        pace = (now - lease.given) / max(1, answer.num_tokens)
+        worker.returned_tokens += num_tokens
+        pace = (now - lease.given) / max(1, num_tokens)
         worker.paced += 1
         worker.pace += (pace - worker.pace) / min(worker.paced, _PACED_CHUNKS)
         chunk = self._chunks.pop(lease.request.key)
