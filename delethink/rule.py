@@ -312,14 +312,14 @@ class ThinkingState:
         stop = _known(stop)
         if self.stop is not None:
             raise PolicyError(f"the trace has ended ({self.stop.value}); it takes no more chunks")
-        if len(output_ids) > self.max_new_tokens:
+        count = len(output_ids)
+        if count > self.max_new_tokens:
             raise PolicyError(
-                f"the policy returned {len(output_ids)} tokens for a chunk of at most "
-                f"{self.max_new_tokens}"
+                f"the policy returned {count} tokens for a chunk of at most {self.max_new_tokens}"
             )
-        if not output_ids and stop in (StopReason.EOS, StopReason.LENGTH):
+        if not count and stop in (StopReason.EOS, StopReason.LENGTH):
             raise PolicyError(f"the policy returned no token and the stop reason {stop.value!r}")
-        if self._border is not None and len(self.cut(output_ids, stop)[0]) < len(output_ids):
+        if self._border is not None and len(self.cut(output_ids, stop)[0]) < count:
             raise PolicyError("the chunk goes on beyond a border; cut() tells where it ends")
 
     def advance(

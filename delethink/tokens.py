@@ -144,7 +144,8 @@ def token_array(ids: Any) -> TokenIds:
         ids: a sequence of ints; of bytes, each eight are one. An array of 64-bit ones is copied as
             it lies in memory, any other number by number.
     """
-    return ids if type(ids) is _TokenArray else _TokenArray(_TokenArray._of(ids))  # type: ignore[return-value]
+    kept: Any = ids if type(ids) is _TokenArray else _TokenArray(_TokenArray._of(ids))
+    return kept  # type: ignore[no-any-return]
 
 
 def logprob_array(logprobs: Any) -> tuple[float, ...]:
@@ -153,7 +154,9 @@ def logprob_array(logprobs: Any) -> tuple[float, ...]:
     Args:
         logprobs: a sequence of floats, as ``token_array`` takes ints.
     """
-    return logprobs if type(logprobs) is _LogprobArray else _LogprobArray(_LogprobArray._of(logprobs))  # type: ignore[return-value]
+    is_one = type(logprobs) is _LogprobArray
+    kept: Any = logprobs if is_one else _LogprobArray(_LogprobArray._of(logprobs))
+    return kept  # type: ignore[no-any-return]
 
 
 def is_block(ids: Any) -> bool:
@@ -188,12 +191,15 @@ def memory_of_logprobs(logprobs: tuple[float, ...]) -> bytes:
 
 def as_token_ids(ids: Sequence[int]) -> TokenIds:
     """``ids`` as a tuple, or as they are where they behave like one."""
-    return ids if type(ids) is _TokenArray or isinstance(ids, tuple) else tuple(ids)  # type: ignore[return-value]
+    kept: Any = ids if type(ids) is _TokenArray or isinstance(ids, tuple) else tuple(ids)
+    return kept  # type: ignore[no-any-return]
 
 
 def as_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
     """``logprobs`` as a tuple, or as they are where they behave like one."""
-    return logprobs if type(logprobs) is _LogprobArray or isinstance(logprobs, tuple) else tuple(logprobs)  # type: ignore[return-value]
+    is_one = type(logprobs) is _LogprobArray or isinstance(logprobs, tuple)
+    kept: Any = logprobs if is_one else tuple(logprobs)
+    return kept  # type: ignore[no-any-return]
 
 
 def all_finite(logprobs: Sequence[float]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from delethink.envs.episode import EpisodeEnv, as_array, as_view
-from delethink.envs.spaces import TokenSequence, UnicodeText
+from delethink.envs.spaces import Ids, TokenSequence, UnicodeText
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.query import encode, retokenized_at
 from delethink.rule import ThinkingState
@@ -91,8 +91,9 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             ActionError: the chunk is empty, too long or not of known ids, or the trace has ended.
         """
         state = self._running_state()
-        given = self._ids(action, state)
-        end = self._end(given)
+        numbers = self._numbers(action, state)
+        given = action if is_block(action) else token_array(numbers)
+        end = self._end(numbers)
         if end is None:
             output_ids, stop = state.cut(given, StopReason.LENGTH)
         else:
@@ -106,8 +107,8 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         terminated, truncated = state.stop is TraceStop.COMPLETED, state.stop is TraceStop.BUDGET
         return observation, reward, terminated, truncated, info
 
-    def _ids(self, action: Any, state: ThinkingState) -> TokenIds:
-        """The action as ids."""
+    def _numbers(self, action: Any, state: ThinkingState) -> Ids:
+        """The action as an array of ids."""
         space = self.action_space
         if self.interface == "text":
             if not space.contains(action):
@@ -124,11 +125,10 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
                 f"an action is 1 to {state.max_new_tokens} token ids below {self.vocabulary}, got "
                 f"{action!r:.200}"
             )
-        return action if is_block(action) else token_array(ids.astype(np.int64, copy=False))
+        return ids.astype(np.int64, copy=False)
 
-    def _end(self, ids: TokenIds) -> int | None:
+    def _end(self, numbers: Ids) -> int | None:
         """The place of the first EOS, as nothing is sampled after it, if there is one."""
-        numbers = as_view(ids)
         ends = [places[0] for e in self.eos_ids if (places := (numbers == e).nonzero()[0]).size]
         return int(min(ends)) if ends else None
 

@@ -373,8 +373,10 @@ class _Level:
             self._same(request, None)[request.key] = request
 
     def _same(self, request: Request, home: _Worker | None) -> OrderedDict[Hashable, Request]:
-        group: dict[Any, OrderedDict[Hashable, Request]]
-        group, key = (self._homeless, _query(request)) if home is None else (self._homed, home)
+        group: dict[Any, OrderedDict[Hashable, Request]] = self._homed
+        key: Hashable = home
+        if home is None:
+            group, key = self._homeless, _query(request)
         same = group.get(key)
         if same is None:
             same = group[key] = OrderedDict()

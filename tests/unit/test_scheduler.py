@@ -51,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.paused.discard(worker)
         for lease in ended:
             self._end(lease.number, again=True)
+        self.assigned = False  # for fewer workers, more chunks wait for each
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data(), pause=st.booleans())
@@ -184,6 +185,19 @@ def test_everything_is_sampled_once_though_workers_are_lost() -> None:
         if scheduler.finish(lease.number) is not None:
             times[lease.request.key] += 1
     assert times == dict.fromkeys(range(500), 1)
+
+
+def test_where_a_worker_goes_more_may_lie_ready_at_the_others() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker("goes", slots=1)
+    scheduler.add_worker("stays", slots=1, surplus=1)
+    scheduler.pause("goes")
+    for key in range(3):
+        scheduler.submit(Request(key, 1))
+    assert [lease.worker for lease in scheduler.assign()] == ["stays"]
+    assert scheduler.assign() == []  # two wait for two workers
+    scheduler.remove_worker("goes")
+    assert [lease.worker for lease in scheduler.assign()] == ["stays"]
 
 
 def test_tokens_in_flight_are_balanced_and_not_only_their_number() -> None:
