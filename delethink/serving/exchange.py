@@ -2,7 +2,7 @@
 
 Each message costs both sides more than what is in it, so a worker reports when it has several
 things to say, or when it has been silent for long enough to be thought dead. What is said goes as
-one block of bytes (``encode``).
+one block of bytes, in which rows are plain tuples: pickle calls Python for each of another type.
 """
 
 from __future__ import annotations
@@ -18,16 +18,6 @@ from delethink.tokens import as_list, count_in, logprob_array, memory_of, token_
 from delethink.types import StopReason, TokenIds
 
 _STOPS = {reason.value: reason for reason in StopReason}  # much faster than asking the enum
-
-
-def encode(said: Any) -> bytes:
-    """Jobs or a report as they are sent."""
-    return pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
-
-
-def decode(sent: bytes | bytearray) -> Any:
-    """What ``encode`` was given."""
-    return pickle.loads(sent)
 
 
 class Job(NamedTuple):
@@ -103,6 +93,32 @@ class Report(NamedTuple):
 
     answers: Sequence[Answer]
     counts: EngineCounts
+
+
+def encode_jobs(jobs: Sequence[Job], dropped: Sequence[int]) -> bytes:
+    """Jobs, and the numbers of those that are taken back, as they are sent."""
+    return _encode((list(map(tuple, jobs)), dropped))
+
+
+def decode_jobs(sent: bytes | bytearray) -> tuple[list[Job], Sequence[int]]:
+    """What ``encode_jobs`` was given."""
+    rows, dropped = pickle.loads(sent)
+    return list(map(Job._make, rows)), dropped
+
+
+def encode_report(report: Report) -> bytes:
+    """A report as it is sent."""
+    return _encode((list(map(tuple, report.answers)), report.counts))
+
+
+def decode_report(sent: bytes | bytearray) -> Report:
+    """What ``encode_report`` was given."""
+    rows, counts = pickle.loads(sent)
+    return Report(list(map(Answer._make, rows)), counts)
+
+
+def _encode(said: Any) -> bytes:
+    return pickle.dumps(said, pickle.HIGHEST_PROTOCOL)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class PoolWorker:
         return f"{self.name} (process {self.pid})" if self.pid else self.name
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """A chunk that somebody waits for."""
 

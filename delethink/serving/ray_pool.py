@@ -197,9 +197,9 @@ class RayPool:
         answer: asyncio.Future[Completion] = loop.create_future()
 
         def deliver(outcome: Outcome) -> None:
-            self._outbox.setdefault(loop, []).append((answer, outcome))
-            if len(self._outbox) == 1 and len(self._outbox[loop]) == 1:
+            if not self._outbox:
                 self._loop.call_soon(self._send_out)
+            self._outbox.setdefault(loop, []).append((answer, outcome))
 
         chunk = Chunk(prompt_ids, max_new_tokens, sampling, deliver)
         with self._lock:

@@ -18,8 +18,8 @@ from delethink.serving.exchange import (
     Report,
     WorkerHandle,
     WorkerState,
-    decode,
-    encode,
+    decode_report,
+    encode_jobs,
 )
 from delethink.serving.pool_worker import say
 from delethink.serving.ray_calls import cause
@@ -156,7 +156,7 @@ class _RayWorker:
             self._spawn(self._ask_for_reports(hear))
             return
         self._channel.attend(
-            lambda said: hear(decode(said)), lambda why: self._spawn(self._disconnected(why))
+            lambda said: hear(decode_report(said)), lambda why: self._spawn(self._disconnected(why))
         )
 
     async def _live(self) -> None:
@@ -165,7 +165,7 @@ class _RayWorker:
 
     async def _ask_for_reports(self, hear: Callable[[Report], None]) -> None:
         while True:
-            hear(decode(await _ask(self._actor.report.remote(_SILENCE_S))))
+            hear(decode_report(await _ask(self._actor.report.remote(_SILENCE_S))))
 
     async def _disconnected(self, why: Exception) -> None:
         """Where the worker did not say why, Ray may know, soon."""
@@ -174,7 +174,7 @@ class _RayWorker:
         raise why
 
     def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:
-        sent = encode((jobs, dropped))
+        sent = encode_jobs(jobs, dropped)
         if self._channel is not None:
             self._channel.send(sent)
         else:

@@ -218,7 +218,7 @@ class Scheduler:
             Its lease, if it had one.
         """
         if (request := self._waiting.pop(key, None)) is not None:
-            self._levels[request.rank].remove(request)
+            self._levels[request.rank].remove(key)
             return None
         return self.finish(self._lease_of.get(key, 0))
 
@@ -250,10 +250,10 @@ class Scheduler:
 
     def _give(self, worker: _Worker, beyond: int, now: float) -> Lease:
         level = self._lowest_level()
-        request, home = level.choose(worker)
-        if home is not None and home.tokens <= worker.tokens + request.tokens:
-            worker = home if home.takes(min(beyond, home.surplus)) else worker
-        level.remove(request)
+        request, home = level.take(worker)
+        if home is not None and home is not worker:
+            near = home.tokens <= worker.tokens + request.tokens
+            worker = home if near and home.takes(min(beyond, home.surplus)) else worker
         del self._waiting[request.key]
         if request.query is not None:
             self._settle(request.query, worker)
@@ -274,9 +274,9 @@ class Scheduler:
 
     def _lowest_level(self) -> _Level:
         """Of those in which something waits; there is one."""
-        while not self._levels[self._ranks[0]]:
+        while (level := self._levels[self._ranks[0]]).is_empty:
             del self._levels[heapq.heappop(self._ranks)]
-        return self._levels[self._ranks[0]]
+        return level
 
     def _home(self, query: Hashable) -> _Worker | None:
         """Who has sampled from a query last, if that worker is still there."""
@@ -329,8 +329,9 @@ class _Level:
         self._homed: dict[_Worker, OrderedDict[Hashable, Request]] = {}  # the query's home
         self._homeless: OrderedDict[Any, OrderedDict[Hashable, Request]] = OrderedDict()  # by query
 
-    def __bool__(self) -> bool:
-        return bool(self._all)
+    @property
+    def is_empty(self) -> bool:
+        return not self._all
 
     def add(self, request: Request, home: _Worker | None, first: bool) -> None:
         self._all[request.key] = request, home
@@ -342,27 +343,29 @@ class _Level:
             if home is None:
                 self._homeless.move_to_end(_query(request), last=False)
 
-    def choose(self, worker: _Worker) -> tuple[Request, _Worker | None]:
-        """The chunk that a worker should take, and its home."""
+    def take(self, worker: _Worker) -> tuple[Request, _Worker | None]:
+        """Takes out the chunk that a worker should have; with its home."""
         if own := self._homed.get(worker):
-            return _first(own.values()), worker
+            return self.remove(_first(own))
         if self._homeless:
-            return _first(_first(self._homeless.values()).values()), None
-        oldest: tuple[Request, _Worker | None] = _first(self._all.values())
-        return oldest
+            return self.remove(_first(_first(self._homeless.values())))
+        return self.remove(_first(self._all))
 
-    def remove(self, request: Request) -> None:
-        _, home = self._all.pop(request.key)
+    def remove(self, key: Hashable) -> tuple[Request, _Worker | None]:
+        request, home = self._all.pop(key)
         same = self._same(request, home)
-        del same[request.key]
+        del same[key]
         if not same and home is not None:
             del self._homed[home]
         elif not same:
             del self._homeless[_query(request)]
+        return request, home
 
     def settle(self, query: Hashable, home: _Worker) -> None:
         """A query without a home has one now."""
-        for request in self._homeless.pop(query, {}).values():
+        if query not in self._homeless:
+            return
+        for request in self._homeless.pop(query).values():
             self._all[request.key] = request, home
             self._same(request, home)[request.key] = request
 

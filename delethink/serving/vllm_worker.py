@@ -21,7 +21,14 @@ from typing import Any, NoReturn, TypeVar
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
 from delethink.garbage import look_rarely
 from delethink.serving.channel import Listener
-from delethink.serving.exchange import Answer, Job, Report, WorkerState, decode, encode
+from delethink.serving.exchange import (
+    Answer,
+    Job,
+    Report,
+    WorkerState,
+    decode_jobs,
+    encode_report,
+)
 from delethink.serving.pool_settings import WeightTransfer
 from delethink.serving.ray_calls import address_for
 from delethink.serving.vllm_process import EXECUTOR
@@ -144,7 +151,7 @@ class VllmWorker:
         self._take(sent)
 
     def _take(self, sent: bytes | bytearray) -> None:
-        jobs, dropped = decode(sent)
+        jobs, dropped = decode_jobs(sent)
         for job in jobs:
             self._tasks[job.number] = asyncio.create_task(self._do(job))
         for number in dropped:
@@ -161,7 +168,7 @@ class VllmWorker:
         if self._answers:
             await self._linger()
         answers, self._answers = self._answers, []
-        return encode(Report(answers, self._counter.counts()))
+        return encode_report(Report(answers, self._counter.counts()))
 
     async def _linger(self) -> None:
         """Waits for more answers, for longer while the engine has chunks that it has not begun."""
