@@ -381,7 +381,9 @@ class ThinkingState:
         return after
 
 
-_CACHED = ("prompt_ids", "max_new_tokens")  # what a state keeps of itself alone
+# What a state keeps of itself alone; the query's block is that of every state of a trace.
+_CACHED = [name for name, kept in vars(ThinkingState).items() if isinstance(kept, cached_property)]
+_CACHED.remove("_query_block")
 
 
 _TRACE_STOP = {
