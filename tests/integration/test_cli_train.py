@@ -170,8 +170,8 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
 
 INTERRUPTS = [
     ("transformers", "sampling", signal.SIGINT),
-    ("transformers", "training", signal.SIGINT),
     ("transformers", "training", signal.SIGTERM),
+    pytest.param("transformers", "training", signal.SIGINT, marks=pytest.mark.slow),
     # The job that is stopped in test_ray_jobs is the same with the vLLM engine.
     pytest.param("vllm", "sampling", signal.SIGINT, marks=pytest.mark.slow),
     pytest.param("vllm", "training", signal.SIGTERM, marks=pytest.mark.slow),
