@@ -208,5 +208,5 @@ def all_finite(logprobs: Sequence[float]) -> bool:
         return all(map(math.isfinite, logprobs))
     import numpy as np  # not with this module, of which the core is made
 
-    # A byte for each; all() takes three times as long to look at as many as a chunk has.
+    # A byte for each, as all() takes three times as long for 48, and a third longer for 4,096.
     return b"\0" not in np.isfinite(np.frombuffer(logprobs.memory)).tobytes()

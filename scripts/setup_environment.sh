@@ -168,7 +168,7 @@ needs_torch() { has_extra eval "$1" || has_extra train "$1" || has_extra vllm-cp
 # Only ever run in a process of its own, which it becomes so that it can be ended.
 pip_install() { exec .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@"; }
 
-# pip takes one core; the other one compiles what came before it: torch and vLLM are a third of all.
+# pip takes one core; another compiles what came before: vLLM, torch and what it needs are a third of all.
 install_beside_compiling() { # install_beside_compiling ARGUMENTS OF PIP
     local installed=0 beside
     compile_in 1 .venv/lib/python*/site-packages/*/ >/dev/null &
