@@ -39,6 +39,7 @@ del lockdown, name
 with open("main.py", encoding="utf-8") as file:
     source = file.read()
 sys.setrecursionlimit(100_000)
+sys.tracebacklimit = 100  # Python 3.13 takes ten seconds to write down a recursion of that depth
 exec(compile(source, "main.py", "exec"), {{"__name__": "__main__", "__builtins__": __builtins__}})
 """
 
