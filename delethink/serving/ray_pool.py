@@ -10,27 +10,24 @@ where there is none, it starts one that this machine alone can reach.
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import dataclasses
 import math
 import os
-import threading
-from collections.abc import Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.serving.exchange import WorkerHandle
 from delethink.serving.pool_metrics import PoolMetrics
 from delethink.serving.pool_settings import PoolSettings, WeightTransfer, check_resources
-from delethink.serving.pool_worker import Chunk, Outcome, PoolWorker
+from delethink.serving.pool_thread import PoolThread
+from delethink.serving.pool_worker import PoolWorker
 from delethink.serving.ray_calls import connect
 from delethink.serving.ray_worker import Room
 from delethink.serving.vllm_weights import pack
 from delethink.serving.vllm_worker import WorkerConfig
-from delethink.serving.worker_pool import WorkerPool, settle
+from delethink.serving.worker_pool import WorkerPool
 from delethink.types import TokenIds
 
 try:
@@ -41,12 +38,7 @@ except ImportError:  # the constructor says so
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
-
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
-_CLOSE_TIMEOUT_S = 60.0
-
-Answer = tuple[asyncio.Future[Completion], Outcome]
 
 
 class RayPool:
@@ -123,48 +115,37 @@ class RayPool:
         settings = settings or PoolSettings()
         settings = dataclasses.replace(settings, weight_sync_timeout=weight_sync_timeout_s)
         cpus = _cpus(cpus_per_worker, num_workers, on_gpu=gpus_per_worker > 0)
-        self._configs = [
-            WorkerConfig(
-                model=os.fspath(model),
-                eos_ids=tuple(eos_ids),
-                max_model_tokens=max_model_tokens,
-                dtype=dtype,
-                seed=seed + i,  # else requests without a seed are drawn alike on all workers
-                on_gpu=gpus_per_worker > 0,
-                threads=max(1, int(cpus)),
-                kv_cache_gib=kv_cache_gib,
-                gpu_memory_utilization=gpu_memory_utilization,
-                trust_remote_code=trust_remote_code,
-                max_batch_size=max_batch_size,
-                tensor_parallel_size=tensor_parallel_size,
-                can_sleep=can_sleep,
-                weight_transfer=weight_transfer,
-            )
-            for i in range(num_workers)
-        ]
+        self._config = WorkerConfig(
+            model=os.fspath(model),
+            eos_ids=tuple(eos_ids),
+            max_model_tokens=max_model_tokens,
+            dtype=dtype,
+            seed=seed,
+            on_gpu=gpus_per_worker > 0,
+            threads=max(1, int(cpus)),
+            kv_cache_gib=kv_cache_gib,
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            max_batch_size=max_batch_size,
+            tensor_parallel_size=tensor_parallel_size,
+            can_sleep=can_sleep,
+            weight_transfer=weight_transfer,
+        )
         self.max_model_tokens = 0
         self._can_sleep = can_sleep
         self._room: Room | None = None
         self._sends_from = _sends_from(weight_transfer)
-        self._under_way: set[concurrent.futures.Future[Any]] = set()  # of who waits here
-        self._inbox: list[Chunk] = []
-        self._outbox: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
-        self._lock = threading.Lock()  # of the inbox
-        self._loop = asyncio.new_event_loop()
-        self._thread: threading.Thread | None = None
         self._pool = WorkerPool(self._launch, num_workers, settings)
         self._metrics = PoolMetrics(self._pool)
+        self._thread = PoolThread(self._pool)
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
         try:
             resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
             self._room = Room(
                 resources, num_workers, placement, startup_timeout_s, self._sends_from
             )
-            self._thread = threading.Thread(
-                target=self._loop.run_forever, name="delethink-pool", daemon=True
-            )
             self._thread.start()
-            self._run(self._pool.start())
+            self._thread.run(self._pool.start())
         except BaseException:
             self.close()
             raise
@@ -177,7 +158,8 @@ class RayPool:
 
     def _launch(self, index: int) -> WorkerHandle:
         assert self._room is not None
-        return self._room.launch(index, self._configs[index])
+        seed = self._config.seed + index  # else requests without one are drawn alike on all workers
+        return self._room.launch(index, dataclasses.replace(self._config, seed=seed))
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -193,38 +175,7 @@ class RayPool:
             WorkersLostError: no worker came back in time.
         """
         self._check(len(prompt_ids) + max_new_tokens, sampling.temperature)
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Completion] = loop.create_future()
-
-        def deliver(outcome: Outcome) -> None:
-            if not self._outbox:
-                self._loop.call_soon(self._send_out)
-            self._outbox.setdefault(loop, []).append((answer, outcome))
-
-        chunk = Chunk(prompt_ids, max_new_tokens, sampling, deliver)
-        with self._lock:
-            self._inbox.append(chunk)
-            first = len(self._inbox) == 1
-        if first:
-            self._call(self._take_in)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._call(self._pool.withdraw, chunk)
-            raise
-
-    def _take_in(self) -> None:
-        with self._lock:
-            chunks, self._inbox = self._inbox, []
-        for chunk in chunks:
-            self._pool.submit(chunk)
-
-    def _send_out(self) -> None:
-        """All outcomes of a turn of the pool's loop at once: waking another thread is dear."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, answers in outbox.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
-                loop.call_soon_threadsafe(_settle_all, answers)
+        return await self._thread.sample(prompt_ids, max_new_tokens, sampling)
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Gives new weights to all workers, each as soon as it has finished its chunks in flight.
@@ -240,7 +191,7 @@ class RayPool:
             WeightSyncError: all workers refused them; the text is what each said.
             WorkersLostError: no worker came back in time.
         """
-        self._run(self._pool.update_weights(self._copy(weights), version))
+        self._thread.run(self._pool.update_weights(self._copy(weights), version))
 
     def _copy(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """A copy from which workers take weights up, now or when they restart."""
@@ -253,56 +204,27 @@ class RayPool:
     def sleep(self) -> None:
         """Frees the GPUs until the next request or weights, if the pool was made to."""
         if self._can_sleep:
-            self._run(self._pool.sleep())
+            self._thread.run(self._pool.sleep())
 
     def wake(self) -> None:
         """Takes the GPUs again."""
-        self._run(self._pool.wake())
+        self._thread.run(self._pool.wake())
 
     def take_metrics(self) -> dict[str, float]:
         """What the workers have done and what went wrong since this was last asked."""
-        return self._run(self._metrics.take()) if self._thread is not None else {}
+        return self._thread.run(self._metrics.take()) if self._thread.is_open else {}
 
     def close(self) -> None:
         """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
-        thread, self._thread = self._thread, None
-        for future in list(self._under_way):
-            future.cancel()
-        if thread is not None:
-            with contextlib.suppress(TimeoutError):
-                self._await(self._pool.close(), _CLOSE_TIMEOUT_S)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(_CLOSE_TIMEOUT_S)
-        if not self._loop.is_running() and not self._loop.is_closed():
-            self._loop.close()
+        self._thread.close()
         if self._room is not None:
             self._room.give_up()
         if self._owns_ray:
             ray.shutdown()
         self._owns_ray = False
 
-    def _call(self, function: Any, *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the pool is closed, and says so elsewhere
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._thread is None:
-            work.close()
-            raise PolicyError("the pool is closed")
-        return self._await(work, None)
-
-    def _await(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._under_way.add(future)
-        try:
-            return future.result(timeout_s)
-        except concurrent.futures.CancelledError:
-            raise PolicyError("the pool was closed meanwhile") from None
-        finally:
-            self._under_way.discard(future)
-
     def _check(self, needed: int, temperature: float) -> None:
-        if self._thread is None:
+        if not self._thread.is_open:
             raise PolicyError("the pool is closed")
         if needed > self.max_model_tokens:
             raise ConfigError(
@@ -313,11 +235,6 @@ class RayPool:
             raise ConfigError(
                 f"temperature must be 0 or at least {_LOWEST_TEMPERATURE}, got {temperature}"
             )
-
-
-def _settle_all(answers: list[Answer]) -> None:
-    for answer, outcome in answers:
-        settle(answer, outcome)
 
 
 def _sends_from(weight_transfer: WeightTransfer) -> torch.device | None:

@@ -156,7 +156,7 @@ def test_a_lost_connection_is_a_lost_worker(
     pid = worker.pid
     with caplog.at_level(logging.WARNING):
         handle: Any = worker.handle
-        pool._loop.call_soon_threadsafe(handle._channel._frames._transport.abort)
+        pool._thread.call(handle._channel._frames._transport.abort)
         assert_played(play(pool))
     assert worker.restarts == 1
     assert "has closed its connection" in caplog.text
