@@ -225,7 +225,7 @@ class ThinkingState:
         """What the next chunk is for."""
         return ChunkRole.THINKING if self.context is None else ChunkRole.CARRYOVER
 
-    @cached_property
+    @property
     def prompt_ids(self) -> TokenIds:
         """x_l, what the policy sees when the next chunk starts; after the end, what it last saw."""
         if self.context is None or (ask := self.spec.ask) is None:
@@ -241,7 +241,7 @@ class ThinkingState:
         """The same in every state of a trace: made of thousands of numbers only once."""
         return token_array(self.query_ids)
 
-    @cached_property
+    @property
     def max_new_tokens(self) -> int:
         """How many tokens the next chunk may have: C, later C - (tokens carried).
 
@@ -375,15 +375,8 @@ class ThinkingState:
         after = object.__new__(ThinkingState)
         own = after.__dict__
         own.update(self.__dict__)
-        for name in _CACHED:
-            own.pop(name, None)
         own.update(changes)
         return after
-
-
-# What a state keeps of itself alone; the query's block is that of every state of a trace.
-_CACHED = [name for name, kept in vars(ThinkingState).items() if isinstance(kept, cached_property)]
-_CACHED.remove("_query_block")
 
 
 _TRACE_STOP = {
