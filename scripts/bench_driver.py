@@ -95,7 +95,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--by-ray", action="store_true", help="chunks go as calls of Ray actors")
+    parser.add_argument("--only", default="", help="sizes whose name holds this")
     asked = parser.parse_args()
+    chosen = {name: sizes for name, sizes in SIZES.items() if asked.only in name}
+    if not chosen:
+        parser.error(f"--only {asked.only!r} is part of no name: {', '.join(map(repr, SIZES))}")
     about = describe_environment()
     print(f"{about['processor']}, load {os.getloadavg()[0]:.1f}; commit {about['git_commit']}; ")
     print(f"{asked.workers} workers of {asked.slots} slots, {asked.rounds} rounds, a chunk takes ")
@@ -107,7 +111,7 @@ def main() -> None:
     )
     print("|" + " --- |" * 6)
     try:
-        for name, sizes in SIZES.items():
+        for name, sizes in chosen.items():
             print(row(name, sizes, list(measure(sizes, asked))), flush=True)
     finally:
         if owns:

@@ -245,20 +245,20 @@ def main() -> None:
     parser.add_argument("--traces-per-slot", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of an engine")
-    parser.add_argument("--only", help="workloads whose name holds this")
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the figures go")
     asked = parser.parse_args()
+    workloads = [workload for workload in WORKLOADS if asked.only in workload.name]
+    if not workloads:
+        names = ", ".join(repr(workload.name) for workload in WORKLOADS)
+        parser.error(f"--only {asked.only!r} is part of no name: {names}")
     about = {**describe_environment(), "load": os.getloadavg(), **vars(asked)}
     print(f"{about['processor']}, load {about['load'][0]:.1f}; commit {about['git_commit']}; ")
     print(f"{asked.slots} slots, {asked.rounds} rounds, seed {asked.seed}\n")
     owns = connect(num_cpus=16)  # reservations, not cores
     try:
-        found = [
-            measure(workload, asked)
-            for workload in WORKLOADS
-            if asked.only is None or asked.only in workload.name
-        ]
+        found = [measure(workload, asked) for workload in workloads]
         service = measure_service(asked)
     finally:
         if owns:

@@ -222,8 +222,8 @@ explain() { # explain LABEL: why a stage failed, as far as the log and the disk 
     elif grep -qE 'Retrying \(|NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Network is unreachable|SSLError|ProxyError' "$LOG"; then
         fail "pip could not reach its package index while installing $1" \
             "check the network and pip's settings (pip config list, the PIP_ variables) and run this again"
-    elif grep -q 'No matching distribution found for torch==.*+cpu' "$LOG"; then
-        fail "pip knows of no CPU build of torch, which vLLM for CPUs needs" \
+    elif grep -qE '(No matching distribution found for|Cannot install) torch==.*\+cpu' "$LOG"; then
+        fail "pip knows of no CPU build of torch for this Python, which vLLM for CPUs needs" \
             "point PIP_EXTRA_INDEX_URL at PyTorch's own index of CPU builds, or PIP_FIND_LINKS at a folder with one, and run this again"
     fi
     fail "pip failed while installing $1" "the lines above and $LOG say why"
