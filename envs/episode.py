@@ -190,12 +190,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             raise ActionError(f"the trace has ended ({self._state.stop.value}); call reset()")
         return self._state
 
-    def _take(
-        self, output_ids: TokenIds, stop: StopReason, *, checked: bool = False
-    ) -> tuple[ThinkingState, float]:
+    def _take(self, output_ids: TokenIds, stop: StopReason) -> tuple[ThinkingState, float]:
         """Ends a chunk; the state after it, and the reward."""
         before = self._running_state()
-        state = before.advance(output_ids, stop, checked=checked)
+        state = before.advance(output_ids, stop)
         self._state, self._last = state, output_ids
         if self.keep_trace:
             self._taken.append((output_ids, stop, before.role))

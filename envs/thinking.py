@@ -102,7 +102,7 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             raise ActionError(
                 f"this chunk takes {state.max_new_tokens} tokens at most, got {len(output_ids)}"
             )
-        state, reward = self._take(output_ids, stop, checked=True)
+        state, reward = self._take(output_ids, stop)
         observation, info = self._seen(state, output_ids, len(given) - len(output_ids))
         terminated, truncated = state.stop is TraceStop.COMPLETED, state.stop is TraceStop.BUDGET
         return observation, reward, terminated, truncated, info

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 _CLOSE_TIMEOUT_S = 60.0
 
-Asked = tuple[Chunk, asyncio.Future[Completion]]
-Answer = tuple[asyncio.Future[Completion], Outcome]
+_Asked = tuple[Chunk, asyncio.Future[Completion]]
+_Told = tuple[asyncio.Future[Completion], Outcome]
 
 
 class PoolThread:
@@ -39,8 +39,8 @@ class PoolThread:
         self._thread: threading.Thread | None = None
         self._under_way: set[concurrent.futures.Future[Any]] = set()  # of who waits in ``run``
         # By the loop of who waits: the first is touched in that loop alone, the second in this one.
-        self._inbox: dict[asyncio.AbstractEventLoop, list[Asked]] = {}
-        self._outbox: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+        self._inbox: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[_Told]] = {}
 
     def start(self) -> None:
         """Begins to run; the pool is for the caller to start."""
@@ -135,7 +135,7 @@ class PoolThread:
                 loop.call_soon_threadsafe(_settle_all, answers)
 
 
-def _settle_all(answers: list[Answer]) -> None:
+def _settle_all(answers: list[_Told]) -> None:
     for answer, outcome in answers:
         settle(answer, outcome)
 
