@@ -30,7 +30,7 @@ from delethink.cli.process import set_up_process
 set_up_process()
 
 import ray  # noqa: E402
-from bench_rollouts import GROUP, QUERY, Task, measure_environment  # noqa: E402
+from rollout_workloads import GROUP, QUERY, Task, measure_environment  # noqa: E402
 
 from delethink.policy import Sampling  # noqa: E402
 from delethink.rollout import derive_seed, play_traces  # noqa: E402

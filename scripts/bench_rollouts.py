@@ -42,11 +42,19 @@ set_up_process()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
+from rollout_workloads import (  # noqa: E402
+    CONTEXT,
+    GROUP,
+    MOST_CHUNKS,
+    QUERY,
+    WORKLOADS,
+    Task,
+    Workload,
+    measure_environment,
+)
 
-from delethink.envs.thinking import ThinkingEnv  # noqa: E402
 from delethink.policy import Completion, Progress, Sampling  # noqa: E402
-from delethink.rollout import derive_seed, play_trace, replay_trace  # noqa: E402
-from delethink.rule import ChunkSpec  # noqa: E402
+from delethink.rollout import derive_seed, play_trace  # noqa: E402
 from delethink.serving.checkpoint import locate  # noqa: E402
 from delethink.serving.exchange import EngineCounts  # noqa: E402
 from delethink.serving.ray_calls import connect  # noqa: E402
@@ -57,12 +65,9 @@ from delethink.serving.vllm_worker import (  # noqa: E402
     _sampling_params,
 )
 from delethink.training.run_directory import describe_environment  # noqa: E402
-from delethink.types import Problem, StopReason, Trace  # noqa: E402
+from delethink.types import StopReason, Trace  # noqa: E402
 
-CONTEXT, CARRYOVER, MOST_CHUNKS = 96, 48, 12  # C, m, I
-QUERY, GROUP = 272, 8  # tokens; traces of a query
 MAX_MODEL_TOKENS = 1024
-VOCABULARY = 17  # the toy's, and an end that is never sampled
 
 
 class Request(NamedTuple):
@@ -169,56 +174,6 @@ class Unknowing:
         sampling = Sampling(sampling.temperature, sampling.seed, progress)
         completion: Completion = await self.policy.generate(prompt, new, sampling)
         return completion
-
-
-class Task(NamedTuple):
-    """A trace to be played."""
-
-    query: tuple[int, ...]
-    spec: ChunkSpec
-    seed: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """Traces of given numbers of chunks."""
-
-    name: str
-    num_workers: int
-    chunks: Callable[[random.Random], int]  # of a trace
-    longcot: bool = False
-    seeded: bool = True  # TRL's requests are not
-    variants: tuple[str, ...] = ("at once", "in order", "naive")
-
-    def tasks(self, number: int, seed: int) -> list[Task]:
-        """The traces of a round."""
-        rng = random.Random(seed)
-        tasks = []
-        for i in range(number):
-            if i % GROUP == 0:
-                query = tuple(rng.randrange(2, 16) for _ in range(QUERY))
-            spec = ChunkSpec(CONTEXT, CARRYOVER, self.chunks(rng), head_size=0)
-            spec = ChunkSpec.longcot(spec.budget) if self.longcot else spec
-            own = rng.randrange(2**31)
-            tasks.append(Task(query, spec, own if self.seeded else None))
-        return tasks
-
-
-def heavy_tailed(rng: random.Random) -> int:
-    """Most traces are short and few are 12 chunks long: Pareto, with exponent 1."""
-    return min(MOST_CHUNKS, int(1 / (1 - rng.random())))
-
-
-WORKLOADS = [
-    Workload("1 to 12 chunks, evenly", 1, lambda rng: rng.randint(1, MOST_CHUNKS)),
-    Workload(
-        "LongCoT, as long", 1, lambda rng: rng.randint(1, MOST_CHUNKS), True, True, ("at once",)
-    ),
-    Workload(
-        "LongCoT, 624 tokens, no seeds", 1, lambda rng: MOST_CHUNKS, True, False, ("at once", "trl")
-    ),
-    Workload("heavy-tailed, 1 to 12 chunks", 2, heavy_tailed, False, True, ("naive",)),
-]
 
 
 @dataclasses.dataclass
@@ -401,42 +356,6 @@ def _steps(pool: RayPool) -> int:
 
 def _hits(pool: RayPool) -> int:
     return sum(worker.counts.prefix_hits for worker in pool.workers)
-
-
-class Queries:
-    """A task and a tokenizer, of whatever query is set: neither costs the environment anything."""
-
-    chat_template = None
-    eos_token_id = VOCABULARY - 1
-
-    def __init__(self) -> None:
-        self.query: list[int] = []
-
-    def problem(self, split: str, index: int) -> Problem:
-        return Problem("", "")
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": self.query}
-
-    def decode(self, token_ids: Any, **options: Any) -> str:
-        return ""
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
-def measure_environment(traces: list[Trace], tasks: list[Task]) -> float:
-    """Microseconds of the processor to take a chunk through the environment."""
-    queries = Queries()
-    environments = {
-        task.spec: ThinkingEnv(queries, lambda text, answer: 0.0, queries, task.spec)
-        for task in tasks
-    }
-    started = time.process_time()
-    for trace, task in zip(traces, tasks, strict=True):
-        queries.query = list(task.query)
-        replay_trace(environments[task.spec], Problem("", ""), trace)
-    return 1e6 * (time.process_time() - started) / sum(len(trace.chunks) for trace in traces)
 
 
 def _config(asked: argparse.Namespace) -> WorkerConfig:
