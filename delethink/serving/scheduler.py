@@ -7,7 +7,8 @@ decided here, in this order:
    to give them to another worker. While chunks wait, no worker has a free slot. Up to ``surplus``
    more lie ready at a worker while at least twice as many wait for each worker, so that they run
    out as the work does and none holds back what another could do (guided self-scheduling:
-   Polychronopoulos and Kuck, 1987).
+   Polychronopoulos and Kuck, 1987). A worker that is alone holds nothing back, and an engine
+   begins faster what lies there together.
 2. The worker with the fewest tokens in flight is served first.
 3. It gets a chunk of the lowest rank; among equals one whose query it has sampled from before, so
    that the prefix is in its cache; then one of a query that no worker has; then the oldest.
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -243,10 +245,16 @@ class Scheduler:
         if (worker := self._free.find()) is not None:
             return worker, 0
         worker = self._full.find()
-        beyond = len(self._waiting) // (_WAIT_FOR_SURPLUS * max(1, len(self._workers)))
+        beyond = self._most_beyond()
         if worker is None or not worker.takes(beyond):
             return None
         return worker, beyond
+
+    def _most_beyond(self) -> int:
+        """Of chunks, that may lie ready at a worker while others could sample them."""
+        if len(self._workers) == 1:
+            return sys.maxsize
+        return len(self._waiting) // (_WAIT_FOR_SURPLUS * max(1, len(self._workers)))
 
     def _give(self, worker: _Worker, beyond: int, now: float) -> Lease:
         level = self._lowest_level()

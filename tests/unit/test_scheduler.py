@@ -76,9 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def assign(self) -> None:
         held = Counter({worker: len(self.scheduler.leases(worker)) for worker in self.slots})
         for lease in self.scheduler.assign(1.5):
-            # Beyond a worker's slots lies no more than a half of what waits for each.
-            beyond = held[lease.worker] - self.slots[lease.worker]
-            assert beyond < 0 or beyond < len(self.waiting) // (2 * len(self.slots))
+            assert held[lease.worker] < self.slots[lease.worker] + self._most_beyond()
             held[lease.worker] += 1
             # A later one of the same call may have a lower rank only if this one was put back.
             assert lease.request.rank == min(r.rank for r in self.waiting.values())
@@ -113,6 +111,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if lease:
             self._end(lease.number, again=False)
 
+    def _most_beyond(self) -> int:
+        """A half of what waits for each; where there is one worker, all."""
+        num_workers = len(self.slots)
+        return 10**6 if num_workers == 1 else len(self.waiting) // (2 * max(1, num_workers))
+
     def _end(self, number: int, again: bool) -> None:
         lease = self.given.pop(number)
         self.ended.add(number)
@@ -142,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_lies_ready_is_as_much_as_it_may_be(self) -> None:
-        beyond = len(self.waiting) // (2 * max(1, len(self.slots)))
+        beyond = self._most_beyond()
         held = {worker: len(self.scheduler.leases(worker)) for worker in self.slots}
         room = [
             worker
@@ -198,6 +201,18 @@ def test_where_a_worker_goes_more_may_lie_ready_at_the_others() -> None:
     assert scheduler.assign() == []  # two wait for two workers
     scheduler.remove_worker("goes")
     assert [lease.worker for lease in scheduler.assign()] == ["stays"]
+
+
+def test_a_worker_that_is_alone_has_its_surplus_while_anything_waits() -> None:
+    scheduler = Scheduler()
+    scheduler.add_worker("alone", slots=2, surplus=3)
+    for key in range(4):
+        scheduler.submit(Request(key, 1))
+    assert len(scheduler.assign()) == 4
+    for key in range(4, 8):
+        scheduler.submit(Request(key, 1))
+    assert len(scheduler.assign()) == 1  # as many as slots and surplus together
+    assert scheduler.num_waiting == 3
 
 
 def test_tokens_in_flight_are_balanced_and_not_only_their_number() -> None:
