@@ -30,17 +30,23 @@ from delethink.cli.process import set_up_process
 set_up_process()
 
 import ray  # noqa: E402
-from rollout_workloads import GROUP, QUERY, Task, measure_environment  # noqa: E402
+from rollout_workloads import (  # noqa: E402
+    GROUP,
+    QUERY,
+    Task,
+    describe_machine,
+    measure_environment,
+    print_machine,
+    workers_of,
+)
 
 from delethink.policy import Sampling  # noqa: E402
 from delethink.rollout import derive_seed, play_traces  # noqa: E402
 from delethink.rule import ChunkSpec  # noqa: E402
-from delethink.serving import ray_worker  # noqa: E402
 from delethink.serving.exchange import Answer, EngineCounts, Job, WorkerState  # noqa: E402
 from delethink.serving.ray_calls import connect  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
 from delethink.serving.vllm_worker import VllmWorker, WorkerConfig  # noqa: E402
-from delethink.training.run_directory import describe_environment  # noqa: E402
 from delethink.types import StopReason  # noqa: E402
 
 CHUNK_SECONDS = 0.5
@@ -100,8 +106,7 @@ def main() -> None:
     chosen = {name: sizes for name, sizes in SIZES.items() if asked.only in name}
     if not chosen:
         parser.error(f"--only {asked.only!r} is part of no name: {', '.join(map(repr, SIZES))}")
-    about = describe_environment()
-    print(f"{about['processor']}, load {os.getloadavg()[0]:.1f}; commit {about['git_commit']}; ")
+    print_machine(describe_machine())
     print(f"{asked.workers} workers of {asked.slots} slots, {asked.rounds} rounds, a chunk takes ")
     print(f"{CHUNK_SECONDS} s, seed {asked.seed}{', by way of Ray' * asked.by_ray}\n")
     owns = connect(num_cpus=asked.workers)  # reservations, not cores
@@ -122,7 +127,7 @@ def measure(sizes: tuple[int, int, int], asked: argparse.Namespace) -> Iterator[
     """All rounds; the first, which is small, warms up."""
     number = asked.traces_per_slot * asked.slots * asked.workers
     with (
-        made_up_workers(),
+        workers_of(MadeUp),
         ways(asked.by_ray),
         contextlib.closing(make_pool(sizes, asked)) as pool,
     ):
@@ -171,11 +176,6 @@ def make_tasks(number: int, sizes: tuple[int, int, int], seed: int) -> list[Task
             query = tuple(rng.randrange(2, 16) for _ in range(QUERY))
         tasks.append(Task(query, rng.choice(specs), rng.randrange(2**31)))
     return tasks
-
-
-def made_up_workers() -> contextlib.AbstractContextManager[object]:
-    """While this lasts; a pool has no other way in."""
-    return mock.patch.object(ray_worker, "VllmWorker", MadeUp)
 
 
 def ways(by_ray: bool) -> contextlib.AbstractContextManager[object]:

@@ -4,20 +4,20 @@
     python scripts/bench_rollouts.py --rounds 1 --slots 16 --json out.json
 
 The toy reasoner in real vLLM engines, on Ray workers. No token ends an answer, so every chunk has
-the length that it was given, and all variants do the same work:
+the length that it was given, and all variants do the same work on the same engines:
 
   pool     the traces through RayPool, as training and evaluation play them
-  at once  the very same requests (prompt, limit, seed) given to one engine of the same settings all
-           at once, trace by trace, which no rollout could do: the ceiling
-  in order the same at once by the number of the chunk, which is the pool's order: on a CPU the
-           requests of a query go faster side by side, and a trace's own are of one query
+  at once  the very same requests (prompt, limit, seed) given to the engine all at once, which no
+           rollout could do: the ceiling. In three orders, because requests of one query go faster
+           side by side on a CPU: trace by trace, by the number of the chunk (in order, as the pool
+           comes to them), and shuffled
   naive    a task for each trace, chunk after chunk, with traces pinned to workers in turns
-  trl      TRL's own vLLM generation, for LongCoT
+  trl      TRL's own vLLM generation, for LongCoT, in an engine of its own
 
-Rounds take the variants in turns, the engines of both sides stay up, and every round has prompts
-of its own, so that no prefix cache knows them. A ratio is the median of the rounds' ratios. Seconds
-are those of a machine that may have other work; how many steps an engine takes for the same tokens
-is not, and tells how full its batches were.
+A round plays all variants, in an order drawn anew, with queries that no prefix cache knows; what
+each trace is made of stays the same. A ratio is the median of the rounds' ratios. Seconds are those
+of a machine that may have other work; how many steps an engine takes for the same tokens is not,
+and tells how full its batches were.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from delethink.cli.process import set_up_process
 
@@ -42,15 +41,18 @@ set_up_process()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
+from rollout_baselines import MAX_MODEL_TOKENS, Naive, RawEngine, Request, TrlEngine, run_actor  # noqa: E402
 from rollout_workloads import (  # noqa: E402
     CONTEXT,
-    GROUP,
     MOST_CHUNKS,
     QUERY,
     WORKLOADS,
     Task,
     Workload,
+    describe_machine,
     measure_environment,
+    print_machine,
+    workers_of,
 )
 
 from delethink.policy import Completion, Progress, Sampling  # noqa: E402
@@ -60,105 +62,9 @@ from delethink.serving.exchange import EngineCounts  # noqa: E402
 from delethink.serving.ray_calls import connect  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
 from delethink.serving.vllm_worker import (  # noqa: E402
-    VllmWorker,
     WorkerConfig,
-    _sampling_params,
 )
-from delethink.training.run_directory import describe_environment  # noqa: E402
-from delethink.types import StopReason, Trace  # noqa: E402
-
-MAX_MODEL_TOKENS = 1024
-
-
-class Request(NamedTuple):
-    """A chunk as an engine is asked for it."""
-
-    prompt: list[int]
-    new: int
-    seed: int | None
-
-
-class RawEngine(VllmWorker):
-    """An engine with the settings of the pool's, and nothing around it."""
-
-    async def play(self, requests: Sequence[Request]) -> float:
-        """Seconds for all requests, given to the engine at once."""
-        started = time.perf_counter()
-        await asyncio.gather(*(self.one(request) for request in requests))
-        return time.perf_counter() - started
-
-    async def one(self, request: Request) -> Completion:
-        """A single request."""
-        params = _sampling_params(request.new, 1.0, request.seed, ())
-        prompt = {"prompt_token_ids": request.prompt}
-        name = f"{id(request)}-{time.perf_counter_ns()}"
-        async for output in self._engine.generate(prompt, params, name):
-            last = output.outputs[0]
-        return Completion(tuple(last.token_ids), tuple(last.logprobs.logprobs), StopReason.LENGTH)
-
-    async def counts(self) -> EngineCounts:
-        """All that it has done so far."""
-        counts: EngineCounts = self._counter.counts()
-        return counts
-
-    async def block_size(self) -> int:
-        """Tokens of a block of the prefix cache."""
-        return int(self._engine.vllm_config.cache_config.block_size)
-
-
-class TrlEngine:
-    """TRL's own vLLM generation, in the mode that shares the trainer's process."""
-
-    def __init__(self, model: str, slots: int, kv_cache_gib: int, threads: int) -> None:
-        os.environ |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "TORCH_COMPILE_DISABLE": "1",
-            "OMP_NUM_THREADS": str(threads),
-            "TRL_EXPERIMENTAL_SILENCE": "1",
-        }
-        import torch
-
-        torch.set_num_threads(threads)
-        from accelerate import Accelerator
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from trl.generation.vllm_generation import VLLMGeneration
-
-        self.generation = VLLMGeneration(
-            AutoModelForCausalLM.from_pretrained(model),
-            Accelerator(cpu=True),
-            AutoTokenizer.from_pretrained(model),
-            mode="colocate",
-            max_model_length=MAX_MODEL_TOKENS,
-            max_num_seqs=slots,
-            temperature=1.0,
-            generation_kwargs={"ignore_eos": True, "detokenize": False},
-        )
-
-    def play(self, prompts: list[list[int]], new: int) -> float:
-        """Seconds for prompts that all get the same number of new tokens."""
-        self.generation.max_completion_length = new
-        started = time.perf_counter()
-        _, completions, _, _ = self.generation.generate(prompts, None, 1)
-        seconds = time.perf_counter() - started
-        if any(len(ids) != new for ids in completions):
-            raise RuntimeError("TRL sampled another number of tokens than it was asked for")
-        return seconds
-
-
-class Naive:
-    """Implements the policy protocol over one worker: a call for each chunk."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    async def generate(self, prompt: Any, new: int, sampling: Sampling) -> Completion:
-        """As the engine does."""
-        request = Request(list(prompt), new, sampling.seed)
-        completion: Completion = await self.actor.one.remote(request)
-        return completion
+from delethink.types import Trace  # noqa: E402
 
 
 class Unknowing:
@@ -182,14 +88,116 @@ class Measured:
 
     tokens: int
     chunks: int
-    seconds: dict[str, float]
-    steps: dict[str, int]  # of the engines, which other work on the machine does not change
-    driver: float = (
-        0.0  # microseconds of the driver's processor for each chunk: pool, Ray, rollouts
-    )
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by variant
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)  # of the engines
+    driver: float = 0.0  # microseconds of the driver's processor for each chunk, and no idle Ray's
     driver_and_idle: float = 0.0  # the same with what Ray's threads take while nothing happens
     environment: float = 0.0  # the same of the environment
     hits: float = 0.0  # query tokens found in prefix caches, of those that could be
+
+
+class Bench:
+    """The variants of a workload, on the engines of one pool."""
+
+    def __init__(self, workload: Workload, pool: RayPool, trl: Any, tasks: list[Task]) -> None:
+        self.pool, self.trl, self.tasks = pool, trl, tasks
+        self.workload = workload
+        self.engines = [worker.handle._actor for worker in pool.workers]
+        self.rng = random.Random(len(tasks))
+        self.traces = self.play([Unknowing(pool)], tasks)  # warms up, too
+        self.idle = _idle_share()
+
+    def round(self) -> Measured:
+        """All variants once."""
+        tokens = sum(trace.length for trace in self.traces)
+        measured = Measured(tokens, sum(len(trace.chunks) for trace in self.traces))
+        variants = ["pool", *self.workload.variants]
+        for variant in self.rng.sample(variants, len(variants)):
+            if variant != "trl" or self.trl is not None:
+                self.measure(variant, measured)
+        return measured
+
+    def measure(self, variant: str, measured: Measured) -> None:
+        """A variant's part of a round."""
+        before, tasks = self.counts(), self.renewed()
+        work = self.work(variant, tasks)
+        cpu, started = time.process_time(), time.perf_counter()
+        traces = work()
+        seconds = time.perf_counter() - started
+        cpu = time.process_time() - cpu
+        after = self.counts()
+        measured.seconds[variant] = seconds
+        if variant != "trl":  # whose engine is another
+            measured.steps[variant] = sum(c.steps for c in after) - sum(c.steps for c in before)
+        if variant != "pool":
+            return
+        hits = sum(c.prefix_hits for c in after) - sum(c.prefix_hits for c in before)
+        block = ray.get(self.engines[0].block_size.remote())
+        again = measured.chunks - len({task.query for task in tasks})
+        measured.hits = hits / (again * (QUERY // block * block))
+        measured.driver = 1e6 * (cpu - self.idle * seconds) / measured.chunks
+        measured.driver_and_idle = 1e6 * cpu / measured.chunks
+        measured.environment = measure_environment(traces, tasks)
+
+    def work(self, variant: str, tasks: list[Task]) -> Callable[[], Any]:
+        """What is measured of a variant, ready to begin."""
+        if variant == "pool":
+            return lambda: self.play([Unknowing(self.pool)], tasks)
+        if variant == "naive":
+            return lambda: self.play([Naive(engine) for engine in self.engines], tasks)
+        if variant == "trl":
+            prompts = [list(task.query) for task in tasks]
+            return lambda: ray.get(self.trl.play.remote(prompts, tasks[0].spec.budget))
+        requests = self.requests(variant, tasks)
+        return lambda: ray.get(self.engines[0].play.remote(requests))
+
+    def play(self, policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
+        """Plays all traces; task i asks the policies in turns."""
+        traces: list[Trace] = []
+
+        async def play() -> None:
+            found = await asyncio.gather(
+                *(
+                    play_trace(
+                        policies[i % len(policies)], task.spec, task.query, Sampling(1.0, task.seed)
+                    )
+                    for i, task in enumerate(tasks)
+                )
+            )
+            traces.extend(found)  # asyncio.run makes a text of what is returned, all tokens and all
+
+        asyncio.run(play())
+        for trace, task in zip(traces, tasks, strict=True):
+            if trace.length != task.spec.budget:
+                raise RuntimeError(f"a trace of {trace.length} tokens, not {task.spec.budget}")
+        return traces
+
+    def renewed(self) -> list[Task]:
+        """The same traces of other queries, which are in no cache yet."""
+        new = {
+            query: tuple(self.rng.sample(query, len(query)))
+            for query in dict.fromkeys(task.query for task in self.tasks)
+        }
+        return [task._replace(query=new[task.query]) for task in self.tasks]
+
+    def requests(self, order: str, tasks: list[Task]) -> list[Request]:
+        """The chunks of the traces that were played, after other queries."""
+        numbered = []
+        for trace, task in zip(self.traces, tasks, strict=True):
+            for i, chunk in enumerate(trace.chunks):
+                seed = None if task.seed is None else derive_seed(task.seed, i)
+                prompt = [*task.query, *chunk.prompt_ids[QUERY:]]
+                numbered.append((i, Request(prompt, len(chunk.output_ids), seed)))
+        if order == "in order":
+            numbered.sort(key=lambda pair: pair[0])
+        elif order == "shuffled":
+            self.rng.shuffle(numbered)
+        return [request for _, request in numbered]
+
+    def counts(self) -> list[EngineCounts]:
+        """What each engine has done so far."""
+        found: list[EngineCounts] = ray.get([engine.counts.remote() for engine in self.engines])
+        return found
 
 
 def main() -> None:
@@ -208,8 +216,8 @@ def main() -> None:
     if not workloads:
         names = ", ".join(repr(workload.name) for workload in WORKLOADS)
         parser.error(f"--only {asked.only!r} is part of no name: {names}")
-    about = {**describe_environment(), "load": os.getloadavg(), **vars(asked)}
-    print(f"{about['processor']}, load {about['load'][0]:.1f}; commit {about['git_commit']}; ")
+    about = {**describe_machine(), **vars(asked)}
+    print_machine(about)
     print(f"{asked.slots} slots, {asked.rounds} rounds, seed {asked.seed}\n")
     owns = connect(num_cpus=16)  # reservations, not cores
     try:
@@ -227,32 +235,24 @@ def main() -> None:
 
 
 def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of a workload; the first, which is small, warms up."""
+    """All rounds of a workload."""
     number = asked.traces_per_slot * asked.slots * workload.num_workers
-    rounds, trl_failure = [], ""
+    rounds, trl, trl_failure = [], None, ""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(workers_of(RawEngine))
         pool = stack.enter_context(contextlib.closing(_pool(workload.num_workers, asked)))
-        raw = [
-            stack.enter_context(_actor(RawEngine, _config(asked)))
-            for _ in range(workload.num_workers)
-        ]
-        trl = None
         if "trl" in workload.variants:
             try:
                 trl = stack.enter_context(
-                    _actor(TrlEngine, locate("toy"), asked.slots, 1, asked.threads, start=False)
+                    run_actor(TrlEngine, locate("toy"), asked.slots, 1, asked.threads, start=False)
                 )
             except Exception as problem:  # whatever keeps it from running here is told
                 trl_failure = str(problem).strip().splitlines()[-1]
-        idle = 0.0
-        for turn in range(asked.rounds + 1):
-            seed = derive_seed(asked.seed, workload.name, turn)
-            tasks = workload.tasks(number if turn else GROUP * workload.num_workers, seed)
-            measured = _round(workload, tasks, pool, raw, trl, idle)
-            idle = idle or _idle_share()
-            if turn:
-                rounds.append(measured)
-                print(f"{workload.name}, round {turn}: {describe(measured)}", flush=True)
+        tasks = workload.tasks(number, derive_seed(asked.seed, workload.name))
+        bench = Bench(workload, pool, trl, tasks)
+        for turn in range(1, asked.rounds + 1):
+            rounds.append(bench.round())
+            print(f"{workload.name}, round {turn}: {describe(rounds[-1])}", flush=True)
     return {
         "name": workload.name,
         "num_workers": workload.num_workers,
@@ -262,100 +262,11 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _round(
-    workload: Workload, tasks: list[Task], pool: RayPool, raw: list[Any], trl: Any, idle: float
-) -> Measured:
-    before, steps = _hits(pool), {"pool": -_steps(pool)}
-    cpu, started = time.process_time(), time.perf_counter()
-    traces = _play([Unknowing(pool)], tasks)
-    seconds = {"pool": time.perf_counter() - started}
-    cpu = time.process_time() - cpu
-    steps["pool"] += _steps(pool)
-    chunks = sum(len(trace.chunks) for trace in traces)
-    for trace, task in zip(traces, tasks, strict=True):
-        if trace.length != task.spec.budget:
-            raise RuntimeError(f"a trace of {trace.length} tokens, not {task.spec.budget}")
-    if "at once" in workload.variants:
-        requests = [
-            r for trace, task in zip(traces, tasks, strict=True) for r in _requests(trace, task)
-        ]
-        earlier = ray.get(raw[0].counts.remote()).steps
-        seconds["at once"] = ray.get(raw[0].play.remote(requests))
-        steps["at once"] = ray.get(raw[0].counts.remote()).steps - earlier
-    if "in order" in workload.variants:
-        numbered = [
-            (i, _unseen(request))
-            for trace, task in zip(traces, tasks, strict=True)
-            for i, request in enumerate(_requests(trace, task))
-        ]
-        requests = [request for _, request in sorted(numbered, key=lambda pair: pair[0])]
-        seconds["in order"] = ray.get(raw[0].play.remote(requests))
-    if "naive" in workload.variants:
-        other = [task._replace(query=task.query[::-1]) for task in tasks]  # in no cache yet
-        started = time.perf_counter()
-        _play([Naive(actor) for actor in raw], other)
-        seconds["naive"] = time.perf_counter() - started
-    if trl is not None:
-        prompts = [list(task.query) for task in tasks]
-        seconds["trl"] = ray.get(trl.play.remote(prompts, tasks[0].spec.budget))
-    block = ray.get(raw[0].block_size.remote())
-    queries = len({task.query for task in tasks})
-    return Measured(
-        tokens=sum(trace.length for trace in traces),
-        chunks=chunks,
-        seconds=seconds,
-        steps=steps,
-        driver=1e6 * (cpu - idle * seconds["pool"]) / chunks,
-        driver_and_idle=1e6 * cpu / chunks,
-        environment=measure_environment(traces, tasks),
-        hits=(_hits(pool) - before) / ((chunks - queries) * (QUERY // block * block)),
-    )
-
-
-def _play(policies: Sequence[Any], tasks: list[Task]) -> list[Trace]:
-    """Plays all traces; task i asks the policies in turns."""
-    traces: list[Trace] = []
-
-    async def play() -> None:
-        found = await asyncio.gather(
-            *(
-                play_trace(
-                    policies[i % len(policies)], task.spec, task.query, Sampling(1.0, task.seed)
-                )
-                for i, task in enumerate(tasks)
-            )
-        )
-        traces.extend(found)  # asyncio.run makes a text of what is returned, all tokens and all
-
-    asyncio.run(play())
-    return traces
-
-
-def _requests(trace: Trace, task: Task) -> Iterator[Request]:
-    for i, chunk in enumerate(trace.chunks):
-        seed = None if task.seed is None else derive_seed(task.seed, i)
-        yield Request(list(chunk.prompt_ids), len(chunk.output_ids), seed)
-
-
-def _unseen(request: Request) -> Request:
-    """The same with another query of the same tokens, which is in no cache yet."""
-    query, rest = request.prompt[:QUERY], request.prompt[QUERY:]
-    return request._replace(prompt=[*query[1:], query[0], *rest])
-
-
 def _idle_share() -> float:
     """Of a processor, that this process takes while nothing is sampled."""
     began = time.process_time()
     time.sleep(5)
     return (time.process_time() - began) / 5
-
-
-def _steps(pool: RayPool) -> int:
-    return sum(worker.counts.steps for worker in pool.workers)
-
-
-def _hits(pool: RayPool) -> int:
-    return sum(worker.counts.prefix_hits for worker in pool.workers)
 
 
 def _config(asked: argparse.Namespace) -> WorkerConfig:
@@ -386,18 +297,6 @@ def _pool(num_workers: int, asked: argparse.Namespace) -> RayPool:
     )
 
 
-@contextlib.contextmanager
-def _actor(kind: Any, *arguments: Any, start: bool = True) -> Iterator[Any]:
-    actor = ray.remote(max_concurrency=10_000 if start else 1, num_cpus=1)(kind).remote(*arguments)
-    try:
-        ray.get(actor.start.remote() if start else actor.__ray_ready__.remote())
-        yield actor
-    finally:
-        if start:
-            ray.get(actor.stop.remote())
-        ray.kill(actor)
-
-
 def measure_service(asked: argparse.Namespace) -> dict[str, Any]:
     """How long a step takes by the size of its batch, and a token of a prompt.
 
@@ -414,7 +313,7 @@ def measure_service(asked: argparse.Namespace) -> dict[str, Any]:
 
     batches = sorted({1, max(2, asked.slots // 8), max(3, asked.slots // 2), asked.slots})
     steps, prompts = [], []
-    with _actor(RawEngine, _config(asked)) as actor:
+    with run_actor(RawEngine, _config(asked)) as actor:
         ray.get(actor.play.remote(requests(asked.slots, 16, 8)))
         for _ in range(asked.rounds):
             for batch in batches:
@@ -449,10 +348,10 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
     """Medians over the rounds, and of ratios their range."""
     yield (
         "| workload | workers | traces, chunks | pool, tokens/s | of all at once "
-        "| the same by steps | of all at once in order | x naive | x TRL "
+        "| the same by steps | of in order | of shuffled | x naive | x TRL "
         "| driver + environment, us a chunk | query hits |"
     )
-    yield "|" + " --- |" * 11
+    yield "|" + " --- |" * 12
     for row in found:
         rounds = row["rounds"]
 
@@ -468,7 +367,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"| {row['name']} | {row['num_workers']} | {row['traces']}, {rounds[0]['chunks']} | "
             f"{middle(lambda r: r['tokens'] / r['seconds']['pool']):,.0f} | {ratio('at once')} | "
-            f"{ratio('at once', 'steps')} | {ratio('in order')} | "
+            f"{ratio('at once', 'steps')} | {ratio('in order')} | {ratio('shuffled')} | "
             f"{ratio('naive')} | {ratio('trl') or row['trl_failure']} | "
             f"{middle(lambda r: r['driver']):.0f} + {middle(lambda r: r['environment']):.0f} | "
             f"{middle(lambda r: r['hits']):.2f} |"

@@ -1,16 +1,22 @@
-"""What the benchmarks of rollouts play: traces of given lengths; and the environment's part."""
+"""What the benchmarks of rollouts play, the environment's part of it, and where they ran."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import random
+import sysconfig
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 from delethink.envs.thinking import ThinkingEnv
 from delethink.rollout import replay_trace
 from delethink.rule import ChunkSpec
+from delethink.serving import ray_worker
+from delethink.training.run_directory import describe_environment
 from delethink.types import Problem, Trace
 
 CONTEXT, CARRYOVER, MOST_CHUNKS = 96, 48, 12  # C, m, I
@@ -35,7 +41,7 @@ class Workload:
     chunks: Callable[[random.Random], int]  # of a trace
     longcot: bool = False
     seeded: bool = True  # TRL's requests are not
-    variants: tuple[str, ...] = ("at once", "in order", "naive")
+    variants: tuple[str, ...] = ("at once", "in order", "shuffled", "naive")
 
     def tasks(self, number: int, seed: int) -> list[Task]:
         """The traces of a round."""
@@ -102,3 +108,25 @@ def measure_environment(traces: list[Trace], tasks: list[Task]) -> float:
         queries.query = list(task.query)
         replay_trace(environments[task.spec], Problem("", ""), trace)
     return 1e6 * (time.process_time() - started) / sum(len(trace.chunks) for trace in traces)
+
+
+def workers_of(kind: type) -> contextlib.AbstractContextManager[object]:
+    """While this lasts pools have workers of a kind of their own; they have no other way in."""
+    return mock.patch.object(ray_worker, "VllmWorker", kind)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on, before a benchmark begins."""
+    built = sysconfig.get_config_var("CONFIG_ARGS") or ""
+    return {
+        **describe_environment(),
+        "python_is_optimized": "--enable-optimizations" in built,
+        "load": os.getloadavg(),
+    }
+
+
+def print_machine(about: dict[str, Any]) -> None:
+    """The same in two lines."""
+    build = "" if about["python_is_optimized"] else ", built without optimisations"
+    print(f"{about['processor']}, load {about['load'][0]:.1f}; Python {about['python']}{build};")
+    print(f"commit {about['git_commit']};")

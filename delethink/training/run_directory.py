@@ -19,6 +19,7 @@ from typing import Any
 
 from delethink.errors import RunDirectoryError
 from delethink.training.durable import PART, append_text, write_text
+from delethink.training.machine import processor
 
 _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
 _TRACES_OF = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
@@ -344,19 +345,10 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "git_commit": _git_commit(),
         "packages": found,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
 def _git_commit() -> str | None:
