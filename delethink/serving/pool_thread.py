@@ -107,6 +107,7 @@ class PoolThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(_CLOSE_TIMEOUT_S)
         if not self._loop.is_running() and not self._loop.is_closed():
+            self._pool.abandon()  # what it has not ended in time
             self._loop.close()
 
     def _await(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:

@@ -109,6 +109,10 @@ class WorkerPool:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 stops = [handle.stop() for handle in handles]
                 await asyncio.gather(*stops, return_exceptions=True)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Kills the workers that there are. For when its event loop runs no more, too."""
         for worker in self.workers:
             self._forget(worker)
         self.workers = []

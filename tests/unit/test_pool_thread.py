@@ -13,6 +13,7 @@ from fake_workers import FakeCluster
 
 from delethink.errors import PolicyError
 from delethink.policy import Completion, Sampling
+from delethink.serving import pool_thread
 from delethink.serving.pool_settings import PoolSettings
 from delethink.serving.pool_thread import PoolThread
 from delethink.serving.pool_worker import Chunk
@@ -141,3 +142,20 @@ def test_a_caller_that_is_gone_harms_nobody() -> None:
         loop.run_until_complete(reach(2))
         loop.close()
         assert len(asyncio.run(ask(thread, *range(AT_ONCE)))) == AT_ONCE
+
+
+def test_what_does_not_end_in_time_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(WorkerPool):
+        async def close(self) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(pool_thread, "_CLOSE_TIMEOUT_S", 0.1)
+    cluster = FakeCluster(2, start_seconds=0)
+    thread = PoolThread(Endless(cluster.launch, 2, PoolSettings()))
+    thread.start()
+    pool = thread._pool
+    thread.run(pool.start())
+    thread.close()
+    thread.close()
+    assert all(life.dead for lives in cluster.lives for life in lives)
+    assert pool.workers == []
