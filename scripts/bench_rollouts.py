@@ -1,6 +1,6 @@
 """How much of an engine's throughput rollouts keep, as ratios within one run.
 
-    python scripts/bench_rollouts.py                  # a quarter of an hour on two idle cores
+    python scripts/bench_rollouts.py                  # ten to thirty minutes on two idle cores
     python scripts/bench_rollouts.py --rounds 1 --slots 16 --json out.json
 
 The toy reasoner in real vLLM engines, on Ray workers. No token ends an answer, so every chunk has
@@ -41,7 +41,14 @@ set_up_process()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
-from rollout_baselines import MAX_MODEL_TOKENS, Naive, RawEngine, Request, TrlEngine, run_actor  # noqa: E402
+from rollout_baselines import (  # noqa: E402
+    MAX_MODEL_TOKENS,
+    Naive,
+    RawEngine,
+    Request,
+    TrlEngine,
+    run_actor,
+)
 from rollout_workloads import (  # noqa: E402
     CONTEXT,
     MOST_CHUNKS,
@@ -61,9 +68,7 @@ from delethink.serving.checkpoint import locate  # noqa: E402
 from delethink.serving.exchange import EngineCounts  # noqa: E402
 from delethink.serving.ray_calls import connect  # noqa: E402
 from delethink.serving.ray_pool import RayPool  # noqa: E402
-from delethink.serving.vllm_worker import (  # noqa: E402
-    WorkerConfig,
-)
+from delethink.serving.vllm_worker import WorkerConfig  # noqa: E402
 from delethink.types import Trace  # noqa: E402
 
 
@@ -97,14 +102,22 @@ class Measured:
 
 
 class Bench:
-    """The variants of a workload, on the engines of one pool."""
+    """The variants of a workload, on the engines of one pool.
 
-    def __init__(self, workload: Workload, pool: RayPool, trl: Any, tasks: list[Task]) -> None:
-        self.pool, self.trl, self.tasks = pool, trl, tasks
-        self.workload = workload
+    Args:
+        workload: what is played.
+        pool: its workers are ``RawEngine``.
+        trl: the engine of TRL's variant, where there is one.
+        number: of traces.
+        seed: of the traces, of their queries in each round, and of the order of the variants.
+    """
+
+    def __init__(self, workload: Workload, pool: RayPool, trl: Any, number: int, seed: int) -> None:
+        self.workload, self.pool, self.trl = workload, pool, trl
+        self.tasks = workload.tasks(number, derive_seed(seed, workload.name))
         self.engines = [worker.handle._actor for worker in pool.workers]
-        self.rng = random.Random(len(tasks))
-        self.traces = self.play([Unknowing(pool)], tasks)  # warms up, too
+        self.rng = random.Random(derive_seed(seed, workload.name, 1))
+        self.traces = self.play([Unknowing(pool)], self.tasks)  # warms up, too
         self.idle = _idle_share()
 
     def round(self) -> Measured:
@@ -248,8 +261,7 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
                 )
             except Exception as problem:  # whatever keeps it from running here is told
                 trl_failure = str(problem).strip().splitlines()[-1]
-        tasks = workload.tasks(number, derive_seed(asked.seed, workload.name))
-        bench = Bench(workload, pool, trl, tasks)
+        bench = Bench(workload, pool, trl, number, asked.seed)
         for turn in range(1, asked.rounds + 1):
             rounds.append(bench.round())
             print(f"{workload.name}, round {turn}: {describe(rounds[-1])}", flush=True)

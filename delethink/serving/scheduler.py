@@ -7,8 +7,8 @@ decided here, in this order:
    to give them to another worker. While chunks wait, no worker has a free slot. Up to ``surplus``
    more lie ready at a worker while at least twice as many wait for each worker, so that they run
    out as the work does and none holds back what another could do (guided self-scheduling:
-   Polychronopoulos and Kuck, 1987). A worker that is alone holds nothing back, and an engine
-   begins faster what lies there together.
+   Polychronopoulos and Kuck, 1987). A worker that was always alone holds nothing back, and
+   an engine begins faster what lies there together.
 2. The worker with the fewest tokens in flight is served first.
 3. It gets a chunk of the lowest rank; among equals one whose query it has sampled from before, so
    that the prefix is in its cache; then one of a query that no worker has; then the oldest.
@@ -92,6 +92,7 @@ class Scheduler:
     def __init__(self, max_queries: int = 2**17) -> None:
         self._max_queries = max_queries
         self._workers: dict[Hashable, _Worker] = {}
+        self._most_workers = 0  # that there were: one that is gone may come back
         self._levels: dict[Rank, _Level] = {}
         self._ranks: list[Rank] = []  # heap of the keys of _levels
         self._waiting: dict[Hashable, Request] = {}
@@ -146,6 +147,7 @@ class Scheduler:
             raise ConfigError(f"a worker needs at least one slot, got {slots}")
         added = _Worker(worker, slots, surplus, next(self._orders))
         self._workers[worker] = added
+        self._most_workers = max(self._most_workers, len(self._workers))
         self._changed[added] = None
 
     def remove_worker(self, worker: Hashable) -> list[Lease]:
@@ -252,7 +254,7 @@ class Scheduler:
 
     def _most_beyond(self) -> int:
         """Of chunks, that may lie ready at a worker while others could sample them."""
-        if len(self._workers) == 1:
+        if self._most_workers == 1:
             return sys.maxsize
         return len(self._waiting) // (_WAIT_FOR_SURPLUS * max(1, len(self._workers)))
 

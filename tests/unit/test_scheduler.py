@@ -25,6 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(max_queries=5)
         self.slots: dict[Hashable, int] = {}
         self.surplus: dict[Hashable, int] = {}
+        self.most_workers = 0
         self.paused: set[Hashable] = set()
         self.waiting: dict[Hashable, Request] = {}
         self.given: dict[int, Lease] = {}
@@ -39,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.scheduler.add_worker(worker, slots, surplus)
         self.slots[worker], self.surplus[worker] = slots, surplus
+        self.most_workers = max(self.most_workers, len(self.slots))
         self.assigned = False
 
     @rule(worker=WORKERS)
@@ -112,9 +114,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._end(lease.number, again=False)
 
     def _most_beyond(self) -> int:
-        """A half of what waits for each; where there is one worker, all."""
-        num_workers = len(self.slots)
-        return 10**6 if num_workers == 1 else len(self.waiting) // (2 * max(1, num_workers))
+        """A half of what waits for each; where there never was more than one worker, all."""
+        return (
+            10**6 if self.most_workers == 1 else len(self.waiting) // (2 * max(1, len(self.slots)))
+        )
 
     def _end(self, number: int, again: bool) -> None:
         lease = self.given.pop(number)
@@ -213,6 +216,18 @@ def test_a_worker_that_is_alone_has_its_surplus_while_anything_waits() -> None:
         scheduler.submit(Request(key, 1))
     assert len(scheduler.assign()) == 1  # as many as slots and surplus together
     assert scheduler.num_waiting == 3
+
+
+def test_a_worker_whose_other_is_gone_for_now_leaves_something_for_it() -> None:
+    scheduler = Scheduler()
+    for worker in ("stays", "goes"):
+        scheduler.add_worker(worker, slots=1, surplus=3)
+    scheduler.remove_worker("goes")
+    for key in range(5):
+        scheduler.submit(Request(key, 1))
+    assert len(scheduler.assign()) == 2  # three wait
+    scheduler.add_worker("goes", slots=1, surplus=3)
+    assert [lease.worker for lease in scheduler.assign()] == ["goes"]
 
 
 def test_tokens_in_flight_are_balanced_and_not_only_their_number() -> None:
