@@ -93,19 +93,20 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
         victim = pool.workers[raylets.index(raylet_of(lost))]
         pool.update_weights(tiny_models[1].model.state_dict(), version=1)
         undisturbed = play(pool)
-        engine = psutil.Process(victim.pid).children(recursive=True)
+        process = psutil.Process(victim.pid)
+        gone = [process, *process.children(recursive=True)]
 
         def lose_node(index: int, trace: Trace) -> None:
             if lost in cluster.worker_nodes:
                 cluster.remove_node(lost, allow_graceful=False)
+                assert_gone(gone)  # else all traces might be done before it is
 
         traces = play(pool, on_end=lose_node)
         assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
         assert all(trace.error is None for trace in traces)
-        assert_gone(engine)
 
         cluster.add_node(**NODE)
-        wait_until(lambda: not victim.is_dead)
+        wait_until(lambda: victim.restarts and not victim.is_dead)
         assert node_of(victim.pid) not in raylets
         before = victim.completions
         traces = play(pool)
