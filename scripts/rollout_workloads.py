@@ -111,7 +111,10 @@ def measure_environment(traces: list[Trace], tasks: list[Task]) -> float:
 
 
 def workers_of(kind: type) -> contextlib.AbstractContextManager[object]:
-    """While this lasts pools have workers of a kind of their own; they have no other way in."""
+    """While this lasts, the workers of new pools are of another kind: the real one, and more.
+
+    A pool makes its workers itself, and only benchmarks want to ask them for anything else.
+    """
     return mock.patch.object(ray_worker, "VllmWorker", kind)
 
 

@@ -253,7 +253,7 @@ class Scheduler:
         return worker, beyond
 
     def _most_beyond(self) -> int:
-        """Of chunks, that may lie ready at a worker while others could sample them."""
+        """How many chunks more than its slots a worker may have now, if its surplus allows."""
         if self._most_workers == 1:
             return sys.maxsize
         return len(self._waiting) // (_WAIT_FOR_SURPLUS * max(1, len(self._workers)))
