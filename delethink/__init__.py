@@ -1,12 +1,12 @@
 """Delethink: reinforcement learning in which a language model thinks in chunks with context resets.
 
 The core, in reading order; what is heavier lives in rooms of its own (``delethink.envs``,
-``delethink.rewards``, ``delethink.serving``, ``delethink.training``, ``delethink.evaluation``) and
+``delethink.rewards``, ``delethink.engines``, ``delethink.training``, ``delethink.evaluation``) and
 is imported from there. Importing this package loads the standard library only.
 """
 
-from delethink.border import Border
-from delethink.carryover import Ask, Carryover
+from delethink.carryover import Ask, Boundary, Carryover
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import (
     ActionError,
     CarryoverError,
@@ -27,8 +27,7 @@ from delethink.errors import (
     WorkersLostError,
 )
 from delethink.policy import Completion, Policy, Progress, Sampling, ScriptedPolicy
-from delethink.rollout import derive_seed, play_trace, play_traces
-from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.rollout import derive_seed, run_rollout, run_rollouts
 from delethink.types import (
     Chunk,
     ChunkRole,
@@ -54,10 +53,10 @@ __all__ = [
     "ChunkSpec",
     "ThinkingState",
     "start",
-    # carryover and border: what goes over a border, and where one falls early
+    # carryover and boundary: what goes over a boundary, and where one falls early
     "Carryover",
     "Ask",
-    "Border",
+    "Boundary",
     # policy: anything that continues a prompt
     "Policy",
     "Sampling",
@@ -65,8 +64,8 @@ __all__ = [
     "Completion",
     "ScriptedPolicy",
     # rollout: plays traces
-    "play_trace",
-    "play_traces",
+    "run_rollout",
+    "run_rollouts",
     "derive_seed",
     # errors
     "DelethinkError",

@@ -1,9 +1,9 @@
-"""What goes over a border: carryover policies, pure functions over token ids.
+"""What goes over a boundary: carryover policies, pure functions over token ids.
 
 A policy is handed the thinking of the context that ends and says which tokens the next one starts
 with. It is pure (the same tokens give the same answer, whatever was asked before) and states a
-bound, which the rule checks at every border. All but ``full`` are bounded by the carryover size m,
-so that the state of a trace is bounded (The Markovian Thinker, arXiv 2510.06557, section 4).
+bound, which the rule checks at every boundary. All but ``full`` are bounded by the carryover size
+m, so that the state of a trace is bounded (The Markovian Thinker, arXiv 2510.06557, section 4).
 
 Policies are chosen by name (``delethink.registry``, group ``delethink.carryovers``); anybody's
 class with these methods is one.
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Self
 
 from delethink.errors import ConfigError
-from delethink.query import Tokenizer, encode
+from delethink.tokenization import Tokenizer, encode
 from delethink.tokens import as_list
 from delethink.types import TokenIds
 
 
 class Ask(NamedTuple):
-    """An extra call of the model at a border, in which it writes what is carried."""
+    """An extra call of the model at a boundary, in which it writes what is carried."""
 
     prompt_ids: TokenIds  # put after the query and the thinking of the context
     max_new_tokens: int  # the most tokens of the answer, EOS included
@@ -38,16 +38,16 @@ class Carryover:
     def carry(
         self, head: TokenIds | None, window: TokenIds, size: int
     ) -> tuple[TokenIds, TokenIds]:
-        """What goes over a border.
+        """What goes over a boundary.
 
         Args:
-            head: what this policy returned as head at the border before; ``None`` at the first.
+            head: what this policy returned as head at the boundary before; ``None`` at the first.
             window: the other thinking tokens of the context, carried ones first. Where the model
                 was asked, its answer instead, EOS left out.
             size: the carryover size m.
 
         Returns:
-            A head, which is handed back at the next border, and a tail, which becomes part of the
+            A head, which is handed back at the next boundary, and a tail, which becomes part of the
             window there. The next context starts with both in this order.
         """
         raise NotImplementedError
@@ -57,7 +57,7 @@ class Carryover:
         return size
 
     def ask(self, size: int) -> Ask | None:
-        """What the model is asked at a border, if it writes the carryover itself."""
+        """What the model is asked at a boundary, if it writes the carryover itself."""
         return None
 
     def check(self, size: int, context_size: int) -> None:
@@ -74,7 +74,7 @@ class Carryover:
 
 
 def name_of(policy: object) -> str:
-    """What an error calls a policy or a border."""
+    """What an error calls a policy or a boundary."""
     return getattr(policy, "name", "") or type(policy).__name__
 
 
@@ -178,8 +178,8 @@ class SinkWindow(Carryover):
     """The first tokens of the trace as attention sinks, and a window of the latest ones.
 
     A stand-in in text for streaming attention (Xiao et al., arXiv 2309.17453), which keeps the keys
-    and values of such tokens and slides at every token: here they are encoded anew, at borders.
-    Unlike the head of ``head_tail``, the sinks are the first tokens however early a border fell.
+    and values of such tokens and slides at every token: here they are encoded anew, at boundaries.
+    Unlike the head of ``head_tail``, the sinks are the first tokens however early a boundary fell.
 
     Args:
         num_sinks: how many, within m (4 in that paper).
@@ -270,7 +270,7 @@ class StateBlock(Carryover):
 
 @dataclass(frozen=True)
 class Summary(Carryover):
-    """What the model writes when it is asked for a summary at the border.
+    """What the model writes when it is asked for a summary at the boundary.
 
     In the manner of InftyThink (arXiv 2503.06692). The answer is sampled after the query, the
     thinking of the context and the instruction; it is a chunk of the trace with its own log-probs
@@ -338,3 +338,68 @@ class Summary(Carryover):
                 "spec.bind(tokenizer)"
             )
         return self.texts
+
+
+class Boundary:
+    """Base of the boundary policies; a new one overrides ``ends``."""
+
+    name: ClassVar[str] = ""  # what errors call it; by default the class's own name
+    within: int  # a boundary may fall where at most so many tokens of the chunk's room are left
+
+    def ends(self, output_ids: TokenIds, room: int) -> bool:
+        """Whether the chunk ends after ``output_ids``, its tokens so far.
+
+        Args:
+            output_ids: at least one token, EOS not among them.
+            room: how many more it may have, 1 to ``within``.
+        """
+        raise NotImplementedError
+
+    def bind(self, tokenizer: Tokenizer) -> Self:
+        """The policy, able to read text; itself where it has no need to."""
+        return self
+
+    @property
+    def unbound(self) -> bool:
+        """Whether it has to be bound to a tokenizer first."""
+        return False
+
+
+@dataclass(frozen=True)
+class LineBreak(Boundary):
+    """At a line break within the last tokens of a chunk: the first one there ends it.
+
+    Args:
+        within: how many last tokens of a chunk may be given up for it.
+        text: what counts as a line break.
+    """
+
+    name: ClassVar[str] = "line_break"
+    within: int = 256
+    text: str = "\n"
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
+    _known: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.within < 1 or not self.text:
+            raise ConfigError(
+                f"the boundary 'line_break' wants within of at least 1 and a text, got "
+                f"within={self.within} and text={self.text!r}"
+            )
+
+    def bind(self, tokenizer: Tokenizer) -> LineBreak:
+        """See ``Boundary``."""
+        return replace(self, tokenizer=tokenizer)
+
+    @property
+    def unbound(self) -> bool:
+        """See ``Boundary``."""
+        return self.tokenizer is None
+
+    def ends(self, output_ids: TokenIds, room: int) -> bool:
+        """See ``Boundary``."""
+        token = output_ids[-1]
+        if token not in self._known:
+            assert self.tokenizer is not None
+            self._known[token] = self.text in str(self.tokenizer.decode([token]))
+        return self._known[token]

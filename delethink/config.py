@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.registry import make
-from delethink.rule import ChunkSpec
 
 try:
     import yaml
@@ -27,8 +27,8 @@ try:
         field_validator,
         model_validator,
     )
-except ImportError as missing:
-    raise MissingExtraError(missing.name or "pydantic", "train") from None
+except ImportError as error:
+    raise MissingExtraError(error.name or "pydantic", "train") from None
 
 
 class _Section(BaseModel):
@@ -55,7 +55,7 @@ class ThinkingConfig(_Section):
     context_size: int = Field(gt=0)
     """Thinking tokens that fit in a context, carried and new ones together (C)."""
     carryover_size: int = Field(ge=0)
-    """The most thinking tokens carried over a border (m)."""
+    """The most thinking tokens carried over a boundary (m)."""
     max_chunks: int = Field(ge=1)
     """The most chunks of a trace (I)."""
     head_size: int = Field(100, ge=0)
@@ -64,16 +64,16 @@ class ThinkingConfig(_Section):
     """The head comes on top of carryover_size, as in the paper's listing."""
     carryover: NamedConfig | None = None
     """A registered carryover instead of such a head and the latest tokens."""
-    border: NamedConfig | None = None
-    """A registered border, which may end a chunk before it is full."""
+    boundary: NamedConfig | None = None
+    """A registered boundary, which may end a chunk before it is full."""
 
     def spec(self) -> ChunkSpec:
         """The rule's own value; policies that read text are still to be bound to a tokenizer."""
         values = self.model_dump()
         if self.carryover is not None and "head_size" not in self.model_fields_set:
             del values["head_size"]
-        for key in ("carryover", "border"):
-            values[key] = make(f"delethink.{key}s", values[key])
+        for key, group in (("carryover", "carryovers"), ("boundary", "boundaries")):
+            values[key] = make(f"delethink.{group}", values[key])
         return ChunkSpec(**values)
 
     @field_validator("carryover", mode="before")
@@ -461,8 +461,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _override(values, override)
     try:
         return Recipe.model_validate(values)
-    except ValidationError as problem:
-        raise ConfigError(f"{path}: {_explain(problem)}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -480,8 +480,8 @@ def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
     values = recipe.model_dump() | {"rewards": dict(weights)}
     try:
         return Recipe.model_validate(values)
-    except ValidationError as problem:
-        raise ConfigError(_explain(problem)) from None
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
 
 
 def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -499,10 +499,10 @@ def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(f"cannot read the recipe {path}: {problem.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        first = " ".join(str(problem).split())
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
         raise ConfigError(f"the recipe {path} is not YAML: {first}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} must be a mapping of keys to values")

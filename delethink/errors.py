@@ -19,7 +19,7 @@
     └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
 
 Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
-them survive pickling, because they cross process borders.
+them survive pickling, because they cross process boundaries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The policy protocol: anything that continues a prompt of token ids.
 
 Rollouts know nothing else of an engine, so that every part of the library can be played against a
-script. Engines live in ``delethink.serving``.
+script. Engines live in ``delethink.engines``.
 """
 
 from __future__ import annotations

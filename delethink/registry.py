@@ -1,8 +1,8 @@
-"""Names for environments, tasks, rewards, carryovers and borders.
+"""Names for environments, tasks, rewards, carryovers and boundaries.
 
 Each name stands for ``"module:object"``, so that the library imports no dataset and no grader.
 Third parties add theirs through entry points, in the groups ``delethink.envs``,
-``delethink.tasks``, ``delethink.rewards``, ``delethink.carryovers`` and ``delethink.borders``; a
+``delethink.tasks``, ``delethink.rewards``, ``delethink.carryovers`` and ``delethink.boundaries``; a
 program names what it defines itself with ``register``. ``family/member`` is the member of a family
 of tasks: its factory is called with ``member=`` (``reasoning_gym/chain_sum``). A name with a colon
 is ``module:object`` itself, of an installed module or one in the working directory.
@@ -59,14 +59,6 @@ _SHIPPED = {
         "reasoning_gym": "delethink.rewards.reasoning_gym:gym_score",
         "ternary": "delethink.rewards.length:ternary",
     },
-    # How rewards are put together; what the library itself needs of the room of rewards.
-    "delethink.scoring": {
-        "pool": "delethink.rewards.pool:PoolSettings",
-        "reward": "delethink.rewards.reward:Reward",
-        "rules": "delethink.rewards.combine:Rules",
-        "scorer": "delethink.rewards.combine:Scorer",
-        "answer": "delethink.rewards.answer:extract_answer",
-    },
     "delethink.carryovers": {
         "tail": "delethink.carryover:Tail",
         "head_tail": "delethink.carryover:HeadTail",
@@ -76,7 +68,7 @@ _SHIPPED = {
         "summary": "delethink.carryover:Summary",
         "sink_window": "delethink.carryover:SinkWindow",
     },
-    "delethink.borders": {"line_break": "delethink.border:LineBreak"},
+    "delethink.boundaries": {"line_break": "delethink.carryover:LineBreak"},
 }
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
 
@@ -124,7 +116,7 @@ def resolve(group: str, name: str) -> Any:
     Raises:
         ConfigError: no such name (the text names the nearest one), or it stands for nothing.
     """
-    kind = group.rpartition(".")[2].removesuffix("s")
+    kind = _kind(group)
     if ":" in name:
         return _imported(kind, name)
     known = names(group)
@@ -140,11 +132,10 @@ def resolve(group: str, name: str) -> Any:
         return getattr(import_module(module), attribute)
     except UserError:
         raise
-    except (ImportError, AttributeError) as problem:
+    except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"the {_kind(group)} {name!r} stands for {known[name]}, which cannot be loaded: "
-            f"{problem}"
-        ) from problem
+            f"the {_kind(group)} {name!r} stands for {known[name]}, which cannot be loaded: {error}"
+        ) from error
 
 
 def make(group: str, value: Any, **defaults: Any) -> Any:
@@ -180,8 +171,8 @@ def make(group: str, value: Any, **defaults: Any) -> Any:
     _check_arguments(f"the {kind} {name!r}", args, parameters)
     try:
         return made(**args)
-    except TypeError as problem:  # a word where a number belongs
-        raise ConfigError(f"the {kind} {name!r}: {problem}") from problem
+    except TypeError as error:  # a word where a number belongs
+        raise ConfigError(f"the {kind} {name!r}: {error}") from error
 
 
 def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
@@ -214,14 +205,15 @@ def _imported(kind: str, path: str) -> Any:
         sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"there is no {kind} {path!r}, which is written module:object: {problem}"
+            f"there is no {kind} {path!r}, which is written module:object: {error}"
         ) from None
 
 
 def _kind(group: str) -> str:
-    return group.rpartition(".")[2].removesuffix("s")
+    plural = group.rpartition(".")[2]
+    return "boundary" if plural == "boundaries" else plural.removesuffix("s")
 
 
 def _check_group(group: str) -> None:

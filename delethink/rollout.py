@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import (
     DeadlineError,
     PolicyError,
@@ -21,7 +22,6 @@ from delethink.errors import (
     WorkersLostError,
 )
 from delethink.policy import Completion, Policy, Progress, Sampling
-from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.tokens import token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
@@ -46,7 +46,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
-async def play_trace(
+async def run_rollout(
     policy: Policy,
     spec: ChunkSpec,
     query_ids: TokenIds,
@@ -67,7 +67,7 @@ async def play_trace(
     return await _play(policy, start(spec, query_ids, max_model_tokens), sampling)
 
 
-async def play_traces(
+async def run_rollouts(
     policy: Policy,
     spec: ChunkSpec,
     queries: Sequence[TokenIds],
@@ -149,8 +149,8 @@ def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:
             raise RolloutError(f"chunk {i} was sampled after another prompt than {spec} makes")
         try:
             state = state.advance(chunk.output_ids, chunk.stop)
-        except PolicyError as problem:
-            raise RolloutError(f"chunk {i} does not follow {spec}: {problem}") from None
+        except PolicyError as error:
+            raise RolloutError(f"chunk {i} does not follow {spec}: {error}") from None
     return state
 
 
@@ -259,11 +259,11 @@ async def _play_chunk(
         state.check(output_ids, stop)
     except (UserError, WorkersLostError):
         raise
-    except DeadlineError as problem:
-        return _failed_chunk(state, StopReason.ABORT, str(problem))
-    except Exception as problem:  # the boundary between the library and any engine
+    except DeadlineError as error:
+        return _failed_chunk(state, StopReason.ABORT, str(error))
+    except Exception as error:  # the boundary between the library and any engine
         _logger.warning("a chunk failed", exc_info=True)
-        reason = f"{type(problem).__name__}: {problem}" if str(problem) else repr(problem)
+        reason = f"{type(error).__name__}: {error}" if str(error) else repr(error)
         return _failed_chunk(state, StopReason.ERROR, reason)
     whole = output_ids is done.token_ids
     chunk = Chunk(

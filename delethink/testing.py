@@ -1,4 +1,4 @@
-"""Conformance checks for environments, carryover policies and borders of anybody's making.
+"""Conformance checks for environments, carryover policies and boundaries of anybody's making.
 
 Each plays a while with random tokens and raises ``ConformanceError`` with what is wrong; where it
 returns, nothing was found. ``check_thinking_env`` stands beside Gymnasium's own
@@ -19,11 +19,10 @@ from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from delethink.border import Border
-from delethink.carryover import Carryover, name_of
+from delethink.carryover import Boundary, Carryover, name_of
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import ConfigError, ConformanceError, DelethinkError
-from delethink.query import Tokenizer, encode
-from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.tokenization import Tokenizer, encode
 from delethink.tokens import token_array
 from delethink.types import ChunkRole, StopReason, TokenIds
 
@@ -36,7 +35,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "role": str,
     "stop": (str, type(None)),
 }
-Policy = TypeVar("Policy", Carryover, Border)
+Policy = TypeVar("Policy", Carryover, Boundary)
 
 _TAGS = 1000  # ids of random windows; enough that equal tokens seldom stand in for each other
 
@@ -52,7 +51,8 @@ def check_carryover(
 ) -> None:
     """Whether a carryover policy keeps what it promises.
 
-    It is asked at random borders and through whole traces: whether what it returns is token ids, no
+    It is asked at random boundaries and through whole traces: whether what it returns is token
+    ids, no
     more than its bound, and the same each time, in whatever order it is asked, as a copy of itself,
     and for tokens in one block of memory as for a tuple.
 
@@ -60,7 +60,7 @@ def check_carryover(
         policy: what is checked.
         sizes: values of m to check it with; those that the policy itself refuses are left out.
         tokenizer: bound to it, and the source of random tokens.
-        seed: of the random borders.
+        seed: of the random boundaries.
 
     Raises:
         ConformanceError: it does not; the text names the policy and says when.
@@ -75,13 +75,13 @@ def check_carryover(
         except ConfigError:
             continue
         tried += 1
-        _check_borders(policy, size, rng, tokenizer)
+        _check_boundaries(policy, size, rng, tokenizer)
         _check_traces(policy, size, rng, tokenizer)
     if not tried:
         raise ConformanceError(f"{name_of(policy)!r} refuses every carryover size that was tried")
 
 
-def _check_borders(
+def _check_boundaries(
     policy: Carryover, size: int, rng: random.Random, tokenizer: Tokenizer | None
 ) -> None:
     bound, heads = policy.bound(size), [None]
@@ -108,7 +108,7 @@ def _check_borders(
             _hold(
                 _carried(asker, *given, size) == answer,
                 f"{name_of(policy)!r} is not pure: {what}, it carries something else over the same "
-                f"border (m={size}, head={head!r:.100}, window={window!r:.200})",
+                f"boundary (m={size}, head={head!r:.100}, window={window!r:.200})",
             )
 
 
@@ -167,44 +167,45 @@ def _random_ids(rng: random.Random, count: int, tokenizer: Tokenizer | None) -> 
     return tuple(rng.randrange(known) for _ in range(count))
 
 
-def check_border(
-    border: Border,
+def check_boundary(
+    boundary: Boundary,
     tokenizer: Tokenizer | None = None,
     texts: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Whether a border policy answers yes or no, and the same each time.
+    """Whether a boundary policy answers yes or no, and the same each time.
 
     Args:
-        border: what is checked.
+        boundary: what is checked.
         tokenizer: bound to it, and the source of random tokens.
-        texts: asked about too, where random tokens would hardly ever make a border fall.
+        texts: asked about too, where random tokens would hardly ever make a boundary fall.
         seed: of the random chunks.
 
     Raises:
         ConformanceError: it does not.
     """
-    border = border if tokenizer is None else border.bind(tokenizer)
-    if border.unbound:
-        raise ConformanceError(f"{name_of(border)!r} works on text: give the check a tokenizer")
-    within = getattr(border, "within", None)
+    boundary = boundary if tokenizer is None else boundary.bind(tokenizer)
+    if boundary.unbound:
+        raise ConformanceError(f"{name_of(boundary)!r} works on text: give the check a tokenizer")
+    within = getattr(boundary, "within", None)
     _hold(
         isinstance(within, int) and within >= 1,
-        f"{name_of(border)!r} must say in how many last tokens a border may fall: within is "
+        f"{name_of(boundary)!r} must say in how many last tokens a boundary may fall: within is "
         f"{within!r}",
     )
     rng, asked = random.Random(seed), []
     chunks = [_random_ids(rng, rng.randint(1, 40), tokenizer) for _ in range(50)]
     chunks += [encode(tokenizer, text) for text in texts if tokenizer is not None]
     for chunk in chunks:
-        room = rng.randint(1, border.within)
-        asked.append((chunk, room, border.ends(chunk, room)))
+        room = rng.randint(1, boundary.within)
+        asked.append((chunk, room, boundary.ends(chunk, room)))
     rng.shuffle(asked)
-    other = _copied(border)
+    other = _copied(boundary)
     for chunk, room, answer in asked:
         _hold(
-            bool(border.ends(chunk, room)) == bool(answer) == bool(other.ends(chunk, room)),
-            f"{name_of(border)!r} is not pure: asked again, it answers otherwise ({chunk!r:.200})",
+            bool(boundary.ends(chunk, room)) == bool(answer) == bool(other.ends(chunk, room)),
+            f"{name_of(boundary)!r} is not pure: asked twice, it answers differently "
+            f"({chunk!r:.200})",
         )
 
 
@@ -273,7 +274,7 @@ class _EnvChecker:
         _hold(info["stop"] is None, "info['stop'] must be None after reset")
         _hold(info["num_sampled"] == 0, "info['num_sampled'] must be 0 after reset")
         _hold(info["chunk"] == 0, "info['chunk'] must be 0 after reset")
-        _hold(info["carried"] == 0, "nothing can be carried before the first border")
+        _hold(info["carried"] == 0, "nothing can be carried before the first boundary")
 
     def play(self, seed: int, end_after: int | None) -> tuple[list[Any], list[_Seen]]:
         """An episode; with ``end_after``, an answer is ended in the chunk after so many."""
@@ -362,7 +363,7 @@ class _EnvChecker:
         """Whether the tokens that were taken end the answer."""
         if self.by_token:
             return int(action) in self.eos_ids
-        early = self.spec is not None and self.spec.border is not None
+        early = self.spec is not None and self.spec.boundary is not None
         if wanted and self.eos_ids and not self.by_text and not early:
             return True
         return int(info["output_ids"][-1]) in self.eos_ids
@@ -392,7 +393,7 @@ class _EnvChecker:
     ) -> ThinkingState:
         chunk = (*self._chunk, token)
         whole = token in self.eos_ids or len(chunk) == state.max_new_tokens
-        if not whole and not state.border_after(chunk):
+        if not whole and not state.boundary_after(chunk):
             self._chunk = chunk
         else:
             ended = token in self.eos_ids

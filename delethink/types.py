@@ -22,7 +22,7 @@ class StopReason(str, Enum):
     """Why a chunk ended. Only ``LENGTH`` leads to a next chunk."""
 
     EOS = "eos"  # the policy ended its answer
-    LENGTH = "length"  # the chunk is full, or was ended early: a border, or the end of the budget
+    LENGTH = "length"  # the chunk is full, or was ended early: a boundary, or the end of the budget
     ABORT = "abort"  # the engine gave up the request
     ERROR = "error"  # the policy raised
 
@@ -31,7 +31,7 @@ class ChunkRole(str, Enum):
     """What a chunk was sampled for."""
 
     THINKING = "thinking"
-    CARRYOVER = "carryover"  # written at a border to be carried over it: a summary
+    CARRYOVER = "carryover"  # written at a boundary to be carried over it: a summary
 
 
 class TraceStop(str, Enum):
@@ -123,7 +123,7 @@ class Trace:
 class Attempt:
     """A finished trace as rewards see it. The query is no part of it, so no answer is found there.
 
-    ``text`` is stitched over the chunks, so that it does not matter where their borders lie.
+    ``text`` is stitched over the chunks, so that it does not matter where their boundaries lie.
     """
 
     problem: Problem

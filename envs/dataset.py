@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from delethink.envs.pass_rates import PassRates
-from delethink.envs.sources import Row, read_rows
+from delethink.envs.sources import PassRates, Row, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.tasks import check_split
 from delethink.types import END_OF_THINKING, Problem
@@ -295,11 +294,11 @@ class _Maker:
             return spec.convert(spec, row)
         except UserError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"row {number} of {spec.dataset} is not of the schema of {spec.name!r}: "
-                f"{type(problem).__name__}: {problem}"
-            ) from problem
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _of_difficulty(self, problems: list[Problem]) -> list[Problem]:
         kept = [problem for problem in problems if self.rates.keeps(problem)]

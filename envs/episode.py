@@ -1,7 +1,7 @@
 """What the thinking environments share: how they are made, drawn, scored, described and shown.
 
-A border between chunks is neither ``terminated`` nor ``truncated``: the context is thrown away and
-the next observation is the query and what the rule carries over. ``terminated`` means that the
+A boundary between chunks is neither ``terminated`` nor ``truncated``: the context is thrown away
+and the next observation is the query and what the rule carries over. ``terminated`` means that the
 policy ended its answer, ``truncated`` that the budget is spent.
 """
 
@@ -15,13 +15,13 @@ from typing import Any, Protocol, SupportsFloat, TypeVar
 import gymnasium
 import numpy as np
 
-from delethink.envs.characters import CharacterTokenizer
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.envs.rendering import render_ansi, render_html
-from delethink.envs.spaces import Ids
+from delethink.envs.spaces import CharacterTokenizer, Ids
 from delethink.errors import ActionError, ConfigError, did_you_mean
-from delethink.query import Tokenizer, query_ids, reward_text
 from delethink.registry import make, resolve
-from delethink.rule import ChunkSpec, ThinkingState, start
+from delethink.scoring.reward import Reward
+from delethink.tokenization import Tokenizer, query_ids, reward_text
 from delethink.tokens import as_list, joined, memory_of, token_array
 from delethink.types import (
     Attempt,
@@ -38,7 +38,7 @@ Observation = TypeVar("Observation")
 Action = TypeVar("Action")
 _SHOWN = ("chunk", "num_sampled", "budget_left", "role", "stop")  # in HTML
 
-Reward = Callable[[str, str], SupportsFloat]  # (text of a finished trace, gold answer)
+RewardFunction = Callable[[str, str], SupportsFloat]  # (text of a finished trace, gold answer)
 
 DEFAULT_TASK = {"name": "automaton", "args": {"min_steps": 2, "max_steps": 6}}
 DEFAULT_SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=0)
@@ -69,7 +69,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         render_mode: ``"ansi"`` or ``"html"``.
         keep_trace: keep what was sampled, for ``trace`` and for the reward. Without it, memory does
             not grow with the number of chunks, and the reward reads what the last context held.
-        sizes: single values of ``chunk_spec`` by their names, a carryover or border also by its
+        sizes: single values of ``chunk_spec`` by their names, a carryover or boundary also by its
             registered one: ``context_size=64, carryover="tail"``.
 
     Raises:
@@ -81,7 +81,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
     def __init__(
         self,
         task: Task | str | Mapping[str, Any] = DEFAULT_TASK,
-        reward: Reward | str = "exact",
+        reward: RewardFunction | str = "exact",
         tokenizer: Tokenizer | None = None,
         chunk_spec: ChunkSpec | None = None,
         eos_ids: Sequence[int] | None = None,
@@ -122,9 +122,9 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
                     f"{type(self).__name__} has no parameter {name!r}."
                     f"{did_you_mean(name, own | known)}"
                 )
-        for name in ("carryover", "border"):
+        for name, group in (("carryover", "carryovers"), ("boundary", "boundaries")):
             if name in sizes:
-                sizes[name] = make(f"delethink.{name}s", sizes[name])
+                sizes[name] = make(f"delethink.{group}", sizes[name])
         spec = DEFAULT_SPEC if chunk_spec is None else chunk_spec
         if not isinstance(spec, ChunkSpec):
             raise ConfigError(
@@ -276,7 +276,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         return render_html(
             [
                 ("query", "query", query),
-                ("carried", "carried over the last border", carried),
+                ("carried", "carried over the last boundary", carried),
                 ("new", name, self._text(ids)),
             ],
             {key.replace("_", " "): facts[key] for key in _SHOWN},
@@ -292,7 +292,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         return str(self.tokenizer.decode(as_list(ids)))
 
 
-def _reward(reward: Reward | str) -> Any:
+def _reward(reward: RewardFunction | str) -> Any:
     """A function of text and answer, or a registered reward with the parameters that it asks for.
 
     A reward that does not apply (``None``) pays nothing here.
@@ -301,7 +301,7 @@ def _reward(reward: Reward | str) -> Any:
         return reward
     if not isinstance(reward, str):
         raise ConfigError(f"a reward is a name or a function of text and answer, got {reward!r}")
-    named = resolve("delethink.scoring", "reward")(reward, resolve("delethink.rewards", reward))
+    named = Reward(reward, resolve("delethink.rewards", reward))
     if named.kind in ("async", "trl") or named.needs_correctness:
         raise ConfigError(
             f"the reward {reward!r} cannot be asked about one trace alone: name it in a recipe, or "

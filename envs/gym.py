@@ -76,12 +76,12 @@ class GymTask:
         name, config = self.member, dict(self.config)
         try:
             return self._gym.create_dataset(name, **config, seed=seed, size=1)
-        except (TypeError, ValueError, AssertionError) as problem:
+        except (TypeError, ValueError, AssertionError) as error:
             if name not in self._names:
                 raise ConfigError(
                     f"reasoning-gym has no task {name!r}.{did_you_mean(name, self._names)}"
                 ) from None
-            raise ConfigError(f"the config of reasoning_gym/{name}: {problem}") from None
+            raise ConfigError(f"the config of reasoning_gym/{name}: {error}") from None
 
     @cached_property
     def _gym(self) -> Any:

@@ -100,8 +100,8 @@ def _unpack(packed: str) -> str:
     """Private tests come as JSON, pickled, compressed and in base 64."""
     try:
         text = _NothingButText(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
-    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as problem:
-        raise ConfigError(f"private tests cannot be unpacked: {problem}") from None
+    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as exc:
+        raise ConfigError(f"private tests cannot be unpacked: {exc}") from None
     if not isinstance(text, str):
         raise ConfigError(f"private tests are not a text but a {type(text).__name__}")
     return text

@@ -14,11 +14,11 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode's classes of what show
 _STYLE = (
     ".delethink{font:14px/1.5 ui-monospace,monospace;max-width:60em}"
     ".delethink pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.5em;"
-    "border-left:4px solid}"
+    "boundary-left:4px solid}"
     ".delethink h2{font-size:1em;margin:1em 0 .2em}"
-    ".delethink .query{border-color:#5b6abf}"
-    ".delethink .carried{border-color:#c27c0e}"
-    ".delethink .new{border-color:#2e8b57}"
+    ".delethink .query{boundary-color:#5b6abf}"
+    ".delethink .carried{boundary-color:#c27c0e}"
+    ".delethink .new{boundary-color:#2e8b57}"
 )
 
 

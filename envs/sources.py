@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from delethink.errors import ConfigError, MissingExtraError
+from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.types import Problem
 
 Row = dict[str, Any]
 _KINDS = (".jsonl", ".json", ".parquet", ".csv")
@@ -88,8 +91,8 @@ def _read_file(file: Path) -> Iterator[Row]:
                 yield from _checked(_json_lines(lines, file), file)
         else:
             raise ConfigError(f"{file} is none of {', '.join(_KINDS)}")
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise ConfigError(f"cannot read {file}: {problem}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
 
 
 def _whole_json(file: Path) -> list[Any] | None:
@@ -108,8 +111,8 @@ def _json_lines(lines: Iterable[str], file: Path) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ConfigError(f"{file}, line {number} is not JSON: {problem.msg}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}, line {number} is not JSON: {error.msg}") from None
 
 
 def _checked(values: Iterable[Any], file: Path) -> Iterator[Row]:
@@ -126,8 +129,8 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         raise MissingExtraError("pyarrow", "tasks") from None
     try:
         yield from pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as problem:
-        raise ConfigError(f"{file} is no Parquet file: {problem}") from None
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{file} is no Parquet file: {error}") from None
 
 
 def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> list[Row]:
@@ -143,12 +146,92 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
             where = f"hf://datasets/{dataset}/{files}"
             loaded = datasets.load_dataset(kind, data_files=where, split="train")
         return [dict(row) for row in loaded]
-    except Exception as problem:  # the hub and its client fail in many ways; the reason is told
-        first = " ".join((str(problem).strip() or repr(problem)).split())[:300]
+    except Exception as error:  # the hub and its client fail in many ways; the reason is told
+        first = " ".join((str(error).strip() or repr(error)).split())[:300]
         only = f" --include '{files}'" if files else ""
         raise ConfigError(
             f"the data set {dataset} is not on this machine and cannot be fetched "
-            f"({type(problem).__name__}: {first}). Where there is a network: hf download "
+            f"({type(error).__name__}: {first}). Where there is a network: hf download "
             f"--repo-type dataset {dataset}{only} --local-dir FOLDER; then point at the copy with "
             "task.args.dataset=FOLDER. A private data set needs hf auth login"
         ) from None
+
+
+@dataclass(frozen=True)
+class PassRates:
+    """The range to keep, and the measured rates by prompt."""
+
+    MARK: ClassVar[str] = "delethink_pass_rate"
+
+    key: str | None = None
+    by_prompt: Mapping[str, float] | None = None
+    least: float = 0.0
+    most: float = 1.0
+
+    @classmethod
+    def read(cls, key: str | None, path: str | None, least: float, most: float) -> PassRates:
+        """What the settings say.
+
+        Raises:
+            ConfigError: a range that is none, one without rates, or a file without rates.
+        """
+        if not 0 <= least <= most <= 1:
+            raise ConfigError(
+                f"pass rates must satisfy 0 <= min_pass_rate <= max_pass_rate <= 1, got {least} "
+                f"and {most}"
+            )
+        if key is None and path is None and (least, most) != (0.0, 1.0):
+            raise ConfigError(
+                "min_pass_rate and max_pass_rate need measured rates: name a column with "
+                "pass_rate_key, or a file with pass_rates"
+            )
+        return cls(key, None if path is None else _read(path), least, most)
+
+    def mark(self, problem: Problem, row: Row) -> Problem:
+        """The problem with its pass rate among its metadata, where one was measured."""
+        if self.key is None and self.by_prompt is None:
+            return problem
+        rate = self.by_prompt.get(problem.prompt) if self.by_prompt is not None else None
+        if self.key is not None:
+            if self.key not in row:
+                raise ConfigError(
+                    f"the data set has no column {self.key!r}.{did_you_mean(self.key, row)}"
+                )
+            rate = None if row[self.key] is None else _number(row[self.key])
+        if rate is None:
+            return problem
+        return replace(problem, metadata={**problem.metadata, self.MARK: rate})
+
+    def is_unknown(self, problem: Problem) -> bool:
+        """Whether rates are asked for and this problem has none."""
+        asked = self.key is not None or self.by_prompt is not None
+        return asked and self.MARK not in problem.metadata
+
+    def keeps(self, problem: Problem) -> bool:
+        """Whether the problem is of the right difficulty; one without a rate is not."""
+        if self.key is None and self.by_prompt is None:
+            return True
+        rate = problem.metadata.get(self.MARK)
+        return rate is not None and self.least <= rate <= self.most
+
+
+def _read(path: str) -> dict[str, float]:
+    files = sorted(glob.glob(str(Path(path).expanduser()))) or [path]
+    seen: dict[str, list[float]] = {}
+    for row in (row for file in files for row in read_rows(file, "train")):
+        if "prompt" not in row or not ("pass_rate" in row or row.get("rewards")):
+            raise ConfigError(
+                f"{path} is no file of pass rates: a line has a prompt, and a pass_rate or "
+                f"rewards; got the keys {', '.join(sorted(row)) or 'none'}"
+            )
+        rate = row["pass_rate"] if "pass_rate" in row else next(iter(row["rewards"].values()))
+        if rate is not None:  # a trace that failed says nothing
+            seen.setdefault(str(row["prompt"]), []).append(_number(rate))
+    return {prompt: sum(rates) / len(rates) for prompt, rates in seen.items()}
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"a pass rate is a number, got {value!r}") from None

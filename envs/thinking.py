@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from delethink.chunking import ThinkingState
 from delethink.envs.episode import EpisodeEnv, as_array, as_view
 from delethink.envs.spaces import Ids, TokenSequence, UnicodeText
 from delethink.errors import ActionError, ConfigError, did_you_mean
-from delethink.query import encode, retokenized_at
-from delethink.rule import ThinkingState
+from delethink.tokenization import encode, retokenized_at
 from delethink.tokens import is_block, token_array
 from delethink.types import StopReason, TokenIds, TraceStop
 
@@ -26,8 +26,8 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             which the tokenizer turns into ids; an end of the answer is spelt as its token.
         options: see ``EpisodeEnv``.
 
-    An action is a chunk. One that holds EOS ends the trace there; any other leads to a border, also
-    where the chunk is not full. What lies beyond the end, or beyond a border that the spec's
+    An action is a chunk. One that holds EOS ends the trace there; any other leads to a boundary,
+    also where the chunk is not full. What lies beyond the end, or beyond a boundary that the spec's
     predicate places, was never sampled: it is left out (``ignored``). The observation is the prompt
     of the next chunk, and ``info`` says
 

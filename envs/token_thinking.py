@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from delethink.chunking import ThinkingState
 from delethink.envs.episode import EpisodeEnv, as_view
 from delethink.errors import ActionError
-from delethink.rule import ThinkingState
 from delethink.tokens import token_array
 from delethink.types import StopReason, TokenIds, TraceStop
 
@@ -32,7 +32,7 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
 
     An action is a token. An observation is a window of ``longest_context`` places, the latest token
     last: ``ids`` holds tokens, and ``mask`` is 1 where one is and 0 in what is empty before them. A
-    border shows as a window that has suddenly less in it. ``info`` is that of ``ThinkingEnv`` but
+    boundary shows as a window that has suddenly less in it. ``info`` is that of ``ThinkingEnv`` but
     for the ids, with ``max_new_tokens`` the tokens that the chunk at hand may still have.
     """
 
@@ -82,7 +82,7 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         if token in self.eos_ids:
             reward = self._close_chunk(StopReason.EOS)
         elif new == self._limit or (
-            self.chunk_spec.border is not None and state.border_after(self._chunk())
+            self.chunk_spec.boundary is not None and state.boundary_after(self._chunk())
         ):
             reward = self._close_chunk(StopReason.LENGTH)
         stop = self._state.stop if self._state else None

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from delethink.rewards.answer import extract_answer
 from delethink.rewards.exact import normalize
-from delethink.rewards.reward import light
+from delethink.scoring.answer import extract_answer
+from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|bf|rm)\b\s*|[{}$*`~]")

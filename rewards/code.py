@@ -18,9 +18,9 @@ from importlib import import_module
 from typing import Any
 
 from delethink.errors import ConfigError
-from delethink.rewards.answer import final_answer
-from delethink.rewards.reward import threaded
-from delethink.rewards.sandbox import Limits, Ran, Sandbox, check, run_python
+from delethink.scoring.answer import final_answer
+from delethink.scoring.reward import threaded
+from delethink.scoring.sandbox import Limits, Ran, Sandbox, check, run_python
 from delethink.types import END_OF_THINKING
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -138,8 +138,8 @@ def _import(path: str) -> Sandbox:
     module, _, name = path.partition(":")
     try:
         found: Sandbox = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as problem:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"there is no sandbox {path!r}, which is written module:function: {problem}"
+            f"there is no sandbox {path!r}, which is written module:function: {error}"
         ) from None
     return found

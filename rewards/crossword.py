@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from delethink.rewards.answer import final_answer
-from delethink.rewards.reward import light
+from delethink.scoring.answer import final_answer
+from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
 _ENTRY = re.compile(r"\b(across|down)\W{0,5}(\d{1,3})\W{1,8}([^\W\d_]{1,50})", re.IGNORECASE)

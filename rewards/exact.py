@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from delethink.rewards.answer import extract_answer, final_answer
-from delethink.rewards.reward import light
+from delethink.scoring.answer import extract_answer, final_answer
+from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
 

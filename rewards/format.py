@@ -10,8 +10,8 @@ import re
 import unicodedata
 
 from delethink.errors import ConfigError, did_you_mean
-from delethink.rewards.answer import final_answer, last_box
-from delethink.rewards.reward import light
+from delethink.scoring.answer import final_answer, last_box
+from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
 _START_OF_THINKING = "<think>"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from delethink.errors import ConfigError
-from delethink.rewards.reward import light
+from delethink.scoring.reward import light
 from delethink.types import TraceStop
 
 
@@ -49,7 +49,7 @@ def overlong(length: int, budget: int, cache: int) -> float:
 def chunks(
     num_chunks: int, max_chunks: int, correct: float | None = None, only_right: bool = True
 ) -> float | None:
-    """Encourages thinking on over borders: (chunks - 1) / (max_chunks - 1), from 0 to 1.
+    """Encourages thinking on over boundaries: (chunks - 1) / (max_chunks - 1), from 0 to 1.
 
     By default for right traces alone: paid to wrong ones too, it teaches to ramble.
     """

@@ -12,8 +12,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from delethink.rewards.answer import extract_answer
-from delethink.rewards.reward import isolated
+from delethink.scoring.answer import extract_answer
+from delethink.scoring.reward import isolated
 from delethink.types import END_OF_THINKING
 
 _LONGEST = 1000  # characters of an answer, or ten times those of the gold answer

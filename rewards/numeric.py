@@ -6,8 +6,8 @@ import math
 import re
 import unicodedata
 
-from delethink.rewards.answer import extract_answer
-from delethink.rewards.reward import light
+from delethink.scoring.answer import extract_answer
+from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
 _LONGEST = 200  # characters of a number

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from delethink.rewards.answer import extract_answer, final_answer
 from delethink.rewards.exact import normalize
-from delethink.rewards.reward import isolated
+from delethink.scoring.answer import extract_answer, final_answer
+from delethink.scoring.reward import isolated
 from delethink.types import END_OF_THINKING
 
 # Tasks whose scorer, as of reasoning-gym 0.1.25, gives all points to whatever is not empty.

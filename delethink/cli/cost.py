@@ -11,21 +11,26 @@ from pathlib import Path
 
 import numpy as np
 
+from delethink.chunking import ChunkSpec
 from delethink.cli.sizes import size
 from delethink.cost import paper
-from delethink.cost.calibrate import Fit, fit
-from delethink.cost.chunks import LONGCOT, Cut
+from delethink.cost.calibrate import (
+    Fit,
+    fit,
+    read_efficiency,
+    read_lengths,
+    read_model,
+    read_steps,
+    write_efficiency,
+)
 from delethink.cost.compare import cheapest_cuts, crossings, flops_polynomial, growth
-from delethink.cost.efficiency_file import read_efficiency, write_efficiency
 from delethink.cost.estimate import Job, Lengths, estimate, interval, longest_that_fits
-from delethink.cost.flops import Accounting
+from delethink.cost.flops import LONGCOT, Accounting, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
-from delethink.cost.model_config import known_models, model_shape
+from delethink.cost.models import known_models, model_shape
 from delethink.cost.paper_report import REPRODUCTIONS, accounting_text
-from delethink.cost.records import read_lengths, read_model, read_steps
 from delethink.cost.report import Answer, Comparison, as_text, table
 from delethink.errors import ConfigError
-from delethink.rule import ChunkSpec
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -141,7 +146,7 @@ def _fit_json(found: Fit) -> str:
 
 
 def _plot(answer: Answer, path: Path) -> None:
-    from delethink.cost.plot import plot_costs
+    from delethink.cost.report import plot_costs
 
     longest = max(float(one.longcot.thinking) for one in answer.comparisons)
     plot_costs(

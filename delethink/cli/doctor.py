@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from delethink.training.checks import Check
+    from delethink.training.preflight import Check
 
 _USES = {
     "torch": "train",
@@ -65,7 +65,7 @@ def _check(recipe: str, overrides: list[str]) -> list[Check]:
 
     read = read_recipe(recipe, overrides)
     set_up_process()
-    from delethink.training.checks import check_recipe
+    from delethink.training.preflight import check_recipe
 
     return check_recipe(read)
 

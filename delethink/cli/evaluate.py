@@ -16,29 +16,30 @@ from typing import Any
 from delethink.cli.process import set_up_process
 from delethink.cli.sizes import size, sizes
 from delethink.cost.hardware import accelerator
-from delethink.cost.model_config import model_shape
-from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.evaluation.plan import Asked, Setting, make_settings
-from delethink.evaluation.problems import Problems, load_problems
-from delethink.evaluation.results import Reading
-from delethink.evaluation.run import (
-    Evaluation,
-    OpenModel,
-    answer_room,
-    check_window,
-    evaluate,
-    longcot_cap,
-    longest_query,
-)
-from delethink.output import output_path
-from delethink.serving.checkpoint import (
+from delethink.cost.models import model_shape
+from delethink.engines.factory import choose_engine
+from delethink.engines.loading import (
     digest,
     eos_ids,
     load_shell,
     load_tokenizer,
     longest_sequence,
 )
-from delethink.serving.factory import choose_engine
+from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.evaluation.results import Reading
+from delethink.evaluation.run import (
+    Evaluation,
+    OpenModel,
+    Problems,
+    answer_room,
+    check_window,
+    evaluate,
+    load_problems,
+    longcot_cap,
+    longest_query,
+)
+from delethink.evaluation.settings import Asked, Setting, make_settings
+from delethink.output import output_path
 
 _MODES = ("delethink", "longcot")
 _AT_LEAST = {
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace, problems: Problems) -> int:
     from rich.console import Console
 
-    from delethink.evaluation.progress import Reporter
+    from delethink.evaluation.report import Reporter
 
     asked = Asked(arguments.samples, arguments.temperature, arguments.seed, arguments.force_answer)
     settings = [
@@ -248,7 +249,7 @@ def _open(arguments: argparse.Namespace, model: str) -> Iterator[OpenModel]:
     window = longest_sequence(shell)
     engine: Any
     if arguments.base_url is not None:
-        from delethink.serving.openai_server import OpenAIServer
+        from delethink.engines.openai import OpenAIServer
 
         engine = OpenAIServer(
             arguments.base_url,
@@ -262,7 +263,7 @@ def _open(arguments: argparse.Namespace, model: str) -> Iterator[OpenModel]:
         )
         window = min(window, engine.max_model_tokens or window)
     else:
-        from delethink.serving.factory import make_evaluation_engine
+        from delethink.engines.factory import make_evaluation_engine
 
         engine = make_evaluation_engine(
             arguments.engine,
@@ -281,7 +282,7 @@ def _open(arguments: argparse.Namespace, model: str) -> Iterator[OpenModel]:
 
 
 def _draw(output: Path, task: str, rows: Any) -> None:
-    from delethink.evaluation.curves import as_csv, as_html, plot, points
+    from delethink.evaluation.report import as_csv, as_html, plot, points
 
     curve, title = points(rows), f"test-time scaling on {Path(task).name}"
     (output / "curves.csv").write_text(as_csv(curve), encoding="utf-8")

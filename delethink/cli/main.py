@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
         return _fail("interrupted; what was written before is whole", 130)
-    except UserError as problem:
-        return _fail(str(problem), 2)
-    except DelethinkError as problem:
-        return _fail(str(problem), 1)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except DelethinkError as error:
+        return _fail(str(error), 1)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,7 +98,7 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser(
         "probe",
         help="say how Markovian a model is already: what a reset costs it",
-        description="Score the tokens after each border twice, after the whole history and after "
+        description="Score the tokens after each boundary twice, after the whole history and after "
         "what a reset leaves, and report what is lost: docs/evaluation.md",
         epilog="E.g.: delethink probe -m toy --task automaton --task-arg min_steps=16 --task-arg "
         "max_steps=24 -C 90 --carryover 15,30,45 --head-size 0 --budget 450",

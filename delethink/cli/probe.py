@@ -13,22 +13,22 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delethink.chunking import ChunkSpec
 from delethink.cli.evaluate import task_arguments
 from delethink.cli.process import set_up_process
 from delethink.cli.sizes import size, sizes
+from delethink.engines.loading import eos_ids, load_model, load_tokenizer, longest_sequence
 from delethink.errors import ConfigError, MissingExtraError
-from delethink.evaluation.problems import load_problems
+from delethink.evaluation.run import load_problems
 from delethink.output import output_path
 from delethink.policy import Sampling
-from delethink.query import query_ids, reward_text
-from delethink.rollout import derive_seed, play_traces
-from delethink.rule import ChunkSpec
-from delethink.serving.checkpoint import eos_ids, load_model, load_tokenizer, longest_sequence
-from delethink.traces import read_traces
+from delethink.rollout import derive_seed, run_rollouts
+from delethink.tokenization import query_ids, reward_text
+from delethink.trace_io import read_traces
 from delethink.types import Trace
 
 if TYPE_CHECKING:
-    from delethink.evaluation.probe_report import Findings
+    from delethink.evaluation.probe import Findings
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,9 +74,8 @@ def _output(arguments: argparse.Namespace) -> Path:
 
 
 def _probe(arguments: argparse.Namespace, specs: list[ChunkSpec]) -> Findings:
-    from delethink.evaluation.answers import vote
-    from delethink.evaluation.probe import Probe, last_window, longest_repeat
-    from delethink.evaluation.probe_report import Findings, lines_of
+    from delethink.evaluation.probe import Findings, Probe, last_window, lines_of, longest_repeat
+    from delethink.scoring.answer import vote
 
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     model = load_model(arguments.model, "float32", arguments.trust_remote_code).eval()
@@ -95,8 +94,8 @@ def _probe(arguments: argparse.Namespace, specs: list[ChunkSpec]) -> Findings:
         context_size=context,
         traces=len(fitting),
         passed_over=len(traces) - len(fitting),
-        without_border=sum(len(trace.output_ids) <= context for trace in fitting),
-        lines=lines_of(list(probe.borders(fitting, specs, specs[-1]))),
+        without_boundary=sum(len(trace.output_ids) <= context for trace in fitting),
+        lines=lines_of(list(probe.boundaries(fitting, specs, specs[-1]))),
         repeats=[longest_repeat(tuple(trace.output_ids), context) for trace in traces],
         answers=sum(whole is not None for whole, _ in pairs),
         answers_lost=sum(whole is not None and whole != seen for whole, seen in pairs),
@@ -124,7 +123,7 @@ def _check_vocabulary(traces: list[Trace], vocabulary: int, arguments: argparse.
 
 
 def _sample(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[Trace]:
-    from delethink.serving.transformers_engine import TransformersEngine
+    from delethink.engines.transformers import TransformersEngine
 
     problems = load_problems(
         arguments.task,
@@ -144,11 +143,11 @@ def _sample(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[T
         for i in range(len(queries))
     ]
     print(f"sampling {len(queries)} traces of up to {budget:,} tokens", file=sys.stderr)
-    return asyncio.run(play_traces(engine, ChunkSpec.longcot(budget), queries, samplings))
+    return asyncio.run(run_rollouts(engine, ChunkSpec.longcot(budget), queries, samplings))
 
 
 def _write(findings: Findings, output: Path) -> None:
-    from delethink.evaluation.probe_report import as_page, plot
+    from delethink.evaluation.probe import as_page, plot
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ def _write(findings: Findings, output: Path) -> None:
         (output / "probe.json").write_text(
             json.dumps(findings.as_dict(), indent=2) + "\n", encoding="utf-8"
         )
-    except OSError as problem:
-        raise ConfigError(f"cannot write to {output}: {problem.strerror}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output}: {error.strerror}") from None
     if findings.lines:
         plot(findings, output / "probe.png")

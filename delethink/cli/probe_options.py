@@ -21,7 +21,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--budget", default="8k", metavar="TOKENS", help="of a trace (default 8k)")
     what.add_argument("--temperature", type=float, default=0.6, help="default 0.6")
     what.add_argument("--seed", type=int, default=0, help="default 0")
-    how = command.add_argument_group("where the borders are (k is 1,024; lists with commas)")
+    how = command.add_argument_group("where the boundaries are (k is 1,024; lists with commas)")
     how.add_argument("-C", "--context-size", default="8k", metavar="TOKENS", help="default 8k")
     how.add_argument(
         "--carryover",

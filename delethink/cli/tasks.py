@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from delethink.config import RewardConfig, ScoringConfig, parse_values
+from delethink.engines.loading import load_tokenizer, locate
 from delethink.errors import ConfigError
-from delethink.query import query_ids
 from delethink.registry import make_task, names, resolve
-from delethink.scoring import answer_of, make_scorer
-from delethink.serving.checkpoint import load_tokenizer, locate
+from delethink.scoring.rollouts import answer_of
+from delethink.scoring.scorer import make_scorer
 from delethink.tasks import (
     SPLITS,
     Task,
@@ -21,6 +21,7 @@ from delethink.tasks import (
     rewards_of,
     size_of,
 )
+from delethink.tokenization import query_ids
 from delethink.types import Problem
 
 

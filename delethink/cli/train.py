@@ -26,11 +26,11 @@ def run(recipe_path: str, overrides: list[str]) -> int:
         return 0
     set_up_process()
     if recipe.trainer.num_workers > 1:
-        from delethink.training.launch import train_together
+        from delethink.training.distributed import train_together
 
         train_together(prepared, chosen, reporter, set_up_process)
     else:
-        from delethink.training.run import train
+        from delethink.training.trainer import train
 
         train(prepared, chosen, reporter)
     return 0

@@ -4,10 +4,10 @@
 accelerator("h100"))`` says what a run with Delethink costs; with ``LONGCOT`` for the cut, without.
 """
 
-from delethink.cost.chunks import LONGCOT, Cut
 from delethink.cost.estimate import Cost, Job, Lengths, estimate
+from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 from delethink.cost.shape import ModelShape
 
 __all__ = [

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from delethink.cost.chunks import LONGCOT, Cut, cut_traces
 from delethink.cost.estimate import Cost, Job, Lengths, estimate
-from delethink.cost.flops import Floats
+from delethink.cost.flops import LONGCOT, Cut, Floats, cut_traces, sampling_flops, training_flops
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import sampling_flops, training_flops
 
 FARTHEST = 10_000_000  # tokens: where the search for a crossing ends
 
@@ -24,8 +22,8 @@ Curve = Callable[[Floats], Floats]  # thinking tokens -> cost
 def crossing(longcot: Curve, delethink: Curve, start: int, stop: int = FARTHEST) -> int | None:
     """The length beyond which Delethink is cheaper for good, in tokens.
 
-    Delethink's cost has a step at each border, so the curves may cross several times: the last one
-    counts.
+    Delethink's cost has a step at each boundary, so the curves may cross several times: the last
+    one counts.
 
     Returns:
         The last length at which it is not cheaper; ``start`` where it is cheaper from there on;

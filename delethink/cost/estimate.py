@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from delethink.cost.chunks import Cut, cut_traces
-from delethink.cost.flops import Floats, Numbers
+from delethink.cost.flops import Cut, Floats, Numbers, cut_traces, sampling_flops, training_flops
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.memory import (
     cache_bytes,
@@ -20,7 +19,6 @@ from delethink.cost.memory import (
 )
 from delethink.cost.shape import ModelShape
 from delethink.cost.timing import new_weights_seconds, sampling_seconds, update_seconds
-from delethink.cost.work import sampling_flops, training_flops
 from delethink.errors import ConfigError, ModelError
 
 MAX_LENGTHS = 256  # equally likely lengths that stand for a distribution

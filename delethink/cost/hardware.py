@@ -50,7 +50,7 @@ ACCELERATORS = {
     "mi300x": _gpu("MI300X", 1307, 5300, 192, 448, "AMD Instinct MI300X data sheet"),
     "l40s": _gpu("L40S", 362, 864, 48, 32, "NVIDIA L40S datasheet"),
     "rtx4090": _gpu("RTX 4090", 165, 1008, 24, 32, "NVIDIA Ada GPU architecture whitepaper"),
-    # float32; measured by scripts/bench_cost.py on two cores with AVX-512
+    # float32; measured by benchmarks/bench_cost.py on two cores with AVX-512
     "cpu": Accelerator(
         "2 CPU cores", 0.19 * TERA, 23 * GB, 24 * GIB, 5 * GB, 4, "measured, see docs/cost.md"
     ),

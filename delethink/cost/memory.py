@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from delethink.cost.chunks import Cut
-from delethink.cost.flops import Floats, Numbers
+from delethink.cost.flops import Cut, Floats, Numbers
 from delethink.cost.shape import ModelShape
 
 HEAD_TILE = (4096, 32_768)  # tokens and words of TRL's fused head (trl.kernels.chunked_logprob)

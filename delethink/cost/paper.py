@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from delethink.cost.calibrate import Measurement
-from delethink.cost.chunks import LONGCOT, Cut, cut_traces
 from delethink.cost.compare import Curve, crossing
 from delethink.cost.estimate import Job, Lengths, estimate
+from delethink.cost.flops import LONGCOT, Cut, cut_traces, paper_training_flops, training_flops
 from delethink.cost.hardware import Efficiency, accelerator
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import paper_training_flops, training_flops
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 DELETHINK = Cut(8192, 4096, 0, 100)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from delethink.cost import paper
-from delethink.cost.chunks import LONGCOT, Cut
 from delethink.cost.compare import crossing
+from delethink.cost.flops import LONGCOT, Cut, paper_training_flops
 from delethink.cost.report import table
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import paper_training_flops
 
 
 def flops(as_json: bool) -> str:

@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from delethink.cost.chunks import Chunks
-from delethink.cost.flops import Floats, Numbers, decode_flops
+from delethink.cost.flops import Chunks, Floats, Numbers, decode_flops, prefill_flops
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.memory import cache_bytes, weight_bytes
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import prefill_flops
 
 _POINTS = (np.arange(8) + 0.5) / 8  # where a chunk's decoding is looked at
 

@@ -11,21 +11,25 @@ does not use what is carried would lose no more by either.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from delethink.chunking import ChunkSpec, ThinkingState, start
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.metrics import t_quantile
-from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import StopReason, TokenIds, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 Condition = Literal["carried", "none", "other"]
 CONDITIONS: tuple[Condition, ...] = ("carried", "none", "other")
@@ -33,8 +37,8 @@ CONDITIONS: tuple[Condition, ...] = ("carried", "none", "other")
 Floats = npt.NDArray[np.float64]
 
 
-class Border(NamedTuple):
-    """A chunk after a border, scored under one condition.
+class Boundary(NamedTuple):
+    """A chunk after a boundary, scored under one condition.
 
     Args:
         trace: index of the trace.
@@ -69,10 +73,10 @@ class Probe:
         """Whether the whole history fits in one context."""
         return len(trace.query_ids) + len(trace.output_ids) <= self.max_model_tokens
 
-    def borders(
+    def boundaries(
         self, traces: Sequence[Trace], specs: Sequence[ChunkSpec], controls: ChunkSpec
-    ) -> Iterator[Border]:
-        """Scores what follows each border of each trace, under each rule.
+    ) -> Iterator[Boundary]:
+        """Scores what follows each boundary of each trace, under each rule.
 
         Args:
             traces: those that do not fit are passed over.
@@ -95,7 +99,7 @@ class Probe:
         other: Trace | None,
         spec: ChunkSpec,
         conditions: Sequence[Condition],
-    ) -> Iterator[Border]:
+    ) -> Iterator[Boundary]:
         cuts = list(cut(trace.query_ids, trace.output_ids, spec))
         if len(cuts) < 2:
             return
@@ -109,7 +113,7 @@ class Probe:
                 if context is None:
                     continue
                 found = self._logprobs(context, output)
-                yield Border(
+                yield Boundary(
                     index,
                     chunk,
                     spec.carryover_size,
@@ -144,7 +148,7 @@ def cut(
 ) -> Iterator[tuple[ThinkingState, TokenIds]]:
     """A trace's tokens as the chunks that ``spec`` makes of them, and the state before each.
 
-    However they were sampled: borders fall where this rule puts them.
+    However they were sampled: boundaries fall where this rule puts them.
     """
     state, begin = start(spec, query_ids), 0
     while begin < len(output_ids) and state.stop is None:
@@ -155,7 +159,7 @@ def cut(
 
 
 def carried_at(trace: Trace, spec: ChunkSpec) -> TokenIds | None:
-    """What a trace carries over its first border; ``None`` where it has none."""
+    """What a trace carries over its first boundary; ``None`` where it has none."""
     cuts = list(cut(trace.query_ids, trace.output_ids, spec))
     return tuple(cuts[1][0].carried) if len(cuts) > 1 else None
 
@@ -210,7 +214,7 @@ def _repeats(output_ids: TokenIds, length: int, apart: int) -> bool:
 def last_window(trace: Trace, spec: ChunkSpec) -> TokenIds:
     """What the last context held: carried tokens and the last chunk.
 
-    A reward that reads no more than this misses answers that were thrown away at a border.
+    A reward that reads no more than this misses answers that were thrown away at a boundary.
     """
     cuts = list(cut(trace.query_ids, trace.output_ids, spec))
     if not cuts:
@@ -248,21 +252,21 @@ def over_traces(values: dict[int, list[float]]) -> Point:
 
 
 def by_distance(
-    borders: Sequence[Border],
+    boundaries: Sequence[Boundary],
     carryover_size: int,
     condition: Condition,
     what: Literal["gap", "divergence"],
     edges: Sequence[int],
 ) -> list[Point | None]:
-    """Means over the tokens at a distance from the border in ``edges[i]..edges[i+1]-1``."""
+    """Means over the tokens at a distance from the boundary in ``edges[i]..edges[i+1]-1``."""
     bins: list[dict[int, list[float]]] = [{} for _ in edges[1:]]
-    for border in borders:
-        if border.carryover_size != carryover_size or border.condition != condition:
+    for boundary in boundaries:
+        if boundary.carryover_size != carryover_size or boundary.condition != condition:
             continue
-        values: Any = getattr(border, what)
+        values: Any = getattr(boundary, what)
         for i, (begin, end) in enumerate(pairwise(edges)):
             if begin < len(values):
-                bins[i].setdefault(border.trace, []).extend(values[begin:end].tolist())
+                bins[i].setdefault(boundary.trace, []).extend(values[begin:end].tolist())
     return [over_traces(found) if found else None for found in bins]
 
 
@@ -272,3 +276,195 @@ def distance_edges(longest: int) -> list[int]:
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], longest))
     return edges
+
+
+_NAMES: dict[Condition, str] = {
+    "carried": "query and carryover",
+    "none": "query alone",
+    "other": "query and another trace's carryover",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a reset costs at one distance from the boundary, under one condition."""
+
+    carryover_size: int
+    condition: Condition
+    begin: int  # tokens from the boundary, the first one
+    end: int  # and the last one but one
+    gap: Point
+    divergence: Point
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a probe found.
+
+    Args:
+        model: its name.
+        context_size: C.
+        traces: how many were scored.
+        passed_over: how many are longer than the model's window.
+        without_boundary: how many fit in one context.
+        lines: the cost of a reset, by carryover, condition and distance.
+        repeats: of each trace, the longest run of tokens that comes again a context later.
+        answers: traces whose reward found an answer in the whole trace.
+        answers_lost: of them, those in which it finds another one, or none, in the last context.
+    """
+
+    model: str
+    context_size: int
+    traces: int
+    passed_over: int
+    without_boundary: int
+    lines: Sequence[Line]
+    repeats: Sequence[int]
+    answers: int
+    answers_lost: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = asdict(self)
+        plain["lines"] = [
+            {**asdict(line), "gap": line.gap._asdict(), "divergence": line.divergence._asdict()}
+            for line in self.lines
+        ]
+        return plain
+
+
+def lines_of(boundaries: Sequence[Boundary]) -> list[Line]:
+    """The cost of a reset by carryover, condition and distance, and over all distances."""
+    if not boundaries:
+        return []
+    edges = distance_edges(max(len(boundary.gap) for boundary in boundaries))
+    found = []
+    for size in sorted({boundary.carryover_size for boundary in boundaries}):
+        for condition in CONDITIONS:
+            own = [b for b in boundaries if (b.carryover_size, b.condition) == (size, condition)]
+            if not own:
+                continue
+            gaps = by_distance(own, size, condition, "gap", edges)
+            divergences = by_distance(own, size, condition, "divergence", edges)
+            for i, (gap, divergence) in enumerate(zip(gaps, divergences, strict=True)):
+                if gap is not None and divergence is not None:
+                    found.append(Line(size, condition, edges[i], edges[i + 1], gap, divergence))
+            found.append(Line(size, condition, 0, edges[-1], *_overall(own)))
+    return found
+
+
+def _overall(boundaries: Sequence[Boundary]) -> tuple[Point, Point]:
+    gaps: dict[int, list[float]] = {}
+    divergences: dict[int, list[float]] = {}
+    for boundary in boundaries:
+        gaps.setdefault(boundary.trace, []).extend(boundary.gap.tolist())
+        divergences.setdefault(boundary.trace, []).extend(boundary.divergence.tolist())
+    return over_traces(gaps), over_traces(divergences)
+
+
+def overall(findings: Findings) -> list[Line]:
+    """The lines over all distances."""
+    longest = max((line.end for line in findings.lines), default=0)
+    return [
+        line for line in findings.lines if line.begin == 0 and line.end == longest and longest > 1
+    ]
+
+
+def as_page(findings: Findings) -> str:
+    """One page in Markdown."""
+    repeats = sorted(findings.repeats)
+    long = sum(r >= findings.context_size // 4 for r in repeats)
+    rows = [
+        f"| {line.carryover_size:,} | {_NAMES[line.condition]} | {_cell(line.gap)} | "
+        f"{_cell(line.divergence)} | {line.gap.traces} |"
+        for line in overall(findings)
+    ]
+    near = [
+        f"| {line.carryover_size:,} | {line.begin}-{line.end - 1} | {_cell(line.gap)} | "
+        f"{_cell(line.divergence)} |"
+        for line in findings.lines
+        if line.condition == "carried" and line not in overall(findings)
+    ]
+    scored = findings.traces - findings.without_boundary
+    return "\n".join(
+        [
+            f"# How Markovian is {findings.model}?",
+            "",
+            f"C = {findings.context_size:,}. {findings.traces:,} traces were read; "
+            f"{findings.passed_over:,} more are longer than the model's window and were passed "
+            f"over, {findings.without_boundary:,} fit in one context and have no boundary: "
+            f"{scored:,} are scored. Means over traces with 95 % intervals, in nats a token.",
+            "",
+            "| m | after the boundary it sees | loss of log-likelihood | KL | traces |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            "The loss is log p(token | whole history) - log p(token | what it sees); below 0 the "
+            "token is more likely without the history.",
+            "",
+            "By distance from the boundary, in tokens, with the carryover:",
+            "",
+            "| m | distance | loss of log-likelihood | KL |",
+            "| --- | --- | --- | --- |",
+            *near,
+            "",
+            f"**Loops.** In {long:,} of {len(repeats):,} traces a run of at least C / 4 = "
+            f"{findings.context_size // 4:,} tokens comes again a context later or more; the "
+            f"longest such run of a trace has {_middle(repeats):,} tokens in the median and "
+            f"{max(repeats, default=0):,} at most.",
+            "",
+            f"**Answers.** In {findings.answers:,} traces an answer is found; in "
+            f"{findings.answers_lost:,} of them it is another one, or none, for whoever reads no "
+            "more than the last context.",
+            "",
+        ]
+    )
+
+
+def _middle(values: Sequence[int]) -> int:
+    return values[len(values) // 2] if values else 0
+
+
+def _cell(point: Point) -> str:
+    if point.traces < 2:
+        return f"{point.mean:.4f}"
+    return f"{point.mean:.4f} ({point.low:.4f} to {point.high:.4f})"
+
+
+def plot(findings: Findings, path: Path) -> None:
+    """Draws loss and divergence against the distance from the boundary.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ConfigError: the picture cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "eval")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure.suptitle(f"What a reset costs {findings.model}, C = {findings.context_size:,}")
+    whole = overall(findings)
+    curves = {(line.carryover_size, line.condition) for line in findings.lines}
+    panels = (("gap", "loss of log-likelihood, nats"), ("divergence", "KL, nats"))
+    for axes, (what, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for size, condition in sorted(curves, key=str):
+            own = [
+                line
+                for line in findings.lines
+                if (line.carryover_size, line.condition) == (size, condition) and line not in whole
+            ]
+            points = [getattr(line, what) for line in own]
+            name = f"m = {size:,}" if condition == "carried" else f"m = {size:,}, {condition}"
+            style = "-" if condition == "carried" else ":"
+            xs = [line.begin + 1 for line in own]
+            axes.plot(xs, [p.mean for p in points], style, marker=".", label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("tokens after the boundary")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the picture to {path}: {error}") from None

@@ -116,8 +116,8 @@ class ResultsDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except RunDirectoryError:
             raise
-        except OSError as problem:
-            raise _cannot_write(path, problem) from None
+        except OSError as error:
+            raise _cannot_write(path, error) from None
         directory = cls(path)
         directory._made = made
         directory._open(settings)
@@ -174,10 +174,10 @@ class ResultsDirectory:
         try:
             if os.write(file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as problem:
+        except OSError as error:
             with suppress(OSError):
                 os.ftruncate(file, end)
-            raise _cannot_write(self.path / name, problem) from None
+            raise _cannot_write(self.path / name, error) from None
 
     def read(self) -> Iterator[Record]:
         """Every whole line, one at a time.
@@ -207,8 +207,8 @@ class ResultsDirectory:
         try:
             part.write_text(text, encoding="utf-8")
             part.replace(self.path / name)
-        except OSError as problem:
-            raise _cannot_write(self.path / name, problem) from None
+        except OSError as error:
+            raise _cannot_write(self.path / name, error) from None
 
     def close(self) -> None:
         """Closes the file; takes the directory back if nothing was written. Safe to call twice."""
@@ -233,8 +233,8 @@ class ResultsDirectory:
                 self._lock(self._files[name])
                 os.ftruncate(self._files[name], _end_of_last_line(self._files[name]))
             self.write(_SETTINGS, json.dumps({**settings, **self.mixed}, indent=2) + "\n")
-        except OSError as problem:
-            raise _cannot_write(self.path, problem) from None
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
 
     def _lock(self, file: int) -> None:
         """Two that write to one folder would sample every trace twice."""

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from delethink.cost.chunks import Cut, cut_traces
 from delethink.cost.estimate import Job, Lengths, estimate
+from delethink.cost.flops import Cut, cut_traces, sampling_flops
 from delethink.cost.hardware import Accelerator
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import sampling_flops
 from delethink.errors import UserError
 from delethink.evaluation.metrics import (
     Bootstrap,
@@ -28,8 +27,8 @@ from delethink.evaluation.metrics import (
     pass_at_k,
     t_quantile,
 )
-from delethink.evaluation.plan import Setting
 from delethink.evaluation.records import Outcome, Record
+from delethink.evaluation.settings import Setting
 
 Samples = dict[int, list[Outcome]]  # by problem, in the order of samples
 

@@ -11,35 +11,180 @@ TRL marks ``rollout_func`` as experimental, so the version is pinned and nothing
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
+from transformers import Trainer
+from trl import import_utils
 
-from delethink.errors import RolloutError
-from delethink.training.chunk_rows import (
+from delethink.errors import ConfigError, RolloutError
+from delethink.training.batching import (
     FILLER,
     ChunkRow,
     Layout,
+    Ledger,
     Packed,
     chunk_rows,
     fill_up,
+    flatten,
     pack_rows,
 )
-from delethink.training.ledger import Ledger
-from delethink.training.objective import LossType, token_weight
-from delethink.training.processes import Processes
-from delethink.training.randomness import check_repeatable, remove_dropout
-from delethink.training.rows import flatten
-from delethink.training.shares import Shares, chunk_tokens, share_out
-from delethink.training.statistics import ChunkStatistics, StepStatistics
-from delethink.training.strategy import shard_on_cpu
-from delethink.training.trl_trainer import GRPOTrainer
+from delethink.training.data_parallel import (
+    Processes,
+    Shares,
+    chunk_tokens,
+    shard_on_cpu,
+    share_out,
+)
+from delethink.training.loss import LossType, token_weight
+from delethink.training.metrics import ChunkStatistics, StepStatistics
 from delethink.types import Trace, TraceStop
+
+_GENERATION = "trl.generation.vllm_generation"
+
+
+def _import_without_vllm() -> None:
+    available, importing = import_utils.is_vllm_available, True
+
+    def answer(min_version: str | None = None) -> bool:
+        if not importing:  # by TRL's own generation, in a trainer of somebody else's
+            raise ImportError(
+                f"delethink.training has loaded TRL without vLLM: import {_GENERATION} before it "
+                "in a process that also trains with use_vllm=True"
+            )
+        return False
+
+    import_utils.is_vllm_available = answer
+    try:
+        importlib.import_module(_GENERATION)
+    finally:
+        import_utils.is_vllm_available, importing = available, False
+
+
+if find_spec("vllm") and not {"vllm", _GENERATION} & set(sys.modules):
+    _import_without_vllm()
+
+from trl import GRPOTrainer  # noqa: E402
+
+__all__ = ["GRPOTrainer"]
+
+
+class NonFinite(NamedTuple):
+    """What was not finite in an optimizer step.
+
+    Args:
+        step: of the optimizer, from 1.
+        what: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the first that was found.
+        traces: places of the traces with such a log-prob in the batch that was sampled last; none
+            where only a sum is known to be wrong.
+    """
+
+    step: int
+    what: str
+    traces: list[int]
+
+
+class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
+    """A trainer that takes no step with what is not finite, to be mixed into one.
+
+    Args:
+        on_nonfinite: told of a step that is not taken; may raise to stop the run.
+    """
+
+    def __init__(
+        self, *args: Any, on_nonfinite: Callable[[NonFinite], None], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_nonfinite = on_nonfinite
+        self._what: str | None = None  # was not finite, since the last optimizer step
+        self._guilty: set[int] = set()
+        self._places: list[int] = []  # of the micro-batch's traces in the batch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch, looked at."""
+        self._places = inputs["place"]
+        loss: torch.Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            self._what = self._what or "loss"
+        return loss
+
+    def _complete(self, part: Any, logprobs: torch.Tensor, entropies: Any) -> None:
+        broken = ~torch.isfinite(logprobs.detach()).all(1)  # [K], chunks of a forward batch
+        if bool(broken.any()):
+            self._what = "log-prob"
+            rows = broken.nonzero()[:, 0].tolist()
+            traces = {part.rows[row].trace for row in rows} - {FILLER}
+            self._guilty |= {self._places[trace] for trace in traces}
+        super()._complete(part, logprobs, entropies)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A micro-batch; what it adds to the mean loss that is logged is finite."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # The trainer zeroes its sum by taking it away from itself, which NaN would outlive.
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # The last word before the optimizer's step; the norm is that before clipping.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._any_process_found(norm):
+            what, guilty = self._what or "gradient", sorted(gather_object(sorted(self._guilty)))
+            self._what, self._guilty = None, set()
+            model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
+            self._on_nonfinite(NonFinite(self.state.global_step + 1, what, guilty))
+        return norm
+
+    def _any_process_found(self, norm: Any) -> bool:
+        value = float(norm) if norm is not None else 0.0
+        found = self._what is not None or not math.isfinite(value)
+        if self.accelerator.num_processes == 1:
+            return found
+        flag = torch.tensor(float(found), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def remove_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout of a model to 0, those that are plain numbers on a module included."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_repeatable(model: Any, vocabulary: int) -> None:
+    """Refuses a model that says different things of the same tokens while it trains.
+
+    Raises:
+        ConfigError: two forward passes in training mode, or one of them and one in evaluation mode,
+            differ. The loss would compare probabilities of different models.
+    """
+    ids = torch.arange(32, device=model.device)[None] % vocabulary
+    was_training = model.training
+    with torch.no_grad():
+        model.train()
+        first, second = model(ids).logits, model(ids).logits
+        model.eval()
+        sampled = model(ids).logits
+    model.train(was_training)
+    for other, where in ((second, "twice in training mode"), (sampled, "in training and sampling")):
+        difference = (first - other).abs().max().item()
+        if difference > 1e-3:
+            raise ConfigError(
+                f"the model is random while it trains: its logits for the same tokens differ by "
+                f"{difference:.3g} {where}. Its dropouts are set to 0 already; switch off what "
+                "else is random in its configuration"
+            )
+
 
 _SET_FOR_THE_SUM = (
     "loss_type",

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from delethink.evaluation.evaluate import Summary
-from delethink.rule import ChunkSpec
+from delethink.chunking import ChunkSpec
+from delethink.evaluation.heldout import Summary
 from delethink.training.run_directory import RunDirectory
 
 
@@ -99,3 +99,29 @@ def _of_batch(metrics: dict[str, Any]) -> str:
         f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s  "
         f"padding {metrics['padding']:.1%}"
     )
+
+
+_PANELS = (
+    ("reward", "training reward"),
+    ("heldout_accuracy", "held-out accuracy"),
+    ("thinking_tokens", "thinking tokens a trace"),
+    ("entropy", "entropy of a token (nats)"),
+    ("logprob_difference", "|log-prob of engine - of trainer|"),
+    ("tokens_per_second", "sampled tokens a second"),
+)
+
+
+def plot_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draws the metrics over steps to a PNG; a metric that was never measured stays empty."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(title)
+    for axes, (key, label) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+    figure.savefig(path, dpi=120)

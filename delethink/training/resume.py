@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from delethink.config import Recipe, load_recipe
+from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError, UserError
-from delethink.serving.checkpoint import digest
 from delethink.training.run_directory import RunDirectory
 
 # What decides where and how fast a run is made, and not what is sampled or trained on.
@@ -56,10 +56,10 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
     """
     try:
         before = load_recipe(path / "config.yaml")
-    except UserError as problem:
+    except UserError as error:
         raise RunDirectoryError(
             f"{path} holds a run that cannot be taken up, because its config.yaml cannot be read "
-            f"({problem}); choose another folder with output=PATH"
+            f"({error}); choose another folder with output=PATH"
         ) from None
     old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     changed = {

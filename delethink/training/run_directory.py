@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,8 +19,64 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import RunDirectoryError
-from delethink.training.durable import PART, append_text, write_text
-from delethink.training.machine import processor
+from delethink.training.system import processor
+
+PART = ".part"  # ends the name of what is being written
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file in place of the one before, never half of it.
+
+    Raises:
+        OSError: it cannot be written; the one before is as it was.
+    """
+    part = path.with_name(path.name + PART)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a file; all of it is on the disk afterwards.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if path.is_file():  # a device cannot be told to
+            os.fsync(file.fileno())
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Renames a folder that was written under another name, when all of it is on the disk.
+
+    A folder that is there already goes away first.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for file in part.rglob("*"):
+        sync(file)
+    sync(part)
+    if path.exists():
+        shutil.rmtree(path)
+    part.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
 _TRACES_OF = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
@@ -82,8 +139,8 @@ class RunDirectory:
         except RunDirectoryError:
             run.release()
             raise
-        except OSError as problem:
-            raise RunDirectoryError(f"cannot write the run to {path}: {problem.strerror}") from None
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write the run to {path}: {error.strerror}") from None
         return run
 
     @classmethod
@@ -100,8 +157,8 @@ class RunDirectory:
                 (path / folder).mkdir(exist_ok=True)
         except RunDirectoryError:
             raise
-        except OSError as problem:
-            raise RunDirectoryError(f"cannot write the run to {path}: {problem.strerror}") from None
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write the run to {path}: {error.strerror}") from None
         return run
 
     @staticmethod
@@ -217,9 +274,9 @@ class RunDirectory:
             (self.path / _FINISHED).unlink(missing_ok=True)
             steps = self._supersede(step)
             self._write(_CONFIG, config)
-        except OSError as problem:
+        except OSError as error:
             raise RunDirectoryError(
-                f"cannot take up the run in {self.path}: {problem.strerror}"
+                f"cannot take up the run in {self.path}: {error.strerror}"
             ) from None
         record = {
             "after_step": step,
@@ -283,18 +340,18 @@ class RunDirectory:
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         try:
             append_text(self.path / name, _lines(records))
-        except OSError as problem:
+        except OSError as error:
             raise RunDirectoryError(
-                f"cannot write {self.path / name}: {problem.strerror}; what was written before is "
+                f"cannot write {self.path / name}: {error.strerror}; what was written before is "
                 "whole"
             ) from None
 
     def _write(self, name: str, text: str) -> None:
         try:
             write_text(self.path / name, text)
-        except OSError as problem:
+        except OSError as error:
             raise RunDirectoryError(
-                f"cannot write {self.path / name}: {problem.strerror}; it is as it was before"
+                f"cannot write {self.path / name}: {error.strerror}; it is as it was before"
             ) from None
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from delethink import Completion, Problem, Sampling, StopReason, TokenIds
-from delethink.evaluation.problems import Problems
-from delethink.evaluation.run import OpenModel
+from delethink.evaluation.run import OpenModel, Problems
 from delethink.types import Attempt
 
 EOS = 1

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from delethink.engines.exchange import Answer, EngineCounts, Job, Report, WorkerState
 from delethink.errors import WeightSyncError
-from delethink.serving.exchange import Answer, EngineCounts, Job, Report, WorkerState
 from delethink.types import StopReason
 
 EOS = 1
@@ -79,8 +79,8 @@ class FakeWorker:
                 answers, self.answers = self.answers, []
                 hear(Report(answers, EngineCounts(steps=self.tokens, tokens=self.tokens)))
                 await asyncio.sleep(0)
-        except ConnectionError as problem:
-            lose(problem)
+        except ConnectionError as error:
+            lose(error)
 
     def send(self, jobs: Sequence[Job], dropped: Sequence[int]) -> None:
         self.inbox.append((jobs, dropped))

@@ -23,7 +23,7 @@ def main() -> None:
     from delethink.cli.process import set_up_process
 
     set_up_process()
-    import delethink.training.run  # noqa: F401  # what takes long to import
+    import delethink.training.trainer  # noqa: F401  # what takes long to import
 
     for line in sys.stdin:
         request = json.loads(line)

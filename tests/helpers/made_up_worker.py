@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 
-from delethink.serving.exchange import Answer, EngineCounts, Job, WorkerState
-from delethink.serving.vllm_worker import VllmWorker
+from delethink.engines.exchange import Answer, EngineCounts, Job, WorkerState
+from delethink.engines.vllm import VllmWorker
 from delethink.types import StopReason
 
 

@@ -92,10 +92,9 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     from trl import GRPOConfig
 
     from delethink.config import TrainerConfig
+    from delethink.training.data_parallel import Processes, process_settings
     from delethink.training.grpo import DelethinkTrainer, Objective
-    from delethink.training.processes import Processes
-    from delethink.training.strategy import process_settings
-    from delethink.training.whole_weights import WholeWeights
+    from delethink.training.weights import WholeWeights
 
     AcceleratorState._reset_state(reset_partial_state=True)
     processes = Processes()

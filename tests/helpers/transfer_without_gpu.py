@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from delethink.serving.vllm_weights import WeightUpdates
-from delethink.serving.vllm_worker import VllmWorker
+from delethink.engines.vllm import VllmWorker
+from delethink.engines.vllm_weights import WeightUpdates
 
 SHARED = Path(tempfile.gettempdir())
 PREFIX = "delethink-ipc-"

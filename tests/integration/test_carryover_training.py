@@ -1,7 +1,7 @@
 """Training with carryovers of other kinds, through the command, the engine and the trainer.
 
 The toy reasoner was never taught to sum up, so nothing is learnt here: what is shown is that what
-the model writes at a border is sampled, recorded, trained and counted like any other token.
+the model writes at a boundary is sampled, recorded, trained and counted like any other token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from delethink.config import load_recipe
-from delethink.envs.characters import CharacterTokenizer
+from delethink.engines.loading import TOY, load_tokenizer
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.rollout import retrace
-from delethink.serving.checkpoint import TOY, load_tokenizer
-from delethink.traces import read_traces
+from delethink.trace_io import read_traces
 from delethink.types import ChunkRole, StopReason
 
 pytestmark = pytest.mark.integration
@@ -40,7 +40,7 @@ SMALL = [
 ]
 ARGS = r'{instruction: "\n", before: ":", after: "\n"}'
 SUMMARY = f"thinking.carryover={{name: summary, args: {ARGS}}}"
-OVERRIDES = [*SMALL, SUMMARY, "thinking.border={name: line_break, args: {within: 4}}"]
+OVERRIDES = [*SMALL, SUMMARY, "thinking.boundary={name: line_break, args: {within: 4}}"]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_what_is_written_at_a_border_is_sampled_and_trained(run: Path) -> None:
+def test_what_is_written_at_a_boundary_is_sampled_and_trained(run: Path) -> None:
     (metrics,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert metrics["trained_tokens"] == metrics["sampled_tokens"] > 0
     assert metrics["logprob_difference_max"] < 1e-3, "each chunk is trained under its own prompt"
     traces = [record.trace for record in read_traces(run / "traces" / "step_000001.jsonl")]
     written = [c for t in traces for c in t.chunks if c.role is ChunkRole.CARRYOVER]
-    assert written, "no trace came to a border"
+    assert written, "no trace came to a boundary"
     assert sum(trace.length for trace in traces) == metrics["sampled_tokens"]
     assert metrics["chunks"] == sum(len(trace.thinking) for trace in traces) / len(traces)
     for chunk in written:

@@ -158,7 +158,7 @@ def write_problems(path: Path, *rows: Any) -> str:
 def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
     import shutil
 
-    from delethink.serving.checkpoint import locate
+    from delethink.engines.loading import locate
 
     shutil.copytree(locate("toy"), tmp_path / "trained")
     file = write_problems(

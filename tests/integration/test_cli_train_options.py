@@ -12,7 +12,7 @@ import pytest
 import torch
 from train_command import assert_one_sentence, command, environment, run
 
-from delethink.serving.checkpoint import load_model
+from delethink.engines.loading import load_model
 
 pytestmark = pytest.mark.integration
 
@@ -118,7 +118,7 @@ REFUSES = """
 import sys
 from delethink.cli.main import main
 from delethink.errors import WeightSyncError
-from delethink.training import run
+from delethink.training import trainer as run
 
 
 class Refuses:
@@ -158,7 +158,7 @@ def test_an_engine_that_takes_no_weights_is_known_before_anything_is_sampled(
 
 
 def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
-    """At most one update old when begun; new weights enter at borders; the loss corrects."""
+    """At most one update old when begun; new weights enter at boundaries; the loss corrects."""
     done = run(
         "output=run",
         "engine=vllm",

@@ -12,8 +12,8 @@ from trl import GRPOConfig
 
 from delethink import ChunkSpec, StopReason, start
 from delethink.cost.memory import training_bytes
-from delethink.cost.model_config import model_shape
-from delethink.serving.checkpoint import load_model, load_tokenizer
+from delethink.cost.models import model_shape
+from delethink.engines.loading import load_model, load_tokenizer
 from delethink.training.grpo import DelethinkTrainer, Filled, Objective
 from delethink.types import Chunk, Trace, TraceStop
 

@@ -12,11 +12,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from delethink.cost.chunks import LONGCOT, cut_traces
-from delethink.cost.flops import Accounting, decode_flops, forward_flops
-from delethink.cost.model_config import model_shape
+from delethink.cost.flops import (
+    LONGCOT,
+    Accounting,
+    cut_traces,
+    decode_flops,
+    forward_flops,
+    training_flops,
+)
+from delethink.cost.models import model_shape
 from delethink.cost.shape import ModelShape
-from delethink.cost.work import training_flops
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,7 @@ import pytest
 from installed import need
 
 from delethink.cost.memory import cache_bytes
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 
 pytestmark = pytest.mark.integration
 need("vllm", "torch")

@@ -14,9 +14,9 @@ import pytest
 
 from delethink.cli.main import main
 from delethink.config import load_recipe
-from delethink.training import checks
-from delethink.training.checks import Check, check_recipe
-from delethink.training.machine import Memory, process_memory, size_of
+from delethink.training import preflight as checks
+from delethink.training.preflight import Check, check_recipe
+from delethink.training.system import Memory, process_memory, size_of
 
 pytestmark = pytest.mark.integration
 

@@ -17,10 +17,10 @@ import psutil
 import pytest
 from installed import need
 
-from delethink import ChunkSpec, Sampling, TraceStop, play_traces
+from delethink import ChunkSpec, Sampling, TraceStop, run_rollouts
 from delethink.cli.main import main
-from delethink.query import query_ids
-from delethink.serving.checkpoint import eos_ids, load_model, load_tokenizer, locate
+from delethink.engines.loading import eos_ids, load_model, load_tokenizer, locate
+from delethink.tokenization import query_ids
 
 pytestmark = pytest.mark.integration
 
@@ -114,10 +114,10 @@ def test_an_evaluation_over_http(
 
 @pytest.mark.parametrize("dialect", ["ids", "text"])
 def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialect: str) -> None:
-    """Greedy, over borders: the same tokens as ``transformers``, with ids or text."""
+    """Greedy, over boundaries: the same tokens as ``transformers``, with ids or text."""
+    from delethink.engines.openai import OpenAIServer
+    from delethink.engines.transformers import TransformersEngine
     from delethink.envs.automaton import AutomatonTask
-    from delethink.serving.openai_server import OpenAIServer
-    from delethink.serving.transformers_engine import TransformersEngine
 
     tokenizer, model = load_tokenizer("toy"), load_model("toy", "float32")
     ends, spec = eos_ids(model, tokenizer), ChunkSpec(60, 30, 6, 0)
@@ -131,12 +131,12 @@ def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialec
     async def over_http() -> list[tuple[int, ...]]:
         if dialect == "text":
             served._dialect = "text"
-        traces = await play_traces(served, spec, queries, samplings)
+        traces = await run_rollouts(served, spec, queries, samplings)
         await served.disconnect()
         assert all(trace.stop is TraceStop.COMPLETED for trace in traces), traces[0].error
         assert max(len(trace.chunks) for trace in traces) > 1
         return [trace.output_ids for trace in traces]
 
-    expected = [t.output_ids for t in asyncio.run(play_traces(own, spec, queries, samplings))]
+    expected = [t.output_ids for t in asyncio.run(run_rollouts(own, spec, queries, samplings))]
     assert asyncio.run(over_http()) == expected
     assert served.dialect == dialect

@@ -13,8 +13,8 @@ from delethink.config import RewardConfig, ScoringConfig
 from delethink.envs.gym import GymTask
 from delethink.errors import ConfigError
 from delethink.registry import make_task, names
-from delethink.rewards.pool import PoolSettings, VerifierPool
 from delethink.rewards.reasoning_gym import gym_score
+from delethink.scoring.pool import VerifierPool, VerifierSettings
 from delethink.tasks import Task, demonstrations_of, rewards_of, size_of
 from delethink.training.preflight import make_scorer
 from delethink.types import Attempt, Problem, TraceStop
@@ -88,7 +88,7 @@ def check(name: str, pool: VerifierPool) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
-    with VerifierPool(PoolSettings(num_workers=1, timeout=60.0)) as pool:
+    with VerifierPool(VerifierSettings(num_workers=1, timeout=60.0)) as pool:
         yield pool
 
 

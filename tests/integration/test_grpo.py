@@ -27,9 +27,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from trl import GRPOConfig
 
 from delethink.errors import ConfigError, RolloutError
-from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
-from delethink.training.served_weights import served_weights
-from delethink.training.trl_trainer import GRPOTrainer
+from delethink.training.grpo import DelethinkTrainer, Filled, GRPOTrainer, Objective, Sampled
+from delethink.training.weights import served_weights
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -243,7 +242,7 @@ def test_loss_and_gradient_are_the_formulas(
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_eos_on_a_border(tmp_path: Path, tokenizer: Any) -> None:
+def test_eos_on_a_boundary(tmp_path: Path, tokenizer: Any) -> None:
     """As the last token of a full chunk, and as the only token of a chunk."""
     traces, rewards = random_batch(4, UNEQUAL)
     full = Chunk((5, 6, 7), (3, 4, 9, 2, 8, 7, 1), (-1.0,) * 7, StopReason.EOS)

@@ -14,8 +14,7 @@ from tiny_models import make_qwen2
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from delethink.training.grpo import DelethinkTrainer, Filled, Objective, Sampled
-from delethink.training.guard import Guarded, NonFinite
+from delethink.training.grpo import DelethinkTrainer, Filled, Guarded, NonFinite, Objective, Sampled
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration

@@ -33,37 +33,37 @@ MUTATIONS = {
         "head, window = window[:0], window[self.head_size :]",
     ),
     "later chunks are as long as the first": (
-        "delethink/rule.py",
+        "delethink/chunking.py",
         "room = self.spec.context_size - min(inside, self.spec.carryover_size)",
         "room = self.spec.context_size",
     ),
     "carried tokens are no material for the next carryover": (
-        "delethink/rule.py",
+        "delethink/chunking.py",
         "window = self.tail + output_ids",
         "window = output_ids",
     ),
-    "an abort is a border": (
-        "delethink/rule.py",
+    "an abort is a boundary": (
+        "delethink/chunking.py",
         "if stop is not StopReason.LENGTH:",
         "if stop is StopReason.EOS:",
     ),
     "one chunk more than max_chunks": (
-        "delethink/rule.py",
+        "delethink/chunking.py",
         "num_chunks == self.spec.max_chunks or",
         "num_chunks > self.spec.max_chunks or",
     ),
     "the bound of a policy is not checked": (
-        "delethink/rule.py",
+        "delethink/chunking.py",
         "if most is not None and found > most:",
         "if most is None and found > 10**9:",
     ),
     "a written carryover is not counted as sampled": (
-        "delethink/rule.py",
+        "delethink/chunking.py",
         '"num_written": self.num_written + count,',
         '"num_written": self.num_written,',
     ),
-    "a border by predicate is not cut at": (
-        "delethink/rule.py",
+    "a boundary by predicate is not cut at": (
+        "delethink/chunking.py",
         "return output_ids[:count], StopReason.LENGTH",
         "return output_ids, stop",
     ),

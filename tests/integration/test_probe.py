@@ -11,9 +11,9 @@ import torch
 from delethink import ChunkSpec, Problem, StopReason
 from delethink.carryover import Full
 from delethink.cli.main import main
+from delethink.engines.loading import load_model
 from delethink.evaluation.probe import Probe
-from delethink.serving.checkpoint import load_model
-from delethink.traces import TraceRecord, write_traces
+from delethink.trace_io import TraceRecord, write_traces
 from delethink.types import Chunk, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -39,8 +39,8 @@ def plain(probe: Probe, context: tuple[int, ...], output: tuple[int, ...]) -> to
 
 def test_gap_and_divergence_are_those_of_plain_forward_passes(probe: Probe) -> None:
     spec, other = ChunkSpec(12, 6, 10**6, 2), trace_of(OUTPUT[::-1])
-    borders = list(probe.borders([trace_of(OUTPUT), other], [spec], spec))
-    mine = [b for b in borders if b.trace == 0]
+    boundaries = list(probe.boundaries([trace_of(OUTPUT), other], [spec], spec))
+    mine = [b for b in boundaries if b.trace == 0]
     assert [(b.chunk, b.condition) for b in mine] == [
         (chunk, condition) for chunk in (1, 2, 3) for condition in ("carried", "none", "other")
     ]
@@ -50,28 +50,28 @@ def test_gap_and_divergence_are_those_of_plain_forward_passes(probe: Probe) -> N
     borrowed = OUTPUT[::-1][:2] + OUTPUT[::-1][8:12]
     history = plain(probe, QUERY + OUTPUT[:begin], output)
     chosen = torch.tensor(output)[:, None]
-    for border, context in zip(mine[3:6], (carried, (), borrowed), strict=True):
+    for boundary, context in zip(mine[3:6], (carried, (), borrowed), strict=True):
         seen = plain(probe, QUERY + context, output)
         gap = (history - seen).gather(1, chosen)[:, 0]
-        assert torch.tensor(border.gap) == pytest.approx(gap.double(), abs=1e-4)
+        assert torch.tensor(boundary.gap) == pytest.approx(gap.double(), abs=1e-4)
         divergence = (history.exp() * (history - seen)).sum(-1)
-        assert torch.tensor(border.divergence) == pytest.approx(divergence.double(), abs=1e-4)
+        assert torch.tensor(boundary.divergence) == pytest.approx(divergence.double(), abs=1e-4)
 
 
 def test_nothing_is_lost_where_everything_is_carried(probe: Probe) -> None:
     spec = ChunkSpec(12, 6, 10**6, carryover=Full())
-    borders = list(probe.borders([trace_of(OUTPUT)], [spec], ChunkSpec(12, 6, 10**6, 0)))
-    assert len(borders) == 3
-    for border in borders:
-        assert border.gap == pytest.approx(0, abs=1e-4)
-        assert border.divergence == pytest.approx(0, abs=1e-6)
+    boundaries = list(probe.boundaries([trace_of(OUTPUT)], [spec], ChunkSpec(12, 6, 10**6, 0)))
+    assert len(boundaries) == 3
+    for boundary in boundaries:
+        assert boundary.gap == pytest.approx(0, abs=1e-4)
+        assert boundary.divergence == pytest.approx(0, abs=1e-6)
 
 
 def test_traces_that_fit_in_one_context_or_in_none_are_left_out(probe: Probe) -> None:
     spec = ChunkSpec(12, 6, 10**6, 0)
-    assert not list(probe.borders([trace_of(OUTPUT[:9])], [spec], spec))
+    assert not list(probe.boundaries([trace_of(OUTPUT[:9])], [spec], spec))
     assert not probe.fits(trace_of(OUTPUT * 40))
-    assert not list(probe.borders([trace_of(OUTPUT * 40)], [spec], spec))
+    assert not list(probe.boundaries([trace_of(OUTPUT * 40)], [spec], spec))
 
 
 def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,16 +16,16 @@ import pytest
 from installed import need
 from processes import alive, assert_gone, engine_of, started, wait_until
 
+from delethink.chunking import ChunkSpec
 from delethink.policy import Completion, Sampling
-from delethink.rollout import derive_seed, play_traces, retrace
-from delethink.rule import ChunkSpec
+from delethink.rollout import derive_seed, retrace, run_rollouts
 from delethink.types import TokenIds, Trace
 
 need("ray", "vllm", "torch")
 
-from delethink.serving.pool_settings import PoolSettings  # noqa: E402
-from delethink.serving.pool_worker import PoolWorker  # noqa: E402
-from delethink.serving.ray_pool import RayPool  # noqa: E402
+from delethink.engines.pool_settings import PoolSettings  # noqa: E402
+from delethink.engines.pool_worker import PoolWorker  # noqa: E402
+from delethink.engines.ray import RayPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -64,7 +64,7 @@ class Chaos:
         completion = await self.pool.generate(prompt_ids, max_new_tokens, sampling)
         self.chunks += 1
         if self.to_come and self.chunks % CHUNKS_BETWEEN_EVENTS == 0:
-            # Every second one strikes at a border, the others while chunks are under way.
+            # Every second one strikes at a boundary, the others while chunks are under way.
             delay = self.rng.uniform(0.01, 0.2) * (self.chunks % 2)
             self.tasks.append(asyncio.create_task(self.strike(delay)))
         return completion
@@ -96,7 +96,7 @@ def play_step(policy: RayPool | Chaos, step: int, longest: int) -> list[Trace]:
     samplings = [Sampling(seed=derive_seed(SEED, step, i)) for i in range(len(QUERIES))]
 
     async def play() -> list[Trace]:
-        traces = await play_traces(policy, SPEC, QUERIES, samplings, longest)
+        traces = await run_rollouts(policy, SPEC, QUERIES, samplings, longest)
         if isinstance(policy, Chaos):
             await asyncio.gather(*policy.tasks)
             policy.tasks.clear()

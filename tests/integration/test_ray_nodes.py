@@ -12,10 +12,10 @@ import pytest
 from installed import need
 from processes import assert_gone, started, wait_until
 
+from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError
 from delethink.policy import Sampling
-from delethink.rollout import play_traces
-from delethink.rule import ChunkSpec
+from delethink.rollout import run_rollouts
 from delethink.types import Trace
 
 ray = pytest.importorskip("ray")
@@ -24,8 +24,8 @@ need("vllm", "torch")
 from ray._private import ray_constants  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from delethink.serving.pool_settings import PoolSettings  # noqa: E402
-from delethink.serving.ray_pool import RayPool  # noqa: E402
+from delethink.engines.pool_settings import PoolSettings  # noqa: E402
+from delethink.engines.ray import RayPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -69,7 +69,7 @@ def raylet_of(node: Any) -> int:
 def play(pool: RayPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
     samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
     return asyncio.run(
-        play_traces(pool, SPEC, QUERIES, samplings, pool.max_model_tokens, on_end=on_end)
+        run_rollouts(pool, SPEC, QUERIES, samplings, pool.max_model_tokens, on_end=on_end)
     )
 
 

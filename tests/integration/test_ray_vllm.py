@@ -19,18 +19,18 @@ import pytest
 from installed import need
 from processes import assert_gone, started, wait_until
 
+from delethink.chunking import ChunkSpec, start
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
-from delethink.rollout import play_traces
-from delethink.rule import ChunkSpec, start
+from delethink.rollout import run_rollouts
 from delethink.types import StopReason, TokenIds
 
 ray = pytest.importorskip("ray")
 need("vllm")
 torch = pytest.importorskip("torch")
 
-from delethink.serving.ray_pool import RayPool  # noqa: E402
-from delethink.serving.weight_check import Pair, Sent, pair_weights, runs  # noqa: E402
+from delethink.engines.ray import RayPool  # noqa: E402
+from delethink.engines.weight_check import Pair, Sent, pair_weights, runs  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -223,7 +223,7 @@ def test_traces_follow_the_chunk_rule(pool: RayPool) -> None:
     spec = ChunkSpec(context_size=24, carryover_size=12, max_chunks=4, head_size=3)
     queries = PROMPTS * 4
     samplings = [Sampling(seed=i) for i in range(len(queries))]
-    traces = asyncio.run(play_traces(pool, spec, queries, samplings, pool.max_model_tokens))
+    traces = asyncio.run(run_rollouts(pool, spec, queries, samplings, pool.max_model_tokens))
     assert max(len(trace.chunks) for trace in traces) > 2
     assert len({chunk.policy_version for trace in traces for chunk in trace.chunks}) == 1
     for query, trace in zip(queries, traces, strict=True):

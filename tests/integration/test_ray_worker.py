@@ -16,17 +16,17 @@ import psutil
 import pytest
 from processes import assert_gone, started
 
+from delethink.chunking import ChunkSpec
 from delethink.policy import Sampling
-from delethink.rollout import play_traces
-from delethink.rule import ChunkSpec
+from delethink.rollout import run_rollouts
 from delethink.types import Trace, TraceStop
 
 ray = pytest.importorskip("ray")
 
-from delethink.serving import ray_worker  # noqa: E402
-from delethink.serving.channel import Channel  # noqa: E402
-from delethink.serving.ray_calls import connect  # noqa: E402
-from delethink.serving.ray_pool import RayPool  # noqa: E402
+from delethink.engines import ray_worker  # noqa: E402
+from delethink.engines.channel import Channel  # noqa: E402
+from delethink.engines.cluster import connect  # noqa: E402
+from delethink.engines.ray import RayPool  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -88,7 +88,7 @@ def unbound(patch: pytest.MonkeyPatch) -> None:
 
 def play(pool: RayPool) -> list[Trace]:
     queries = [(5, 9, 2 + i) for i in range(TRACES)]
-    return asyncio.run(play_traces(pool, SPEC, queries, [Sampling()] * TRACES))
+    return asyncio.run(run_rollouts(pool, SPEC, queries, [Sampling()] * TRACES))
 
 
 def assert_played(traces: list[Trace]) -> None:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delethink.carryover import StateBlock, Summary
+from delethink.chunking import ChunkSpec, start
+from delethink.engines.loading import TOY, load_tokenizer
 from delethink.envs.thinking import ThinkingEnv
 from delethink.envs.token_thinking import TokenThinkingEnv
-from delethink.query import encode, retokenized_at
-from delethink.rule import ChunkSpec, start
-from delethink.serving.checkpoint import TOY, load_tokenizer
-from delethink.testing import check_border, check_carryover, check_thinking_env
+from delethink.testing import check_boundary, check_carryover, check_thinking_env
+from delethink.tokenization import encode, retokenized_at
 from delethink.types import Problem, StopReason
 
 pytestmark = pytest.mark.integration
@@ -68,7 +68,7 @@ def test_they_think_as_the_rule_says(tokenizer: Any, interface: str, carryover: 
         carryover_size=24,
         max_chunks=3,
         carryover=carryover,
-        border={"name": "line_break", "args": {"within": 8}},
+        boundary={"name": "line_break", "args": {"within": 8}},
     )
     check_thinking_env(env, episodes=4)
     with warnings.catch_warnings():
@@ -89,9 +89,9 @@ def test_the_shipped_toy_acts_in_the_default_environment() -> None:
 def test_policies_that_read_text_keep_their_promises(tokenizer: Any) -> None:
     check_carryover(StateBlock(), tokenizer=tokenizer)
     check_carryover(Summary("\nSum up: ", "So far: "), sizes=(16, 64), tokenizer=tokenizer)
-    from delethink.border import LineBreak
+    from delethink.carryover import LineBreak
 
-    check_border(LineBreak(), tokenizer, ["a\n", "\n\n", "b"])
+    check_boundary(LineBreak(), tokenizer, ["a\n", "\n\n", "b"])
 
 
 @settings(max_examples=50, deadline=None, database=None)

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from delethink.errors import ConfigError
-from delethink.rewards import lockdown
 from delethink.rewards.code import passes_tests
-from delethink.rewards.sandbox import Limits, Ran, run_python
+from delethink.scoring import lockdown
+from delethink.scoring.sandbox import Limits, Ran, run_python
 
 pytestmark = pytest.mark.integration
 if lockdown.missing():
@@ -167,7 +167,7 @@ def test_a_stronger_sandbox_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_box.py").write_text(
-        "from delethink.rewards.sandbox import Ran\n"
+        "from delethink.scoring.sandbox import Ran\n"
         "def run(code, stdin, limits): return Ran('ended', 0, '3', '')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,8 +1,8 @@
-"""An ordinary agent of a well-known library learns to think across borders, unmodified.
+"""An ordinary agent of a well-known library learns to think across boundaries, unmodified.
 
 The problem is a number, the answer the countdown from below it. A context holds three tokens of
-thinking and one is carried, so the agent must learn to go on from a single token wherever a border
-falls; without a carryover the last problems cannot be solved by anybody.
+thinking and one is carried, so the agent must learn to go on from a single token wherever a
+boundary falls; without a carryover the last problems cannot be solved by anybody.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gymnasium
 import pytest
 
 import delethink.envs  # noqa: F401 - registers the ids
-from delethink.envs.characters import CharacterTokenizer
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.types import Problem
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from delethink.chunking import ChunkSpec
+from delethink.engines.loading import TOY, eos_ids, load_model, load_tokenizer, locate
+from delethink.engines.transformers import TransformersEngine
 from delethink.envs.automaton import AutomatonTask, solution_lines
-from delethink.evaluation.evaluate import Evaluator
-from delethink.query import query_ids, reward_text
-from delethink.rewards.combine import Scorer
+from delethink.evaluation.heldout import Evaluator
 from delethink.rewards.exact import exact_match
-from delethink.rewards.reward import Reward
-from delethink.rule import ChunkSpec
-from delethink.serving.checkpoint import TOY, eos_ids, load_model, load_tokenizer, locate
-from delethink.serving.transformers_engine import TransformersEngine
+from delethink.scoring.reward import Reward
+from delethink.scoring.scorer import Scorer
+from delethink.tokenization import query_ids, reward_text
 
 pytestmark = pytest.mark.integration
 

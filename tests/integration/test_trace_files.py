@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from delethink.carryover import Summary
-from delethink.envs.characters import CharacterTokenizer
+from delethink.chunking import ChunkSpec
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.envs.thinking import ThinkingEnv
 from delethink.errors import TraceFileError
 from delethink.policy import Completion, Sampling, ScriptedPolicy
-from delethink.rollout import play_trace, replay_trace
-from delethink.rule import ChunkSpec
-from delethink.traces import TraceRecord, from_dataset, read_traces, to_dataset, write_traces
+from delethink.rollout import replay_trace, run_rollout
+from delethink.trace_io import TraceRecord, from_dataset, read_traces, to_dataset, write_traces
 from delethink.types import Problem, StopReason, Trace
 
 pytestmark = pytest.mark.integration
@@ -28,7 +28,7 @@ PROBLEM = Problem("01:00000", "11111", {"steps": 1, "nested": {"a": [1, None, 2.
 
 def played(*said: Any) -> Trace:
     query = tuple(TOKENIZER(PROBLEM.prompt)["input_ids"])
-    return asyncio.run(play_trace(ScriptedPolicy(said), SPEC.bind(TOKENIZER), query, Sampling()))
+    return asyncio.run(run_rollout(ScriptedPolicy(said), SPEC.bind(TOKENIZER), query, Sampling()))
 
 
 def records() -> list[TraceRecord]:

@@ -11,11 +11,11 @@ import torch
 from tiny_models import EOS, make_qwen2
 from transformers import PreTrainedModel
 
+from delethink.chunking import ChunkSpec
+from delethink.engines.transformers import TransformersEngine
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
-from delethink.rollout import play_traces
-from delethink.rule import ChunkSpec
-from delethink.serving.transformers_engine import TransformersEngine
+from delethink.rollout import run_rollouts
 from delethink.types import StopReason, TokenIds
 
 pytestmark = pytest.mark.integration
@@ -118,7 +118,7 @@ def test_draws_follow_the_distribution(model: Any) -> None:
 def test_traces_follow_the_rule(model: Any) -> None:
     spec = ChunkSpec(8, 4, 5, head_size=2)
     samplings = [Sampling(1.0, seed=i) for i in range(4)]
-    traces = asyncio.run(play_traces(engine_of(model), spec, PROMPTS, samplings, 128))
+    traces = asyncio.run(run_rollouts(engine_of(model), spec, PROMPTS, samplings, 128))
     assert any(len(trace.chunks) > 2 for trace in traces)
     for query, trace in zip(PROMPTS, traces, strict=True):
         said = trace.output_ids
@@ -168,7 +168,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any) -> None:
 def test_a_broken_model_fails_the_requests_and_not_the_loop(model: Any) -> None:
     engine = engine_of(model)
     traces = asyncio.run(
-        play_traces(engine, ChunkSpec(8, 4, 2, 0), [(99,), (98,)], [Sampling()] * 2)
+        run_rollouts(engine, ChunkSpec(8, 4, 2, 0), [(99,), (98,)], [Sampling()] * 2)
     )
     assert all("IndexError" in (trace.error or "") for trace in traces)
 

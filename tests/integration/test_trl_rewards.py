@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 from trl import GRPOConfig
 
+from delethink.engines.loading import TOY, load_model, load_tokenizer
 from delethink.errors import ConfigError
+from delethink.integrations.trl import for_trl
 from delethink.rewards.exact import exact_match
 from delethink.rewards.length import cosine, overlong
 from delethink.rewards.math import math_equal
-from delethink.rewards.trl import for_trl
-from delethink.serving.checkpoint import TOY, load_model, load_tokenizer
-from delethink.training.trl_trainer import GRPOTrainer
+from delethink.training.grpo import GRPOTrainer
 
 pytest.importorskip("math_verify")
 pytestmark = pytest.mark.integration

@@ -34,12 +34,13 @@ torch = pytest.importorskip("torch")
 
 import transfer_without_gpu  # noqa: E402
 
-from delethink.serving import ray_pool, ray_worker  # noqa: E402
-from delethink.serving.exchange import WorkerState  # noqa: E402
-from delethink.serving.pool_settings import PoolSettings, WeightTransfer  # noqa: E402
-from delethink.serving.ray_pool import RayPool  # noqa: E402
-from delethink.serving.vllm_worker import WorkerConfig  # noqa: E402
-from delethink.serving.worker_pool import WorkerPool  # noqa: E402
+from delethink.engines import ray as ray_pool  # noqa: E402
+from delethink.engines import ray_worker  # noqa: E402
+from delethink.engines.exchange import WorkerState  # noqa: E402
+from delethink.engines.pool import WorkerPool  # noqa: E402
+from delethink.engines.pool_settings import PoolSettings, WeightTransfer  # noqa: E402
+from delethink.engines.ray import RayPool  # noqa: E402
+from delethink.engines.vllm import WorkerConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -157,7 +158,7 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
 
 STARTS_AN_ENGINE = """
 import asyncio, sys
-from delethink.serving.vllm_worker import VllmWorker, WorkerConfig
+from delethink.engines.vllm import VllmWorker, WorkerConfig
 
 async def main():
     config = WorkerConfig(

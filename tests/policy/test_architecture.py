@@ -15,49 +15,46 @@ PACKAGE = Path(__file__).parents[2] / "delethink"
 HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 
 NOUNS = {"errors", "types"}
-RULE = NOUNS | {"tokens", "carryover", "border", "rule"}
-PLAY = RULE | {"policy", "rollout", "query"}
+CHUNKS = NOUNS | {"tokens", "carryover", "chunking"}
+ROLLOUT = CHUNKS | {"policy", "rollout", "tokenization"}
 SETTINGS = {"config", "registry"}
-SCORE = {"tasks", "scoring"}
+SCORING = {"tasks", "scoring"}
 
-# Each room and the rooms that it may import, itself aside. envs and rewards appear on the right of
-# no other room: the library reaches them by registered name.
+# Each package or module and what it may import, itself aside. envs and rewards appear on the right
+# of no other row: the library reaches them by registered name.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
-    "garbage": set(),
     "tokens": NOUNS,
-    "carryover": NOUNS | {"query", "tokens"},  # some policies read text
-    "border": NOUNS | {"query"},
-    "rule": NOUNS | {"query", "tokens", "carryover", "border"},
+    "tokenization": NOUNS | {"tokens"},
+    "carryover": NOUNS | {"tokenization", "tokens"},  # some policies read text
+    "chunking": NOUNS | {"tokenization", "tokens", "carryover"},
     "policy": NOUNS | {"tokens"},
-    "query": NOUNS | {"tokens"},
+    "rollout": CHUNKS | {"policy"},
     "output": NOUNS,
     "tasks": NOUNS,
-    "scoring": PLAY | {"registry"},
-    "rewards": NOUNS,
     "registry": NOUNS,
-    "cost": RULE,
-    "config": RULE | {"registry"},
-    "envs": RULE | {"policy", "query", "registry", "rollout", "tasks", "traces"},
-    "traces": PLAY,
-    "testing": PLAY,
-    "rollout": RULE | {"policy"},
+    "trace_io": ROLLOUT,
+    "testing": ROLLOUT,
+    "scoring": ROLLOUT | {"registry"},
+    "rewards": NOUNS | {"scoring"},
+    "envs": ROLLOUT | {"registry", "scoring", "tasks", "trace_io"},
+    "config": CHUNKS | {"registry"},
+    "cost": CHUNKS,
+    "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
-    "serving": RULE | {"garbage", "policy", "query", "rollout"},
-    "evaluation": PLAY | SETTINGS | SCORE | {"cost", "evaluation.metrics", "serving"},
-    "training": PLAY
+    "evaluation": ROLLOUT | SETTINGS | SCORING | {"cost", "engines", "evaluation.metrics"},
+    "training": ROLLOUT
     | SETTINGS
-    | SCORE
-    | {"cost", "evaluation", "evaluation.metrics", "output", "serving", "traces"},  # it measures
-    "report": PLAY | SETTINGS | {"cost", "evaluation.metrics"},
-    "": PLAY,  # the public names, in delethink/__init__.py
+    | SCORING
+    | {"cost", "engines", "evaluation", "evaluation.metrics", "output", "trace_io"},
+    "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
+    "": ROLLOUT,  # the public names, in delethink/__init__.py
 }
-ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards"}  # the one that may know all of the library
+ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards", "integrations"}
 
-# Rooms that load without any extra, because tests, environments and laptops use them alone.
-CORE = {"", *RULE, "policy", "rollout", "query", "registry", "cost", "traces", "testing"}
-CORE |= {"garbage", "tasks", "scoring", "output"}
+# Load without any extra, because tests, environments and laptops use them alone.
+CORE = {"", *ROLLOUT, "registry", "cost", "trace_io", "testing", "tasks", "scoring", "output"}
 CORE |= {"envs", "rewards", "evaluation.metrics"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(

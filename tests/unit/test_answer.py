@@ -1,6 +1,6 @@
 r"""Where the final answer of a trace is: wherever it lies, and never in the query.
 
-The cases of a chunk border are played: by a policy that says a text, and by the environment.
+The cases of a chunk boundary are played: by a policy that says a text, and by the environment.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from delethink.chunking import ChunkSpec
 from delethink.envs.thinking import ThinkingEnv
 from delethink.policy import Sampling, ScriptedPolicy
-from delethink.query import query_ids
-from delethink.rewards.answer import extract_answer, last_box
 from delethink.rewards.exact import normalized_match
-from delethink.rollout import play_trace, replay_trace
-from delethink.rule import ChunkSpec
-from delethink.scoring import attempt_at
+from delethink.rollout import replay_trace, run_rollout
+from delethink.scoring.answer import extract_answer, last_box
+from delethink.scoring.rollouts import attempt_at
+from delethink.tokenization import query_ids
 from delethink.types import Problem, Trace
 
 EOS = 1
@@ -56,7 +56,7 @@ def play(text: str, spec: ChunkSpec, problem: Problem) -> Trace:
         return tuple(said)
 
     policy = ScriptedPolicy(speak)
-    return asyncio.run(play_trace(policy, spec, query_ids(TOKENIZER, problem), Sampling()))
+    return asyncio.run(run_rollout(policy, spec, query_ids(TOKENIZER, problem), Sampling()))
 
 
 def rewarded(text: str, spec: ChunkSpec, answer: str = "42", prompt: str = "6 x 7?") -> float:
@@ -75,29 +75,29 @@ SIZES = range(12, len(TEXT) + 2)
 
 
 @pytest.mark.parametrize("context", SIZES)
-def test_a_border_at_any_place_hides_nothing(context: int) -> None:
-    """Over all context sizes, borders fall on every token of the mark and of the box."""
+def test_a_boundary_at_any_place_hides_nothing(context: int) -> None:
+    """Over all context sizes, boundaries fall on every token of the mark and of the box."""
     assert rewarded(TEXT, ChunkSpec(context, 5, 40, 0)) == 1.0
     assert rewarded(TEXT, ChunkSpec(context, 5, 40, 3)) == 1.0
     assert rewarded(TEXT.replace("42", "43"), ChunkSpec(context, 5, 40, 0)) == 0.0
 
 
-def borders(text: str, spec: ChunkSpec) -> list[str]:
+def boundaries(text: str, spec: ChunkSpec) -> list[str]:
     trace = play(text, spec, Problem("q", "42"))
     return [TOKENIZER.decode(chunk.output_ids) for chunk in trace.chunks]
 
 
-def test_the_box_may_be_split_over_a_border() -> None:
+def test_the_box_may_be_split_over_a_boundary() -> None:
     text = "0123456789</think>\\boxed{42}"
     spec = ChunkSpec(22, 4, 5, 0)
-    assert borders(text, spec) == ["0123456789</think>\\box", "ed{42}"]
+    assert boundaries(text, spec) == ["0123456789</think>\\box", "ed{42}"]
     assert rewarded(text, spec) == 1.0
 
 
-def test_the_end_of_thinking_may_be_split_over_a_border() -> None:
+def test_the_end_of_thinking_may_be_split_over_a_boundary() -> None:
     text = "0123456789</think>\\boxed{42}"
     spec = ChunkSpec(14, 4, 5, 0)
-    assert borders(text, spec)[:2] == ["0123456789</th", "ink>\\boxed"]
+    assert boundaries(text, spec)[:2] == ["0123456789</th", "ink>\\boxed"]
     assert rewarded(text, spec) == 1.0
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.training.balance import balance, deal, in_order, loads
+from delethink.training.data_parallel import balance, deal, in_order, loads
 
 
 @st.composite

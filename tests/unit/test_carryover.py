@@ -1,4 +1,4 @@
-"""Carryover policies and borders: golden vectors by hand, what is promised, and what is asked.
+"""Carryover policies and boundaries: golden vectors by hand, what is promised, and what is asked.
 
 The t-th sampled token of a trace is t, so that a carryover reads as the positions it came from.
 """
@@ -12,23 +12,24 @@ from typing import Any
 import pytest
 
 from delethink import registry
-from delethink.border import Border, LineBreak
 from delethink.carryover import (
+    Boundary,
     Carryover,
     Full,
     HeadTail,
+    LineBreak,
     Nothing,
     SinkWindow,
     StateBlock,
     Summary,
     Tail,
 )
-from delethink.envs.characters import CharacterTokenizer
+from delethink.chunking import ChunkSpec, ThinkingState, start
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import CarryoverError, ConfigError, PolicyError
 from delethink.policy import Completion, Sampling, ScriptedPolicy
-from delethink.rollout import play_trace
-from delethink.rule import ChunkSpec, ThinkingState, start
-from delethink.testing import check_border, check_carryover
+from delethink.rollout import run_rollout
+from delethink.testing import check_boundary, check_carryover
 from delethink.types import ChunkRole, StopReason, TokenIds, TraceStop
 
 QUERY = (90, 91)
@@ -48,7 +49,7 @@ def text(token_ids: TokenIds) -> str:
     return TEXT.decode(token_ids)
 
 
-def borders(spec: ChunkSpec, lengths: tuple[int, ...] = ()) -> list[tuple[int, TokenIds]]:
+def boundaries(spec: ChunkSpec, lengths: tuple[int, ...] = ()) -> list[tuple[int, TokenIds]]:
     """(new tokens allowed, tokens carried) of each chunk; chunks are full, or as long as said."""
     state, seen = start(spec, QUERY), []
     while state.stop is None:
@@ -65,13 +66,13 @@ def borders(spec: ChunkSpec, lengths: tuple[int, ...] = ()) -> list[tuple[int, T
 
 def test_tail() -> None:
     spec = ChunkSpec(8, 3, 3, carryover=Tail())
-    assert borders(spec) == [(8, ()), (5, (6, 7, 8)), (5, (11, 12, 13))]
+    assert boundaries(spec) == [(8, ()), (5, (6, 7, 8)), (5, (11, 12, 13))]
 
 
 def test_head_tail_is_the_rule_as_it_was() -> None:
     named = ChunkSpec(8, 4, 4, carryover=HeadTail(head_size=2))
     assert named == ChunkSpec(8, 4, 4, head_size=2)
-    assert borders(named) == [
+    assert boundaries(named) == [
         (8, ()),
         (4, (1, 2, 7, 8)),
         (4, (1, 2, 11, 12)),
@@ -84,13 +85,13 @@ def test_head_tail_is_the_rule_as_it_was() -> None:
 
 def test_none() -> None:
     spec = ChunkSpec(3, 0, 3, carryover=Nothing())
-    assert borders(spec) == [(3, ()), (3, ()), (3, ())]
+    assert boundaries(spec) == [(3, ()), (3, ()), (3, ())]
     assert spec.max_carried == 0
 
 
 def test_full_carries_everything_and_keeps_chunks_and_budget() -> None:
     spec = ChunkSpec(6, 2, 4, carryover=Full())
-    assert borders(spec) == [(6, ()), (4, span(1, 6)), (4, span(1, 10)), (4, span(1, 14))]
+    assert boundaries(spec) == [(6, ()), (4, span(1, 6)), (4, span(1, 10)), (4, span(1, 14))]
     assert spec.max_carried is None
     assert spec.budget == ChunkSpec(6, 2, 4, head_size=0).budget == 18
     assert spec.max_thinking_context == 18
@@ -98,7 +99,7 @@ def test_full_carries_everything_and_keeps_chunks_and_budget() -> None:
 
 def test_sink_window() -> None:
     spec = ChunkSpec(8, 4, 4, carryover=SinkWindow(num_sinks=1))
-    assert borders(spec) == [
+    assert boundaries(spec) == [
         (8, ()),
         (4, (1, 6, 7, 8)),
         (4, (1, 10, 11, 12)),
@@ -106,15 +107,19 @@ def test_sink_window() -> None:
     ]
 
 
-def test_sinks_are_the_first_tokens_however_early_a_border_fell() -> None:
+def test_sinks_are_the_first_tokens_however_early_a_boundary_fell() -> None:
     sinks = ChunkSpec(8, 4, 9, carryover=SinkWindow(num_sinks=3))
     head = ChunkSpec(8, 4, 9, carryover=HeadTail(head_size=3))
-    assert [carried for _, carried in borders(sinks, (1, 1, 5))][1:4] == [
+    assert [carried for _, carried in boundaries(sinks, (1, 1, 5))][1:4] == [
         (1,),
         (1, 2),
         (1, 2, 3, 7),
     ]
-    assert [carried for _, carried in borders(head, (1, 1, 5))][1:4] == [(1,), (1, 2), (1, 5, 6, 7)]
+    assert [carried for _, carried in boundaries(head, (1, 1, 5))][1:4] == [
+        (1,),
+        (1, 2),
+        (1, 5, 6, 7),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +174,7 @@ SUMMARY = Summary(instruction="[", before="a", after=".").bind(TEXT)
 ASKING = ChunkSpec(context_size=8, carryover_size=5, max_chunks=3, carryover=SUMMARY)
 
 
-def test_a_summary_is_asked_for_at_the_border_and_carried_with_what_is_put_around_it() -> None:
+def test_a_summary_is_asked_for_at_the_boundary_and_carried_with_what_is_put_around_it() -> None:
     state = start(ASKING, QUERY)
     assert (state.max_new_tokens, state.budget_left) == (8, 14 + 2 * 3)
     state = state.advance(ids("bcdefghi"), StopReason.LENGTH)
@@ -230,7 +235,7 @@ def test_a_rollout_plays_summaries_as_chunks_of_the_trace() -> None:
         Completion((*ids("gh"), EOS), (-0.1,) * 3, StopReason.EOS, 5),
     ]
     policy = ScriptedPolicy(said)
-    trace = asyncio.run(play_trace(policy, ASKING, QUERY, Sampling(seed=1)))
+    trace = asyncio.run(run_rollout(policy, ASKING, QUERY, Sampling(seed=1)))
     assert trace.stop is TraceStop.COMPLETED
     roles = [ChunkRole.THINKING, ChunkRole.CARRYOVER, ChunkRole.THINKING]
     assert [chunk.role for chunk in trace.chunks] == roles
@@ -255,7 +260,7 @@ def test_a_summary_draws_with_a_seed_of_its_own() -> None:
             return await super().generate(prompt_ids, limit, sampling)
 
     full = Recorder(lambda prompt, limit: (2,) * limit)
-    asyncio.run(play_trace(full, ASKING, QUERY, Sampling(seed=1)))
+    asyncio.run(run_rollout(full, ASKING, QUERY, Sampling(seed=1)))
     assert len(seeds) == len(set(seeds)) == 5
 
 
@@ -304,7 +309,7 @@ def test_a_policy_that_returns_no_head_and_tail_is_an_error_that_names_it() -> N
 def test_a_broken_carryover_is_not_a_failed_trace_among_others() -> None:
     policy = ScriptedPolicy(lambda prompt, limit: (7,) * limit)
     with pytest.raises(CarryoverError, match="greedy"):
-        asyncio.run(play_trace(policy, ChunkSpec(6, 2, 3, carryover=Greedy()), QUERY, Sampling()))
+        asyncio.run(run_rollout(policy, ChunkSpec(6, 2, 3, carryover=Greedy()), QUERY, Sampling()))
 
 
 def test_a_bug_in_a_carryover_keeps_its_traceback() -> None:
@@ -314,7 +319,7 @@ def test_a_bug_in_a_carryover_keeps_its_traceback() -> None:
 
     policy = ScriptedPolicy(lambda prompt, limit: (7,) * limit)
     with pytest.raises(IndexError):
-        asyncio.run(play_trace(policy, ChunkSpec(6, 2, 3, carryover=Buggy()), QUERY, Sampling()))
+        asyncio.run(run_rollout(policy, ChunkSpec(6, 2, 3, carryover=Buggy()), QUERY, Sampling()))
 
 
 @pytest.mark.parametrize("wrong", ["tail", Tail, {"name": "tail"}, lambda head, window, m: None])
@@ -386,7 +391,7 @@ def test_anybody_names_a_policy_in_their_own_program(monkeypatch: pytest.MonkeyP
             return window[:0], window[::2][:size]
 
     made = registry.make("delethink.carryovers", "every_other")
-    assert borders(ChunkSpec(6, 2, 2, carryover=made))[1] == (4, (1, 3))
+    assert boundaries(ChunkSpec(6, 2, 2, carryover=made))[1] == (4, (1, 3))
     assert "every_other" in registry.names("delethink.carryovers")
     registry.register("delethink.carryovers", "every_other")(EveryOther)  # the same one again
     with pytest.raises(
@@ -415,15 +420,15 @@ def test_a_package_names_a_policy_by_an_entry_point(
     )
     monkeypatch.syspath_prepend(tmp_path)
     made = registry.make("delethink.carryovers", "last")
-    assert borders(ChunkSpec(6, 2, 3, carryover=made))[1] == (5, (6,))
+    assert boundaries(ChunkSpec(6, 2, 3, carryover=made))[1] == (5, (6,))
     for name in ("lost", "gone"):
         with pytest.raises(ConfigError, match=f"'{name}' stands for .*which cannot be loaded"):
             registry.make("delethink.carryovers", name)
 
 
-# -- borders that fall early -----------------------------------------------------------------------
+# -- boundaries that fall early --------------------------------------------------------------------
 
-LINES = ChunkSpec(8, 4, 3, head_size=0, border=LineBreak(within=4).bind(TEXT))
+LINES = ChunkSpec(8, 4, 3, head_size=0, boundary=LineBreak(within=4).bind(TEXT))
 
 
 @pytest.mark.parametrize(
@@ -441,7 +446,7 @@ LINES = ChunkSpec(8, 4, 3, head_size=0, border=LineBreak(within=4).bind(TEXT))
         "at their start",
         "before them",
         "the first",
-        "on the border",
+        "on the boundary",
         "short",
     ],
 )
@@ -450,30 +455,30 @@ def test_a_line_break_among_the_last_tokens_ends_a_chunk(wrote: str, kept: str) 
     assert (text(output), stop) == (kept, StopReason.LENGTH)
 
 
-def test_an_end_of_the_answer_beyond_a_border_was_never_sampled() -> None:
+def test_an_end_of_the_answer_beyond_a_boundary_was_never_sampled() -> None:
     output, stop = start(LINES, QUERY).cut((*ids("abcd\nf"), EOS), StopReason.EOS)
     assert (text(output), stop) == ("abcd\n", StopReason.LENGTH)
     output, stop = start(LINES, QUERY).cut((*ids("ab\nf"), EOS), StopReason.EOS)
     assert (text(output), stop) == ("ab\nf<eos>", StopReason.EOS)
 
 
-def test_the_rule_takes_no_chunk_that_goes_on_beyond_a_border() -> None:
-    with pytest.raises(PolicyError, match=r"beyond a border; cut\(\)"):
+def test_the_rule_takes_no_chunk_that_goes_on_beyond_a_boundary() -> None:
+    with pytest.raises(PolicyError, match=r"beyond a boundary; cut\(\)"):
         start(LINES, QUERY).advance(ids("abcde\nab"), StopReason.LENGTH)
 
 
-def test_a_rollout_ends_chunks_at_borders_with_their_own_log_probs() -> None:
+def test_a_rollout_ends_chunks_at_boundaries_with_their_own_log_probs() -> None:
     said = [
         Completion(ids("abcde\nab"), tuple(-float(i) for i in range(8)), StopReason.LENGTH),
         Completion((*ids("g"), EOS), (-1.0, -2.0), StopReason.EOS),
     ]
-    trace = asyncio.run(play_trace(ScriptedPolicy(said), LINES, QUERY, Sampling()))
+    trace = asyncio.run(run_rollout(ScriptedPolicy(said), LINES, QUERY, Sampling()))
     assert [text(chunk.output_ids) for chunk in trace.chunks] == ["abcde\n", "g<eos>"]
     assert trace.chunks[0].logprobs == tuple(-float(i) for i in range(6))
     assert text(trace.chunks[1].prompt_ids[2:]) == "cde\n"
 
 
-def test_the_last_chunk_has_no_border_so_that_no_budget_is_lost() -> None:
+def test_the_last_chunk_has_no_boundary_so_that_no_budget_is_lost() -> None:
     state = start(LINES, QUERY).advance(ids("abcd\n"), StopReason.LENGTH)
     state = state.advance(ids("ab\n"), StopReason.LENGTH)
     assert state.num_chunks == LINES.max_chunks - 1
@@ -483,23 +488,23 @@ def test_the_last_chunk_has_no_border_so_that_no_budget_is_lost() -> None:
     assert single.cut(ids("abcde\nab"), StopReason.LENGTH)[0] == ids("abcde\nab")
 
 
-def test_a_border_never_gives_a_chunk_more_than_its_room() -> None:
-    class Never(Border):
+def test_a_boundary_never_gives_a_chunk_more_than_its_room() -> None:
+    class Never(Boundary):
         within = 8
 
         def ends(self, output_ids: TokenIds, room: int) -> bool:
             return False
 
-    assert borders(ChunkSpec(8, 4, 3, head_size=0, border=Never())) == [
+    assert boundaries(ChunkSpec(8, 4, 3, head_size=0, boundary=Never())) == [
         (8, ()),
         (4, span(5, 8)),
         (4, span(9, 12)),
     ]
 
 
-def test_a_shipped_border_keeps_its_promises() -> None:
-    check_border(registry.make("delethink.borders", "line_break"), TEXT, ["ab\n", "\n", "ab"])
+def test_a_shipped_boundary_keeps_its_promises() -> None:
+    check_boundary(registry.make("delethink.boundaries", "line_break"), TEXT, ["ab\n", "\n", "ab"])
     with pytest.raises(ConfigError, match="within of at least 1"):
         LineBreak(within=0)
     with pytest.raises(ConfigError, match="line_break.*works on text"):
-        start(ChunkSpec(8, 4, 3, head_size=0, border=LineBreak()), QUERY)
+        start(ChunkSpec(8, 4, 3, head_size=0, boundary=LineBreak()), QUERY)

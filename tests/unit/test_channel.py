@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from delethink.engines import channel as channel_module
+from delethink.engines.channel import SECRET_BYTES, Channel, Listener, Take, _Frames
 from delethink.errors import PolicyError
-from delethink.serving import channel as channel_module
-from delethink.serving.channel import SECRET_BYTES, Channel, Listener, Take, _Frames
 
 SECRET = b"s" * SECRET_BYTES
 HOST = "127.0.0.1"

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from delethink.errors import ConfigError, MissingExtraError
-from delethink.rewards.combine import Rules, Scorer
 from delethink.rewards.exact import exact_match
 from delethink.rewards.length import cosine, overlong
-from delethink.rewards.reward import Reward, isolated, light
+from delethink.scoring.reward import Reward, isolated, light
+from delethink.scoring.scorer import Rules, Scorer
 from delethink.types import Attempt, Problem, Score, TraceStop
 
 

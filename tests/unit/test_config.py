@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from delethink.border import LineBreak
-from delethink.carryover import SinkWindow, Tail
+from delethink.carryover import LineBreak, SinkWindow, Tail
+from delethink.chunking import ChunkSpec
 from delethink.config import Recipe, dump_recipe, load_recipe, with_rewards
 from delethink.errors import ConfigError
-from delethink.rule import ChunkSpec
 
 MINIMAL = """
 name: test
@@ -86,7 +85,10 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("thinking.carryover=tale", "unknown carryover 'tale'. Did you mean 'tail'?"),
         ("thinking.carryover={nam: tail}", "Did you mean 'name'?"),
         ("thinking.carryover={name: tail, args: {m: 3}}", "'tail' has no parameter 'm'"),
-        ("thinking.border=line_brake", "unknown border 'line_brake'. Did you mean 'line_break'?"),
+        (
+            "thinking.boundary=line_brake",
+            "unknown boundary 'line_brake'. Did you mean 'line_break'?",
+        ),
         ("thinking.carryover={name: sink_window, args: {num_sinks: 99}}", "carryover_size=48"),
         ("model.path=x", "model is a value, not a section"),
     ],
@@ -98,10 +100,13 @@ def test_mistakes_are_explained(recipe_path: Path, override: str, text: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_carryover_and_a_border_are_named_with_or_without_parameters(recipe_path: Path) -> None:
+def test_a_carryover_and_a_boundary_are_named_with_or_without_parameters(recipe_path: Path) -> None:
     recipe_path.write_text(MINIMAL.replace(", head_size: 0", ""))
-    named = load_recipe(recipe_path, ["thinking.carryover=tail", "thinking.border=line_break"])
-    assert (named.thinking.spec().carryover, named.thinking.spec().border) == (Tail(), LineBreak())
+    named = load_recipe(recipe_path, ["thinking.carryover=tail", "thinking.boundary=line_break"])
+    assert (named.thinking.spec().carryover, named.thinking.spec().boundary) == (
+        Tail(),
+        LineBreak(),
+    )
     resolved = recipe_path.with_name("resolved.yaml")
     resolved.write_text(dump_recipe(named))
     assert load_recipe(resolved).thinking.spec() == named.thinking.spec()

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from delethink.border import Border
-from delethink.carryover import Carryover, Tail
+from delethink.carryover import Boundary, Carryover, Tail
 from delethink.envs.thinking import ThinkingEnv
 from delethink.envs.token_thinking import TokenThinkingEnv
 from delethink.errors import ConformanceError, DelethinkError
-from delethink.testing import check_border, check_carryover, check_thinking_env
+from delethink.testing import check_boundary, check_carryover, check_thinking_env
 from delethink.types import TokenIds
 
 SIZES: dict[str, Any] = {"context_size": 10, "carryover_size": 4, "max_chunks": 4}
@@ -72,7 +71,7 @@ class Forgetful(ThinkingEnv):
 
 
 class Deaf(ThinkingEnv):
-    """Goes on past the end of an answer, as a border."""
+    """Goes on past the end of an answer, as a boundary."""
 
     def _end(self, ids: Any) -> None:
         return None
@@ -128,7 +127,7 @@ class Outside(ThinkingEnv):
 
 
 class Stale(TokenThinkingEnv):
-    """After a border the window shows what was there before."""
+    """After a boundary the window shows what was there before."""
 
     def _open_chunk(self, state: Any) -> None:
         before = self._places.copy()
@@ -225,7 +224,7 @@ def test_a_policy_that_reads_text_needs_a_tokenizer_to_be_checked() -> None:
     check_carryover(Tail())
 
 
-class Fickle(Border):
+class Fickle(Boundary):
     within, count = 4, 0
 
     def ends(self, output_ids: TokenIds, room: int) -> bool:
@@ -233,18 +232,18 @@ class Fickle(Border):
         return self.count % 3 == 0
 
 
-class Nowhere(Border):
+class Nowhere(Boundary):
     within = 0
 
     def ends(self, output_ids: TokenIds, room: int) -> bool:
         return False
 
 
-def test_borders_that_break_a_promise_are_found() -> None:
+def test_boundaries_that_break_a_promise_are_found() -> None:
     with pytest.raises(ConformanceError, match="'Fickle' is not pure"):
-        check_border(Fickle())
+        check_boundary(Fickle())
     with pytest.raises(ConformanceError, match="within is 0"):
-        check_border(Nowhere())
+        check_boundary(Nowhere())
 
 
 def test_a_failed_check_is_an_assertion_and_one_of_ours() -> None:

@@ -12,14 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink import ChunkSpec, StopReason, start
-from delethink.border import LineBreak
-from delethink.carryover import Full, Nothing, SinkWindow, StateBlock, Tail
-from delethink.cost.chunks import CACHE_BLOCK, LONGCOT, Cut, cut_traces
+from delethink.carryover import Full, LineBreak, Nothing, SinkWindow, StateBlock, Tail
 from delethink.cost.compare import crossing, flops_polynomial
-from delethink.cost.flops import Accounting, decode_flops, forward_flops, visible_pairs
+from delethink.cost.flops import (
+    CACHE_BLOCK,
+    LONGCOT,
+    Accounting,
+    Cut,
+    cut_traces,
+    decode_flops,
+    forward_flops,
+    sampling_flops,
+    training_flops,
+    visible_pairs,
+)
 from delethink.cost.memory import cache_bytes, longest_context, longest_thinking
 from delethink.cost.shape import FeedForward, Layer, ModelShape, delta_attention, softmax_attention
-from delethink.cost.work import sampling_flops, training_flops
 from delethink.errors import ConfigError
 
 FULL = softmax_attention(8, 2, 1, 4)
@@ -86,7 +94,7 @@ def test_chunks_are_those_of_the_rule(spec: ChunkSpec, query: int, thinking: int
     [
         ({"carryover": Full()}, "full"),
         ({"carryover": StateBlock()}, "state_block"),
-        ({"border": LineBreak(4)}, "line_break"),
+        ({"boundary": LineBreak(4)}, "line_break"),
     ],
 )
 def test_what_the_closed_form_does_not_cover_is_refused(

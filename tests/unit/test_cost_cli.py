@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from delethink.cli.main import main
-from delethink.cost.chunks import LONGCOT, Cut
-from delethink.cost.efficiency_file import read_efficiency
+from delethink.cost.calibrate import read_efficiency
 from delethink.cost.estimate import Job, Lengths, estimate
+from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Efficiency, accelerator
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 
 QWEN = "--model Qwen/Qwen2.5-1.5B"
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from delethink.cost import paper
 from delethink.cost.calibrate import Measurement, fit
-from delethink.cost.chunks import LONGCOT, Cut, cut_traces
 from delethink.cost.compare import cheapest_cuts, crossings, growth
 from delethink.cost.estimate import Job, Lengths, estimate, interval, longest_that_fits
+from delethink.cost.flops import LONGCOT, Cut, cut_traces
 from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.memory import cache_bytes, weight_bytes
-from delethink.cost.model_config import model_shape
+from delethink.cost.models import model_shape
 from delethink.cost.timing import decode_steps, moved_weight_bytes
 from delethink.errors import ConfigError, ModelError, UserError
 
@@ -29,7 +29,7 @@ CUT = Cut(8192, 4096, 0, 100)
 # -- laws -------------------------------------------------------------------------------------
 
 
-def test_up_to_the_first_border_both_are_the_same() -> None:
+def test_up_to_the_first_boundary_both_are_the_same() -> None:
     one, other = (
         estimate(DENSE, Lengths.constant(8192), cut, H100).as_dict() for cut in (LONGCOT, CUT)
     )

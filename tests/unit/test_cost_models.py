@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from delethink.cost.hardware import ACCELERATORS, accelerator
-from delethink.cost.model_config import known_models, model_shape, shape_of_config
+from delethink.cost.models import known_models, model_shape, shape_of_config
 from delethink.errors import ConfigError, ModelError
 
 # Billions of parameters as the makers state them: all, and active ones where there are fewer.

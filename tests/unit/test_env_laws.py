@@ -1,4 +1,4 @@
-"""Laws of thinking that hold for any tokenizer, sizes, carryover, border and outputs.
+"""Laws of thinking that hold for any tokenizer, sizes, carryover, boundary and outputs.
 
 The same random tokens are played through the chunk-level environment, the token-level one, the text
 interface and a rollout, and each is held against the others.
@@ -16,15 +16,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delethink.border import Border, LineBreak
-from delethink.carryover import Carryover, Full, Nothing, SinkWindow, StateBlock, Summary, Tail
+from delethink.carryover import (
+    Boundary,
+    Carryover,
+    Full,
+    LineBreak,
+    Nothing,
+    SinkWindow,
+    StateBlock,
+    Summary,
+    Tail,
+)
+from delethink.chunking import ChunkSpec
 from delethink.envs.thinking import ThinkingEnv
 from delethink.envs.token_thinking import TokenThinkingEnv
 from delethink.errors import ActionError
 from delethink.policy import Sampling, ScriptedPolicy
-from delethink.query import retokenized_at
-from delethink.rollout import cut_trace, extend_trace, play_trace, replay_trace, retrace
-from delethink.rule import ChunkSpec
+from delethink.rollout import cut_trace, extend_trace, replay_trace, retrace, run_rollout
+from delethink.tokenization import retokenized_at
 from delethink.types import ChunkRole, Problem, StopReason, Trace, TraceStop
 
 EOS = 0
@@ -77,17 +86,17 @@ tokenizers = st.lists(st.text("ab\n", min_size=2, max_size=3), unique=True, max_
 def specs(draw: st.DrawFn) -> ChunkSpec:
     context_size = draw(st.integers(1, 9))
     size = draw(st.integers(0, context_size - 1))
-    border: Border | None = draw(st.sampled_from([None, None, LineBreak(1), LineBreak(3)]))
+    boundary: Boundary | None = draw(st.sampled_from([None, None, LineBreak(1), LineBreak(3)]))
     chunks = draw(st.integers(1, 5))
     policies: list[Carryover | None] = [None, Tail(), Nothing(), Full(), StateBlock("a", "b")]
     policies += [SinkWindow(min(2, size))]
     policies += [Summary("a", "", "b")] if size >= 2 else []
     carryover = draw(st.sampled_from(policies))
     if carryover is not None:
-        return ChunkSpec(context_size, size, chunks, carryover=carryover, border=border)
+        return ChunkSpec(context_size, size, chunks, carryover=carryover, boundary=boundary)
     outside = draw(st.booleans())
     head = draw(st.integers(0, context_size if outside else size))
-    return ChunkSpec(context_size, size, chunks, head, outside, border=border)
+    return ChunkSpec(context_size, size, chunks, head, outside, boundary=boundary)
 
 
 @dataclass
@@ -128,7 +137,7 @@ def plays(draw: st.DrawFn) -> Play:
     policy = ScriptedPolicy(speak, eos_id=EOS)
     spec = spec.bind(tokenizer)
     query = tuple(tokenizer(problem.prompt)["input_ids"])
-    trace = asyncio.run(play_trace(policy, spec, query, Sampling()))
+    trace = asyncio.run(run_rollout(policy, spec, query, Sampling()))
     assert trace.error is None
     return Play(tokenizer, spec, problem, trace)
 
@@ -228,7 +237,7 @@ def test_the_environment_says_what_the_rule_says(play: Play) -> None:
 @law
 @given(plays())
 def test_token_by_token_is_chunk_by_chunk(play: Play) -> None:
-    """Chunks are full here or end at a border: a token cannot say that a chunk ends early."""
+    """Chunks are full here or end at a boundary: a token cannot say that a chunk ends early."""
     env, chunks = TokenThinkingEnv(**play.options), ThinkingEnv(**play.options)
     observation, info = env.reset(seed=0)
     prompt, facts = chunks.reset(seed=0)
@@ -324,7 +333,7 @@ def test_longcot_is_the_same_environment_with_one_chunk(play: Play) -> None:
     """Both interfaces, the carryover without a say, and one context of the whole budget."""
     budget = play.spec.context_size
     options = {**play.options, "chunk_spec": None, "context_size": budget, "max_chunks": 1}
-    sizes = {"carryover_size": 0, "carryover": play.spec.carryover, "border": None}
+    sizes = {"carryover_size": 0, "carryover": play.spec.carryover, "boundary": None}
     one = ThinkingEnv(**options, **sizes)
     longcot = ThinkingEnv(**{**play.options, "chunk_spec": ChunkSpec.longcot(budget)})
     single = TokenThinkingEnv(**{**play.options, "chunk_spec": ChunkSpec.longcot(budget)})

@@ -20,10 +20,9 @@ from delethink import (
     StopReason,
     TokenIds,
     Trace,
-    play_trace,
+    run_rollout,
 )
-from delethink.evaluation.budgets import cut, smaller, spread_chunks
-from delethink.evaluation.plan import make_settings
+from delethink.evaluation.settings import cut, make_settings, smaller, spread_chunks
 
 EOS = 1
 
@@ -50,7 +49,7 @@ class SeededPolicy(ScriptedPolicy):
 
 def play(spec: ChunkSpec, seed: int, ends: float) -> Trace:
     query = (2, 3, seed % 7 + 2)
-    return asyncio.run(play_trace(SeededPolicy(ends), spec, query, Sampling(1.0, seed)))
+    return asyncio.run(run_rollout(SeededPolicy(ends), spec, query, Sampling(1.0, seed)))
 
 
 @st.composite

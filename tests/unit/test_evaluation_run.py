@@ -18,10 +18,10 @@ import pytest
 from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 
 from delethink import Completion, ConfigError, RunDirectoryError, StopReason
-from delethink.evaluation.plan import Asked, make_settings
 from delethink.evaluation.records import ResultsDirectory
 from delethink.evaluation.results import Results
 from delethink.evaluation.run import Evaluation, check_window, evaluate
+from delethink.evaluation.settings import Asked, make_settings
 
 HERE = Path(__file__).parent
 

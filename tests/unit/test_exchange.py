@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.policy import Sampling
-from delethink.serving.exchange import (
+from delethink.engines.exchange import (
     Answer,
     EngineCounts,
     Job,
@@ -17,6 +16,7 @@ from delethink.serving.exchange import (
     encode_jobs,
     encode_report,
 )
+from delethink.policy import Sampling
 from delethink.tokens import token_array
 from delethink.types import StopReason
 

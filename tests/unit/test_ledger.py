@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.training.ledger import Ledger
+from delethink.training.batching import Ledger
 
 lengths = st.dictionaries(st.integers(0, 20), st.integers(1, 1000), max_size=8)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from delethink.training import machine
+from delethink.training import system as machine
 
 X86 = """processor\t: {i}
 vendor_id\t: AuthenticAMD

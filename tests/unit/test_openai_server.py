@@ -21,9 +21,9 @@ from delethink import (
     Sampling,
     StopReason,
     TraceStop,
-    play_trace,
+    run_rollout,
 )
-from delethink.serving.openai_server import OpenAIServer
+from delethink.engines.openai import OpenAIServer
 
 pytest.importorskip("httpx")
 
@@ -179,7 +179,7 @@ def test_what_fails_in_passing_is_tried_again_and_then_an_error_of_the_trace(bad
         assert len(served.asked) == 4
     with serving(sound, bad) as served:
         spec, sampling = ChunkSpec(10, 5, 2, 0), Sampling(1.0, 1)
-        trace = asyncio.run(play_trace(client(served), spec, (5,), sampling))
+        trace = asyncio.run(run_rollout(client(served), spec, (5,), sampling))
         assert trace.stop is TraceStop.ERROR
         assert "after 3 attempts" in str(trace.error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.training.packing import MOST_PADDING, pack, padding_share
+from delethink.training.batching import MOST_PADDING, pack, padding_share
 
 some_lengths = st.lists(st.integers(1, 300), max_size=60)
 

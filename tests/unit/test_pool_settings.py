@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from delethink.config import RolloutConfig
+from delethink.engines.factory import pool_options
+from delethink.engines.pool_settings import PoolSettings, check_resources
 from delethink.errors import ConfigError
-from delethink.serving.factory import pool_options
-from delethink.serving.pool_settings import PoolSettings, check_resources
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_machines_can_give_is_not() -> None:
 
 def test_every_setting_of_a_recipe_reaches_the_pool() -> None:
     pytest.importorskip("torch")
-    from delethink.serving.ray_pool import RayPool
+    from delethink.engines.ray import RayPool
 
     section = RolloutConfig(hang_timeout=7, max_attempts=9, sleep=True, startup_timeout=11)
     options = pool_options(section.model_dump())

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from fake_workers import FakeCluster
 
+from delethink.engines import pool_thread
+from delethink.engines.pool import WorkerPool
+from delethink.engines.pool_settings import PoolSettings
+from delethink.engines.pool_thread import PoolThread
+from delethink.engines.pool_worker import Chunk
 from delethink.errors import PolicyError
 from delethink.policy import Completion, Sampling
-from delethink.serving import pool_thread
-from delethink.serving.pool_settings import PoolSettings
-from delethink.serving.pool_thread import PoolThread
-from delethink.serving.pool_worker import Chunk
-from delethink.serving.worker_pool import WorkerPool
 
 AT_ONCE = 32
 

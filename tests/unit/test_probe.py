@@ -13,16 +13,18 @@ from delethink.types import Chunk, Trace, TraceStop
 pytest.importorskip("torch")
 
 from delethink.evaluation.probe import (
-    Border,
+    Boundary,
+    Findings,
+    as_page,
     by_distance,
     carried_at,
     cut,
     distance_edges,
     last_window,
+    lines_of,
     longest_repeat,
     over_traces,
 )
-from delethink.evaluation.probe_report import Findings, as_page, lines_of
 
 SPEC = ChunkSpec(8, 4, 10**6, 1)
 
@@ -79,18 +81,18 @@ def test_means_are_over_traces_and_not_over_tokens() -> None:
         over_traces({})
 
 
-def border(trace: int, *gap: float, size: int = 4, condition: str = "carried") -> Border:
-    return Border(trace, 1, size, condition, np.array(gap), 2 * np.array(gap))  # type: ignore[arg-type]
+def boundary(trace: int, *gap: float, size: int = 4, condition: str = "carried") -> Boundary:
+    return Boundary(trace, 1, size, condition, np.array(gap), 2 * np.array(gap))  # type: ignore[arg-type]
 
 
 def test_distances() -> None:
     assert distance_edges(1) == [0, 1]
     assert distance_edges(7) == [0, 1, 2, 4, 7]
-    borders = [border(0, 1.0, 2.0, 4.0), border(1, 3.0), border(0, 9.0, size=2)]
-    points = by_distance(borders, 4, "carried", "gap", [0, 1, 2, 3])
+    boundaries = [boundary(0, 1.0, 2.0, 4.0), boundary(1, 3.0), boundary(0, 9.0, size=2)]
+    points = by_distance(boundaries, 4, "carried", "gap", [0, 1, 2, 3])
     assert [p and p.mean for p in points] == [2.0, 2.0, 4.0]
-    assert by_distance(borders, 4, "none", "gap", [0, 1]) == [None]
-    lines = lines_of(borders)
+    assert by_distance(boundaries, 4, "none", "gap", [0, 1]) == [None]
+    lines = lines_of(boundaries)
     assert [(x.carryover_size, x.begin, x.end) for x in lines if x.gap.mean == 9.0] == [
         (2, 0, 1),
         (2, 0, 3),
@@ -98,7 +100,7 @@ def test_distances() -> None:
     assert lines_of([]) == []
 
 
-def test_a_page_without_any_border_says_so() -> None:
+def test_a_page_without_any_boundary_says_so() -> None:
     page = as_page(Findings("toy", 8, 3, 1, 3, [], [0, 2, 5], 2, 0))
     assert "3 traces were read; 1 more are longer than the model's window" in page
     assert "0 are scored" in page

@@ -17,7 +17,3 @@ def thresholds_after(before: str) -> tuple[int, ...]:
 
 def test_garbage_is_looked_for_rarely() -> None:
     assert thresholds_after("pass")[0] > 10_000
-
-
-def test_who_has_said_how_often_garbage_is_looked_for_keeps_it() -> None:
-    assert thresholds_after("gc.set_threshold(1_234, 5, 6)") == (1_234, 5, 6)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from delethink.errors import ModelError
-from delethink.query import check_thinking_is_open, query_ids
+from delethink.tokenization import check_thinking_is_open, query_ids
 from delethink.types import Problem
 
 

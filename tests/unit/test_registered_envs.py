@@ -62,7 +62,7 @@ def test_they_think_as_the_rule_says(name: str, carryover: Any) -> None:
         {},
         {"max_chunks": 1},
         {"keep_trace": False},
-        {"border": {"name": "line_break", "args": {"within": 6}}},
+        {"boundary": {"name": "line_break", "args": {"within": 6}}},
     ],
     ids=str,
 )
@@ -92,7 +92,7 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"interfac": "text"}, "has no parameter 'interfac'. Did you mean 'interface'?"),
         ({"interface": "txt"}, "unknown interface 'txt'. Did you mean 'text'?"),
         ({"carryover": "tial"}, "unknown carryover 'tial'. Did you mean 'tail'?"),
-        ({"border": "line_brake"}, "unknown border 'line_brake'. Did you mean 'line_break'?"),
+        ({"boundary": "line_brake"}, "unknown boundary 'line_brake'. Did you mean 'line_break'?"),
         ({"task": "automatn"}, "unknown task 'automatn'. Did you mean 'automaton'?"),
         ({"task": {"name": "automaton"}}, "needs 'min_steps'"),
         ({"reward": "exakt"}, "unknown reward 'exakt'. Did you mean 'exact'?"),
@@ -184,7 +184,7 @@ def actions_of(name: str, step: int, count: int) -> Any:
         return drawn[:, -1]
     if name == "delethink/Thinking-v0":
         return tuple(drawn)
-    from delethink.envs.characters import CharacterTokenizer
+    from delethink.envs.spaces import CharacterTokenizer
 
     return tuple(CharacterTokenizer().decode(row) for row in drawn)
 

@@ -63,8 +63,8 @@ def test_installed_packages_are_looked_at_once(
     monkeypatch.setattr(registry, "entry_points", lambda **wanted: looks.append(wanted) or ())
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(3):
-        resolve("delethink.scoring", "answer")
-    assert looks == [{"group": "delethink.scoring"}]
+        resolve("delethink.rewards", "exact")
+    assert looks == [{"group": "delethink.rewards"}]
 
 
 def test_a_package_that_is_installed_meanwhile_is_found(

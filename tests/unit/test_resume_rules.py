@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.serving.checkpoint import digest
-from delethink.training.prompts import PromptCursor
 from delethink.training.resume import changes, load_run
+from delethink.training.rollouts import PromptCursor
 from delethink.training.run_directory import RunDirectory
 
 RECIPE = {

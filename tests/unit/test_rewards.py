@@ -18,7 +18,7 @@ from delethink.rewards.crossword import crossword
 from delethink.rewards.format import closes_thinking, language, well_formed
 from delethink.rewards.length import chunks, cosine, overlong, ternary
 from delethink.rewards.numeric import parse_number
-from delethink.rewards.reward import SEEN, traits_of
+from delethink.scoring.reward import SEEN, traits_of
 from delethink.types import TraceStop
 
 ANSWERS = Path(__file__).parents[1] / "data" / "other_answers.jsonl"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from delethink.chunking import ChunkSpec
 from delethink.errors import ModelError, QueryTooLongError
 from delethink.policy import Completion, Policy, Sampling, ScriptedPolicy
-from delethink.rollout import derive_seed, play_trace, play_traces
-from delethink.rule import ChunkSpec
+from delethink.rollout import derive_seed, run_rollout, run_rollouts
 from delethink.tokens import logprob_array, token_array
 from delethink.types import StopReason, TokenIds, Trace, TraceStop
 
@@ -31,7 +31,7 @@ FIRST, SECOND, THIRD = (11, 12, 13, 14, 15, 16, 17, 18), (19, 20, 21, 22), (23, 
 def play(
     policy: Policy, spec: ChunkSpec = SPEC, query: TokenIds = QUERY, seed: int | None = None
 ) -> Trace:
-    return asyncio.run(play_trace(policy, spec, query, Sampling(seed=seed)))
+    return asyncio.run(run_rollout(policy, spec, query, Sampling(seed=seed)))
 
 
 def said(
@@ -96,7 +96,7 @@ def test_a_policy_that_never_ends_spends_the_budget() -> None:
     assert len(policy.calls) == 4
 
 
-def test_eos_on_the_border_asks_for_no_next_chunk() -> None:
+def test_eos_on_the_boundary_asks_for_no_next_chunk() -> None:
     policy = ScriptedPolicy([(11, 12, 13, 14, 15, 16, 17, EOS)], eos_id=EOS)
     trace = play(policy)
     assert (trace.stop, trace.length, len(policy.calls)) == (TraceStop.COMPLETED, 8, 1)
@@ -193,7 +193,7 @@ def test_a_failed_trace_leaves_the_others_alone() -> None:
         return (EOS,)
 
     traces = asyncio.run(
-        play_traces(ScriptedPolicy(script), SPEC, [(80,), (81,), (82,)], [Sampling()] * 3)
+        run_rollouts(ScriptedPolicy(script), SPEC, [(80,), (81,), (82,)], [Sampling()] * 3)
     )
     completed, failed = TraceStop.COMPLETED, TraceStop.ERROR
     assert [trace.stop for trace in traces] == [completed, failed, completed]
@@ -212,7 +212,7 @@ def test_a_script_asked_for_more_than_it_has_is_a_fault() -> None:
 def test_a_query_too_long_is_raised_before_anything_is_sampled() -> None:
     policy = ScriptedPolicy([FIRST])
     with pytest.raises(QueryTooLongError):
-        asyncio.run(play_trace(policy, SPEC, QUERY, Sampling(), max_model_tokens=9))
+        asyncio.run(run_rollout(policy, SPEC, QUERY, Sampling(), max_model_tokens=9))
     assert policy.calls == []
 
 
@@ -220,12 +220,12 @@ def test_a_query_too_long_among_others_is_raised() -> None:
     policy = ScriptedPolicy(lambda prompt_ids, most: (EOS,))
     queries: list[TokenIds] = [(80,), (81, 82, 83)]
     with pytest.raises(QueryTooLongError):
-        asyncio.run(play_traces(policy, SPEC, queries, [Sampling()] * 2, max_model_tokens=10))
+        asyncio.run(run_rollouts(policy, SPEC, queries, [Sampling()] * 2, max_model_tokens=10))
 
 
 def test_queries_and_samplings_must_match() -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        asyncio.run(play_traces(ScriptedPolicy([]), SPEC, [QUERY, QUERY], []))
+        asyncio.run(run_rollouts(ScriptedPolicy([]), SPEC, [QUERY, QUERY], []))
 
 
 @dataclass
@@ -259,13 +259,13 @@ async def cancel(work: Awaitable[Any], policy: Hangs, calls: int) -> None:
 
 def test_cancelling_a_trace_cancels_its_chunk() -> None:
     policy = Hangs()
-    asyncio.run(cancel(play_trace(policy, SPEC, QUERY, Sampling()), policy, calls=1))
+    asyncio.run(cancel(run_rollout(policy, SPEC, QUERY, Sampling()), policy, calls=1))
     assert policy.cancelled == 1
 
 
 def test_cancelling_traces_cancels_all_of_them() -> None:
     policy = Hangs()
-    asyncio.run(cancel(play_traces(policy, SPEC, [QUERY] * 3, [Sampling()] * 3), policy, calls=3))
+    asyncio.run(cancel(run_rollouts(policy, SPEC, [QUERY] * 3, [Sampling()] * 3), policy, calls=3))
     assert policy.cancelled == 3
 
 
@@ -295,7 +295,7 @@ class Slow:
 def test_traces_are_played_at_the_same_time_and_come_back_in_order() -> None:
     policy = Slow()
     queries: list[TokenIds] = [(80,), (85,), (82,), (88,)]
-    traces = asyncio.run(play_traces(policy, SPEC, queries, [Sampling()] * 4))
+    traces = asyncio.run(run_rollouts(policy, SPEC, queries, [Sampling()] * 4))
     assert [trace.query_ids for trace in traces] == queries
     assert [trace.output_ids[0] for trace in traces] == [80, 85, 82, 88]
     assert policy.finished == [88, 85, 82, 80]
@@ -303,7 +303,7 @@ def test_traces_are_played_at_the_same_time_and_come_back_in_order() -> None:
 
 
 def test_no_traces_are_asked_of_no_queries() -> None:
-    assert asyncio.run(play_traces(ScriptedPolicy([]), SPEC, [], [])) == []
+    assert asyncio.run(run_rollouts(ScriptedPolicy([]), SPEC, [], [])) == []
 
 
 # -- seeds -----------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def seeds_of(traces: dict[int, int | None]) -> dict[int, list[int | None]]:
     policy = SeedRecorder()
     queries: list[TokenIds] = [(token,) for token in traces]
     samplings = [Sampling(temperature=0.6, seed=seed) for seed in traces.values()]
-    asyncio.run(play_traces(policy, SPEC, queries, samplings))
+    asyncio.run(run_rollouts(policy, SPEC, queries, samplings))
     assert {s.temperature for seen in policy.seen.values() for s in seen} == {0.6}
     return {token: [sampling.seed for sampling in seen] for token, seen in policy.seen.items()}
 
@@ -380,7 +380,7 @@ def test_nothing_is_played_where_one_query_does_not_fit() -> None:
 
     async def play() -> None:
         with pytest.raises(QueryTooLongError):
-            await play_traces(policy, ChunkSpec(4, 2, 9, 0), [(1,), (1,) * 9], [Sampling()] * 2, 8)
+            await run_rollouts(policy, ChunkSpec(4, 2, 9, 0), [(1,), (1,) * 9], [Sampling()] * 2, 8)
         await asyncio.sleep(0.01)
 
     asyncio.run(play())
@@ -390,14 +390,14 @@ def test_nothing_is_played_where_one_query_does_not_fit() -> None:
 def test_a_users_mistake_is_not_data() -> None:
     policy = ScriptedPolicy([ModelError("no such folder")])
     with pytest.raises(ModelError, match="no such folder"):
-        asyncio.run(play_trace(policy, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
+        asyncio.run(run_rollout(policy, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
 
 
 def test_a_failed_chunk_claims_no_policy_version_and_an_abort_has_a_reason() -> None:
     raised = ScriptedPolicy([RuntimeError()])
-    trace = asyncio.run(play_trace(raised, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
+    trace = asyncio.run(run_rollout(raised, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
     assert trace.chunks[0].policy_version is None
     assert trace.error == "RuntimeError()"
     aborted = ScriptedPolicy([Completion((), (), StopReason.ABORT)])
-    trace = asyncio.run(play_trace(aborted, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
+    trace = asyncio.run(run_rollout(aborted, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
     assert trace.error == "the engine gave up the request"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink.errors import RolloutError
-from delethink.training.rows import flatten
+from delethink.training.batching import flatten
 from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
 
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6).map(tuple)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import ConfigError, PolicyError, QueryTooLongError
-from delethink.rule import ChunkSpec, ThinkingState, start
 from delethink.types import StopReason, TokenIds, TraceStop
 
 QUERY = (90, 91)
@@ -26,7 +26,7 @@ def span(first: int, last: int) -> TokenIds:
     return tuple(range(first, last + 1))
 
 
-def borders(spec: ChunkSpec) -> list[tuple[int, TokenIds]]:
+def boundaries(spec: ChunkSpec) -> list[tuple[int, TokenIds]]:
     """(new tokens allowed, tokens carried) of each chunk, where every chunk is filled."""
     state, seen = start(spec, QUERY), []
     while state.stop is None:
@@ -43,7 +43,7 @@ def borders(spec: ChunkSpec) -> list[tuple[int, TokenIds]]:
 
 
 def test_the_head_counts_within_the_carryover() -> None:
-    assert borders(ChunkSpec(context_size=8, carryover_size=4, max_chunks=4, head_size=2)) == [
+    assert boundaries(ChunkSpec(context_size=8, carryover_size=4, max_chunks=4, head_size=2)) == [
         (8, ()),
         (4, (1, 2, 7, 8)),
         (4, (1, 2, 11, 12)),
@@ -53,7 +53,7 @@ def test_the_head_counts_within_the_carryover() -> None:
 
 def test_a_head_outside_comes_on_top_of_the_carryover() -> None:
     spec = ChunkSpec(8, 4, 4, head_size=2, head_outside=True)
-    assert borders(spec) == [
+    assert boundaries(spec) == [
         (8, ()),
         (4, (1, 2, 5, 6, 7, 8)),
         (4, (1, 2, 9, 10, 11, 12)),
@@ -62,7 +62,7 @@ def test_a_head_outside_comes_on_top_of_the_carryover() -> None:
 
 
 def test_a_carryover_below_half_of_the_context() -> None:
-    assert borders(ChunkSpec(8, 3, 3, head_size=1)) == [
+    assert boundaries(ChunkSpec(8, 3, 3, head_size=1)) == [
         (8, ()),
         (5, (1, 7, 8)),
         (5, (1, 12, 13)),
@@ -71,7 +71,7 @@ def test_a_carryover_below_half_of_the_context() -> None:
 
 def test_carried_tokens_are_material_for_the_next_carryover() -> None:
     """A chunk alone (C - m = 2) could not fill the carryover (m = 6), and yet it stays full."""
-    assert borders(ChunkSpec(8, 6, 5, head_size=2)) == [
+    assert boundaries(ChunkSpec(8, 6, 5, head_size=2)) == [
         (8, ()),
         (2, (1, 2, 5, 6, 7, 8)),
         (2, (1, 2, 7, 8, 9, 10)),
@@ -80,8 +80,8 @@ def test_carried_tokens_are_material_for_the_next_carryover() -> None:
     ]
 
 
-def test_a_token_may_be_carried_over_several_borders() -> None:
-    assert borders(ChunkSpec(10, 8, 6, head_size=1)) == [
+def test_a_token_may_be_carried_over_several_boundaries() -> None:
+    assert boundaries(ChunkSpec(10, 8, 6, head_size=1)) == [
         (10, ()),
         (2, (1, 4, 5, 6, 7, 8, 9, 10)),
         (2, (1, 6, 7, 8, 9, 10, 11, 12)),
@@ -92,7 +92,7 @@ def test_a_token_may_be_carried_over_several_borders() -> None:
 
 
 def test_carried_tokens_are_material_with_a_head_outside_too() -> None:
-    assert borders(ChunkSpec(8, 6, 4, head_size=1, head_outside=True)) == [
+    assert boundaries(ChunkSpec(8, 6, 4, head_size=1, head_outside=True)) == [
         (8, ()),
         (2, (1, 3, 4, 5, 6, 7, 8)),
         (2, (1, 5, 6, 7, 8, 9, 10)),
@@ -109,26 +109,26 @@ def test_a_head_outside_and_the_tail_never_hold_a_token_twice() -> None:
 
 def test_without_a_head_the_latest_tokens_are_carried() -> None:
     expected = [(6, ()), (4, (5, 6)), (4, (9, 10))]
-    assert borders(ChunkSpec(6, 2, 3, head_size=0)) == expected
-    assert borders(ChunkSpec(6, 2, 3, head_size=0, head_outside=True)) == expected
+    assert boundaries(ChunkSpec(6, 2, 3, head_size=0)) == expected
+    assert boundaries(ChunkSpec(6, 2, 3, head_size=0, head_outside=True)) == expected
 
 
 def test_a_head_as_large_as_the_carryover_leaves_no_tail() -> None:
-    assert borders(ChunkSpec(6, 2, 3, head_size=2)) == [(6, ()), (4, (1, 2)), (4, (1, 2))]
+    assert boundaries(ChunkSpec(6, 2, 3, head_size=2)) == [(6, ()), (4, (1, 2)), (4, (1, 2))]
 
 
 def test_nothing_is_carried_where_the_carryover_is_zero() -> None:
-    assert borders(ChunkSpec(3, 0, 3, head_size=0)) == [(3, ()), (3, ()), (3, ())]
+    assert boundaries(ChunkSpec(3, 0, 3, head_size=0)) == [(3, ()), (3, ()), (3, ())]
 
 
 def test_only_the_head_is_carried_where_it_is_outside_a_carryover_of_zero() -> None:
     spec = ChunkSpec(3, 0, 3, head_size=1, head_outside=True)
-    assert borders(spec) == [(3, ()), (3, (1,)), (3, (1,))]
+    assert boundaries(spec) == [(3, ()), (3, (1,)), (3, (1,))]
 
 
 def test_the_sizes_that_trained_the_published_model() -> None:
     """C = 8192, m = 4096 and the default head of 100: a tail of 3996."""
-    seen = borders(ChunkSpec(8192, 4096, 5))
+    seen = boundaries(ChunkSpec(8192, 4096, 5))
     assert [new for new, _ in seen] == [8192, 4096, 4096, 4096, 4096]
     assert seen[1][1] == span(1, 100) + span(8192 - 3996 + 1, 8192)
     assert seen[4][1] == span(1, 100) + span(20_480 - 3996 + 1, 20_480)
@@ -158,7 +158,7 @@ def test_the_budgets_of_the_paper(
 ) -> None:
     spec = ChunkSpec(context_size, carryover_size, max_chunks)
     assert spec.budget == budget
-    new_tokens = [new for new, _ in borders(spec)]
+    new_tokens = [new for new, _ in boundaries(spec)]
     assert sum(new_tokens) == budget
     assert new_tokens == [context_size] + [context_size - carryover_size] * (max_chunks - 1)
 
@@ -181,12 +181,12 @@ def test_the_most_thinking_that_a_context_holds(spec: ChunkSpec, most: int) -> N
 SMALL = ChunkSpec(context_size=4, carryover_size=2, max_chunks=3, head_size=1)
 
 
-def after_one_border() -> ThinkingState:
+def after_one_boundary() -> ThinkingState:
     return start(SMALL, QUERY).advance((1, 2, 3, 4), StopReason.LENGTH)
 
 
 def before_the_last_chunk() -> ThinkingState:
-    return after_one_border().advance((5, 6), StopReason.LENGTH)
+    return after_one_boundary().advance((5, 6), StopReason.LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def before_the_last_chunk() -> ThinkingState:
     [
         pytest.param(start(SMALL, QUERY), (EOS_ID,), 1, id="first token of the trace"),
         pytest.param(start(SMALL, QUERY), (1, EOS_ID), 2, id="inside the first chunk"),
-        pytest.param(start(SMALL, QUERY), (1, 2, 3, EOS_ID), 4, id="on the first border"),
-        pytest.param(after_one_border(), (EOS_ID,), 5, id="first token after a border"),
-        pytest.param(after_one_border(), (5, EOS_ID), 6, id="on the second border"),
+        pytest.param(start(SMALL, QUERY), (1, 2, 3, EOS_ID), 4, id="on the first boundary"),
+        pytest.param(after_one_boundary(), (EOS_ID,), 5, id="first token after a boundary"),
+        pytest.param(after_one_boundary(), (5, EOS_ID), 6, id="on the second boundary"),
         pytest.param(before_the_last_chunk(), (EOS_ID,), 7, id="first token of the last chunk"),
         pytest.param(before_the_last_chunk(), (7, EOS_ID), 8, id="last token of the budget"),
     ],
@@ -257,13 +257,13 @@ def test_too_many_tokens_are_refused() -> None:
     with pytest.raises(PolicyError, match=r"5 tokens.* at most 4"):
         start(SMALL, QUERY).advance(span(1, 5), StopReason.LENGTH)
     with pytest.raises(PolicyError, match=r"3 tokens.* at most 2"):
-        after_one_border().advance((5, 6, EOS_ID), StopReason.EOS)
+        after_one_boundary().advance((5, 6, EOS_ID), StopReason.EOS)
 
 
 @pytest.mark.parametrize("stop", [StopReason.EOS, StopReason.LENGTH])
 def test_no_token_at_all_is_refused(stop: StopReason) -> None:
     with pytest.raises(PolicyError):
-        after_one_border().advance((), stop)
+        after_one_boundary().advance((), stop)
 
 
 @pytest.mark.parametrize("stop", list(StopReason))
@@ -455,7 +455,7 @@ def test_the_next_prompt_is_the_query_and_the_carryover_alone(play: Play) -> Non
 
 @law
 @given(plays(full=True, head_outside=False), st.data())
-def test_what_was_dropped_at_a_border_has_no_further_effect(
+def test_what_was_dropped_at_a_boundary_has_no_further_effect(
     play: Play, data: st.DataObject
 ) -> None:
     """Two pasts that agree on what is carried have the same future."""
@@ -492,7 +492,7 @@ def test_carryover_and_head_have_no_effect_where_there_is_one_chunk(spec: ChunkS
     single, longcot = replace(spec, max_chunks=1), ChunkSpec.longcot(spec.context_size)
     assert single.budget == longcot.budget
     assert single.max_thinking_context == longcot.max_thinking_context
-    assert borders(single) == borders(longcot)
+    assert boundaries(single) == boundaries(longcot)
 
 
 @law

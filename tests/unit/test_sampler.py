@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
+from delethink.chunking import ChunkSpec
 from delethink.policy import Completion, Sampling
-from delethink.rewards.combine import Scorer
-from delethink.rewards.reward import Reward
-from delethink.rule import ChunkSpec
-from delethink.training.ahead import SamplingAhead
-from delethink.training.prompts import PromptCursor
-from delethink.training.sampler import Batch, Group, Sampler
+from delethink.scoring.reward import Reward
+from delethink.scoring.scorer import Scorer
+from delethink.training.rollouts import Batch, Group, PromptCursor, Sampler, SamplingAhead
 from delethink.types import Problem, Score, StopReason, TokenIds
 
 EOS, GROUP = 1, 3

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from delethink.engines.scheduler import Lease, Request, Scheduler
 from delethink.errors import ConfigError
-from delethink.serving.scheduler import Lease, Request, Scheduler
 
 KEYS = st.integers(0, 40)
 WORKERS = st.integers(0, 4)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from delethink.chunking import ChunkSpec
 from delethink.errors import UserError
 from delethink.policy import Sampling, ScriptedPolicy
-from delethink.rewards.combine import Scorer
-from delethink.rewards.reward import Reward
-from delethink.rule import ChunkSpec
-from delethink.scoring import play_and_score
+from delethink.scoring.reward import Reward
+from delethink.scoring.rollouts import run_scored_rollouts
+from delethink.scoring.scorer import Scorer
 from delethink.types import Problem
 
 EOS = 1
@@ -36,7 +36,7 @@ def play(policy: ScriptedPolicy, scorer: Scorer, number: int, spec: ChunkSpec) -
     queries = [tuple(map(ord, p.prompt)) for p in problems]
     samplings = [Sampling()] * number
     return asyncio.run(
-        play_and_score(policy, spec, problems, queries, samplings, Letters(), scorer)
+        run_scored_rollouts(policy, spec, problems, queries, samplings, Letters(), scorer)
     )
 
 

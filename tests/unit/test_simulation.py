@@ -8,11 +8,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from delethink.errors import ConfigError
-from delethink.rule import ChunkSpec
-from delethink.serving.scheduler import Rank
-from delethink.serving.simulation import (
+from simulation import (
     Cluster,
     Faults,
     Outcome,
@@ -21,6 +17,10 @@ from delethink.serving.simulation import (
     bounds,
     simulate,
 )
+
+from delethink.chunking import ChunkSpec
+from delethink.engines.scheduler import Rank
+from delethink.errors import ConfigError
 
 SPEC = ChunkSpec(100, 50, 8, head_size=0)
 TIMES = ServiceTimes(step_seconds=0.01, sequence_seconds=0.001, prefill_seconds=0.0001)
@@ -47,7 +47,7 @@ def test_one_chunk_takes_its_prompt_and_its_tokens() -> None:
     assert done.lower_bound == pytest.approx(done.makespan)
 
 
-def test_a_trace_goes_on_from_border_to_border() -> None:
+def test_a_trace_goes_on_from_boundary_to_boundary() -> None:
     done = simulate(Workload(SPEC, [175], 20), cluster(1, round_trip=0.5), breadth)
     prompts = 20 + 50 + 50  # the query is in the cache from the second chunk on
     assert done.completions == 3

@@ -10,13 +10,13 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+from delethink.chunking import ChunkSpec
 from delethink.envs.automaton import AutomatonTask
 from delethink.envs.thinking import ThinkingEnv, TokenSequence
 from delethink.errors import ActionError, QueryTooLongError, RolloutError
 from delethink.policy import Sampling, ScriptedPolicy
 from delethink.rewards.exact import exact_match
-from delethink.rollout import play_trace, replay_trace
-from delethink.rule import ChunkSpec
+from delethink.rollout import replay_trace, run_rollout
 from delethink.types import Problem, Trace
 
 EOS = 1
@@ -79,7 +79,7 @@ def test_an_episode_by_hand() -> None:
     assert reward == 0.0
 
 
-def test_an_answer_split_over_a_border_is_found() -> None:
+def test_an_answer_split_over_a_boundary_is_found() -> None:
     env = make(ChunkSpec(16, 4, 3, 0))
     env.reset(options={"problem": Problem("01:00000", "11111")})
     env.step(ids("00:11111</think>"))
@@ -182,7 +182,7 @@ def test_the_environment_and_a_rollout_show_the_same_prompts(
     policy = ScriptedPolicy(speak)
     env = make(spec)
     observation, _ = env.reset(seed=0)
-    trace = asyncio.run(play_trace(policy, spec, tuple(observation.tolist()), Sampling()))
+    trace = asyncio.run(run_rollout(policy, spec, tuple(observation.tolist()), Sampling()))
     for chunk in trace.chunks:
         assert tuple(observation.tolist()) == chunk.prompt_ids
         observation, _, terminated, truncated, info = env.step(list(chunk.output_ids))
@@ -192,7 +192,7 @@ def test_the_environment_and_a_rollout_show_the_same_prompts(
 
 def played(spec: ChunkSpec, *said: list[int]) -> Trace:
     policy = ScriptedPolicy([tuple(s) for s in said])
-    return asyncio.run(play_trace(policy, spec, tuple(ids("01:00000")), Sampling()))
+    return asyncio.run(run_rollout(policy, spec, tuple(ids("01:00000")), Sampling()))
 
 
 def test_a_trace_replayed_through_the_environment_earns_its_reward() -> None:

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.envs.characters import CharacterTokenizer
+from delethink.chunking import ChunkSpec
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.envs.thinking import ThinkingEnv
 from delethink.errors import MissingExtraError, RolloutError, TraceFileError
 from delethink.policy import Sampling, ScriptedPolicy
 from delethink.rollout import cut_trace, extend_trace, replay_trace, retrace
-from delethink.rule import ChunkSpec
-from delethink.traces import (
+from delethink.trace_io import (
     TRACE_VERSION,
     TraceRecord,
     read_traces,

@@ -8,9 +8,9 @@ import pytest
 
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.errors import ConfigError, MissingExtraError, RolloutError
-from delethink.training.launch import cause, check_room
+from delethink.training.data_parallel import batch_settings, process_settings
+from delethink.training.distributed import cause, check_room
 from delethink.training.preflight import prepare
-from delethink.training.strategy import batch_settings, process_settings
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from delethink.serving.weight_check import Sent, check, pair_weights, runs  # noqa: E402
+from delethink.engines.weight_check import Sent, check, pair_weights, runs  # noqa: E402
 
 WIDTH = 40  # more than the columns that are compared
 

@@ -11,6 +11,10 @@ import pytest
 from fake_workers import FakeCluster, FakeWorker
 from virtual_time import run_in_virtual_time
 
+from delethink.chunking import ChunkSpec
+from delethink.engines.pool import WorkerPool, rank_of
+from delethink.engines.pool_metrics import PoolMetrics
+from delethink.engines.pool_settings import PoolSettings
 from delethink.errors import (
     ConfigError,
     DeadlineError,
@@ -20,11 +24,7 @@ from delethink.errors import (
     WorkersLostError,
 )
 from delethink.policy import Completion, Progress, Sampling
-from delethink.rollout import play_traces
-from delethink.rule import ChunkSpec
-from delethink.serving.pool_metrics import PoolMetrics
-from delethink.serving.pool_settings import PoolSettings
-from delethink.serving.worker_pool import WorkerPool, rank_of
+from delethink.rollout import run_rollouts
 from delethink.types import TokenIds, Trace, TraceStop
 
 SPEC = ChunkSpec(context_size=40, carryover_size=20, max_chunks=6, head_size=4)
@@ -61,7 +61,7 @@ def run(
 async def play_all(pool: WorkerPool, timeout: float | None = None) -> list[Trace]:
     samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
     policy = PoolPolicy(pool)
-    return await play_traces(policy, SPEC, QUERIES, samplings, timeout=timeout)  # type: ignore[arg-type]
+    return await run_rollouts(policy, SPEC, QUERIES, samplings, timeout=timeout)  # type: ignore[arg-type]
 
 
 def undisturbed() -> list[Trace]:

@@ -1,0 +1,138 @@
+"""How fast rewards are: the pool of verifiers against math-verify called directly.
+
+    python benchmarks/bench_rewards.py [--calls 2000] [--processes 2] [--rounds 3]
+
+All sides get the same answers and as many processes, in a plain ``multiprocessing.Pool`` or ours.
+Directly means what a script would do: parse the gold answer and the text and verify them, with
+math-verify's own time-outs off. "Ours, plain" is our function in the plain pool: the difference to
+it is what limits and killing cost. The answers are boxed ones of the corpus in tests/data, after a
+paragraph of working; starting the processes is not counted. A last line says how long the event
+loop of a sampler is held up while rewards are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from delethink.rewards.math import math_equal
+from delethink.scoring.pool import VerifierPool, VerifierSettings
+from delethink.scoring.reward import Reward
+from delethink.scoring.scorer import Scorer
+from delethink.types import Attempt, Problem, TraceStop
+
+DATA = Path(__file__).parents[1] / "tests" / "data" / "math_answers.jsonl"
+WORKING = (
+    "First, note that the expression is symmetric, so we may assume that $a \\le b$. "
+    "Substituting, we find $f(x) = x^2 - 3x + 2$, whose roots are $1$ and $2$. Checking both "
+    "cases, the second one violates the constraint. Therefore, the value that we look for is\n\n"
+)
+
+
+def cases(number: int, distinct: bool) -> list[tuple[str, str]]:
+    """(answer text, gold answer) of ordinary size; all different where ``distinct``."""
+    rows = [json.loads(line) for line in DATA.read_text("utf-8").splitlines()]
+    said = [
+        (row["text"].partition("</think>")[2], row["answer"])
+        for row in rows
+        if "</think>\\boxed{" in row.get("text", "") and len(row["text"]) < 100
+    ]
+    chosen = [said[i % len(said)] for i in range(number)]
+    if distinct:  # another number in each, so that no cache helps
+        chosen = [(a.replace("}", f"+{i}}}", 1), f"{g}+{i}") for i, (a, g) in enumerate(chosen)]
+    return [(WORKING + answer, gold) for answer, gold in chosen]
+
+
+def directly(case: tuple[str, str]) -> float:
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    text, gold = case
+    expected = parse(f"${gold}$", parsing_timeout=None)
+    return float(verify(expected, parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+def ours(case: tuple[str, str]) -> float:
+    return math_equal(f"</think>{case[0]}", case[1])
+
+
+def seconds_plain(
+    function: Callable[[tuple[str, str]], float], work: list[tuple[str, str]], processes: int
+) -> float:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(function, [("\\boxed{2/4}", "1/2")] * processes * 8, chunksize=1)
+        began = time.perf_counter()
+        pool.map(function, work, chunksize=4)
+        return time.perf_counter() - began
+
+
+def seconds_here(work: list[tuple[str, str]], processes: int) -> float:
+    with VerifierPool(VerifierSettings(num_workers=processes)) as pool:
+        warm = [pool.submit(math_equal, {"text": "</think>1", "answer": "1"}) for _ in range(16)]
+        assert all(future.result().status == "ok" for future in warm)
+        began = time.perf_counter()
+        futures = [
+            pool.submit(math_equal, {"text": f"</think>{text}", "answer": gold})
+            for text, gold in work
+        ]
+        assert all(future.result().status == "ok" for future in futures)
+        return time.perf_counter() - began
+
+
+async def held_up(work: list[tuple[str, str]], processes: int) -> list[float]:
+    """Milliseconds that a turn of the loop took beyond the millisecond asked for."""
+    attempts = [
+        Attempt(Problem("q", gold), f"</think>{text}", TraceStop.COMPLETED, 1, 1, 1, 1)
+        for text, gold in work
+    ]
+    reward = Reward("math", math_equal)
+    with Scorer([reward], settings=VerifierSettings(num_workers=processes)) as scorer:
+        await scorer.score(attempts[:16])
+        scoring = [asyncio.ensure_future(scorer.parts(attempt)) for attempt in attempts]
+        turns = []
+        while not all(task.done() for task in scoring):
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            turns.append(1000 * (time.perf_counter() - began) - 1)
+    return sorted(turns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    print(f"{given.calls} verifications, {given.processes} processes, median of {given.rounds}\n")
+    columns = ("directly", "ours, plain", "pool", "pool / directly", "pool / ours, plain")
+    print(f"{'a second':<16}" + "".join(f"{column:>20}" for column in columns))
+    for name, distinct in (("as they come", False), ("all different", True)):
+        work = cases(given.calls, distinct)
+        rounds = [  # side by side, so that all see the same machine
+            (
+                seconds_plain(directly, work, given.processes),
+                seconds_plain(ours, work, given.processes),
+                seconds_here(work, given.processes),
+            )
+            for _ in range(given.rounds)
+        ]
+        speeds = [statistics.median(given.calls / r[i] for r in rounds) for i in range(3)]
+        ratios = [statistics.median(r[i] / r[2] for r in rounds) for i in range(2)]
+        shown = [f"{speed:>20.0f}" for speed in speeds] + [f"{ratio:>20.2f}" for ratio in ratios]
+        print(f"{name:<16}" + "".join(shown))
+    turns = asyncio.run(held_up(cases(given.calls, True), given.processes))
+    print(
+        f"\nthe event loop was held up, in ms: median {statistics.median(turns):.2f}, "
+        f"99 % {turns[int(0.99 * len(turns))]:.2f}, longest {turns[-1]:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Adapters to other libraries. Nothing in the core imports them."""

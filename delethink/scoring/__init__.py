@@ -1,0 +1,1 @@
+"""Rewards at work: scoring traces, the pool of verifier processes and the code sandbox."""

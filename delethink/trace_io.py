@@ -1,0 +1,325 @@
+"""Traces on disk: a typed record that JSON lines and Parquet give back without loss.
+
+A line of a ``.jsonl`` file is one record; in Parquet, and in a ``datasets.Dataset``, it is one row.
+Each says its version. Files of version 0, which the first runs wrote without one, are read; files
+of a later version than this library's are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from delethink.errors import MissingExtraError, TraceFileError, did_you_mean
+from delethink.tokenization import Tokenizer, reward_text
+from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceStop
+
+TRACE_VERSION = 1
+_SUFFIXES = (".jsonl", ".parquet")
+_AS_JSON = ("before", "metadata", "rewards", "reward_errors")  # columns without a fixed shape
+
+
+@dataclass(frozen=True)
+class TraceRecord:
+    """A trace with its problem and what became of it.
+
+    Example: ``TraceRecord(problem, trace, rewards={"exact": 1.0}, advantage=0.7)``.
+    """
+
+    problem: Problem
+    trace: Trace
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # None: does not apply
+    advantage: float | None = None  # where it was trained on
+    text: str | None = None  # the trace in text, for people; nothing is read from it
+    reward: float | None = None  # their weighted sum; None: no reward applies, or one failed
+    reward_errors: Mapping[str, str] = field(default_factory=dict)  # by name: why there is none
+
+    def rescored(
+        self, name: str, reward: Callable[[str, str], float], tokenizer: Tokenizer
+    ) -> TraceRecord:
+        """The same trace with what another reward says of it, beside those that it has."""
+        text = reward_text(tokenizer, self.trace.output_ids)
+        return replace(
+            self, rewards={**self.rewards, name: float(reward(text, self.problem.answer))}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON.
+
+        Raises:
+            TraceFileError: the problem's metadata would not come back as it is.
+        """
+        trace = self.trace
+        return {
+            "version": TRACE_VERSION,
+            "before": [dict(message) for message in self.problem.before],
+            "prompt": self.problem.prompt,
+            "answer": self.problem.answer,
+            "metadata": _checked(self.problem.metadata),
+            "query_ids": list(trace.query_ids),
+            "stop": trace.stop.value,
+            "length": trace.length,
+            "reward": self.reward,
+            "rewards": dict(self.rewards),
+            "reward_errors": dict(self.reward_errors),
+            "advantage": self.advantage,
+            "text": self.text,
+            "chunks": [_chunk_to_json(chunk) for chunk in trace.chunks],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TraceRecord:
+        """The record that ``to_json`` made, of this version or an older one.
+
+        Raises:
+            TraceFileError: of a later version, or no record.
+        """
+        if not isinstance(values, Mapping):
+            raise TraceFileError(f"a record of a trace is a mapping, got {values!r:.80}")
+        version = values.get("version", 0)
+        if version not in range(TRACE_VERSION + 1):
+            raise TraceFileError(
+                f"the trace is of version {version!r}; this delethink reads versions up to "
+                f"{TRACE_VERSION}: install a newer one"
+            )
+        try:
+            record = cls._from_json(values)
+        except KeyError as error:
+            raise TraceFileError(
+                f"the trace has no {error.args[0]!r}, which version {version} has"
+            ) from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TraceFileError(f"the trace cannot be read: {error}") from None
+        if record.trace.length != values["length"]:
+            raise TraceFileError(
+                f"the trace says that it has {values['length']} sampled tokens and holds "
+                f"{record.trace.length}"
+            )
+        return record
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> TraceRecord:
+        chunks = tuple(_chunk_from_json(chunk) for chunk in values["chunks"])
+        return cls(
+            problem=Problem(
+                values["prompt"],
+                values["answer"],
+                dict(values.get("metadata") or {}),
+                tuple(map(dict, values.get("before") or ())),
+            ),
+            trace=Trace(tuple(values["query_ids"]), chunks, TraceStop(values["stop"])),
+            rewards=dict(values["rewards"]),
+            reward=values.get("reward"),
+            reward_errors=dict(values.get("reward_errors") or {}),
+            advantage=values["advantage"],
+            text=values["text"],
+        )
+
+
+def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
+    """Writes a new ``.jsonl`` or ``.parquet`` file.
+
+    Raises:
+        TraceFileError: another suffix, a record that would not come back, or no such place.
+    """
+    path = _known(path)
+    try:
+        if path.suffix == ".parquet":
+            _pyarrow("parquet").write_table(_table(records), path)
+        else:
+            lines = [_dump(record.to_json()) + "\n" for record in records]
+            path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise TraceFileError(f"cannot write {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a number that is none, or half a character in Parquet
+        if isinstance(error, TraceFileError):
+            raise
+        raise TraceFileError(f"a trace cannot be written to {path}: {error}") from None
+
+
+def read_traces(path: str | Path) -> Iterator[TraceRecord]:
+    """The records of a ``.jsonl`` or ``.parquet`` file, one after the other.
+
+    Raises:
+        TraceFileError: another suffix, no such file, or something in it that is no record; the text
+            says where.
+    """
+    path = _known(path)
+    try:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        for number, row in rows:
+            try:
+                yield TraceRecord.from_json(row)
+            except TraceFileError as error:
+                raise TraceFileError(f"{path}, record {number}: {error}") from None
+    except OSError as error:
+        raise TraceFileError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def to_dataset(records: Iterable[TraceRecord]) -> Any:
+    """A ``datasets.Dataset`` with one row for each record.
+
+    Raises:
+        MissingExtraError: ``datasets`` is not installed.
+    """
+    try:
+        from datasets import Dataset, Features
+    except ImportError:
+        raise MissingExtraError("datasets", "train") from None
+    rows = [_row(record) for record in records]
+    return Dataset.from_list(rows, features=Features.from_arrow_schema(_schema()))
+
+
+def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> Iterator[TraceRecord]:
+    """The records of a dataset that ``to_dataset`` made, wherever it was stored meanwhile."""
+    for row in dataset:
+        yield TraceRecord.from_json(_from_row(row))
+
+
+def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    values = {
+        "prompt_ids": list(chunk.prompt_ids),
+        "carried": chunk.carried,
+        "output_ids": list(chunk.output_ids),
+        "logprobs": list(chunk.logprobs),
+        "stop": chunk.stop.value,
+        "policy_version": chunk.policy_version,
+        "role": chunk.role.value,
+    }
+    return values | ({} if chunk.error is None else {"error": chunk.error})
+
+
+def _chunk_from_json(values: Mapping[str, Any]) -> Chunk:
+    return Chunk(
+        prompt_ids=tuple(values["prompt_ids"]),
+        output_ids=tuple(values["output_ids"]),
+        logprobs=tuple(values["logprobs"]),
+        stop=StopReason(values["stop"]),
+        carried=values["carried"],
+        policy_version=values["policy_version"],
+        error=values.get("error"),
+        role=ChunkRole(values.get("role", ChunkRole.THINKING)),
+    )
+
+
+def json_like(value: Any) -> Any:
+    """The value as JSON would give it back: tuples become lists, what it does not know, text."""
+    text = json.dumps(value, default=str, skipkeys=True)
+    return json.loads(text, parse_constant=str)
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples and no keys but text: what it would change is refused, not changed."""
+    for key, value in metadata.items():
+        try:
+            same = isinstance(key, str) and json.loads(_dump(value)) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise TraceFileError(
+                f"the problem's metadata {key!r} is {value!r:.80}, which JSON would not give back; "
+                "use text, numbers, lists and mappings of text"
+            )
+    return dict(metadata)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                cut = "" if line.endswith("\n") else ": it was cut short"
+                raise TraceFileError(f"{path}, record {number} is not JSON{cut}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    arrow = _pyarrow()
+    try:
+        file = _pyarrow("parquet").ParquetFile(path)
+        columns = set(file.schema_arrow.names)
+        if missing := sorted(set(_schema().names) - columns):
+            raise TraceFileError(f"{path} has no column {missing[0]!r}: it holds no traces")
+        rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield number, _from_row(row)
+    except arrow.ArrowInvalid as error:
+        raise TraceFileError(f"{path} is not Parquet: {error}") from None
+
+
+def _row(record: TraceRecord) -> dict[str, Any]:
+    """One row: what has no fixed shape as JSON."""
+    values = record.to_json()
+    for key in _AS_JSON:
+        values[key] = _dump(values[key])
+    values["chunks"] = [{"error": None, **chunk} for chunk in values["chunks"]]
+    return values
+
+
+def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, **{key: json.loads(row[key]) for key in _AS_JSON}}
+
+
+def _table(records: Iterable[TraceRecord]) -> Any:
+    return _pyarrow().Table.from_pylist([_row(record) for record in records], schema=_schema())
+
+
+def _schema() -> Any:
+    arrow = _pyarrow()
+    text, number, real = arrow.string(), arrow.int64(), arrow.float64()
+    ids = arrow.list_(number)
+    chunk = {
+        "prompt_ids": ids,
+        "carried": number,
+        "output_ids": ids,
+        "logprobs": arrow.list_(real),
+        "stop": text,
+        "policy_version": number,
+        "role": text,
+        "error": text,
+    }
+    return arrow.schema(
+        {
+            "version": number,
+            "before": text,
+            "prompt": text,
+            "answer": text,
+            "metadata": text,
+            "query_ids": ids,
+            "stop": text,
+            "length": number,
+            "reward": real,
+            "rewards": text,
+            "reward_errors": text,
+            "advantage": real,
+            "text": text,
+            "chunks": arrow.list_(arrow.struct(chunk)),
+        }
+    )
+
+
+def _pyarrow(module: str = "") -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "train") from None
+    return getattr(pyarrow, module) if module else pyarrow
+
+
+def _known(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise TraceFileError(
+            f"{path} ends in {path.suffix!r}.{did_you_mean(path.suffix, _SUFFIXES)}"
+        )
+    return path
