@@ -67,7 +67,7 @@ from delethink.engines.exchange import EngineCounts  # noqa: E402
 from delethink.engines.loading import locate  # noqa: E402
 from delethink.engines.ray import RayPool  # noqa: E402
 from delethink.engines.vllm import WorkerConfig  # noqa: E402
-from delethink.policy import Completion, Progress, Sampling  # noqa: E402
+from delethink.policy import Completion, Sampling, SchedulingHint  # noqa: E402
 from delethink.rollout import derive_seed, run_rollout  # noqa: E402
 from delethink.types import Trace  # noqa: E402
 
@@ -80,8 +80,8 @@ class Unknowing:
 
     async def generate(self, prompt: Any, new: int, sampling: Sampling) -> Completion:
         """As the engine does."""
-        known = sampling.progress or Progress()
-        progress = Progress(known.query, known.num_chunks, MOST_CHUNKS)
+        known = sampling.hint or SchedulingHint()
+        progress = SchedulingHint(known.query, known.num_chunks, MOST_CHUNKS)
         sampling = Sampling(sampling.temperature, sampling.seed, progress)
         completion: Completion = await self.policy.generate(prompt, new, sampling)
         return completion

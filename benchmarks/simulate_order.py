@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from delethink.engines.pool import rank_of
 from delethink.engines.scheduler import Request, Scheduler
-from delethink.policy import Progress
+from delethink.policy import SchedulingHint
 
 WORKERS, SLOTS, GROUP, SEED = 2, 64, 8, 1
 LENGTHS: dict[str, tuple[int, Callable[[random.Random], int]]] = {
@@ -58,7 +58,7 @@ def main() -> None:
 
             def request(trace: int, chunks: int, order: str) -> Request:
                 known = float(lengths[trace]) if order == "known" else None  # noqa: B023
-                progress = Progress(None, chunks, most, known)  # noqa: B023
+                progress = SchedulingHint(None, chunks, most, known)  # noqa: B023
                 rank = rank_of(progress, "depth" if order == "depth" else "breadth")
                 return Request(trace, 1000, trace // GROUP, rank)
 

@@ -42,7 +42,7 @@ from delethink.cost.timing import moved_weight_bytes
 from delethink.engines.pool import rank_of
 from delethink.engines.pool_settings import PoolSettings
 from delethink.engines.scheduler import Rank
-from delethink.policy import Progress
+from delethink.policy import SchedulingHint
 from delethink.training.run_directory import describe_environment
 
 MODEL, DEVICE = "Qwen/Qwen2.5-1.5B", "h100"
@@ -133,7 +133,7 @@ def run(
     def rank(trace: int, done: int) -> Rank:
         knows = order == "known" or (order == "first boundary" and done > 0)
         known = float(chunks[trace]) if knows else None
-        progress = Progress(None, done, spec.max_chunks, known)
+        progress = SchedulingHint(None, done, spec.max_chunks, known)
         return rank_of(progress, "depth" if order == "depth" else "breadth")
 
     slots, surplus = PoolSettings().room(batch)

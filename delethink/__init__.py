@@ -26,7 +26,7 @@ from delethink.errors import (
     WeightSyncError,
     WorkersLostError,
 )
-from delethink.policy import Completion, Policy, Progress, Sampling, ScriptedPolicy
+from delethink.policy import Completion, Policy, Sampling, SchedulingHint, ScriptedPolicy
 from delethink.rollout import derive_seed, run_rollout, run_rollouts
 from delethink.types import (
     Chunk,
@@ -60,7 +60,7 @@ __all__ = [
     # policy: anything that continues a prompt
     "Policy",
     "Sampling",
-    "Progress",
+    "SchedulingHint",
     "Completion",
     "ScriptedPolicy",
     # rollout: plays traces

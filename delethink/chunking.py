@@ -52,12 +52,14 @@ class ChunkSpec:
     head_outside: bool = False
     carryover: Carryover | None = None
     boundary: Boundary | None = None
-    policy: Carryover = field(init=False, repr=False, compare=False)  # whichever of both it is
+    effective_carryover: Carryover = field(
+        init=False, repr=False, compare=False
+    )  # `carryover`, or the default HeadTail
 
     def __post_init__(self) -> None:
         for name in ("context_size", "carryover_size", "max_chunks", "head_size"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        self._settle_policy()
+        self._set_effective_carryover()
         if self.context_size < 1 or self.max_chunks < 1:
             raise ConfigError(
                 "context_size and max_chunks must be at least 1, "
@@ -70,9 +72,9 @@ class ChunkSpec:
                 f"and context_size={self.context_size}"
             )
         if not self.is_longcot:
-            self.policy.check(self.carryover_size, self.context_size)
+            self.effective_carryover.check(self.carryover_size, self.context_size)
 
-    def _settle_policy(self) -> None:
+    def _set_effective_carryover(self) -> None:
         """One way to say it: a head and a tail are always ``head_size`` and ``head_outside``."""
         named = self.carryover
         for what, given, kind in (
@@ -96,7 +98,7 @@ class ChunkSpec:
         elif named is not None:
             object.__setattr__(self, "head_size", 0)
         policy = self.carryover or HeadTail(self.head_size, self.head_outside)
-        object.__setattr__(self, "policy", policy)
+        object.__setattr__(self, "effective_carryover", policy)
 
     @classmethod
     def longcot(cls, budget: int) -> ChunkSpec:
@@ -124,7 +126,7 @@ class ChunkSpec:
     @cached_property
     def ask(self) -> Ask | None:
         """What the model is asked at a boundary, where it writes the carryover itself."""
-        return None if self.is_longcot else self.policy.ask(self.carryover_size)
+        return None if self.is_longcot else self.effective_carryover.ask(self.carryover_size)
 
     @property
     def max_written(self) -> int:
@@ -134,7 +136,7 @@ class ChunkSpec:
     @cached_property
     def max_carried(self) -> int | None:
         """The most tokens that are ever carried; ``None`` where a policy sets no bound."""
-        return 0 if self.is_longcot else self.policy.bound(self.carryover_size)
+        return 0 if self.is_longcot else self.effective_carryover.bound(self.carryover_size)
 
     @property
     def max_thinking_context(self) -> int:
@@ -166,18 +168,18 @@ class ChunkSpec:
         Raises:
             CarryoverError: the policy returned more tokens than its bound, or no tokens.
         """
-        returned = self.policy.carry(head, window, self.carryover_size)
+        returned = self.effective_carryover.carry(head, window, self.carryover_size)
         try:
             head, tail = map(as_token_ids, returned)
         except (TypeError, ValueError):
             raise CarryoverError(
-                f"the carryover {name_of(self.policy)!r} must return a head and a tail, each a "
+                f"the carryover {name_of(self.effective_carryover)!r} must return a head and a tail, each a "
                 f"sequence of token ids, and returned {returned!r:.200}"
             ) from None
         most, found = self.max_carried, len(head) + len(tail)
         if most is not None and found > most:
             raise CarryoverError(
-                f"the carryover {name_of(self.policy)!r} returned {found} tokens and promised "
+                f"the carryover {name_of(self.effective_carryover)!r} returned {found} tokens and promised "
                 f"{most} at most"
             )
         return head, tail
@@ -255,7 +257,7 @@ class ThinkingState:
             return 0
         if self.context is not None:
             return self.spec.max_written
-        inside = len(self.tail) if self.spec.policy.head_outside else self.num_carried
+        inside = len(self.tail) if self.spec.effective_carryover.head_outside else self.num_carried
         room = self.spec.context_size - min(inside, self.spec.carryover_size)
         return min(room, self._thinking_left)
 
@@ -443,7 +445,7 @@ def start(
 
 def _check_bound(spec: ChunkSpec) -> None:
     """Refuse a policy that reads text and has no tokenizer, before a trace begins."""
-    for policy in (spec.policy, spec.boundary):
+    for policy in (spec.effective_carryover, spec.boundary):
         if policy is not None and policy.unbound and not spec.is_longcot:
             raise ConfigError(
                 f"{name_of(policy)!r} works on text: give the spec a tokenizer with "

@@ -17,7 +17,7 @@ from delethink.types import StopReason, TokenIds
 
 
 @dataclass(frozen=True)
-class Progress:
+class SchedulingHint:
     """Where a chunk stands in its trace, for an engine that decides what to sample first.
 
     Rollouts fill in what they know (``query``, ``num_chunks``, ``max_chunks``); the rest is the
@@ -37,7 +37,9 @@ class Sampling:
 
     temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
     seed: int | None = None  # None draws from the engine's own stream
-    progress: Progress | None = field(default=None, compare=False, repr=False)  # no matter of draws
+    hint: SchedulingHint | None = field(
+        default=None, compare=False, repr=False
+    )  # no matter of draws
 
 
 @dataclass(frozen=True)

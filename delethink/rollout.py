@@ -21,7 +21,7 @@ from delethink.errors import (
     UserError,
     WorkersLostError,
 )
-from delethink.policy import Completion, Policy, Progress, Sampling
+from delethink.policy import Completion, Policy, Sampling, SchedulingHint
 from delethink.tokens import token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
@@ -228,9 +228,9 @@ async def _play(
     deadline: _Deadline | None = None,
 ) -> Trace:
     chunks = list(played)
-    known, query = sampling.progress or Progress(), hash(state.query_ids)
+    known, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
     while state.stop is None:
-        progress = Progress(
+        progress = SchedulingHint(
             query, state.num_chunks, state.spec.max_chunks, known.expected_chunks, known.batch
         )
         placed = Sampling(sampling.temperature, _seed(sampling, state), progress)

@@ -115,7 +115,7 @@ class Cut(NamedTuple):
         """
         if spec.is_longcot:
             return LONGCOT
-        policy = spec.policy
+        policy = spec.effective_carryover
         if spec.boundary is not None or not isinstance(
             policy, HeadTail | Tail | SinkWindow | Nothing
         ):

@@ -29,7 +29,7 @@ from delethink.errors import (
     UserError,
     WorkersLostError,
 )
-from delethink.policy import Completion, Progress, Sampling
+from delethink.policy import Completion, Sampling, SchedulingHint
 from delethink.types import TokenIds
 
 _logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ class WorkerPool:
             self._spawn(self.wake())
         chunk.key = next(self._keys)
         self._chunks[chunk.key] = chunk
-        progress = chunk.sampling.progress or Progress()
+        progress = chunk.sampling.hint or SchedulingHint()
         self._scheduler.submit(
             Request(
                 chunk.key,
@@ -518,7 +518,7 @@ class WorkerPool:
         self._end(problem if isinstance(problem, Exception) else RuntimeError(repr(problem)))
 
 
-def rank_of(progress: Progress, order: Order) -> Rank:
+def rank_of(progress: SchedulingHint, order: Order) -> Rank:
     """What is sampled first: a lower batch, then the longest rest of a trace where it is known.
 
     Where it is not, "breadth" takes the trace with the fewest chunks, whose rest may be the

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec
 from delethink.engines.base import Engine
-from delethink.policy import Progress, Sampling
+from delethink.policy import Sampling, SchedulingHint
 from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer
@@ -162,7 +162,7 @@ class Sampler:
             self.spec,
             problems,
             [query_ids(self.tokenizer, problem) for problem in problems],
-            [Sampling(self.temperature, seed, Progress(batch=step)) for seed in seeds],
+            [Sampling(self.temperature, seed, SchedulingHint(batch=step)) for seed in seeds],
             self.tokenizer,
             self.scorer,
             self.engine.max_model_tokens,

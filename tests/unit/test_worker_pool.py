@@ -23,7 +23,7 @@ from delethink.errors import (
     WeightSyncError,
     WorkersLostError,
 )
-from delethink.policy import Completion, Progress, Sampling
+from delethink.policy import Completion, Sampling, SchedulingHint
 from delethink.rollout import run_rollouts
 from delethink.types import TokenIds, Trace, TraceStop
 
@@ -551,7 +551,7 @@ def test_sleep_frees_all_workers_until_the_next_chunk() -> None:
 
 def test_ranks() -> None:
     def rank(order: Any = "breadth", **fields: Any) -> Any:
-        return rank_of(Progress(max_chunks=12, **fields), order)
+        return rank_of(SchedulingHint(max_chunks=12, **fields), order)
 
     assert rank(num_chunks=0) < rank(num_chunks=3)
     assert rank("depth", num_chunks=3) < rank("depth", num_chunks=0)
