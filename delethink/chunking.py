@@ -20,7 +20,8 @@ from delethink.tokenization import Tokenizer
 from delethink.tokens import as_token_ids, is_block, token_array
 from delethink.types import ChunkRole, StopReason, TokenIds, TraceStop
 
-_HEAD_SIZE = 100  # footnote 2 of the paper
+_MAX_DEFAULT_HEAD = 100  # footnote 2 of the paper
+_UNSET = -1
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ChunkSpec:
         carryover_size: the most thinking tokens carried over a boundary (m), less than C.
         max_chunks: the most chunks of a trace (I).
         head_size: how many of the carried tokens are the first ones of the trace, which may hold a
-            plan (footnote 2 of the paper: 100); the rest are the latest ones.
+            plan (footnote 2 of the paper); by default min(100, m // 4); the rest are the latest ones.
         head_outside: the head comes on top of ``carryover_size``, as in the paper's listing, so
             that a context holds up to ``head_size`` more tokens. Off, the bound is exactly |q| + C,
             as in the code that trained the published models.
@@ -48,7 +49,7 @@ class ChunkSpec:
     context_size: int
     carryover_size: int
     max_chunks: int
-    head_size: int = _HEAD_SIZE
+    head_size: int = _UNSET
     head_outside: bool = False
     carryover: Carryover | None = None
     boundary: Boundary | None = None
@@ -86,11 +87,14 @@ class ChunkSpec:
                     f"{what} must be a delethink.{what}.{kind.__name__}, got {given!r:.200}; "
                     f"delethink.registry.make finds one by its name"
                 )
-        if named is not None and (self.head_outside or self.head_size not in (0, _HEAD_SIZE)):
+        if named is not None and (self.head_outside or self.head_size not in (0, _UNSET)):
             raise ConfigError(
                 f"head_size and head_outside belong to the carryover 'head_tail': leave them out "
                 f"beside {name_of(named)!r}, or give them to the policy"
             )
+        if named is None and self.head_size == _UNSET:
+            default = max(0, min(_MAX_DEFAULT_HEAD, self.carryover_size // 4))
+            object.__setattr__(self, "head_size", default)
         if isinstance(named, HeadTail):
             object.__setattr__(self, "head_size", named.head_size)
             object.__setattr__(self, "head_outside", named.head_outside)

@@ -59,6 +59,10 @@ _SHIPPED = {
         "reasoning_gym": "delethink.rewards.reasoning_gym:gym_score",
         "ternary": "delethink.rewards.length:ternary",
     },
+    "delethink.engines": {
+        "transformers": "delethink.engines.transformers:TransformersEngine",
+        "vllm": "delethink.engines.ray:RayPool",
+    },
     "delethink.carryovers": {
         "tail": "delethink.carryover:Tail",
         "head_tail": "delethink.carryover:HeadTail",
