@@ -29,6 +29,13 @@ class Ask(NamedTuple):
     max_new_tokens: int  # the most tokens of the answer, EOS included
 
 
+class CarriedLength(NamedTuple):
+    """Number of tokens that a policy carries over every boundary."""
+
+    total: int  # head and tail together
+    fixed: int = 0  # leading tokens that never change, so that a prefix cache holds them
+
+
 class Carryover:
     """Base of the policies; a new one overrides ``carry``, and ``bound`` where it is not m."""
 
@@ -55,6 +62,14 @@ class Carryover:
     def bound(self, size: int) -> int | None:
         """The most tokens that ``carry`` ever returns, head and tail together; ``None`` for any."""
         return size
+
+    def carried_length(self, size: int) -> CarriedLength | None:
+        """Return the number of tokens carried over every boundary between full chunks.
+
+        Cost estimates (``delethink.cost``) need a constant length; ``None``, the default, makes
+        them refuse the policy.
+        """
+        return None
 
     def ask(self, size: int) -> Ask | None:
         """What the model is asked at a boundary, if it writes the carryover itself."""
@@ -95,6 +110,10 @@ class Tail(Carryover):
         """See ``Carryover``."""
         return window[:0], last(window, size)
 
+    def carried_length(self, size: int) -> CarriedLength | None:
+        """See ``Carryover``."""
+        return CarriedLength(size)
+
 
 @dataclass(frozen=True)
 class HeadTail(Carryover):
@@ -127,6 +146,10 @@ class HeadTail(Carryover):
         """See ``Carryover``."""
         return size + (self.head_size if self.head_outside else 0)
 
+    def carried_length(self, size: int) -> CarriedLength | None:
+        """See ``Carryover``."""
+        return CarriedLength(size + (self.head_size if self.head_outside else 0), self.head_size)
+
     def check(self, size: int, context_size: int) -> None:
         """See ``Carryover``."""
         bound = "context_size" if self.head_outside else "carryover_size"
@@ -150,6 +173,10 @@ class Nothing(Carryover):
     def bound(self, size: int) -> int | None:
         """See ``Carryover``."""
         return 0
+
+    def carried_length(self, size: int) -> CarriedLength | None:
+        """See ``Carryover``."""
+        return CarriedLength(0)
 
 
 @dataclass(frozen=True)
@@ -196,6 +223,10 @@ class SinkWindow(Carryover):
         missing = self.num_sinks - len(sinks)
         sinks, window = sinks + window[:missing], window[missing:]
         return sinks, last(window, size - len(sinks))
+
+    def carried_length(self, size: int) -> CarriedLength | None:
+        """See ``Carryover``."""
+        return CarriedLength(size, self.num_sinks)
 
     def check(self, size: int, context_size: int) -> None:
         """See ``Carryover``."""

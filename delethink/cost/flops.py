@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from delethink.carryover import HeadTail, Nothing, SinkWindow, Tail, name_of
+from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec
 from delethink.cost.shape import Mixer, ModelShape
 from delethink.errors import ConfigError, UserError
@@ -115,26 +115,26 @@ class Cut(NamedTuple):
         """
         if spec.is_longcot:
             return LONGCOT
-        policy = spec.effective_carryover
-        if spec.boundary is not None or not isinstance(
-            policy, HeadTail | Tail | SinkWindow | Nothing
-        ):
+        policy, size = spec.effective_carryover, spec.carryover_size
+        if spec.boundary is not None:
             raise ConfigError(
-                "the estimate covers the carryovers head_tail, tail, sink_window and none, without "
-                f"early boundaries: got {name_of(spec.boundary or policy)!r}"
+                "cost estimates cover chunks without early boundaries: got the boundary "
+                f"{name_of(spec.boundary)!r}; leave it out"
             )
-        if isinstance(policy, Nothing):
-            return cls(spec.context_size, 0)
-        if isinstance(policy, SinkWindow):
-            return cls(spec.context_size, spec.carryover_size, 0, policy.num_sinks)
-        if spec.head_outside and spec.head_size + spec.carryover_size > spec.context_size:
+        carried = policy.carried_length(size)
+        if carried is None:
             raise ConfigError(
-                "with head_outside the estimate covers head_size + carryover_size up to "
-                f"context_size only: got {spec.head_size} + {spec.carryover_size} and "
-                f"{spec.context_size}"
+                "cost estimates cover carryovers of a constant length: the length of "
+                f"{name_of(policy)!r} varies or is unknown (Carryover.carried_length)"
             )
-        outside = spec.head_size if spec.head_outside else 0
-        return cls(spec.context_size, spec.carryover_size, outside, spec.head_size)
+        if carried.total > spec.context_size:
+            raise ConfigError(
+                f"cost estimates cover carryovers of at most context_size={spec.context_size} "
+                f"tokens: {name_of(policy)!r} carries {carried.total}; lower carryover_size or "
+                "head_size"
+            )
+        outside = max(0, carried.total - size)
+        return cls(spec.context_size, carried.total - outside, outside, carried.fixed)
 
 
 LONGCOT = Cut(np.inf, 0)

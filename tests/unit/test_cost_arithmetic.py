@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink import ChunkSpec, StopReason, start
-from delethink.carryover import Full, LineBreak, Nothing, SinkWindow, StateBlock, Tail
+from delethink.carryover import (
+    CarriedLength,
+    Carryover,
+    Full,
+    LineBreak,
+    Nothing,
+    SinkWindow,
+    StateBlock,
+    Tail,
+    last,
+)
 from delethink.cost.compare import crossing, flops_polynomial
 from delethink.cost.flops import (
     CACHE_BLOCK,
@@ -29,6 +40,7 @@ from delethink.cost.flops import (
 from delethink.cost.memory import cache_bytes, longest_context, longest_thinking
 from delethink.cost.shape import FeedForward, Layer, ModelShape, delta_attention, softmax_attention
 from delethink.errors import ConfigError
+from delethink.types import TokenIds
 
 FULL = softmax_attention(8, 2, 1, 4)
 SLIDING = softmax_attention(8, 2, 2, 4, window=6)
@@ -102,6 +114,30 @@ def test_what_the_closed_form_does_not_cover_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=name):
         Cut.of(ChunkSpec(32, 16, 4, 0, **settings))
+
+
+@dataclass(frozen=True)
+class EveryOther(Carryover):
+    """Carries the first token of the trace, and every other one of the latest 2 (m - 2)."""
+
+    def carry(
+        self, head: TokenIds | None, window: TokenIds, size: int
+    ) -> tuple[TokenIds, TokenIds]:
+        if head is None:
+            head, window = window[:1], window[1:]
+        return head, last(window, 2 * (size - 2))[::2]
+
+    def carried_length(self, size: int) -> CarriedLength:
+        return CarriedLength(size - 1, 1)
+
+
+def test_a_new_carryover_states_its_own_length() -> None:
+    spec = ChunkSpec(32, 10, 1000, carryover=EveryOther())
+    assert Cut.of(spec) == (32, 9, 0, 1)
+    chunks = cut_traces(200, 7, Cut.of(spec))
+    played = play(spec, 7, 200)
+    assert chunks.per_trace == len(played)
+    assert (chunks.prompt[2], chunks.new[2]) == played[1] == (7 + 9, 32 - 9)
 
 
 def test_what_a_cache_of_prefixes_finds() -> None:

@@ -164,7 +164,7 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--efficiency nowhere.json", "cannot read efficiencies from nowhere.json"),
         ("--calibrate nowhere", "nowhere is not a run directory"),
         ("--plot nowhere/out.png", "cannot write the picture to nowhere/out.png"),
-        ("--head-outside -C 8k -m 8100", "head_size + carryover_size up to context_size only"),
+        ("--head-outside -C 8k -m 8100", "at most context_size=8192 tokens: 'head_tail' carries 8200"),
     ],
 )
 def test_bad_input_is_one_sentence(
