@@ -1,12 +1,11 @@
 """The chunk scheduler on a cluster that is not here: simulated engines, in virtual time.
 
-    python benchmarks/simulate_rollouts.py --out docs/rollouts_simulated       # .png and .json
+    python benchmarks/simulate_rollouts.py --out docs/benchmarks/rollouts_simulated
 
 By default 512 engines with Qwen2.5-1.5B on H100, one each, and 200,000 traces of heavy-tailed
 length; every two minutes a worker dies or hangs. Service times follow from the cost model
-(docs/cost.md), whose efficiencies are fitted to what the paper reports of 8 H100; with --service
-they are those that benchmarks/bench_rollouts.py measured. The makespan is compared with a bound
-that
+(docs/guide/cost.md), whose efficiencies are fitted to what the paper reports of 8 H100; with
+--service they come from benchmarks/bench_rollouts.py. The makespan is compared with a bound that
 no schedule can beat: all work spread evenly over full batches without faults, or the longest trace
 alone on an engine.
 """

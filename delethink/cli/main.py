@@ -86,7 +86,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "eval",
         help="measure how far thinking scales, Delethink against LongCoT",
         description="Sample each problem many times at the largest budget, cut the traces to every "
-        "smaller one, and report accuracies with intervals: docs/evaluation.md",
+        "smaller one, and report accuracies with intervals: docs/guide/evaluation.md",
         epilog="E.g.: delethink eval -m toy --task automaton --task-arg min_steps=16 --task-arg "
         "max_steps=24 -C 90 --carryover 45 --head-size 0 --max-chunks 9 -n 4 -o out",
     )
@@ -99,7 +99,7 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "probe",
         help="say how Markovian a model is already: what a reset costs it",
         description="Score the tokens after each boundary twice, after the whole history and after "
-        "what a reset leaves, and report what is lost: docs/evaluation.md",
+        "what a reset leaves, and report what is lost: docs/guide/probing.md",
         epilog="E.g.: delethink probe -m toy --task automaton --task-arg min_steps=16 --task-arg "
         "max_steps=24 -C 90 --carryover 15,30,45 --head-size 0 --budget 450",
     )
@@ -112,7 +112,7 @@ def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "cost",
         help="estimate FLOPs, memory, time and money, LongCoT against Delethink",
         description="Estimate FLOPs, memory, time and money of LongCoT and Delethink, by "
-        "arithmetic alone. What is counted, and how well it fits what was measured: docs/cost.md",
+        "arithmetic alone. The formulas and their fit to measured times: docs/guide/cost.md",
         epilog="E.g.: delethink cost --model Qwen/Qwen2.5-1.5B --thinking 24k,96k,1M -C 8k -m 4k "
         "--gpu h100 --gpus 8",
     )

@@ -52,7 +52,7 @@ ACCELERATORS = {
     "rtx4090": _gpu("RTX 4090", 165, 1008, 24, 32, "NVIDIA Ada GPU architecture whitepaper"),
     # float32; measured by benchmarks/bench_cost.py on two cores with AVX-512
     "cpu": Accelerator(
-        "2 CPU cores", 0.19 * TERA, 23 * GB, 24 * GIB, 5 * GB, 4, "measured, see docs/cost.md"
+        "2 CPU cores", 0.19 * TERA, 23 * GB, 24 * GIB, 5 * GB, 4, "docs/benchmarks/cost.md"
     ),
 }
 

@@ -3,8 +3,8 @@
 The program runs as a process group of its own, in a private temporary folder, with an environment
 that inherits nothing, under limits on CPU time, wall-clock time, memory and file size. The kernel
 keeps it from the network, from starting processes, from signalling others and from every file but
-the interpreter's and its own (``lockdown.py``). What that does not protect from is said in
-docs/tasks_and_rewards.md; a stronger sandbox is any function with the signature of ``run_python``.
+the interpreter's and its own (``lockdown.py``). docs/guide/tasks_and_rewards.md lists the limits of
+that protection; a stronger sandbox is any function with the signature of ``run_python``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from delethink.engines.loading import (
     locate,
     longest_sequence,
 )
-from delethink.engines.pool_settings import check_resources
 from delethink.errors import ConfigError, MissingExtraError, ModelError, UserError
 from delethink.output import output_path
 from delethink.registry import make_task, resolve
@@ -113,16 +112,7 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 def _check_engine(recipe: Recipe) -> None:
     """Settings of workers that an engine in this process would ignore are refused."""
-    rollout = recipe.rollout
-    if choose_engine(recipe.engine) == "vllm":
-        check_resources(
-            recipe.gpus_per_worker,
-            rollout.tensor_parallel_size,
-            rollout.sleep,
-            rollout.placement,
-            rollout.weight_transfer,
-            recipe.trainer.num_workers,
-        )
+    if choose_engine(recipe.engine.name) == "vllm":
         return
     if recipe.training.max_staleness:
         raise ConfigError(
@@ -130,8 +120,8 @@ def _check_engine(recipe: Recipe) -> None:
             "trains, which takes engines of their own; the engine here is transformers, with the "
             "trainer's own weights: leave it out or set engine=vllm"
         )
-    for key, default in (("num_workers", 1), ("gpus_per_worker", 0.0), ("dtype", "float32")):
-        if (value := getattr(recipe, key)) != default:
+    for key, default in (("num_engines", 1), ("gpus_per_engine", 0.0), ("dtype", None)):
+        if (value := getattr(recipe.engine, key)) != default:
             raise ConfigError(
                 f"{key}={value} is for vLLM's workers; the engine here is transformers, in this "
                 f"process, with the trainer's own float32 weights: leave it out or set engine=vllm"
@@ -140,7 +130,7 @@ def _check_engine(recipe: Recipe) -> None:
 
 def _check_packages(recipe: Recipe) -> None:
     """What only some settings need is looked for before anything is loaded."""
-    if recipe.trainer.num_workers > 1 and importlib.util.find_spec("ray") is None:
+    if recipe.trainer.num_ranks > 1 and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray")
     if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora")
@@ -311,16 +301,16 @@ def _context(inputs: Inputs) -> Iterator[Check]:
 def _memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> Iterator[Check]:
     """The most that trainer and engine hold, against what there is.
 
-    The trainer's tensors fit measured steps within a tenth (docs/cost.md); the engine's are its
-    caches and logits at their fullest.
+    The trainer's tensors fit measured steps within a tenth (docs/guide/cost.md); the engine's are
+    its caches and logits at their fullest.
     """
     device, ram = device_memory(), process_memory()
     place, spread, more = (device, 1.0, 0.0) if device else (ram, _SPREAD, _LIBRARIES)
     trainer = _trainer_bytes(recipe, inputs, shape, spread)
     # Each process of the trainer has a GPU of its own; on the CPU they share what there is.
-    processes = 1 if device else recipe.trainer.num_workers
-    each = f" in each of {recipe.trainer.num_workers} processes" if processes > 1 else ""
-    if choose_engine(recipe.engine) == "transformers":
+    processes = 1 if device else recipe.trainer.num_ranks
+    each = f" in each of {recipe.trainer.num_ranks} processes" if processes > 1 else ""
+    if choose_engine(recipe.engine.name) == "transformers":
         held = weight_bytes(shape, 12)  # weights and Adam's state; there are no gradients meanwhile
         sampling = held + spread * _sampling_bytes(recipe, inputs, shape)
         needed = more + max(trainer, sampling)
@@ -346,24 +336,24 @@ def _workers(
     recipe: Recipe, inputs: Inputs, shape: ModelShape, device: Memory | None, ram: Memory
 ) -> Iterator[Check]:
     """VLLM reserves its cache; a trace that does not fit in it is never sampled."""
-    size = 4 if recipe.dtype == "float32" else 2
+    size = 4 if recipe.engine.engine_dtype == "float32" else 2
     weights = weight_bytes(shape, size)
     cache = float(cache_bytes(shape, _longest(inputs), size, block=16))
     found = (
-        f"{recipe.num_workers} workers with {_gib(weights)} of weights each; a context's cache "
-        f"takes {_gib(cache)}"
+        f"{recipe.engine.num_engines} workers with {_gib(weights)} of weights each; a context's "
+        f"cache takes {_gib(cache)}"
     )
     advice = "take fewer workers, a smaller model or a smaller context"
-    reserved = recipe.rollout.kv_cache_gib * GIB
-    if recipe.gpus_per_worker and device is not None:
-        parallel = recipe.rollout.tensor_parallel_size
-        share = (weights + cache) / parallel / recipe.rollout.gpu_memory_utilization
+    reserved = recipe.engine.kv_cache_gib * GIB
+    if recipe.engine.gpus_per_engine and device is not None:
+        parallel = recipe.engine.tensor_parallel_size
+        share = (weights + cache) / parallel / recipe.engine.gpu_memory_utilization
         yield _fits("engine", share, device, found, advice)
     elif cache > reserved:
         advice = f"raise rollout.kv_cache_gib, or {advice}"
         yield Check("engine", "problem", f"{found}, of {_gib(reserved)}", advice)
     else:
-        needed = recipe.num_workers * (weights + reserved + _LIBRARIES)
+        needed = recipe.engine.num_engines * (weights + reserved + _LIBRARIES)
         yield _fits("engine", needed, ram, found, advice)
 
 
@@ -384,7 +374,7 @@ def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, spread: fl
     activations = float(at_most) - whole_model
     held = whole_model - frozen + reference
     if recipe.trainer.strategy == "fsdp2":
-        held /= recipe.trainer.num_workers
+        held /= recipe.trainer.num_ranks
     return held + spread * activations
 
 

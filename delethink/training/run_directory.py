@@ -412,7 +412,7 @@ def _git_commit() -> str | None:
     # Installed into some other project's .venv, the commit found there would be that project's.
     own = ["ls-files", "--error-unmatch", Path(__file__).name]
     commit = ["describe", "--always", "--dirty", "--abbrev=40"]
-    # The files of a job are no clone; docs/ray_jobs.md shows how the commit goes along.
+    # The files of a job are no clone; docs/guide/ray_jobs.md shows how the commit goes along.
     return _git(*commit) if _git(*own) else os.environ.get("DELETHINK_COMMIT")
 
 

@@ -265,10 +265,10 @@ def test_longcot_can_be_capped_at_the_window_on_purpose(tmp_path: Path) -> None:
 def test_the_example_of_the_documentation_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "evaluation.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/evaluation.md", "exec"), {})
+    exec(compile(code, "docs/guide/evaluation.md", "exec"), {})
     assert "toy | longcot" in capsys.readouterr().out
     assert len((tmp_path / "out" / "traces.jsonl").read_text().splitlines()) == 32
 
