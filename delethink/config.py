@@ -1,20 +1,20 @@
-"""Recipes: a YAML file sets the values, ``dotted.key=value`` arguments override them.
+"""Recipes: a YAML file sets the values, and ``dotted.key=value`` arguments override them.
 
-A recipe is a typed value that refuses unknown keys and impossible combinations before anything
-heavy is imported. Keys of ``training`` keep TRL's names.
+A recipe is checked as a whole before anything heavy is imported: unknown keys and impossible
+combinations raise ``ConfigError``. Keys of ``training`` keep TRL's names.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.registry import make
+from delethink.registry import make, names
 
 try:
     import yaml
@@ -30,55 +30,56 @@ try:
 except ImportError as error:
     raise MissingExtraError(error.name or "pydantic", "train") from None
 
+Order = Literal["breadth", "depth"]
+WeightTransfer = Literal["store", "nccl", "ipc"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class NamedConfig(_Section):
-    """Something registered, by its name."""
+    """A registered object and its arguments."""
 
     name: str
-    """What it is called."""
+    """Registered name, or module:object."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """What it is made with."""
+    """Arguments of its constructor."""
 
     @model_validator(mode="before")
     @classmethod
-    def _may_be_a_name(cls, value: Any) -> Any:
+    def _accept_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
 
 class ThinkingConfig(_Section):
-    """How thinking is cut into chunks."""
+    """Chunk sizes and what is carried from one chunk to the next."""
 
     context_size: int = Field(gt=0)
-    """Thinking tokens that fit in a context, carried and new ones together (C)."""
+    """Thinking tokens in one context, carried and new ones together (C)."""
     carryover_size: int = Field(ge=0)
-    """The most thinking tokens carried over a boundary (m)."""
+    """Maximum thinking tokens carried over a boundary (m)."""
     max_chunks: int = Field(ge=1)
-    """The most chunks of a trace (I)."""
-    head_size: int = Field(100, ge=0)
-    """How many of the carried tokens are the first ones of the trace."""
+    """Maximum chunks of a trace (I)."""
+    head_size: int | None = Field(None, ge=0)
+    """Carried tokens taken from the start of the trace; unset, min(100, carryover_size // 4)."""
     head_outside: bool = False
-    """The head comes on top of carryover_size, as in the paper's listing."""
+    """Add the head on top of carryover_size, as in the paper's listing."""
     carryover: NamedConfig | None = None
-    """A registered carryover instead of such a head and the latest tokens."""
+    """Registered carryover policy; unset, a head and the latest tokens."""
     boundary: NamedConfig | None = None
-    """A registered boundary, which may end a chunk before it is full."""
+    """Registered boundary policy, which may end a chunk before the context is full."""
 
     def spec(self) -> ChunkSpec:
-        """The rule's own value; policies that read text are still to be bound to a tokenizer."""
-        values = self.model_dump()
-        if self.carryover is not None and "head_size" not in self.model_fields_set:
-            del values["head_size"]
+        """Return the chunk spec. Policies reading text still need ``bind(tokenizer)``."""
+        values = self.model_dump(exclude_none=True)
         for key, group in (("carryover", "carryovers"), ("boundary", "boundaries")):
-            values[key] = make(f"delethink.{group}", values[key])
+            values[key] = make(f"delethink.{group}", values.get(key))
         return ChunkSpec(**values)
 
     @field_validator("carryover", mode="before")
     @classmethod
-    def _is_no_size(cls, value: Any) -> Any:
+    def _refuse_size(cls, value: Any) -> Any:
         if isinstance(value, int | float):
             raise ValueError(
                 f"a carryover is a registered name, or a mapping with name and args, got {value}. "
@@ -87,33 +88,33 @@ class ThinkingConfig(_Section):
         return value
 
     @model_validator(mode="after")
-    def _is_possible(self) -> ThinkingConfig:
+    def _check_spec(self) -> ThinkingConfig:
         self.spec()
         return self
 
 
 class TaskConfig(NamedConfig):
-    """Where problems come from: a registered task, or family/member."""
+    """Source of the problems: a registered task, or family/member."""
 
     max_query_tokens: int | None = Field(None, gt=0)
-    """Longer queries are passed over, counted and reported; unset, what does not fit is refused."""
+    """Skip longer queries, and report how many; unset, a query that does not fit is an error."""
 
 
 class RewardConfig(_Section):
     """A reward; a bare number stands for one with that weight."""
 
     weight: FiniteFloat = 1.0
-    """What its value is multiplied with in the sum; 0 only measures it."""
+    """Factor of its value in the sum; 0 only records the value."""
     reward: str | None = None
-    """The registered name, where it is not the key: so one reward can be there twice."""
+    """Registered name if the key is another; allows one reward to occur twice."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """The reward's own settings."""
+    """Arguments of the reward."""
     isolated: bool | None = None
-    """Run it in a worker that can be killed, or not; unset, as the reward itself says."""
+    """Run it in a killable process; unset, as the reward itself declares."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_weight(cls, value: Any) -> Any:
+    def _accept_weight(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return {"weight": value}
         if not isinstance(value, dict | RewardConfig):
@@ -125,117 +126,117 @@ class RewardConfig(_Section):
 
 
 class ScoringConfig(_Section):
-    """What stands in the place of the sum of rewards, and how far verifiers may go."""
+    """Exceptions to the sum of rewards, and the limits of verifiers."""
 
     out_of_budget: Literal["score", "zero", "mask", "penalty"] = "score"
-    """A trace that ran out of budget is scored as any other, or 0, or less a penalty, or masked:
-    scored for the baseline of its group, but left out of the loss and of its mean."""
+    """Score of a trace that used up its budget: as any other ("score"), 0 ("zero"), less a penalty
+    ("penalty"), or scored for the baseline of its group but left out of the loss ("mask")."""
     penalty: FiniteFloat = 1.0
-    """What "penalty" takes off its score."""
+    """Amount subtracted from the score by "penalty"."""
     error: FiniteFloat | None = None
-    """Score of a trace that failed, or whose reward cannot be computed; unset, it has none."""
-    num_workers: int | None = Field(None, gt=0)
-    """Processes for rewards that may hang; unset, one for each core, at most eight."""
+    """Score of a failed trace, or of one without a computable reward; unset, no score."""
+    num_verifiers: int | None = Field(None, gt=0)
+    """Processes for isolated rewards; unset, one per core and at most eight."""
     timeout: float = Field(10.0, gt=0, allow_inf_nan=False)
-    """Seconds of one such reward; it is killed then."""
+    """Time limit of an isolated reward, in seconds."""
     memory_mb: int = Field(2048, ge=64)
-    """Megabytes of memory of one such reward; it is killed beyond."""
+    """Memory limit of an isolated reward, in megabytes."""
 
 
 _REFUSED_LOSS_TYPES = {
-    "bnpo": "it divides by the tokens of a micro-batch, so how traces are cut into micro-batches "
-    "would change the result",
-    "vespo": "it weighs a trace with the product of its ratios, which over thousands of tokens is "
-    "always at its bounds",
+    "bnpo": "it divides by the tokens of a micro-batch, so the result would depend on how traces "
+    "are split into micro-batches",
+    "vespo": "it weighs a trace with the product of its ratios, which is always at its bounds over "
+    "thousands of tokens",
 }
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters, under PEFT's names."""
+    """Low-rank adapters, with PEFT's names."""
 
     r: int = Field(16, gt=0)
     """Rank."""
     lora_alpha: float = Field(32, gt=0, allow_inf_nan=False)
-    """Scale: what the adapters say is multiplied with lora_alpha / r."""
+    """Scale: the output of the adapters is multiplied by lora_alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    """Which layers; by default every linear one but the head."""
+    """Layers with adapters; by default every linear layer but the output head."""
 
 
 class TrainingConfig(_Section):
-    """The optimiser and the objective, under TRL's names. Batches count traces."""
+    """Optimizer and objective, with TRL's names. Batch sizes count traces."""
 
     max_steps: int = Field(gt=0)
     """Optimizer steps."""
     num_generations: int = Field(8, ge=2)
-    """Traces of each problem (G)."""
+    """Traces per problem (G)."""
     per_device_train_batch_size: int = Field(8, gt=0)
-    """Traces in a micro-batch; it changes memory, not the result."""
+    """Traces per micro-batch; changes memory, not the result."""
     gradient_accumulation_steps: int = Field(1, gt=0)
-    """Micro-batches in an optimizer step; several processes share them."""
+    """Micro-batches per optimizer step, shared by all ranks."""
     learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
-    """How the learning rate goes over the run."""
+    """Learning-rate schedule."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of warm-up."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     adam_beta2: float = Field(0.999, gt=0, lt=1)
-    """Of AdamW."""
+    """Second-moment decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Gradients are clipped to this global norm."""
+    """Maximum global gradient norm."""
     temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
-    """Of sampling, and of the log-probs in the loss."""
+    """Temperature of sampling and of the log-probs in the loss."""
     epsilon: float = Field(0.2, gt=0, lt=1)
     """Lower clip range of the probability ratio, which is 1 in the first step on a batch."""
     epsilon_high: float = Field(0.26, gt=0, allow_inf_nan=False)
-    """Upper clip range of the same ratio ("clip-higher")."""
+    """Upper clip range of the probability ratio ("clip-higher")."""
     beta: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Weight of the KL divergence from the first weights."""
+    """Weight of the KL divergence from the initial weights."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the advantage is divided by: a standard deviation, or nothing."""
+    """Divisor of advantages: a standard deviation, or none."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = "grpo"
-    """What a token weighs; "grpo" divides a trace by its own number of sampled tokens."""
+    """Loss; "grpo" divides each trace by its own number of sampled tokens."""
     delta: float | None = Field(None, gt=1, allow_inf_nan=False)
-    """Upper bound of the ratio where the advantage is negative ("dual clip"; the authors' is 3)."""
+    """Upper bound of the ratio for negative advantages ("dual clip"); the authors use 3."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """What the ratio is taken over: a token, or a whole trace."""
+    """Unit of the probability ratio: a token, or a whole trace."""
     vllm_importance_sampling_correction: bool = True
-    """Weigh tokens for the difference between the engine's probabilities and the trainer's."""
+    """Weight tokens by the ratio of the trainer's to the engine's probabilities."""
     vllm_importance_sampling_mode: Literal["token_truncate", "token_mask"] = "token_truncate"
-    """A weight beyond its bound is cut to it, or its token dropped."""
+    """Truncate a correction weight at its bound, or mask the token."""
     vllm_importance_sampling_clip_max: float = Field(2.0, ge=1, allow_inf_nan=False)
-    """That bound."""
+    """Bound of the correction weight."""
     num_iterations: int = Field(1, ge=1)
-    """How often a batch is trained on."""
+    """Passes over each batch."""
     steps_per_generation: int | None = Field(None, gt=0)
     """Micro-batches sampled at once; unset, those of one optimizer step."""
     max_sampling_rounds: int = Field(1, ge=1)
-    """With more than 1, groups of equal rewards are replaced by others, so many rounds at most."""
+    """Maximum sampling rounds per batch; above 1, groups of equal rewards are replaced."""
     max_staleness: int = Field(0, ge=0)
-    """Sample the next batches while training, at most so many weight updates old when begun."""
+    """Prefetch rollouts while training, at most this many weight updates ahead."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     bf16: bool = False
     """Compute in bfloat16; weights, log-probs and the loss stay float32."""
     gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass: less memory for one chunk, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
-    """Where else metrics go."""
+    """Experiment trackers to send the metrics to."""
     forward_tokens: int = Field(16_384, gt=0)
-    """Tokens in one forward and backward pass: what memory depends on. It changes no result."""
+    """Maximum tokens per forward and backward pass; changes memory, not the result."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
-    """A step with a larger share of failed traces stops the run."""
+    """Stop the run if a larger share of a step's traces failed."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss, gradient or log-prob that is not finite does: stop the run, or skip the step."""
+    """Stop the run or skip the step if a loss, gradient or log-prob is NaN or infinite."""
     save_steps: int | None = Field(10, gt=0)
-    """Steps between checkpoints, from which a run is taken up; null keeps the last weights only."""
+    """Steps between checkpoints to resume from; null saves the final weights only."""
     save_total_limit: int = Field(2, gt=0)
-    """Checkpoints that are kept, the newest ones."""
+    """Number of latest checkpoints to keep."""
 
     @property
     def traces_per_step(self) -> int:
-        """Traces of an optimizer step, over all processes."""
+        """Traces of an optimizer step over all ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -251,69 +252,68 @@ class TrainingConfig(_Section):
 
     @property
     def num_batches(self) -> int:
-        """How often is sampled in the run."""
+        """Batches sampled in the run."""
         return -(-self.max_steps // self.steps_per_batch)
 
     @field_validator("loss_type", mode="before")
     @classmethod
-    def _is_of_traces(cls, value: Any) -> Any:
+    def _refuse_loss_type(cls, value: Any) -> Any:
         if reason := _REFUSED_LOSS_TYPES.get(str(value)):
-            raise ValueError(f"{value!r} makes no sense for traces: {reason}")
+            raise ValueError(f"{value!r} is not defined for traces: {reason}")
         return value
 
     @model_validator(mode="after")
-    def _has_whole_groups(self) -> TrainingConfig:
+    def _check_batch_sizes(self) -> TrainingConfig:
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         if micro_batches % self.gradient_accumulation_steps:
             raise ValueError(
                 "steps_per_generation counts micro-batches and must hold whole optimizer steps: "
-                f"{micro_batches} do not divide by gradient_accumulation_steps="
+                f"{micro_batches} is not divisible by gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}"
             )
         if self.traces_per_batch % self.num_generations:
             key = "steps_per_generation" if self.steps_per_generation else ""
             raise ValueError(
                 f"per_device_train_batch_size x {key or 'gradient_accumulation_steps'} must hold "
-                f"whole groups: {self.traces_per_batch} traces do not divide by num_generations="
-                f"{self.num_generations}"
+                f"whole groups: {self.traces_per_batch} traces are not divisible by "
+                f"num_generations={self.num_generations}"
             )
         if 0 < self.max_staleness < self.steps_per_batch:
             raise ValueError(
-                f"max_staleness={self.max_staleness} is less than the {self.steps_per_batch} "
-                "optimizer steps on a batch: the next one cannot be begun before they are done"
+                f"max_staleness={self.max_staleness} must be 0 or at least the "
+                f"{self.steps_per_batch} optimizer steps on a batch"
             )
         if self.loss_type == "luspo" and self.importance_sampling_level != "sequence":
-            raise ValueError("loss_type=luspo is defined for importance_sampling_level=sequence")
+            raise ValueError("loss_type=luspo needs importance_sampling_level=sequence")
         return self
 
 
 class TrainerConfig(_Section):
-    """The processes that train together, each with the model; the engine has workers of its own."""
+    """Trainer processes (ranks), each with the model."""
 
-    num_workers: int = Field(1, ge=1)
-    """Processes under Ray Train; 1 trains in this one, without Ray Train."""
+    num_ranks: int = Field(1, ge=1)
+    """Trainer processes under Ray Train; 1 trains in the main process, without Ray Train."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """"ddp" keeps the whole model in every process, "fsdp2" shards it over them."""
-    cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """CPUs that Ray gives each process."""
-    gpus_per_worker: int = Field(0, ge=0, le=1)
-    """GPUs that Ray gives each process; 0 on a machine without."""
+    """"ddp" keeps the whole model in every rank, "fsdp2" shards it over the ranks."""
+    cpus_per_rank: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """CPUs reserved in Ray for each rank."""
+    gpus_per_rank: int = Field(0, ge=0, le=1)
+    """GPUs reserved in Ray for each rank."""
 
     @model_validator(mode="after")
-    def _is_possible(self) -> TrainerConfig:
-        if self.num_workers > 1:
+    def _check_ranks(self) -> TrainerConfig:
+        if self.num_ranks > 1:
             return self
         if self.strategy == "fsdp2":
             raise ValueError(
-                "strategy=fsdp2 shards a model over processes, and num_workers=1 is one: set "
-                "trainer.num_workers to 2 or more, or leave the strategy out"
+                "strategy=fsdp2 shards the model over ranks and needs trainer.num_ranks of 2 or "
+                "more, got num_ranks=1"
             )
-        for key in ("cpus_per_worker", "gpus_per_worker"):
+        for key in ("cpus_per_rank", "gpus_per_rank"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key} is what Ray gives each of several processes, and num_workers=1 trains "
-                    "in this one, with what it has: set trainer.num_workers to 2 or more, or leave "
-                    f"{key} out"
+                    f"{key} applies to several ranks, and num_ranks=1 trains in the main process: "
+                    f"set trainer.num_ranks to 2 or more, or leave {key} out"
                 )
         return self
 
@@ -322,170 +322,262 @@ class EvaluationConfig(_Section):
     """Held-out problems: a few at intervals, all of them in the table at the end."""
 
     num_problems: int = Field(256, ge=2)
-    """Problems in each row of the table."""
+    """Problems in each row of the final table."""
     reward: str | None = None
-    """The reward that says right (1) or wrong (0); by default the recipe's first."""
+    """Reward for right (1) or wrong (0); unset, the recipe's first."""
     task: TaskConfig | None = None
-    """Where held-out problems come from, scored by that task's own rewards; by default the task."""
+    """Source of held-out problems, scored by its own rewards; unset, the recipe's task."""
     every: int = Field(10, ge=1)
     """Steps between evaluations."""
     num_problems_at_intervals: int = Field(64, ge=2)
-    """Problems in those."""
+    """Problems in each of those."""
 
 
-class RolloutConfig(_Section):
-    """How traces are sampled, and how vLLM's workers are treated; times are in seconds."""
+class EngineConfig(_Section):
+    """Sampling engines and their workers. Times are in seconds."""
 
-    order: Literal["breadth", "depth"] = "breadth"
-    """Traces with the fewest chunks first, so that none starts late; or those that were begun."""
-    chunk_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """For which a worker may have a chunk; then its trace is aborted. Unset, for ever."""
-    step_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """For the sampling of a step; traces that have not ended then are aborted. Unset, none."""
-    silence_timeout: float = Field(15.0, gt=0, allow_inf_nan=False)
-    """After which the chunks of a worker without a sign of life go to others."""
-    hang_timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
-    """After which a worker without a sign of life, or whose engine stands still, is restarted."""
-    slow_factor: float = Field(8.0, ge=1, allow_inf_nan=False)
-    """How many times longer than the others a worker may take before it is restarted."""
-    lost_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
-    """Without any worker, after which the run stops."""
-    max_restarts: int = Field(5, ge=0)
-    """Of a worker, in a row and without a chunk in between."""
-    max_attempts: int = Field(5, ge=1)
-    """At a chunk whose workers die or raise, before its trace has failed."""
-    startup_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
-    """For a worker to start."""
-    chunks_per_worker: int | None = Field(None, ge=1)
-    """Chunks that a worker has at a time; unset, a quarter more than its batch takes, and twice its
-    batch while many wait."""
-    max_batch_size: int | None = Field(None, ge=1)
-    """Chunks that an engine samples side by side; unset, as vLLM says."""
-    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """GiB for the KV cache of a worker, on the CPU."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of a GPU's memory for a worker."""
+    name: str = "auto"
+    """Registered engine: "transformers" samples in the main process, "vllm" in Ray workers; "auto"
+    takes vLLM if vLLM and Ray are installed."""
+    num_engines: int = Field(1, ge=1)
+    """Engines, each in a Ray worker of its own; "transformers" has one, in the main process."""
+    gpus_per_engine: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """GPUs reserved in Ray for each engine: a fraction shares one, 0 samples on the CPU."""
+    cpus_per_engine: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """CPUs reserved in Ray for each engine; unset, 1 on GPUs and an equal share of the cores but
+    one otherwise."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """Ranks over which each engine is spread: on GPUs, as many as each worker has."""
-    placement: Literal["pack", "spread"] | None = None
-    """Workers on as few, or as many, nodes as there are; unset, as Ray likes."""
+    """GPUs (on CPUs: processes) of each engine."""
+    node_placement: Literal["pack", "spread"] | None = None
+    """Place workers on as few nodes as possible ("pack") or as many ("spread"); unset, as Ray
+    does."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the engine's weights; unset, bfloat16 on GPUs and float32 on CPUs."""
+    max_batch_size: int | None = Field(None, ge=1)
+    """Chunks sampled at once by an engine; unset, the engine's own default."""
+    kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """GiB of KV cache of each engine, on CPUs."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of GPU memory for each engine."""
     sleep: bool = False
-    """Free the workers' GPUs while the trainer trains."""
-    weight_transfer: Literal["store", "nccl", "ipc"] = "store"
-    """How new weights come to workers: Ray's object store, or vLLM's own transfer between GPUs."""
+    """Free the engines' GPU memory while the trainer trains."""
+    order: Order = "breadth"
+    """Sample the traces with the fewest chunks first ("breadth"), which starts long
+    traces early, or those already begun ("depth"), which completes groups sooner."""
+    chunks_per_engine: int | None = Field(None, ge=1)
+    """Chunks held by a worker at a time; unset, a quarter more than its batch."""
+    weight_transfer: WeightTransfer = "store"
+    """Path of new weights to the engines: Ray's object store, or vLLM's transfer between GPUs."""
+    weight_sync_timeout: float = Field(60.0, gt=0, allow_inf_nan=False)
+    """Limit for loading new weights."""
+    verify_weights: Literal["first", "every"] = "first"
+    """Compare the engines' weights with the trainer's after the first update, or after every
+    update."""
+    startup_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """Limit for the start of a worker."""
+    rollout_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Limit for the rollouts of a step; unfinished traces are then aborted. Unset, no limit."""
+    chunk_timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Limit for a chunk; its trace is then aborted. Unset, no limit."""
+    heartbeat_timeout: float = Field(15.0, gt=0, allow_inf_nan=False)
+    """Move the chunks of a worker without a heartbeat for this long to other workers."""
+    hang_timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Restart a worker without a heartbeat or engine progress for this long."""
+    slow_factor: float = Field(8.0, ge=1, allow_inf_nan=False)
+    """Restart a worker if a chunk takes this many times longer than on other workers."""
+    lost_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Stop the run after this long without any worker."""
+    max_restarts: int = Field(5, ge=0)
+    """Maximum restarts of a worker in a row, without a chunk sampled in between."""
+    max_attempts: int = Field(5, ge=1)
+    """Maximum attempts at a chunk if workers fail; its trace has then failed."""
+
+    @property
+    def engine_dtype(self) -> str:
+        """Data type of the engine's weights, resolved."""
+        return self.dtype or ("bfloat16" if self.gpus_per_engine else "float32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        known = ["auto", *names("delethink.engines")]
+        if value not in known and ":" not in value:
+            raise ValueError(
+                f"unknown engine {value!r}; known: {', '.join(known)}.{did_you_mean(value, known)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> EngineConfig:
+        gpus, parallel = self.gpus_per_engine, self.tensor_parallel_size
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"gpus_per_engine must be a fraction of one GPU or a whole number, got {gpus}"
+            )
+        if parallel > 1 and gpus not in (0, parallel):
+            raise ValueError(
+                f"tensor_parallel_size={parallel} needs as many GPUs per engine, got "
+                f"gpus_per_engine={gpus:g}"
+            )
+        if self.sleep and not gpus:
+            raise ValueError("sleep=true frees GPU memory and needs gpus_per_engine above 0")
+        if self.weight_transfer != "store" and not gpus:
+            raise ValueError(
+                f"weight_transfer={self.weight_transfer} copies from GPU to GPU and needs "
+                "gpus_per_engine above 0; on CPUs use weight_transfer=store"
+            )
+        if self.weight_transfer == "nccl" and gpus < 1:
+            raise ValueError(
+                f"weight_transfer=nccl needs a whole GPU per engine, got gpus_per_engine={gpus:g}; "
+                "for a shared GPU use weight_transfer=ipc"
+            )
+        if self.weight_transfer == "ipc" and gpus > 1:
+            raise ValueError(
+                "weight_transfer=ipc needs the engine on the trainer's GPU, got gpus_per_engine="
+                f"{gpus:g}; for several GPUs use weight_transfer=nccl"
+            )
+        return self
 
 
 class Recipe(_Section):
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     name: str
-    """What the run is called."""
+    """Name of the run."""
     model: str
     """A folder, a Hugging Face id, or "toy" for the shipped reasoner."""
     task: TaskConfig
     rewards: dict[str, RewardConfig] = Field(default_factory=dict)
-    """Registered rewards: a weight each, or a section. Left out, those of the task."""
+    """Registered rewards: a weight each, or a section; left out, those of the task."""
     scoring: ScoringConfig = ScoringConfig()
     thinking: ThinkingConfig
     training: TrainingConfig
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """What samples: "auto" takes vLLM in Ray workers where it can be imported."""
-    num_workers: int = Field(1, ge=1)
-    """Ray workers, each with an engine of its own; "transformers" has one, in this process."""
-    gpus_per_worker: float = Field(0.0, ge=0)
-    """GPUs that Ray gives each worker; 0 on a machine without."""
-    weight_sync_timeout: float = Field(60.0, gt=0)
-    """Seconds that workers have to take up new weights."""
-    rollout: RolloutConfig = RolloutConfig()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of vLLM's weights; the trainer's, and with them the in-process engine's, are float32."""
+    engine: EngineConfig = EngineConfig()
     trust_remote_code: bool = False
-    """Let code from the model's repository run."""
+    """Allow code from the model's repository to run."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Of problems, sampling and training."""
+    """Seed of problems, sampling and training."""
     preflight: Literal["refuse", "warn"] = "refuse"
-    """What a problem does that is found before anything heavy starts: end the run, or be told."""
+    """Refuse to start if a preflight check fails, or warn and start."""
     output: Path | None = None
-    """The run directory, also of a run to go on with; relative to DELETHINK_OUTPUT if set."""
+    """Run directory, also of a run to resume; relative to DELETHINK_OUTPUT if set."""
 
     @property
     def accuracy_reward(self) -> str:
-        """The name of the reward that says right or wrong; ``""`` where rewards are the task's."""
+        """Name of the reward for right or wrong; ``""`` if rewards are the task's."""
         return self.evaluation.reward or next(iter(self.rewards), "")
 
     @model_validator(mode="after")
-    def _can_be_sharded(self) -> Recipe:
+    def _check_ranks(self) -> Recipe:
         if self.trainer.strategy == "fsdp2" and self.training.lora is not None:
             raise ValueError(
-                "trainer.strategy=fsdp2 with training.lora: the engine is served adapters merged "
-                "into whole weights, which sharded ones are not; set trainer.strategy=ddp"
+                "trainer.strategy=fsdp2 cannot train training.lora: merging adapters for the "
+                "engine needs whole weights; set trainer.strategy=ddp"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_traces_for_every_process(self) -> Recipe:
-        traces, processes = self.training.traces_per_step, self.trainer.num_workers
-        if traces % processes:
+        traces, ranks = self.training.traces_per_step, self.trainer.num_ranks
+        if traces % ranks:
             fitting = [n for n in range(1, traces + 1) if traces % n == 0]
-            near = sorted(fitting, key=lambda n: abs(n - processes))[:3]
+            near = sorted(fitting, key=lambda n: abs(n - ranks))[:3]
             raise ValueError(
                 f"an optimizer step of {traces} traces (training.per_device_train_batch_size x "
-                f"gradient_accumulation_steps) does not divide by trainer.num_workers={processes}; "
-                f"{', '.join(map(str, sorted(near)))} processes would fit"
+                f"gradient_accumulation_steps) is not divisible by trainer.num_ranks={ranks}; "
+                f"{', '.join(map(str, sorted(near)))} ranks would fit"
+            )
+        if self.engine.weight_transfer == "ipc" and ranks > 1:
+            raise ValueError(
+                f"engine.weight_transfer=ipc needs a single rank, got trainer.num_ranks={ranks}; "
+                "use engine.weight_transfer=nccl"
             )
         return self
 
     @model_validator(mode="after")
-    def _knows_accuracy(self) -> Recipe:
+    def _check_accuracy_reward(self) -> Recipe:
         if "rewards" in self.model_fields_set and not self.rewards:
-            raise ValueError("'rewards' is {}: name one, or leave the key out for the task's own")
+            raise ValueError(
+                "'rewards' is {}: name at least one reward, or leave the key out for the task's own"
+            )
         if self.rewards and self.accuracy_reward not in self.rewards:
             raise ValueError(
-                f"evaluation.reward={self.accuracy_reward!r} is none of the recipe's rewards."
+                f"evaluation.reward={self.accuracy_reward!r} is not one of the recipe's rewards."
                 f"{did_you_mean(self.accuracy_reward, self.rewards)}"
             )
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe and applies ``dotted.key=value`` overrides.
+# Keys of earlier releases; a trailing dot stands for all keys of a section.
+_RENAMED = {
+    "num_workers": "engine.num_engines",
+    "gpus_per_worker": "engine.gpus_per_engine",
+    "dtype": "engine.dtype",
+    "weight_sync_timeout": "engine.weight_sync_timeout",
+    "rollout.placement": "engine.node_placement",
+    "rollout.chunks_per_worker": "engine.chunks_per_engine",
+    "rollout.step_timeout": "engine.rollout_timeout",
+    "rollout.silence_timeout": "engine.heartbeat_timeout",
+    "rollout.": "engine.",
+    "trainer.num_workers": "trainer.num_ranks",
+    "trainer.cpus_per_worker": "trainer.cpus_per_rank",
+    "trainer.gpus_per_worker": "trainer.gpus_per_rank",
+    "scoring.num_workers": "scoring.num_verifiers",
+    "thinking.border": "thinking.boundary",
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``dotted.key=value`` overrides.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the text names the nearest one), or an
             impossible value.
     """
     values = _read(Path(path))
-    for override in overrides or []:
+    for override in overrides:
         _override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+    return _validate(Recipe, values, f"{path}: ")
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that ``load_recipe`` reads back."""
+    """Return the resolved recipe as YAML; ``load_recipe`` reads it back."""
     unnamed = set() if recipe.rewards else {"rewards"}
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude=unnamed), sort_keys=False)
 
 
 def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
-    """The recipe with these rewards in the place of its own.
+    """Return the recipe with these rewards instead of its own.
 
     Raises:
-        ConfigError: evaluation.reward is none of them.
+        ConfigError: evaluation.reward is not one of them.
     """
-    values = recipe.model_dump() | {"rewards": dict(weights)}
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+    return _validate(Recipe, recipe.model_dump() | {"rewards": dict(weights)})
+
+
+def parse_engine(overrides: Sequence[str]) -> EngineConfig:
+    """Return the engine settings of ``engine=NAME`` and ``engine.key=value`` arguments.
+
+    Raises:
+        ConfigError: an argument of another section, an unknown key, or an impossible value.
+    """
+    values = parse_values(overrides)
+    for key in values:
+        if key != "engine":
+            raise ConfigError(
+                f"unknown setting {key!r}: allowed here are engine=NAME and engine.key=value"
+            )
+    engine = values.get("engine", {})
+    if isinstance(engine, str):
+        engine = {"name": engine}
+    return _validate(EngineConfig, engine, inside=["engine"])
 
 
 def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """What ``dotted.key=value`` arguments say, by themselves.
+    """Return the nested mapping of ``dotted.key=value`` arguments.
 
     Raises:
         ConfigError: an argument of another form.
@@ -514,26 +606,60 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"an override is written dotted.key=value, got {override!r}")
     *sections, key = dotted.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections):
         inner = values.setdefault(section, {})
+        if depth == 0 and section == "engine" and isinstance(inner, str):
+            inner = values[section] = {"name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
         values = inner
     try:
-        values[key] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # 2024-13-45 is no date, but a fine string
-        values[key] = text
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # 2024-13-45 is not a date, but a valid string
+        value = text
+    if dotted == "engine" and isinstance(value, str) and isinstance(values.get(key), dict):
+        values[key]["name"] = value
+    else:
+        values[key] = value
 
 
-def _explain(problem: ValidationError) -> str:
-    return "; ".join(_explain_one(error) for error in problem.errors(include_url=False))
+Section = typing.TypeVar("Section", bound=_Section)
 
 
-def _explain_one(error: Any) -> str:
+def _validate(
+    section: type[Section], values: Mapping[str, Any], where: str = "", inside: Sequence[str] = ()
+) -> Section:
+    """Return the values as a section; ``where`` and ``inside`` locate them in the error text."""
+    for key in _keys(values, list(inside)):
+        if new := _new_name(key):
+            raise ConfigError(f"{where}the key {key!r} was renamed: write {new!r}")
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        explained = [_explain(e, section, inside) for e in error.errors(include_url=False)]
+        raise ConfigError(where + "; ".join(explained)) from None
+
+
+def _keys(values: Mapping[str, Any], inside: list[str]) -> Iterator[str]:
+    """Yield the dotted keys of a nested mapping, two levels deep."""
+    for key, value in values.items():
+        yield ".".join([*inside, str(key)])
+        if not inside and isinstance(value, Mapping):
+            yield from _keys(value, [str(key)])
+
+
+def _new_name(key: str) -> str | None:
+    section = key.partition(".")[0] + "."
+    if key in _RENAMED or "." not in key:
+        return _RENAMED.get(key)
+    return _RENAMED[section] + key.removeprefix(section) if section in _RENAMED else None
+
+
+def _explain(error: Any, section: type[BaseModel], inside: Sequence[str]) -> str:
     path = [str(part) for part in error["loc"]]
-    dotted = ".".join(path)
+    dotted = ".".join([*inside, *path])
     if error["type"] == "extra_forbidden":
-        known = _keys_of(path[:-1])
+        known = _keys_of(section, path[:-1])
         return f"unknown key {dotted!r}.{did_you_mean(path[-1], known)}"
     if error["type"] == "missing":
         return f"{dotted!r} is missing"
@@ -543,18 +669,17 @@ def _explain_one(error: Any) -> str:
     return f"{dotted!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _keys_of(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         if part not in section.model_fields:
-            continue  # a name that the user chose, as of a reward: what is in it is known already
+            continue  # A name chosen by the user, such as a reward's.
         kinds = _alternatives(section.model_fields[part].annotation)
         section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return list(section.model_fields)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have, for a mapping those of its values."""
+    """Return the types that a value may have; for a mapping, those of its values."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     if union or typing.get_origin(annotation) is dict:
         return typing.get_args(annotation)

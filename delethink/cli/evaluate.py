@@ -263,15 +263,18 @@ def _open(arguments: argparse.Namespace, model: str) -> Iterator[OpenModel]:
         )
         window = min(window, engine.max_model_tokens or window)
     else:
+        from delethink.config import EngineConfig
         from delethink.engines.factory import make_evaluation_engine
 
         engine = make_evaluation_engine(
-            arguments.engine,
+            EngineConfig(
+                name=arguments.engine,
+                num_engines=arguments.num_workers,
+                gpus_per_engine=arguments.gpus_per_worker,
+                dtype=arguments.dtype,
+            ),
             model,
             tokenizer,
-            num_workers=arguments.num_workers,
-            gpus_per_worker=arguments.gpus_per_worker,
-            dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
             max_batch_size=arguments.batch_size,
             seed=arguments.seed,

@@ -25,7 +25,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
         reporter.finished(chosen.run, prepared.recipe.thinking.spec())
         return 0
     set_up_process()
-    if recipe.trainer.num_workers > 1:
+    if recipe.trainer.num_ranks > 1:
         from delethink.training.distributed import train_together
 
         train_together(prepared, chosen, reporter, set_up_process)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+from delethink.config import Order
 from delethink.engines.exchange import Answer, EngineCounts, Job, Report, WorkerHandle, WorkerState
-from delethink.engines.pool_settings import Order, PoolSettings
+from delethink.engines.pool_settings import PoolSettings
 from delethink.engines.pool_sleep import PoolSleep
 from delethink.engines.pool_watch import PoolWatch
 from delethink.engines.pool_weights import PoolWeights

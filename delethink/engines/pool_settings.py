@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from delethink.config import Order
 from delethink.errors import ConfigError
-
-Order = Literal["breadth", "depth"]
-WeightTransfer = Literal["store", "nccl", "ipc"]
 
 _MARGIN = 4  # a worker has 1/4 more chunks than its batch takes, so that none waits for the driver
 
@@ -80,60 +77,3 @@ class PoolSettings:
             return self.chunks_per_worker, 0
         margin = max(1, batch_size // _MARGIN)
         return batch_size + margin, max(0, batch_size - margin)
-
-
-def check_resources(
-    gpus_per_worker: float,
-    tensor_parallel_size: int,
-    can_sleep: bool,
-    placement: str | None,
-    weight_transfer: str = "store",
-    num_trainers: int = 1,
-) -> None:
-    """Refuses what no machine can give.
-
-    Raises:
-        ConfigError: says what came and what was allowed.
-    """
-    if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
-        raise ConfigError(
-            f"gpus_per_worker must be a fraction of one GPU or a whole number, got "
-            f"{gpus_per_worker}"
-        )
-    if tensor_parallel_size < 1:
-        raise ConfigError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
-    if tensor_parallel_size > 1 and gpus_per_worker not in (0, tensor_parallel_size):
-        raise ConfigError(
-            f"tensor_parallel_size={tensor_parallel_size} needs as many GPUs for each worker, got "
-            f"gpus_per_worker={gpus_per_worker:g}"
-        )
-    if can_sleep and not gpus_per_worker:
-        raise ConfigError(
-            "sleeping frees the memory of GPUs, and the workers have none: set gpus_per_worker"
-        )
-    if placement not in (None, "pack", "spread"):
-        raise ConfigError(f"placement must be 'pack' or 'spread', got {placement!r}")
-    if weight_transfer not in ("store", "nccl", "ipc"):
-        raise ConfigError(
-            f"weight_transfer must be 'store', 'nccl' or 'ipc', got {weight_transfer!r}"
-        )
-    if weight_transfer != "store" and not gpus_per_worker:
-        raise ConfigError(
-            f"weight_transfer={weight_transfer!r} goes from GPU to GPU, and the workers have none: "
-            "set gpus_per_worker, or weight_transfer='store'"
-        )
-    if weight_transfer == "nccl" and gpus_per_worker < 1:
-        raise ConfigError(
-            f"weight_transfer='nccl' is for workers with GPUs of their own, and gpus_per_worker="
-            f"{gpus_per_worker:g} shares one: set weight_transfer='ipc'"
-        )
-    if weight_transfer == "ipc" and gpus_per_worker > 1:
-        raise ConfigError(
-            "weight_transfer='ipc' is for workers on the trainer's GPU, and gpus_per_worker="
-            f"{gpus_per_worker:g} are several: set weight_transfer='nccl'"
-        )
-    if weight_transfer == "ipc" and num_trainers > 1:
-        raise ConfigError(
-            f"weight_transfer='ipc' is for workers on the one trainer's GPU, and {num_trainers} "
-            "processes train: set weight_transfer='nccl'"
-        )

@@ -16,11 +16,12 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from delethink.config import WeightTransfer
 from delethink.engines.cluster import connect
 from delethink.engines.exchange import WorkerHandle
 from delethink.engines.pool import WorkerPool
 from delethink.engines.pool_metrics import PoolMetrics
-from delethink.engines.pool_settings import PoolSettings, WeightTransfer, check_resources
+from delethink.engines.pool_settings import PoolSettings
 from delethink.engines.pool_thread import PoolThread
 from delethink.engines.pool_worker import PoolWorker
 from delethink.engines.ray_worker import Room
@@ -109,9 +110,6 @@ class RayPool:
             raise MissingExtraError("ray", "ray")
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
-        check_resources(
-            gpus_per_worker, tensor_parallel_size, can_sleep, placement, weight_transfer
-        )
         settings = settings or PoolSettings()
         settings = dataclasses.replace(settings, weight_sync_timeout=weight_sync_timeout_s)
         cpus = _cpus(cpus_per_worker, num_workers, on_gpu=gpus_per_worker > 0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from delethink.config import WeightTransfer
 from delethink.engines.channel import Listener
 from delethink.engines.cluster import address_for
 from delethink.engines.exchange import (
@@ -29,7 +30,6 @@ from delethink.engines.exchange import (
     decode_jobs,
     encode_report,
 )
-from delethink.engines.pool_settings import WeightTransfer
 from delethink.engines.vllm_process import EXECUTOR
 from delethink.engines.vllm_weights import Packed, WeightUpdates, write
 from delethink.errors import MissingExtraError, PolicyError, WeightSyncError

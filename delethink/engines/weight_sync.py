@@ -31,8 +31,8 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
+from delethink.config import WeightTransfer
 from delethink.engines.cluster import cause
-from delethink.engines.pool_settings import WeightTransfer
 from delethink.engines.weight_check import Sent
 from delethink.errors import PolicyError
 

@@ -227,7 +227,7 @@ def make_scorer(
         reward.check()
         made.append(reward)
     rules = Rules(scoring.out_of_budget, scoring.penalty, scoring.error)
-    settings = VerifierSettings(scoring.num_workers, scoring.timeout, scoring.memory_mb)
+    settings = VerifierSettings(scoring.num_verifiers, scoring.timeout, scoring.memory_mb)
     return Scorer(made, accuracy, rules, settings, pool)
 
 

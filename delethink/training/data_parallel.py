@@ -279,9 +279,9 @@ def batch_settings(training: TrainingConfig, num_processes: int) -> dict[str, in
 
 def process_settings(trainer: TrainerConfig) -> dict[str, Any]:
     """What ``GRPOConfig`` has to say of several processes."""
-    if trainer.num_workers == 1:
+    if trainer.num_ranks == 1:
         return {}
-    settings: dict[str, Any] = {"use_cpu": trainer.gpus_per_worker == 0}
+    settings: dict[str, Any] = {"use_cpu": trainer.gpus_per_rank == 0}
     if trainer.strategy == "fsdp2":
         return settings | {"fsdp": True, "fsdp_config": {"version": 2}}
     # A micro-batch has many forward passes, and DDP would talk or search in each. Buffers never

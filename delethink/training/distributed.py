@@ -102,7 +102,7 @@ class Messenger:
 def train_together(
     prepared: Prepared, place: Place, reporter: Any, set_up_process: Callable[[], None]
 ) -> Path:
-    """Runs a recipe in ``trainer.num_workers`` processes and returns the path of its run.
+    """Runs a recipe in ``trainer.num_ranks`` processes and returns the path of its run.
 
     Args:
         prepared: the recipe.
@@ -134,7 +134,7 @@ def _fit(
 ) -> None:
     from ray.util.queue import Queue
 
-    number, strategy = recipe.trainer.num_workers, recipe.trainer.strategy
+    number, strategy = recipe.trainer.num_ranks, recipe.trainer.strategy
     reporter.say(f"starting {number} processes that train together: {strategy}")
     events = Queue(actor_options={"num_cpus": 0})
     order = _Order(
@@ -192,14 +192,14 @@ def _make_trainer(order: _Order, storage: str) -> Any:
             pass
 
     trainer = order.recipe.trainer
-    resources = {"CPU": trainer.cpus_per_worker, "GPU": trainer.gpus_per_worker}
-    use_gpu = trainer.gpus_per_worker > 0
+    resources = {"CPU": trainer.cpus_per_rank, "GPU": trainer.gpus_per_rank}
+    use_gpu = trainer.gpus_per_rank > 0
     return Trainer(
         _train_in_process,
         train_loop_config={"order": order},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=trainer.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=trainer.num_ranks, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name="delethink",
@@ -262,14 +262,14 @@ class _Asked(NamedTuple):
 
 
 def _asked(recipe: Recipe) -> dict[str, _Asked]:
-    trainer, number = recipe.trainer, recipe.num_workers
+    trainer, number = recipe.trainer, recipe.engine.num_engines
     engine = {"CPU": 0.0, "GPU": 0.0}
-    if choose_engine(recipe.engine) == "vllm":
-        on_gpu = recipe.gpus_per_worker > 0
+    if choose_engine(recipe.engine.name) == "vllm":
+        on_gpu = recipe.engine.gpus_per_engine > 0
         cpus = 1 if on_gpu else max(1, (_num_cores() - 1) // number)
-        engine = {"CPU": number * cpus, "GPU": number * recipe.gpus_per_worker}
-    each = {"CPU": trainer.cpus_per_worker, "GPU": float(trainer.gpus_per_worker)}
-    return {unit: _Asked(trainer.num_workers * each[unit], engine[unit]) for unit in each}
+        engine = {"CPU": number * cpus, "GPU": number * recipe.engine.gpus_per_engine}
+    each = {"CPU": trainer.cpus_per_rank, "GPU": float(trainer.gpus_per_rank)}
+    return {unit: _Asked(trainer.num_ranks * each[unit], engine[unit]) for unit in each}
 
 
 def check_room(recipe: Recipe, resources: Mapping[str, float]) -> None:
@@ -283,7 +283,7 @@ def check_room(recipe: Recipe, resources: Mapping[str, float]) -> None:
         if asked.trainer + asked.engine > there:
             besides = f" and the engine's workers for {asked.engine:g}" if asked.engine else ""
             raise ConfigError(
-                f"trainer.num_workers={recipe.trainer.num_workers} processes ask for "
+                f"trainer.num_ranks={recipe.trainer.num_ranks} processes ask for "
                 f"{asked.trainer:g} {unit}s{besides}, and the Ray cluster has {there:g}: ask for "
                 f"fewer, or join a larger cluster with RAY_ADDRESS"
             )

@@ -36,7 +36,7 @@ _OWN = {
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
     """TRL's own settings, with its defaults replaced where they would change the method."""
     training = recipe.training
-    batches = batch_settings(training, recipe.trainer.num_workers)
+    batches = batch_settings(training, recipe.trainer.num_ranks)
     values = training.model_dump(exclude=_OWN) | batches | process_settings(recipe.trainer)
     make = partial(GRPOConfig, **values)
     return make(

@@ -13,12 +13,10 @@ from delethink.training.run_directory import RunDirectory
 
 # What decides where and how fast a run is made, and not what is sampled or trained on.
 _MAY_DIFFER = {
-    "gpus_per_worker",
-    "num_workers",
     "output",
     "preflight",
-    "scoring.num_workers",
-    "trainer.cpus_per_worker",
+    "scoring.num_verifiers",
+    "trainer.cpus_per_rank",
     "training.forward_tokens",
     "training.gradient_checkpointing",
     "training.max_failed_share",
@@ -26,10 +24,15 @@ _MAY_DIFFER = {
     "training.report_to",
     "training.save_steps",
     "training.save_total_limit",
-    "trainer.gpus_per_worker",
-    "weight_sync_timeout",
+    "trainer.gpus_per_rank",
 }
-_OF_SAMPLING = {"rollout.chunk_timeout", "rollout.step_timeout", "rollout.order"}
+_OF_SAMPLING = {
+    "engine.name",
+    "engine.dtype",
+    "engine.chunk_timeout",
+    "engine.rollout_timeout",
+    "engine.order",
+}
 _MAX_STEPS, _SCHEDULER = "training.max_steps", "training.lr_scheduler_type"
 _PLANNED = ("linear", "cosine")  # learning rates that depend on the number of steps
 
@@ -44,7 +47,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise ConfigError(
             f"{path} is a folder without a run in it; give a recipe or a run's folder"
         )
-    recipe = load_recipe(path / "config.yaml", overrides)
+    recipe = load_recipe(path / "config.yaml", overrides or ())
     return recipe.model_copy(update={"output": path})
 
 
@@ -89,7 +92,7 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
 
 
 def _may_differ(key: str) -> bool:
-    of_workers = key.startswith("rollout.") and key not in _OF_SAMPLING
+    of_workers = key.startswith("engine.") and key not in _OF_SAMPLING
     return of_workers or key in _MAY_DIFFER or key == _MAX_STEPS
 
 

@@ -207,7 +207,7 @@ class Job:
             training.num_generations,
             self.recipe.seed,
             training.max_sampling_rounds,
-            self.recipe.rollout.step_timeout,
+            self.recipe.engine.rollout_timeout,
         )
         groups = training.traces_per_batch // training.num_generations
         self.ahead = SamplingAhead(

@@ -72,7 +72,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
 
     checkpoint = _take_up(place, recipe, reporter) if place.begun else None
     _report_problems(prepared, run, inputs.taken, reporter)
-    reporter.say(f"starting the engine: {choose_engine(recipe.engine)}")
+    reporter.say(f"starting the engine: {choose_engine(recipe.engine.name)}")
     problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
     with closing(_make_engine(recipe, sampled_from, tokenizer, sampled_from is model)) as engine:
         temperature, scorer = recipe.training.temperature, prepared.scorer
@@ -187,7 +187,7 @@ def _sampled_from(recipe: Recipe, model: Any, device: Any) -> Any:
     """The model that an engine in this process samples from; of others only settings are read."""
     if recipe.trainer.strategy != "fsdp2":
         return model.to(device)
-    if choose_engine(recipe.engine) == "vllm":
+    if choose_engine(recipe.engine.name) == "vllm":
         return model  # which the trainer moves, in pieces
     copy: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
     return copy.to(device)
@@ -199,12 +199,7 @@ def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -
         recipe.model,
         model,
         tokenizer,
-        num_workers=recipe.num_workers,
-        gpus_per_worker=recipe.gpus_per_worker,
-        dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
-        weight_sync_timeout=recipe.weight_sync_timeout,
         seed=recipe.seed,
-        rollout=recipe.rollout.model_dump(),
         is_trained=is_trained,
     )

@@ -126,7 +126,7 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         "use_cpu": True,
     }
     if processes.size > 1:
-        settings |= process_settings(TrainerConfig(num_workers=processes.size, strategy=strategy))
+        settings |= process_settings(TrainerConfig(num_ranks=processes.size, strategy=strategy))
 
     trained: list[list[int]] = []
 

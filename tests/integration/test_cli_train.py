@@ -144,7 +144,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def test_two_vllm_workers_on_ray_do_the_same_job(tmp_path: Path) -> None:
-    done = run("output=run", "engine=vllm", "num_workers=2", cwd=tmp_path)
+    done = run("output=run", "engine=vllm", "engine.num_engines=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "starting the engine: vllm" in done.stdout
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -268,7 +268,7 @@ def test_rewards_that_stall_are_counted_and_every_part_is_kept(tmp_path: Path) -
         "rewards={exact: 1.0, long: {reward: overlong, weight: 0.5, args: {cache: 16}},"
         " stalls: {reward: 'my_rewards:sometimes', weight: 0.1},"
         " theirs: {reward: 'my_rewards:theirs', weight: 0.0}}",
-        "scoring={out_of_budget: penalty, penalty: 0.5, timeout: 0.5, num_workers: 2}",
+        "scoring={out_of_budget: penalty, penalty: 0.5, timeout: 0.5, num_verifiers: 2}",
         "training.max_failed_share=1.0",
         "training.max_steps=1",
         "evaluation.num_problems=2",

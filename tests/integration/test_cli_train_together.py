@@ -90,7 +90,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
-    code, printed, errors = run(tmp_path, "trainer.num_workers=2", f"trainer.strategy={strategy}")
+    code, printed, errors = run(tmp_path, "trainer.num_ranks=2", f"trainer.strategy={strategy}")
     assert code == 0, errors
     assert f"starting 2 processes that train together: {strategy}" in printed
     assert printed.strip().endswith("run directory: " + str(tmp_path / "run"))
@@ -110,7 +110,7 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strategy: str) -> None:
-    together = ["trainer.num_workers=2", f"trainer.strategy={strategy}"]
+    together = ["trainer.num_ranks=2", f"trainer.strategy={strategy}"]
     for steps in (1, 2):
         code, printed, errors = run(tmp_path, *together, f"training.max_steps={steps}")
         assert code == 0, errors
@@ -125,7 +125,7 @@ def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strateg
 def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"
-    code, _, errors = run(tmp_path, "trainer.num_workers=2", broken, "preflight=warn")
+    code, _, errors = run(tmp_path, "trainer.num_ranks=2", broken, "preflight=warn")
     assert code == 1, errors
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
@@ -135,7 +135,7 @@ def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
-    process = start(tmp_path, "trainer.num_workers=2", "training.max_steps=500")
+    process = start(tmp_path, "trainer.num_ranks=2", "training.max_steps=500")
     written = tmp_path / "run" / "metrics.jsonl"
     try:
         while not written.exists():
@@ -154,7 +154,7 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
 def test_more_processes_than_the_machine_has_cores_are_refused(tmp_path: Path) -> None:
     number = 2 ** (len(os.sched_getaffinity(0)) + 1).bit_length()
     sizes = [f"training.per_device_train_batch_size={number}", "training.num_generations=2"]
-    code, _, errors = run(tmp_path, f"trainer.num_workers={number}", *sizes)
+    code, _, errors = run(tmp_path, f"trainer.num_ranks={number}", *sizes)
     assert code == 2, errors
-    assert f"num_workers={number} processes ask for {number} CPUs" in errors
+    assert f"num_ranks={number} processes ask for {number} CPUs" in errors
     assert not (tmp_path / "run").exists()

@@ -91,7 +91,7 @@ def test_the_quickstart_is_well() -> None:
         (["task.args.widht=3"], "'widht'"),
         (["model=./nowhere"], "no model folder"),
         (["rewards={exakt: 1}"], "'exakt'"),
-        (["engine=transformers", "num_workers=3"], "num_workers=3 is for vLLM's workers"),
+        (["engine=transformers", "engine.num_engines=3"], "num_engines=3 is for vLLM's workers"),
     ],
 )
 def test_a_name_or_setting_that_is_wrong(overrides: list[str], words: str) -> None:

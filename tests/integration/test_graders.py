@@ -31,7 +31,7 @@ WITHOUT_PROBLEMS = {"composite"}  # made of other tasks, which its config has to
 
 def scores(task: Task, problems: list[Problem]) -> list[tuple[str, float | None]]:
     configs = {name: RewardConfig(weight=weight) for name, weight in rewards_of(task).items()}
-    scorer = make_scorer(configs, next(iter(configs)), ScoringConfig(num_workers=1))
+    scorer = make_scorer(configs, next(iter(configs)), ScoringConfig(num_verifiers=1))
     said = [
         (kind, problem, text)
         for problem in problems

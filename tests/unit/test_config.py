@@ -55,18 +55,18 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("thinking.carryover_size=96", "carryover_size=96 and context_size=96"),
         ("thinking.head_size=49", "at most carryover_size=48, got 49"),
         ("thinking.context_size=0", "'thinking.context_size' is 0"),
-        ("training.num_generations=3", "8 traces do not divide by num_generations=3"),
+        ("training.num_generations=3", "8 traces are not divisible by num_generations=3"),
         ("training.temperature=0", "'training.temperature' is 0"),
         ("training.temperature=.nan", "training.temperature"),
         ("training.loss_type=grop", "'training.loss_type' is 'grop'"),
-        ("training.loss_type=bnpo", "'bnpo' makes no sense for traces: it divides by the tokens"),
-        ("training.loss_type=vespo", "'vespo' makes no sense for traces: it weighs a trace"),
+        ("training.loss_type=bnpo", "'bnpo' is not defined for traces: it divides by the tokens"),
+        ("training.loss_type=vespo", "'vespo' is not defined for traces: it weighs a trace"),
         ("training.loss_type=luspo", "importance_sampling_level=sequence"),
         ("training.delta=0.5", "'training.delta' is 0.5"),
         ("training.vllm_importance_sampling_mode=sequence_mask", "'sequence_mask'"),
         (
             "training={max_steps: 1, gradient_accumulation_steps: 2, steps_per_generation: 3}",
-            "3 do not divide by gradient_accumulation_steps=2",
+            "3 is not divisible by gradient_accumulation_steps=2",
         ),
         ("training.lora={rank: 3}", "unknown key 'training.lora.rank'"),
         ("training.lora={r: 0}", "'training.lora.r' is 0"),
@@ -74,7 +74,7 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("training.mask_truncated_completions=true", "unknown key"),
         ("scoring.out_of_budget=maks", "'scoring.out_of_budget' is 'maks'"),
         ("training=3", "'training' is 3"),
-        ("engine=vlm", "'engine' is 'vlm'"),
+        ("engine=vlm", "unknown engine 'vlm'"),
         ("rewards={}", "'rewards' is {}"),
         ("rewards={exact: high}", "rewards.exact: a reward is a weight, or a section with weight"),
         ("rewards={exact: {wieght: 1}}", "'rewards.exact.wieght'. Did you mean 'weight'?"),
@@ -133,7 +133,7 @@ def test_rewards_may_be_left_to_the_task(recipe_path: Path, tmp_path: Path) -> N
     assert load_recipe(again) == recipe
     assert with_rewards(recipe, {"math": 0.5}).rewards["math"].weight == 0.5
     other = load_recipe(recipe_path, ["evaluation.reward=exact"])
-    with pytest.raises(ConfigError, match="none of the recipe's rewards"):
+    with pytest.raises(ConfigError, match="not one of the recipe's rewards"):
         with_rewards(other, {"math": 0.5})
 
 

@@ -44,15 +44,15 @@ def test_one_process_has_no_settings_of_several() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["trainer.num_workers=3"], ["64 traces", "num_workers=3", "1, 2, 4 processes would fit"]),
-        (["trainer.num_workers=0"], ["'trainer.num_workers' is 0"]),
-        (["trainer.strategy=fsdp2"], ["strategy=fsdp2", "num_workers=1", "2 or more"]),
+        (["trainer.num_ranks=3"], ["64 traces", "num_ranks=3", "1, 2, 4 ranks would fit"]),
+        (["trainer.num_ranks=0"], ["'trainer.num_ranks' is 0"]),
+        (["trainer.strategy=fsdp2"], ["strategy=fsdp2", "num_ranks=1", "2 or more"]),
         (["trainer.strategy=fsdp3"], ["'trainer.strategy' is 'fsdp3'", "'fsdp2'"]),
-        (["trainer.cpus_per_worker=4"], ["cpus_per_worker", "num_workers=1"]),
-        (["trainer.gpus_per_worker=1"], ["gpus_per_worker", "num_workers=1"]),
-        (["trainer.num_worker=2"], ["unknown key 'trainer.num_worker'", "'num_workers'"]),
+        (["trainer.cpus_per_rank=4"], ["cpus_per_rank", "num_ranks=1"]),
+        (["trainer.gpus_per_rank=1"], ["gpus_per_rank", "num_ranks=1"]),
+        (["trainer.num_rank=2"], ["unknown key 'trainer.num_rank'", "'num_ranks'"]),
         (
-            ["trainer.num_workers=2", "trainer.strategy=fsdp2", "training.lora={}"],
+            ["trainer.num_ranks=2", "trainer.strategy=fsdp2", "training.lora={}"],
             ["fsdp2", "lora", "trainer.strategy=ddp"],
         ),
     ],
@@ -64,18 +64,18 @@ def test_what_cannot_be_is_refused(overrides: list[str], words: list[str]) -> No
 
 
 def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
-    for overrides in ([], ["trainer.num_workers=2", "trainer.strategy=fsdp2"]):
+    for overrides in ([], ["trainer.num_ranks=2", "trainer.strategy=fsdp2"]):
         (tmp_path / "config.yaml").write_text(dump_recipe(recipe(*overrides)))
         assert load_recipe(tmp_path / "config.yaml").trainer == recipe(*overrides).trainer
 
 
 def test_a_cluster_that_is_too_small_is_told_in_numbers() -> None:
-    two = recipe("trainer.num_workers=2")
+    two = recipe("trainer.num_ranks=2")
     check_room(two, {"CPU": 2.0})
-    with pytest.raises(ConfigError, match="num_workers=2 processes ask for 2 CPUs, .* has 1:"):
+    with pytest.raises(ConfigError, match="num_ranks=2 processes ask for 2 CPUs, .* has 1:"):
         check_room(two, {"CPU": 1.0})
     with pytest.raises(ConfigError, match="ask for 2 GPUs, .* has 0:"):
-        check_room(recipe("trainer.num_workers=2", "trainer.gpus_per_worker=1"), {"CPU": 8.0})
+        check_room(recipe("trainer.num_ranks=2", "trainer.gpus_per_rank=1"), {"CPU": 8.0})
 
 
 def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) 
         importlib.util, "find_spec", lambda name: None if name == "ray" else found(name)
     )
     with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[ray\]'"):
-        prepare(recipe("trainer.num_workers=2"))
+        prepare(recipe("trainer.num_ranks=2"))
 
 
 class Failed(Exception):
