@@ -45,8 +45,8 @@ from delethink.training.data_parallel import (
     shard_on_cpu,
     share_out,
 )
-from delethink.training.loss import LossType, token_weight
-from delethink.training.metrics import ChunkStatistics, StepStatistics
+from delethink.training.loss import StepSize, TokenBatch, TokenLosses, token_weight
+from delethink.training.step_metrics import StepStatistics, TokenStatistics
 from delethink.types import Trace, TraceStop
 
 _GENERATION = "trl.generation.vllm_generation"
@@ -226,7 +226,7 @@ class Objective:
         max_failed_share: a larger share of failed traces in a batch is an error.
     """
 
-    loss_type: LossType = "grpo"
+    loss_type: str = "grpo"
     importance_sampling_level: str = "token"
     correction: str | None = "truncate"
     correction_cap: float = 2.0
@@ -292,7 +292,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         self._rewards: list[dict[str, float | None]] = []  # of the whole batch
         self._buffered_inputs: Any  # TRL's: micro-batches of the batch at hand
         self.shares: Shares | None = None  # of that batch
-        self._statistics = ChunkStatistics()
+        self._statistics = TokenStatistics(has_kl=self.beta != 0.0)
         self._ledger = Ledger()
         self._work = Work()
         self._is_fresh = False  # a batch was sampled and not yet cut into micro-batches
@@ -581,9 +581,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             weight = self.accelerator.num_processes * token_weight(
                 self.objective.loss_type,
                 inputs["trace"][row.trace].length,
-                traces=inputs["traces"],
-                tokens=inputs["tokens"],
-                budget=self.max_completion_length,
+                StepSize(inputs["traces"], inputs["tokens"], self.max_completion_length),
             )
             weights.append(torch.full((len(row.output_ids),), weight, dtype=self._loss_dtype))
         return weights
@@ -712,21 +710,14 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         advantages = part.inputs["advantages"][:, None]
         clipped = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         clipped |= (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        mismatch = now - part.engine_logprobs
-        values = {
-            "difference": mismatch.abs(),
-            "outside": (mismatch.exp() - 1).abs() > 0.1,
-            "ratio": ratio,
-            "clipped": clipped,
-            "correction": correction,
-        }
-        if entropies is not None:
-            values["entropy"] = entropies.detach()
+        kl = None
         if (reference := part.inputs.get("ref_per_token_logps")) is not None:
-            values["kl"] = (reference - now).exp() - (reference - now) - 1
+            kl = (reference - now).exp() - (reference - now) - 1
         if part.rows[0].trace != FILLER:
-            places = [row.place for row in part.rows]
-            self._statistics.add(places, part.layout.is_output, values)
+            tokens = TokenBatch(now, entropies, advantages, part.engine_logprobs)
+            losses = TokenLosses(torch.zeros_like(now), ratio, correction, clipped, kl)
+            indices = [row.place for row in part.rows]
+            self._statistics.add(indices, part.layout.is_output, tokens, losses)
 
     def _correct(self, log_ratio: torch.Tensor) -> torch.Tensor:
         """The weight of each token for its probability in the trainer over that in the engine."""

@@ -1,214 +1,448 @@
-"""The figures of a step, as they stand in ``metrics.jsonl``."""
+"""The table of metrics.
+
+``METRICS`` lists every key of ``metrics.jsonl``. The line on the terminal, the loggers and the
+reference documentation read it. One row adds a metric of output tokens (``of_tokens``) or of
+sampled traces (``of_batch``): it holds the formula. Other metrics are measured by the engine, in
+``run_state.py`` or in ``trainer.py``. ``step_metrics.py`` collects the values.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from delethink.training.rollouts import has_signal
 from delethink.types import Score, Trace, TraceStop
 
 if TYPE_CHECKING:
-    from delethink.training.grpo import Sampled, Work
+    import torch
+
+    from delethink.training.loss import TokenBatch, TokenLosses
+
+LOGGER_PREFIX = "delethink/"  # names in Weights & Biases, TensorBoard and Trackio
+EVERY_STEP = "every step"
+EVERY_BATCH = "first step on a batch"
+Source = Literal["batch", "tokens", "forward", "optimizer", "clock", "ranks", "engine", "held-out"]
 
 
-_SUMS = ("entropy", "difference", "outside", "ratio", "clipped", "correction", "kl")
-
-
-class Means(NamedTuple):
-    """Of one place of chunks in their traces, or of all. Without tokens all are 0."""
-
-    tokens: int
-    entropy: float  # nats a token
-    difference: float  # |log-prob of the trainer - of the engine|
-    difference_max: float
-    outside: float  # share of tokens whose probabilities in the two differ by more than a tenth
-    ratio: float  # probability now over that before the first step on the batch
-    clipped: float  # share of tokens that the clip holds back
-    correction: float  # weight that corrects for the engine's probabilities
-    kl: float  # from the reference weights, where it is asked for
-
-
-class StepStatistics(NamedTuple):
-    """Of the tokens trained on since it was last asked for."""
-
-    total: Means
-    by_chunk: list[Means]  # first chunks, second chunks, ...
-
-
-class ChunkStatistics:
-    """Gathers sums of per-token values by the place of their chunk."""
-
-    def __init__(self) -> None:
-        self._sums = torch.zeros(0, 1 + len(_SUMS), dtype=torch.float64)
-        self._largest = torch.zeros(0, dtype=torch.float64)
-
-    def add(
-        self, places: Sequence[int], is_output: torch.Tensor, values: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Adds a forward batch.
-
-        Args:
-            places: of each of its K chunks, from 0.
-            is_output: [K, T], the tokens that count.
-            values: by the names of ``Means``, [K, T] each; those left out count as 0.
-        """
-        self._grow(max(places) + 1)
-        zeros = torch.zeros_like(is_output, dtype=torch.float64)
-        columns = [is_output.double()] + [values.get(name, zeros).double() for name in _SUMS]
-        sums = torch.stack([column.where(is_output, zeros).sum(-1) for column in columns], -1)
-        index = torch.tensor(places)
-        self._sums.index_add_(0, index, sums.cpu())
-        largest = values["difference"].double().where(is_output, zeros).amax(-1)
-        self._largest.scatter_reduce_(0, index, largest.cpu(), "amax")
-
-    def take(self, accelerator: Any) -> StepStatistics:
-        """The means over all processes, which must all ask; gathering starts anew."""
-        sums, largest = self._sums, self._largest
-        self._sums, self._largest = sums[:0], largest[:0]
-        both = torch.cat([sums, largest[:, None]], 1).to(accelerator.device)
-        padded = accelerator.pad_across_processes(both, dim=0)
-        gathered = accelerator.gather(padded[None]).cpu()
-        sums, largest = gathered[:, :, :-1].sum(0), gathered[:, :, -1].amax(0)
-        by_chunk = [_means(row, most) for row, most in zip(sums, largest.tolist(), strict=True)]
-        most = max(largest.tolist(), default=0.0)
-        return StepStatistics(_means(sums.sum(0), most), by_chunk)
-
-    def _grow(self, size: int) -> None:
-        missing = max(0, size - len(self._sums))
-        self._sums = torch.cat([self._sums, self._sums.new_zeros(missing, self._sums.size(1))])
-        self._largest = torch.cat([self._largest, self._largest.new_zeros(missing)])
-
-
-def _means(sums: torch.Tensor, largest: float) -> Means:
-    tokens, *rest = sums.tolist()
-    means = {name: value / max(1, tokens) for name, value in zip(_SUMS, rest, strict=True)}
-    return Means(tokens=round(tokens), difference_max=largest, **means)
-
-
-# What is called otherwise in a line of metrics than in ``Means``.
-_NAMES = {
-    "tokens": "trained_tokens",
-    "difference": "logprob_difference",
-    "difference_max": "logprob_difference_max",
-    "outside": "logprob_outside_share",
-    "ratio": "importance_ratio",
-    "clipped": "clip_fraction",
-    "correction": "importance_correction",
-}
-
-
-def trained_metrics(statistics: StepStatistics, work: Work) -> dict[str, Any]:
-    """Of the tokens in the loss: means over all of them and, as lists, by place of the chunk."""
-    return {
-        **_named(statistics.total),
-        "by_chunk": {
-            name: [_named(means)[name] for means in statistics.by_chunk]
-            for name in _named(statistics.total)
-        },
-        "forward_tokens": work.tokens,
-        "forward_batches": work.batches,
-        "padding": 1 - work.tokens / work.padded if work.padded else 0.0,
-    }
-
-
-def flat_numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers in a line of metrics by ``name``, ``name/key`` or ``name/place``, from 1."""
-    for name, value in metrics.items():
-        inner = value
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            inner = {str(place): one for place, one in enumerate(value, 1)}
-        if isinstance(inner, Mapping):
-            yield from ((f"{name}/{key}", number) for key, number in flat_numbers(inner))
-        elif isinstance(value, int | float):
-            yield name, value
-
-
-def _named(means: Means) -> dict[str, float]:
-    return {_NAMES.get(name, name): value for name, value in means._asdict().items()}
-
-
-def sampled_metrics(sampled: Sampled, scores: Sequence[Score], group: int) -> dict[str, Any]:
-    """Of the traces of a batch: lengths, how they ended, and what they earned.
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The traces of a batch with their scores.
 
     Args:
-        sampled: the batch.
-        scores: of its traces.
-        group: traces of each problem, G.
+        traces: N traces, group after group.
+        scores: the score of each trace.
+        in_loss: whether each trace counts in the loss.
+        group_size: traces per problem, G.
+        policy_version: version of the weights in the first optimizer step on the batch.
+        reward_names: names of the rewards.
     """
-    traces, n = sampled.traces, len(sampled.traces)
-    tokens = sum(trace.length for trace in traces)
-    rewards = [s.total for s in scores if s.total is not None]
-    groups = [[s.total for s in scores[i : i + group]] for i in range(0, n, group)]
-    return {
-        "reward": fmean(rewards) if rewards else None,
-        "reward_std": stdev(rewards) if len(rewards) > 1 else None,
-        "groups_without_signal": fmean(not has_signal(each) for each in groups),
-        "traces": n,
-        "traces_left_out": n - sum(sampled.in_loss),
-        "sampled_tokens": tokens,
-        "tokens_left_out": sum(
-            trace.length
-            for trace, counts in zip(traces, sampled.in_loss, strict=True)
-            if not counts
-        ),
-        "thinking_tokens": tokens / n,
-        "chunks": fmean(len(trace.thinking) for trace in traces),
-        "budget_share": fmean(trace.stop is TraceStop.BUDGET for trace in traces),
-        "failed_share": fmean(trace.stop.is_failure for trace in traces),
-        "reward_by_chunks": _reward_by_chunks(sampled, scores),
-    }
+
+    traces: Sequence[Trace]
+    scores: Sequence[Score]
+    in_loss: Sequence[bool]
+    group_size: int
+    policy_version: int
+    reward_names: Sequence[str]
+
+    @cached_property
+    def rewards(self) -> list[float]:
+        """Total rewards of the traces that have one."""
+        return [score.total for score in self.scores if score.total is not None]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Sampled tokens of all traces."""
+        return sum(trace.length for trace in self.traces)
+
+    @cached_property
+    def ages(self) -> list[tuple[int, int]]:
+        """Age of each chunk in weight updates, and its number of tokens."""
+        return [
+            (self.policy_version - chunk.policy_version, len(chunk.output_ids))
+            for trace in self.traces
+            for chunk in trace.chunks
+            if chunk.policy_version is not None
+        ]
+
+    def share(self, condition: Callable[[Trace], bool]) -> float:
+        """Return the share of traces that meet a condition."""
+        return fmean(condition(trace) for trace in self.traces)
 
 
-def staleness_metrics(traces: Sequence[Trace], version: int) -> dict[str, float]:
-    """How many weight updates ago sampled tokens were sampled.
+TokenFormula = Callable[["TokenBatch", "TokenLosses"], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table of metrics.
 
     Args:
-        traces: of the batch.
-        version: of the weights that the batch is trained on first.
+        key: key in ``metrics.jsonl``; ``<name>`` stands for several names.
+        unit: unit of the value.
+        source: part of the program that measures it.
+        meaning: description of the value.
+        when: lines of ``metrics.jsonl`` that have the key.
+        of_tokens: formula for the output tokens of K chunks in the loss; its value is [K, T].
+        of_batch: formula for a sampled batch; with ``<name>`` in the key, a value for each name.
+        reduce: reduction of ``of_tokens`` over tokens.
+        step_line: format of the value in the line on the terminal.
     """
-    ages = [
-        (version - chunk.policy_version, len(chunk.output_ids))
-        for trace in traces
-        for chunk in trace.chunks
-        if chunk.policy_version is not None
+
+    key: str
+    unit: str
+    source: Literal[
+        "batch", "tokens", "forward", "optimizer", "clock", "ranks", "engine", "held-out"
     ]
-    tokens = sum(number for _, number in ages)
-    mixed = [len({c.policy_version for c in t.chunks if c.output_ids}) > 1 for t in traces]
-    return {
-        "staleness": sum(age * number for age, number in ages) / max(1, tokens),
-        "staleness_max": max((age for age, _ in ages), default=0),
-        "mixed_version_share": fmean(mixed),
-    }
+    meaning: str
+    when: str = EVERY_STEP
+    of_tokens: TokenFormula | None = None
+    of_batch: Callable[[ScoredBatch], Any] | None = None
+    reduce: Literal["mean", "max"] = "mean"
+    step_line: str = ""
+
+    @property
+    def logged_as(self) -> str:
+        """Name of the metric in experiment trackers."""
+        return LOGGER_PREFIX + self.key
 
 
-def _reward_by_chunks(sampled: Sampled, scores: Sequence[Score]) -> dict[str, float]:
-    """Mean reward of the traces that used so many chunks; JSON has no numbers for keys."""
+def has_signal(rewards: Sequence[float | None]) -> bool:
+    """Return whether the rewards of a group differ, so that some advantage is not 0."""
+    return len({reward for reward in rewards if reward is not None}) > 1
+
+
+def _share_without_signal(batch: ScoredBatch) -> float:
+    totals = [score.total for score in batch.scores]
+    starts = range(0, len(totals), batch.group_size)
+    return fmean(not has_signal(totals[i : i + batch.group_size]) for i in starts)
+
+
+def _reward_by_chunks(batch: ScoredBatch) -> dict[str, float]:
     rewards: dict[int, list[float]] = defaultdict(list)
-    for trace, score in zip(sampled.traces, scores, strict=True):
+    for trace, score in zip(batch.traces, batch.scores, strict=True):
         if score.total is not None:
             rewards[len(trace.thinking)].append(score.total)
     return {str(chunks): fmean(rewards[chunks]) for chunks in sorted(rewards)}
 
 
-def reward_metrics(scores: Sequence[Score], rewards: Any) -> dict[str, float | int | None]:
-    """The breakdown of a step: of each reward, over the traces that it applies to, and errors.
+def _staleness(batch: ScoredBatch) -> float:
+    total = sum(age * tokens for age, tokens in batch.ages)
+    return total / max(1, sum(tokens for _, tokens in batch.ages))
 
-    Errors are counted by trace and kind: ``timeout``, ``memory`` or ``error``.
-    """
-    metrics: dict[str, float | int | None] = {}
-    for reward in rewards:
-        values = [v for score in scores if (v := score.parts.get(reward.name)) is not None]
-        mean = sum(values) / len(values) if values else None
-        metrics[f"rewards/{reward.name}/mean"] = mean
-        metrics[f"rewards/{reward.name}/applied_share"] = len(values) / len(scores)
-    kinds = [
-        next(iter(score.errors.values())).partition(":")[0] for score in scores if score.errors
-    ]
-    for kind in ("timeout", "memory", "error"):
-        metrics[f"verifier/{kind}"] = kinds.count(kind)
-    return metrics
+
+def _has_mixed_versions(trace: Trace) -> bool:
+    return len({chunk.policy_version for chunk in trace.chunks if chunk.output_ids}) > 1
+
+
+def _values_by_reward(batch: ScoredBatch) -> dict[str, list[float]]:
+    return {
+        name: [v for score in batch.scores if (v := score.parts.get(name)) is not None]
+        for name in batch.reward_names
+    }
+
+
+def _verifier_errors(batch: ScoredBatch) -> dict[str, int]:
+    """Count traces by the kind of their first error, the text before the colon."""
+    first = [next(iter(score.errors.values())) for score in batch.scores if score.errors]
+    kinds = [text.partition(":")[0] for text in first]
+    return {kind: kinds.count(kind) for kind in ("timeout", "memory", "error")}
+
+
+def _batch(
+    key: str, unit: str, meaning: str, formula: Callable[[ScoredBatch], Any], step_line: str = ""
+) -> Metric:
+    return Metric(key, unit, "batch", meaning, EVERY_BATCH, of_batch=formula, step_line=step_line)
+
+
+def _tokens(
+    key: str,
+    unit: str,
+    meaning: str,
+    formula: TokenFormula,
+    **options: Any,
+) -> Metric:
+    return Metric(key, unit, "tokens", meaning, of_tokens=formula, **options)
+
+
+def _engine(key: str, unit: str, meaning: str, when: str = "engine=vllm") -> Metric:
+    return Metric(f"engine/{key}", unit, "engine", meaning, when)
+
+
+_SAMPLED = "the engine sampled"
+
+# The step line shows its metrics in the order of this table.
+METRICS: tuple[Metric, ...] = (
+    Metric("step", "steps", "optimizer", "Optimizer steps so far, this one included."),
+    # Sampled traces and their scores
+    _batch(
+        "reward",
+        "reward",
+        "Mean total reward of the traces that have one.",
+        lambda b: fmean(b.rewards) if b.rewards else None,
+        "reward {:.2f}",
+    ),
+    _batch(
+        "reward_std",
+        "reward",
+        "Standard deviation of the total rewards.",
+        lambda b: stdev(b.rewards) if len(b.rewards) > 1 else None,
+    ),
+    _batch(
+        "thinking_tokens",
+        "tokens per trace",
+        "Mean number of sampled tokens of a trace.",
+        lambda b: b.num_tokens / len(b.traces),
+        "tokens {:.0f}",
+    ),
+    _batch(
+        "chunks",
+        "chunks per trace",
+        "Mean number of thinking chunks of a trace.",
+        lambda b: fmean(len(trace.thinking) for trace in b.traces),
+        "chunks {:.1f}",
+    ),
+    _batch("traces", "traces", "Traces of the batch.", lambda b: len(b.traces)),
+    _batch("sampled_tokens", "tokens", "Sampled tokens of the batch.", lambda b: b.num_tokens),
+    _batch(
+        "groups_without_signal",
+        "share of groups",
+        "Groups whose traces all have the same reward, so that all advantages are 0.",
+        _share_without_signal,
+    ),
+    _batch(
+        "traces_left_out",
+        "traces",
+        "Traces that do not count in the loss.",
+        lambda b: len(b.traces) - sum(b.in_loss),
+    ),
+    _batch(
+        "tokens_left_out",
+        "tokens",
+        "Sampled tokens of those traces.",
+        lambda b: sum(t.length for t, used in zip(b.traces, b.in_loss, strict=True) if not used),
+    ),
+    _batch(
+        "budget_share",
+        "share of traces",
+        "Traces that ran out of budget.",
+        lambda b: b.share(lambda trace: trace.stop is TraceStop.BUDGET),
+    ),
+    _batch(
+        "failed_share",
+        "share of traces",
+        "Traces that ended with an error or an abort.",
+        lambda b: b.share(lambda trace: trace.stop.is_failure),
+    ),
+    _batch(
+        "reward_by_chunks",
+        "reward",
+        "Mean reward by the number of chunks of the trace.",
+        _reward_by_chunks,
+    ),
+    _batch(
+        "rewards/<name>/mean",
+        "reward",
+        "Mean value of one reward, over the traces that it applies to.",
+        lambda b: {n: fmean(v) if v else None for n, v in _values_by_reward(b).items()},
+    ),
+    _batch(
+        "rewards/<name>/applied_share",
+        "share of traces",
+        "Traces that the reward applies to.",
+        lambda b: {n: len(v) / len(b.scores) for n, v in _values_by_reward(b).items()},
+    ),
+    _batch(
+        "verifier/<name>",
+        "traces",
+        "Traces whose reward failed with a `timeout`, for lack of `memory`, or with an `error`.",
+        _verifier_errors,
+    ),
+    _batch(
+        "staleness",
+        "weight updates",
+        "Mean age of the weights that sampled a token.",
+        _staleness,
+    ),
+    _batch(
+        "staleness_max",
+        "weight updates",
+        "Largest age of the weights that sampled a token.",
+        lambda b: max((age for age, _ in b.ages), default=0),
+    ),
+    _batch(
+        "mixed_version_share",
+        "share of traces",
+        "Traces sampled by several versions of the weights.",
+        lambda b: b.share(_has_mixed_versions),
+    ),
+    Metric(
+        "sampling_rounds",
+        "rounds",
+        "batch",
+        "Sampling rounds; above 1, groups without signal were replaced.",
+        EVERY_BATCH,
+    ),
+    Metric("groups_replaced", "groups", "batch", "Groups replaced by others.", EVERY_BATCH),
+    Metric("tokens_replaced", "tokens", "batch", "Sampled tokens of those groups.", EVERY_BATCH),
+    # Time
+    Metric("seconds_sampling", "s", "clock", "Time spent waiting for the engine.", EVERY_BATCH),
+    Metric("seconds_scoring", "s", "clock", "Time spent waiting for scores only.", EVERY_BATCH),
+    Metric(
+        "seconds_training", "s", "clock", "Time of the step without sampling and weight updates."
+    ),
+    Metric("seconds_weight_update", "s", "clock", "Time spent on loading weights into the engine."),
+    Metric(
+        "tokens_per_second",
+        "tokens/s",
+        "clock",
+        "Sampled tokens divided by seconds_sampling.",
+        EVERY_BATCH,
+        step_line="{:.0f} tokens/s",
+    ),
+    # Forward passes of the trainer
+    Metric("trained_tokens", "tokens", "tokens", "Output tokens in the loss."),
+    _tokens(
+        "entropy",
+        "nats per token",
+        "Mean entropy of the trainer's next-token distribution.",
+        lambda tokens, loss: tokens.entropies,
+    ),
+    _tokens(
+        "logprob_difference",
+        "nats",
+        "Mean absolute difference between the log-probs of trainer and engine.",
+        lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs(),
+    ),
+    _tokens(
+        "logprob_difference_max",
+        "nats",
+        "Largest absolute difference between the log-probs of trainer and engine.",
+        lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs(),
+        reduce="max",
+    ),
+    _tokens(
+        "logprob_outside_share",
+        "share of tokens",
+        "Tokens whose probabilities in trainer and engine differ by more than a tenth.",
+        lambda tokens, loss: ((tokens.logprobs - tokens.engine_logprobs).exp() - 1).abs() > 0.1,
+    ),
+    _tokens(
+        "importance_ratio",
+        "ratio",
+        "Mean probability of a token divided by that before the first step on the batch.",
+        lambda tokens, loss: loss.ratio,
+    ),
+    _tokens(
+        "clip_fraction",
+        "share of tokens",
+        "Tokens whose ratio is clipped.",
+        lambda tokens, loss: loss.clipped,
+    ),
+    _tokens(
+        "importance_correction",
+        "ratio",
+        "Mean importance-sampling weight for the engine's probabilities.",
+        lambda tokens, loss: loss.correction,
+    ),
+    _tokens(
+        "kl",
+        "nats per token",
+        "Mean KL divergence from the reference weights.",
+        lambda tokens, loss: loss.kl,
+        when="training.beta > 0",
+    ),
+    Metric(
+        "by_chunk",
+        "as above",
+        "tokens",
+        "The metrics of output tokens, each as a list over the index of the chunk in its trace.",
+    ),
+    Metric(
+        "forward_tokens", "tokens", "forward", "Forwarded tokens in the loss, prompts included."
+    ),
+    Metric("forward_batches", "batches", "forward", "Forward passes in the loss."),
+    Metric(
+        "padding",
+        "share of tokens",
+        "forward",
+        "Padding among the tokens forwarded in the loss.",
+        step_line="padding {:.1%}",
+    ),
+    # The optimizer
+    Metric("loss", "loss", "optimizer", "Loss of the step; null if the step was skipped."),
+    Metric("gradient_norm", "norm", "optimizer", "Global gradient norm before clipping."),
+    Metric("learning_rate", "rate", "optimizer", "Learning rate after the step."),
+    Metric(
+        "policy_version",
+        "weight updates",
+        "optimizer",
+        "Version of the weights in the first step on the batch.",
+    ),
+    Metric(
+        "step_skipped", "0 or 1", "optimizer", "1 if the step was skipped for a NaN or an infinity."
+    ),
+    # Several ranks
+    Metric(
+        "balance",
+        "ratio",
+        "ranks",
+        "Mean training cost of a rank divided by the highest; 1 is even.",
+        "several ranks",
+    ),
+    Metric("traces_by_process", "traces", "ranks", "Traces of each rank.", "several ranks"),
+    Metric(
+        "chunk_tokens_by_process",
+        "tokens",
+        "ranks",
+        "Tokens that each rank forwards, prompts included.",
+        "several ranks",
+    ),
+    # Held-out problems
+    Metric(
+        "heldout_accuracy",
+        "share of problems",
+        "held-out",
+        "Accuracy on held-out problems; null between evaluations.",
+    ),
+    # The engine, since the previous batch
+    _engine("chunks", "chunks", "Sampled chunks.", EVERY_BATCH),
+    _engine("batch_occupancy", "chunks", "Mean number of chunks in a forward pass.", _SAMPLED),
+    _engine("tokens_per_second", "tokens/s", "Sampled tokens per second of sampling.", _SAMPLED),
+    _engine("prefix_cache_hit_rate", "share of prompt tokens", "Prompt tokens found in the cache."),
+    _engine("queue", "chunks", "Chunks that wait for a worker or for its engine, now."),
+    _engine("workers", "workers", "Workers in service, now."),
+    _engine("restarts", "restarts", "Restarts of workers."),
+    _engine("chunks_rescheduled", "chunks", "Chunks of lost workers, sent to other workers."),
+    _engine("tokens_lost", "tokens", "Sampled tokens of chunks that did not arrive."),
+    _engine("late_answers", "chunks", "Chunks that arrived after they were sampled elsewhere."),
+    _engine("chunk_timeouts", "chunks", "Chunks that exceeded engine.chunk_timeout."),
+    _engine("chunks_failed", "chunks", "Chunks that failed engine.max_attempts times."),
+    _engine(
+        "worker <i>/<name>",
+        "as above",
+        "The same of one worker; its restarts count from the start of the run.",
+    ),
+)
+TOKEN_METRICS = tuple(metric for metric in METRICS if metric.of_tokens)
+
+
+def find_metric(key: str) -> Metric | None:
+    """Return the row of a key of ``metrics.jsonl``; ``None`` if the table has no such row."""
+    for metric in METRICS:
+        pattern = metric.key.replace("<i>", "<name>").split("<name>")
+        if key == metric.key or (len(pattern) > 1 and _matches(key, pattern)):
+            return metric
+    return None
+
+
+def _matches(key: str, parts: Sequence[str]) -> bool:
+    """Return whether a key consists of these parts in this order with names between them."""
+    first, *inner, last = parts
+    if not (key.startswith(first) and key.endswith(last)):
+        return False
+    rest = key[len(first) : len(key) - len(last)]
+    return bool(rest) and all(part in rest for part in inner)
