@@ -30,7 +30,8 @@ def set_up_process() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # TRL imports parts of vLLM before vLLM has read that.
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
+    for name in ("httpx", "httpx2", "openai"):  # at INFO, each logs every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

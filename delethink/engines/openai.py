@@ -1,13 +1,14 @@
-"""Any server that speaks OpenAI's completions protocol, as a policy.
+"""Policy that samples from an OpenAI-compatible completions server.
 
     server = OpenAIServer("http://127.0.0.1:8000/v1", "my-model", tokenizer)
     trace = asyncio.run(run_rollout(server, spec, query, Sampling(0.6, seed=1)))
 
-Token ids go in and come out where the server takes and returns them (vLLM and what follows it);
-otherwise text does, and boundaries are then exact only as far as text survives the tokenizer.
-Weights
-cannot be replaced, and log-probs are not asked for: they are all 0, so nothing can be trained on
-it.
+Token ids are sent and returned if the server supports this (vLLM does). Otherwise prompts and
+outputs travel as text, and boundaries are only as exact as the tokenizer's round trip. Log-probs
+are not requested: all of them are 0, so the traces cannot be trained on.
+
+The ``openai`` client handles connections, timeouts, keys and retries. Its waits between retries
+grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-import random
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
@@ -28,48 +27,43 @@ from delethink.types import StopReason, TokenIds
 Dialect = Literal["ids", "plain ids", "text"]
 
 _logger = logging.getLogger(__name__)
-_DIALECTS: tuple[Dialect, ...] = ("ids", "plain ids", "text")  # from exact to least exact
-_STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
-_TRANSIENT = {408, 409, 425, 429}  # and every status of 500 and more
-_LONGEST_WAIT_S = 30.0
+_DIALECTS: tuple[Dialect, ...] = ("ids", "plain ids", "text")  # the most exact first
+_STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
+_RETRIED_STATUSES = {408, 409, 429}  # and 500 and above; the openai client retries these
+_CONNECT_TIMEOUT_S = 20.0
 
 
-class _TransientError(Exception):
-    """Something that may go well the next time."""
-
-    def __init__(self, text: str, wait_s: float | None = None) -> None:
-        super().__init__(text)
-        self.wait_s = wait_s  # that the server asks for
+class _MalformedError(Exception):
+    """A response without a usable completion."""
 
 
 class _RefusedError(Exception):
-    """The server does not take the request as it is."""
+    """A request that the server rejects in this dialect."""
 
 
 class ServedModel(NamedTuple):
-    """What a server says of a model."""
+    """Entry of the server's list of models."""
 
     name: str
-    max_model_tokens: int | None  # None: it does not say
+    max_model_tokens: int | None
+    """Longest sequence in tokens; ``None`` if the server does not report a limit."""
 
 
 class OpenAIServer:
-    """Implements the policy protocol over HTTP.
+    """Policy over HTTP.
 
     Args:
-        base_url: up to and with the version: ``http://127.0.0.1:8000/v1``.
-        model: the name by which the server knows it; ``None`` where it serves one only.
-        tokenizer: of the model; turns ids into text and back where the server takes text only.
-        api_key: sent with each request and shown nowhere.
-        eos_ids: tokens that end an answer.
-        retries: how often a request that failed in passing is sent again.
-        first_wait_s: before the first repetition; doubled for each later one.
-        timeout_s: of a request without any answer.
-        max_in_flight: connections.
+        base_url: address including the version, ``http://127.0.0.1:8000/v1``.
+        model: name of the model on the server; ``None`` takes the only model served.
+        tokenizer: tokenizer of the model, for servers that accept text only.
+        api_key: key sent with each request; never shown in errors or logs.
+        eos_ids: token ids that end an answer.
+        retries: maximum retries of a failed request.
+        timeout_s: seconds to wait for a response.
 
     Raises:
-        ConfigError: the server cannot be reached, refuses the key, or serves no such model.
-        MissingExtraError: httpx is not installed.
+        ConfigError: the server cannot be reached, rejects the key, or does not serve the model.
+        MissingExtraError: the ``openai`` package is not installed.
     """
 
     def __init__(
@@ -80,15 +74,11 @@ class OpenAIServer:
         *,
         api_key: str | None = None,
         eos_ids: TokenIds = (),
-        retries: int = 5,
-        first_wait_s: float = 1.0,
+        retries: int = 8,
         timeout_s: float = 600.0,
-        max_in_flight: int = 256,
     ) -> None:
-        if importlib.util.find_spec("httpx") is None:
-            raise MissingExtraError("httpx", "eval")
-        import httpx
-
+        if importlib.util.find_spec("openai") is None:
+            raise MissingExtraError("openai", "eval")
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(
                 f"--base-url must start with http:// or https://, got {base_url!r}; for example "
@@ -99,52 +89,47 @@ class OpenAIServer:
         self._eos_ids = tuple(eos_ids)
         self._api_key = api_key
         self._retries = retries
-        self._first_wait_s = first_wait_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 20.0), pool=None)
-        self._limits = httpx.Limits(max_connections=max_in_flight)
+        self._timeout_s = timeout_s
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._dialect: Dialect | None = None  # found with the first request
-        self._finding = asyncio.Lock()
-        served = self._find(model)
-        self.model, self.max_model_tokens = served
+        self._dialect: Dialect | None = None
+        self._negotiation = asyncio.Lock()
+        self.model, self.max_model_tokens = self._find_model(model)
 
     @property
     def dialect(self) -> Dialect | None:
-        """How token ids travel; ``None`` before the first request."""
+        """Form in which tokens travel; ``None`` before the first request."""
         return self._dialect
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Samples at most ``max_new_tokens`` tokens after ``prompt_ids``.
+        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``.
 
         Raises:
-            ConfigError: the server refuses the request, the key or the model: trying again is
-                useless.
-            PolicyError: it failed in passing, more often than ``retries``.
+            ConfigError: the server rejects the request, the key or the model; a retry is useless.
+            PolicyError: the request failed, and so did its retries.
         """
         if self._dialect is None:
-            async with self._finding:
+            async with self._negotiation:
                 if self._dialect is None:
-                    self._dialect = await self._find_dialect(prompt_ids)
-        return await self._ask(self._dialect, prompt_ids, max_new_tokens, sampling)
+                    self._dialect = await self._negotiate(prompt_ids)
+        return await self._complete(self._dialect, prompt_ids, max_new_tokens, sampling)
 
     async def disconnect(self) -> None:
-        """Closes the connections of the running event loop."""
+        """Close the connections of the running event loop."""
         if client := self._clients.pop(asyncio.get_running_loop(), None):
-            await client.aclose()
+            await client.close()
 
     def close(self) -> None:
-        """Forgets all connections. Safe to call twice."""
+        """Drop all connections. Safe to call twice."""
         self._clients.clear()
 
-    async def _find_dialect(self, prompt_ids: TokenIds) -> Dialect:
-        """Asks for one token in each dialect, the most exact first."""
+    async def _negotiate(self, prompt_ids: TokenIds) -> Dialect:
+        """Return the most exact dialect in which the server samples one token."""
         refusals = []
         for dialect in _DIALECTS:
             try:
-                await self._ask(dialect, prompt_ids, 1, Sampling(0.0))
+                await self._complete(dialect, prompt_ids, 1, Sampling(0.0))
             except ConfigError as error:
                 if not isinstance(error.__cause__, _RefusedError):
                     raise
@@ -157,29 +142,29 @@ class OpenAIServer:
             return dialect
         raise refusals[0]
 
-    async def _ask(
+    async def _complete(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        body = self._body(dialect, prompt_ids, max_new_tokens, sampling)
-        wait = self._first_wait_s
-        for attempt in range(self._retries + 1):
+        """Send one request, again if the response is malformed."""
+        request = self._request(dialect, prompt_ids, max_new_tokens, sampling)
+        reason = ""
+        for _ in range(self._retries + 1):
             try:
-                return self._completion(dialect, await self._post(body), max_new_tokens)
+                response = await self._post(request)
+                return self._completion(dialect, response, max_new_tokens)
             except _RefusedError as error:
-                raise ConfigError(f"the server at {self.base_url} refuses: {error}") from error
-            except _TransientError as error:
-                if attempt == self._retries:
-                    raise PolicyError(f"after {attempt + 1} attempts: {error}") from None
-                # Not all at once again: a crowd that comes back together fails together.
-                spread = wait * random.uniform(0.5, 1.5)
-                await asyncio.sleep(min(_LONGEST_WAIT_S, max(spread, error.wait_s or 0.0)))
-                wait = min(2 * wait, _LONGEST_WAIT_S)
-        raise AssertionError("unreachable")
+                raise ConfigError(
+                    f"the server at {self.base_url} rejects the request: {error}"
+                ) from error
+            except _MalformedError as error:
+                reason = str(error)
+        raise PolicyError(f"malformed responses, also after {self._retries} retries: {reason}")
 
-    def _body(
+    def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> dict[str, Any]:
-        body: dict[str, Any] = {
+        """Return the arguments of ``client.completions.create``."""
+        request: dict[str, Any] = {
             "model": self.model,
             "prompt": list(prompt_ids),
             "max_tokens": max_new_tokens,
@@ -188,68 +173,74 @@ class OpenAIServer:
             "stream": False,
         }
         if sampling.seed is not None:
-            body["seed"] = sampling.seed
+            request["seed"] = sampling.seed
         if dialect == "text":
-            begin = getattr(self._tokenizer, "bos_token_id", None)  # the server puts it there
-            ids = prompt_ids[1:] if begin is not None and prompt_ids[0] == begin else prompt_ids
-            body["prompt"] = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+            bos_id = getattr(self._tokenizer, "bos_token_id", None)  # the server adds this token
+            ids = prompt_ids[1:] if bos_id is not None and prompt_ids[0] == bos_id else prompt_ids
+            request["prompt"] = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
         if dialect == "ids":
-            # Else a server takes these from the checkpoint, and another distribution is measured.
-            body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-            body |= {"return_token_ids": True, "skip_special_tokens": False}
-            body |= {"stop_token_ids": list(self._eos_ids)}
-        return body
+            request["extra_body"] = {
+                # A server takes unset values from the checkpoint's generation config, which would
+                # change the distribution.
+                "top_k": -1,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "return_token_ids": True,
+                "skip_special_tokens": False,
+                "stop_token_ids": list(self._eos_ids),
+            }
+        return request
 
-    async def _post(self, body: Mapping[str, Any]) -> Any:
-        """One request.
+    async def _post(self, request: dict[str, Any]) -> Any:
+        """Send one request; the client retries failed connections and transient statuses.
 
         Raises:
-            _TransientError: no answer, half an answer, or one that asks for patience.
-            _RefusedError: the request is not to the server's liking.
-            ConfigError: the key is not.
+            PolicyError: the request failed, and so did its retries.
+            ConfigError: the server rejects the key.
+            _RefusedError: the server rejects the request.
+            _MalformedError: the response is not JSON.
         """
-        import httpx
+        import openai
 
         try:
-            answer = await self._client().post(f"{self.base_url}/completions", json=dict(body))
-        except (httpx.HTTPError, OSError) as error:
-            raise _TransientError(f"no whole answer ({_said(error)})") from None
-        if answer.status_code in _TRANSIENT or answer.status_code >= 500:
-            raise _TransientError(self._status(answer), _retry_after(answer))
-        if answer.status_code in (401, 403):
-            raise self._refused_key(answer)
-        if answer.status_code != 200:
-            raise _RefusedError(self._status(answer))
-        try:
-            return answer.json()
-        except ValueError:
-            raise _TransientError(f"an answer that is no JSON: {self._status(answer)}") from None
+            return await self._client().completions.create(**request)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self._key_error(error) from None
+        except openai.APIStatusError as error:
+            status = self._status(error)
+            if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
+                raise _RefusedError(status) from None
+            raise PolicyError(f"failed, also after {self._retries} retries: {status}") from None
+        except openai.APIConnectionError as error:
+            reason = _reason(error)
+            raise PolicyError(f"failed, also after {self._retries} retries: {reason}") from None
+        except ValueError as error:
+            raise _MalformedError(f"not JSON: {error}") from None
 
-    def _completion(self, dialect: Dialect, answer: Any, max_new_tokens: int) -> Completion:
-        """What the server said, held against what was asked of it."""
+    def _completion(self, dialect: Dialect, response: Any, max_new_tokens: int) -> Completion:
+        """Check a response and convert it."""
         try:
-            choice = answer["choices"][0]
-            reason, text = choice["finish_reason"], choice["text"]
-            ids = choice.get("token_ids")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise _TransientError(f"an answer without a completion: {str(answer)[:80]!r}") from None
-        if reason not in _STOP:
-            raise _TransientError(f"an answer that ended with {reason!r}")
-        stop = _STOP[reason]
+            choice = response.choices[0]
+            reason, text = choice.finish_reason, choice.text
+            ids = choice.model_extra.get("token_ids")
+        except (AttributeError, IndexError, TypeError):
+            raise _MalformedError(f"no completion in {str(response)[:80]!r}") from None
+        if reason not in _STOP_REASONS:
+            known = ", ".join(_STOP_REASONS)
+            raise _MalformedError(f"unknown finish_reason {reason!r}; known: {known}")
+        stop = _STOP_REASONS[reason]
         if ids is None:
             if dialect == "ids":
-                raise _RefusedError("it returns no token ids")
-            ids = self._ids_of(text, stop, max_new_tokens)
+                raise _RefusedError("no token ids in the response")
+            ids = self._encode(text, stop, max_new_tokens)
         if not ids:
-            raise _TransientError("an answer without a token")
+            raise _MalformedError("no token in the response")
         if len(ids) > max_new_tokens or not all(isinstance(token, int) for token in ids):
-            raise _TransientError(
-                f"{len(ids)} tokens where at most {max_new_tokens} were asked for"
-            )
+            raise _MalformedError(f"{len(ids)} tokens for a request of at most {max_new_tokens}")
         return Completion(tuple(ids), (0.0,) * len(ids), stop)
 
-    def _ids_of(self, text: str, stop: StopReason, max_new_tokens: int) -> list[int]:
-        """Text back to tokens; there may be another number of them than the server sampled."""
+    def _encode(self, text: str, stop: StopReason, max_new_tokens: int) -> list[int]:
+        """Return the token ids of ``text``, whose number may differ from the sampled ones."""
         encode: Any = self._tokenizer
         ids = list(encode(text, add_special_tokens=False)["input_ids"])
         if stop is StopReason.EOS:
@@ -257,65 +248,76 @@ class OpenAIServer:
         return ids[:max_new_tokens]
 
     def _client(self) -> Any:
-        """Of the running loop: connections belong to one."""
-        import httpx
+        """Return the client of the running event loop, since connections belong to one loop."""
+        import openai
 
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            self._clients[loop] = httpx.AsyncClient(
-                headers=self._headers, timeout=self._timeout, limits=self._limits
-            )
+            self._clients[loop] = openai.AsyncOpenAI(**self._options(self._retries))
         return self._clients[loop]
 
-    def _refused_key(self, answer: Any) -> ConfigError:
+    def _options(self, retries: int) -> dict[str, Any]:
+        """Return the arguments of ``openai.OpenAI`` and ``openai.AsyncOpenAI``."""
+        import openai
+
+        connect_s = min(self._timeout_s, _CONNECT_TIMEOUT_S)
+        return {
+            "base_url": self.base_url,
+            # Without a value here, the client sends OPENAI_API_KEY to any server.
+            "api_key": self._api_key or "EMPTY",
+            "max_retries": retries,
+            # No limit on the wait for a free connection, of which there are 1,000.
+            "timeout": openai.Timeout(self._timeout_s, connect=connect_s, pool=None),
+        }
+
+    def _key_error(self, error: Any) -> ConfigError:
         return ConfigError(
-            f"the server at {self.base_url} refuses the key ({self._status(answer)}); it is read "
-            "from the environment variable that --api-key-env names"
+            f"the server at {self.base_url} rejects the API key ({self._status(error)}); set the "
+            "key in the environment variable that --api-key-env names"
         )
 
-    def _status(self, answer: Any) -> str:
-        """What the server said, without the key, which some servers repeat."""
-        said = " ".join(answer.text.split()) or "no text"
-        said = said.replace(self._api_key, "***") if self._api_key else said
-        return f"HTTP {answer.status_code}: {said[:200]}"
+    def _status(self, error: Any) -> str:
+        """Return status and text of an error response, without the key that some servers repeat."""
+        text = " ".join(error.response.text.split()) or "no text"
+        text = text.replace(self._api_key, "***") if self._api_key else text
+        return f"HTTP {error.status_code}: {text[:200]}"
 
-    def _find(self, model: str | None) -> ServedModel:
-        """The model among those that the server lists.
+    def _find_model(self, model: str | None) -> ServedModel:
+        """Return the server's entry of ``model``; a server need not list its models.
 
-        A server that lists none is taken at the user's word.
+        Raises:
+            ConfigError: the server cannot be reached, rejects the key, or lists other models only.
         """
-        import httpx
+        import openai
 
-        try:
-            answer = httpx.get(
-                f"{self.base_url}/models", headers=self._headers, timeout=self._timeout
-            )
-        except (httpx.HTTPError, OSError, UnicodeError) as error:
-            raise ConfigError(
-                f"the server at {self.base_url} cannot be reached: {_said(error)}"
-            ) from None
-        if answer.status_code in (401, 403):
-            raise self._refused_key(answer)
         listed: dict[str, Any] = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            listed = {str(one["id"]): one for one in answer.json()["data"]}
+        try:
+            with openai.OpenAI(**self._options(retries=0)) as client:
+                page = client.models.list()
+            with contextlib.suppress(TypeError, AttributeError):
+                listed = {str(entry.id): entry for entry in page.data}
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self._key_error(error) from None
+        except (openai.APIStatusError, ValueError):
+            pass  # no list of models
+        except (openai.APIConnectionError, UnicodeError) as error:
+            raise ConfigError(
+                f"the server at {self.base_url} cannot be reached: {_reason(error)}"
+            ) from None
         if model is None and len(listed) == 1:
             model = next(iter(listed))
         if model is None or (listed and model not in listed):
+            names = ", ".join(listed) or "no model"
             raise ConfigError(
-                f"the server at {self.base_url} serves {', '.join(listed) or 'no model it names'}"
-                f", not {model!r}; name one with --served-model"
+                f"the server at {self.base_url} lists {names}, not {model!r}; name one with "
+                "--served-model"
             )
-        longest = listed.get(model, {}).get("max_model_len")
-        return ServedModel(model, longest if isinstance(longest, int) else None)
+        window = getattr(listed.get(model), "max_model_len", None)
+        return ServedModel(model, window if isinstance(window, int) else None)
 
 
-def _said(problem: Exception) -> str:
-    text = str(problem).strip()
-    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
-
-
-def _retry_after(answer: Any) -> float | None:
-    with contextlib.suppress(ValueError):
-        return float(answer.headers.get("retry-after", ""))
-    return None
+def _reason(error: Exception) -> str:
+    """Return the type and text of the error behind the client's own."""
+    cause = error.__cause__ or error
+    text = str(cause).strip()
+    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of the toy reasoner."""
     need("vllm")
-    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("openai")
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     environment = {
         **os.environ,
@@ -74,8 +75,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         try:
             deadline = time.monotonic() + 240
             while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{address[:-3]}/health").status_code == 200:
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"{address[:-3]}/health") as health,
+                ):
+                    if health.status == 200:
                         break
                 said = (folder / "log").read_text(errors="replace")[-3000:]
                 assert process.poll() is None, said

@@ -25,7 +25,13 @@ from delethink import (
 )
 from delethink.engines.openai import OpenAIServer
 
-pytest.importorskip("httpx")
+pytest.importorskip("openai")
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+
 
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 KEY = "sk-a-key-that-must-not-show"
@@ -105,7 +111,7 @@ def serving(*answers: Answer, models: Any = None) -> Iterator[Served]:
 
 
 def client(served: Served, **options: Any) -> OpenAIServer:
-    given = {"api_key": KEY, "eos_ids": (EOS,), "retries": 2, "first_wait_s": 0.001, **options}
+    given = {"api_key": KEY, "eos_ids": (EOS,), "retries": 2, **options}
     return OpenAIServer(served.url, given.pop("model", None), LetterTokenizer(), **given)
 
 
@@ -174,14 +180,14 @@ def test_what_fails_in_passing_is_tried_again_and_then_an_error_of_the_trace(bad
     with serving(sound, bad, bad, sound) as served:
         assert ask(served).token_ids == (97, 98, EOS)
     with serving(sound, bad) as served:
-        with pytest.raises(PolicyError, match="after 3 attempts"):
+        with pytest.raises(PolicyError, match="after 2 retries"):
             ask(served)
         assert len(served.asked) == 4
     with serving(sound, bad) as served:
         spec, sampling = ChunkSpec(10, 5, 2, 0), Sampling(1.0, 1)
         trace = asyncio.run(run_rollout(client(served), spec, (5,), sampling))
         assert trace.stop is TraceStop.ERROR
-        assert "after 3 attempts" in str(trace.error)
+        assert "after 2 retries" in str(trace.error)
 
 
 def test_a_server_that_does_not_answer_in_time_is_given_up() -> None:
@@ -211,7 +217,7 @@ def test_the_key_shows_nowhere() -> None:
         server = client(served)
         with pytest.raises(PolicyError) as caught:
             ask(served)
-        with pytest.raises(ConfigError, match="refuses the key") as refused:
+        with pytest.raises(ConfigError, match="rejects the API key") as refused:
             client(served, api_key=f"{KEY}x")
     assert KEY not in f"{caught.value!r} {refused.value!r} {server!r}"
 
@@ -219,7 +225,7 @@ def test_the_key_shows_nowhere() -> None:
 def test_the_model_is_found_or_the_ones_there_are_named() -> None:
     with serving(say("a"), models={"data": [{"id": "x"}, {"id": "y"}]}) as served:
         for model in (None, "z"):
-            with pytest.raises(ConfigError, match="serves x, y"):
+            with pytest.raises(ConfigError, match="lists x, y"):
                 client(served, model=model)
         assert client(served, model="y").model == "y"
     with serving(say("a")) as served:
@@ -235,3 +241,9 @@ def test_a_server_that_is_not_there_is_a_sentence(url: str) -> None:
 def test_an_address_that_is_none_is_a_sentence() -> None:
     with pytest.raises(ConfigError, match="must start with http"):
         OpenAIServer("localhost:8000", None, LetterTokenizer())
+
+
+def test_without_a_key_the_one_of_openai_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)  # the server accepts no other key
+    with serving(say("a")) as served, pytest.raises(ConfigError, match="rejects the API key"):
+        client(served, api_key=None)
