@@ -1,6 +1,6 @@
 """The ``delethink`` command.
 
-Exit codes: 0 only on success, 1 for a run that broke, 2 for something the user can mend, 130 for an
+Exit codes: 0 on success only, 1 for a run that failed, 2 for a user's mistake, 130 for an
 interrupt.
 """
 
@@ -17,14 +17,14 @@ from delethink.errors import DelethinkError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     arguments = _parse(argv)
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, _interrupt)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        return _fail("interrupted; what was written before is whole", 130)
+        return _fail("interrupted; everything written so far is complete", 130)
     except UserError as error:
         return _fail(str(error), 2)
     except DelethinkError as error:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments; ``key=value`` may also come after options, where argparse looks for none."""
+    """Parse the arguments; ``key=value`` may also follow options, unlike in plain argparse."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     late = [text for text in rest if "=" in text and not text.startswith("-")]
@@ -70,13 +70,13 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="E.g.: delethink train recipes/quickstart/recipe.yaml seed=1 training.max_steps=9",
     )
     command.add_argument(
-        "recipe", help="a YAML file, see recipes/; or the folder of a run, to go on with it"
+        "recipe", help="YAML file (see recipes/), or the directory of a run to resume"
     )
     command.add_argument(
         "values",
         nargs="*",
         metavar="key=value",
-        help="dotted.key=value, over the recipe's value",
+        help="override of a recipe key, such as training.max_steps=9 or engine=vllm",
     )
     command.set_defaults(run=_train)
 
@@ -97,7 +97,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "probe",
-        help="say how Markovian a model is already: what a reset costs it",
+        help="measure how Markovian a model already is: the log-loss a reset costs",
         description="Score the tokens after each boundary twice, after the whole history and after "
         "what a reset leaves, and report what is lost: docs/guide/probing.md",
         epilog="E.g.: delethink probe -m toy --task automaton --task-arg min_steps=16 --task-arg "
@@ -123,24 +123,32 @@ def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_tasks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "tasks",
-        help="list tasks and rewards; show a task's problems and check its grader",
-        description="List tasks and rewards, or show how a task asks its problems and check that "
-        "its grader takes the gold answers and no wrong ones (exit code 1 if it does not).",
+        help="list tasks and rewards, or show a task's problems and check its grader",
+        description="List tasks and rewards, or print the problems of a task and check its grader: "
+        "gold answers must be accepted and wrong ones rejected, otherwise the exit code is 1.",
         epilog="E.g.: delethink tasks dataset --dataset my.jsonl --answer-key solution -n 3",
     )
-    command.add_argument("name", nargs="?", help="a task; without one, all are listed")
     command.add_argument(
-        "values", nargs="*", metavar="key=value", help="what the task is made with (task.args)"
+        "name", nargs="?", help="task to show; left out, all tasks and rewards are listed"
     )
-    command.add_argument("--dataset", help="a file, a folder, or a name on the Hugging Face hub")
-    command.add_argument("--split", help="the part of the data set")
-    command.add_argument("--problem-key", help="the column with the problem")
-    command.add_argument("--answer-key", help="the column with the gold answer")
-    command.add_argument("--of", choices=("train", "heldout"), help="which problems to show")
-    command.add_argument("-n", "--number", type=_count, default=1, help="problems to show (1)")
-    command.add_argument("--check", type=_count, default=8, help="problems to grade (8)")
-    command.add_argument("--model", help="show prompts in the chat template of this model")
-    command.add_argument("--seed", type=int, default=0, help="of the task (0)")
+    command.add_argument(
+        "values", nargs="*", metavar="key=value", help="argument of the task, as in task.args"
+    )
+    command.add_argument("--dataset", help="file, folder or Hugging Face data set to read")
+    command.add_argument("--split", help="split of the data set")
+    command.add_argument("--problem-key", help="column of the problem")
+    command.add_argument("--answer-key", help="column of the gold answer")
+    command.add_argument(
+        "--of", choices=("train", "heldout"), help="problems to show: training or held-out"
+    )
+    command.add_argument(
+        "-n", "--number", type=_count, default=1, help="number of problems to show (default 1)"
+    )
+    command.add_argument(
+        "--check", type=_count, default=8, help="number of problems to grade (default 8)"
+    )
+    command.add_argument("--model", help="render prompts with this model's chat template")
+    command.add_argument("--seed", type=int, default=0, help="seed of the task (default 0)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_tasks)
 
@@ -154,16 +162,13 @@ def _count(text: str) -> int:
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "doctor",
-        help="say what is installed and what works here",
-        description="Say what is installed and what it can do on this machine, or whether a recipe "
-        "will run here: names, tokenizer, window, memory, disk and rewards. Exit code 1 if there "
-        "is a problem.",
+        help="check the installation, or whether a recipe can run here",
+        description="Check the installation, or whether a recipe can run on this machine: names, "
+        "tokenizer, context window, memory, disk and rewards. The exit code is 1 if a check fails.",
         epilog="E.g.: delethink doctor recipes/quickstart/recipe.yaml training.max_steps=9",
     )
-    command.add_argument("recipe", nargs="?", help="a recipe, or the folder of a run")
-    command.add_argument(
-        "values", nargs="*", metavar="key=value", help="settings in place of the recipe's"
-    )
+    command.add_argument("recipe", nargs="?", help="recipe, or the directory of a run")
+    command.add_argument("values", nargs="*", metavar="key=value", help="override of a recipe key")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_doctor)
 
@@ -216,9 +221,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _interrupt(*_: object) -> None:
-    """At once, engines closed, for Ctrl-C and for SIGTERM, with which a cluster stops a job.
+    """Raise KeyboardInterrupt at once, on Ctrl-C and on SIGTERM (sent by clusters to end a job).
 
-    Left to asyncio, Ctrl-C would wait for a whole round of sampling.
+    asyncio's own handler would wait for the current round of sampling.
     """
     raise KeyboardInterrupt
 

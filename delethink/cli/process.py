@@ -1,4 +1,4 @@
-"""What a process that samples or trains wants set before anything heavy is imported."""
+"""Settings of a process that samples or trains, made before heavy imports."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import suppress
 
 
 def set_up_process() -> None:
-    """Settings that libraries read when they are imported; a value the user has set stays."""
+    """Set environment variables and log levels read at import; values set by the user are kept."""
     _keep_freed_memory()
     # Imported modules and traces stay alive: rescanning them every 700 objects costs a tenth of
     # the time that vLLM takes to import.
     gc.set_threshold(50_000)
-    # On a busy machine, threads that spin while they wait take the cores from those that work.
+    # Spinning threads take cores from working ones on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # The workers call vLLM themselves; TRL's own use of it, which this is about, is off.
+    # This warning is about TRL's own use of vLLM, which is off: the workers call vLLM directly.
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
-    # A name that TRL gives to transformers and that transformers is about to change.
+    # TRL passes a keyword to transformers that is about to be renamed there.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
-    # TRL's own account of a trace without a reward is the whole trace; ours is in traces/.
+    # TRL logs the whole text of a trace without a reward; traces/ has it already.
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # TRL imports parts of vLLM before vLLM has read that.
+    # TRL imports parts of vLLM before vLLM reads VLLM_LOGGING_LEVEL.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     for name in ("httpx", "httpx2", "openai"):  # at INFO, each logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -36,12 +36,16 @@ def set_up_process() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has the C library keep freed memory for the next tensor, where it is glibc.
+    """Make glibc keep freed memory for the next tensor.
 
-    On the CPU, decoding and training free and take the same large tensors over and over; handed
-    back to the kernel each time, half the time of a long decode goes into clearing pages.
+    On CPUs, decoding and training free and allocate the same large tensors again and again. If each
+    goes back to the kernel, half of a long decode is spent on clearing pages.
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the names of malloc.h
+    trim_threshold, top_pad, mmap_max = (
+        -1,
+        -2,
+        -4,
+    )  # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of malloc.h
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)

@@ -1,4 +1,4 @@
-"""``delethink train``."""
+"""The ``delethink train`` command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delethink.training.resume import load_run
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """Checks the recipe before anything heavy is imported, then trains."""
+    """Check the recipe before heavy imports, then train."""
     recipe = read_recipe(recipe_path, overrides)
     _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     prepared = prepare(recipe)
@@ -37,7 +37,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
 
 
 def read_recipe(path: str, overrides: list[str]) -> Recipe:
-    """The recipe in a file, or that of a run directory, to go on there."""
+    """Return the recipe of a file, or of a run directory to resume."""
     if (folder := Path(path)).is_dir():
         return load_run(folder, overrides)
     return load_recipe(path, overrides)
