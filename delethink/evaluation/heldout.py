@@ -1,4 +1,4 @@
-"""Plays held-out problems against an engine and sums up what came out."""
+"""Accuracy on held-out problems during training, one trace per problem."""
 
 from __future__ import annotations
 
@@ -19,41 +19,48 @@ from delethink.types import Problem, Score, Trace, TraceStop
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One row of a table: one trace for each problem."""
+class HeldOutResult:
+    """Row of the table of held-out results. Intervals have a level of 95 %."""
 
     setting: str
     num_problems: int
     accuracy: float
-    accuracy_interval: Interval  # 95 %, Wilson
-    thinking_tokens: float  # mean of l(tau)
-    thinking_tokens_interval: Interval  # 95 %, normal
-    chunks: float  # mean number of chunks
-    budget_share: float  # share of traces that ran out of budget
-    unscored: int = 0  # traces whose reward could not be computed; they count as not right
-    first_error: str | None = None  # why the first of them
+    accuracy_interval: Interval
+    """Wilson's interval."""
+    thinking_tokens: float
+    """Mean length of a trace."""
+    thinking_tokens_interval: Interval
+    """Normal interval."""
+    chunks: float
+    """Mean number of chunks of a trace."""
+    budget_share: float
+    """Share of traces that ran out of budget."""
+    unscored: int = 0
+    """Traces whose reward failed; they count as wrong."""
+    first_error: str | None = None
+    """Error of the first unscored trace."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Summary:
-        """The row that ``as_dict`` gave."""
+    def from_dict(cls, values: dict[str, Any]) -> HeldOutResult:
+        """Return the row that ``as_dict`` wrote."""
         intervals = ("accuracy_interval", "thinking_tokens_interval")
         return cls(**{**values, **{name: tuple(values[name]) for name in intervals}})
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Held-out problems and how they are asked and scored.
+    """Runs one trace per held-out problem and scores it.
 
     Args:
-        problems: asked once each.
+        problems: held-out problems.
         scorer: scores traces; its accuracy reward is 1 if right, else 0.
         tokenizer: renders queries and decodes traces.
-        temperature: of sampling.
-        seed: with it, trace i draws with a seed that depends on it and i only.
+        temperature: sampling temperature.
+        seed: seed of the evaluation; the seed of trace i depends on it and i only.
     """
 
     problems: Sequence[Problem]
@@ -69,11 +76,18 @@ class Evaluator:
         setting: str,
         max_model_tokens: int | None = None,
         limit: int | None = None,
-    ) -> Summary:
-        """Plays the first ``limit`` problems (all by default) and sums them up.
+    ) -> HeldOutResult:
+        """Evaluate a policy on the first ``limit`` problems (all by default).
+
+        Args:
+            policy: policy to sample from.
+            spec: chunk sizes.
+            setting: name of the row.
+            max_model_tokens: longest sequence of the model, in tokens.
+            limit: number of problems.
 
         Raises:
-            RolloutError: a trace failed; an accuracy over the others would not be one.
+            RolloutError: a trace failed; the accuracy of the others would be biased.
             ConfigError: a score is neither 0 nor 1.
         """
         problems = self.problems[:limit]
@@ -94,20 +108,27 @@ class Evaluator:
                 max_model_tokens,
             )
         )
-        return self._summary(setting, traces, scores)
+        return self._summarise(setting, traces, scores)
 
-    def _summary(self, setting: str, traces: list[Trace], scores: list[Score]) -> Summary:
+    def _summarise(self, setting: str, traces: list[Trace], scores: list[Score]) -> HeldOutResult:
         failed = [trace for trace in traces if trace.stop.is_failure]
         if failed:
             raise RolloutError(
                 f"{len(failed)} of {len(traces)} traces of the evaluation failed; the first one: "
                 f"{failed[0].error or failed[0].stop.value}"
             )
-        right = sum(self._is_right(score) for score in scores)
-        errors = [score.errors[self.scorer.accuracy] for score in scores if self._failed(score)]
-        n = len(traces)
+        name, n = self.scorer.accuracy, len(traces)
+        errors = [score.errors[name] for score in scores if name in score.errors]
+        values = [score.parts[name] for score in scores if name not in score.errors]
+        for value in values:
+            if value not in (0, 1):
+                raise ConfigError(
+                    f"the reward {name!r} gave {value}, and an accuracy needs 0 or 1; name another "
+                    "reward with evaluation.reward"
+                )
+        right = values.count(1)
         lengths = [float(trace.length) for trace in traces]
-        return Summary(
+        return HeldOutResult(
             setting=setting,
             num_problems=n,
             accuracy=right / n,
@@ -119,17 +140,3 @@ class Evaluator:
             unscored=len(errors),
             first_error=next(iter(errors), None),
         )
-
-    def _failed(self, score: Score) -> bool:
-        return self.scorer.accuracy in score.errors
-
-    def _is_right(self, score: Score) -> int:
-        value = score.parts[self.scorer.accuracy]
-        if self._failed(score):
-            return 0
-        if value not in (0, 1):
-            raise ConfigError(
-                f"an accuracy is counted by a reward of 0 or 1, got {value}; name another with "
-                "evaluation.reward"
-            )
-        return int(value)

@@ -1,18 +1,23 @@
-"""Pure statistics of traces that were scored."""
+"""Statistics of scored traces: accuracies, their intervals, and paired comparisons.
+
+Pure functions of scores. They need NumPy and, for Student's t distribution, SciPy.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating[Any]]
+from delethink.errors import MissingExtraError
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+Scores = Sequence[Sequence[float]]
+"""``scores_P[p][s]``: score (0 or 1) of sample s of problem p; numbers of samples may differ."""
 
 
 class Interval(NamedTuple):
@@ -22,23 +27,26 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: float, n: int) -> Interval:
-    """Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927).
+class Estimate(NamedTuple):
+    """A value and its 95 % confidence interval."""
 
-    It stays within 0..1 and keeps its coverage near both ends, where the normal interval collapses.
-    For one trace a problem, so that all ``n`` are independent.
+    value: float
+    interval: Interval
+
+
+def wilson(successes: float, n: int) -> Interval:
+    """Return Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927).
+
+    The interval stays within 0..1 and keeps its coverage near both ends, unlike the normal one.
+    All ``n`` trials must be independent, as with a single trace per problem.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"need 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    p = successes / n
-    scale = 1 + _Z95**2 / n
-    centre = (p + _Z95**2 / (2 * n)) / scale
-    half = _Z95 / scale * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n * n))
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    return _score_interval(successes / n, n, _Z95)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The normal interval of a mean, for lengths and chunk counts."""
+    """Return the normal interval of a mean, for lengths and chunk counts."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -48,21 +56,23 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean - half, mean + half)
 
 
-# What follows takes scores_P: for each problem, the scores (0 or 1) of its samples. Samples of one
-# problem are alike, so every interval is over problems, which are the independent draws.
-
-Scores = Sequence[Sequence[float]]  # scores_P[p][s]; problems may have different numbers of samples
+# Samples of one problem are correlated and problems are independent: the intervals of the
+# functions below are over problems.
 
 
-class Estimate(NamedTuple):
-    """A number and its 95 % confidence interval."""
+def clustered_mean(values_P: Sequence[Sequence[float]]) -> Estimate:
+    """Return the mean over problems of means over samples, with Student's t interval.
 
-    value: float
-    interval: Interval
+    A single problem gets an interval without width.
+    """
+    means = _problem_means(values_P)
+    mean, n = float(means.mean()), len(means)
+    half = t_quantile(0.975, n - 1) * float(means.std(ddof=1)) / n**0.5 if n > 1 else 0.0
+    return Estimate(mean, Interval(mean - half, mean + half))
 
 
 def avg_at_n(scores_P: Scores) -> Estimate:
-    """Mean over problems of the mean over samples: the expected accuracy of one sample (avg@n).
+    """Return avg@n, the expected accuracy of one sample.
 
     Raises:
         ValueError: no problem, or a problem without samples.
@@ -72,7 +82,7 @@ def avg_at_n(scores_P: Scores) -> Estimate:
 
 
 def pass_at_k(scores_P: Scores, k: int) -> Estimate:
-    """The chance that at least one of ``k`` samples is right, unbiased: 1 - C(n-c, k) / C(n, k).
+    """Return pass@k, the unbiased chance of a right sample among ``k``: 1 - C(n-c, k) / C(n, k).
 
     Chen et al., Evaluating Large Language Models Trained on Code (arXiv 2107.03374), equation 1.
 
@@ -81,94 +91,96 @@ def pass_at_k(scores_P: Scores, k: int) -> Estimate:
     """
     values = np.array([_pass_at_k(len(s), _count_right(s), k) for s in scores_P])
     if not values.size:
-        raise ValueError("pass@k of no problem")
+        raise ValueError("pass@k needs at least one problem")
     return Estimate(float(values.mean()), proportion_interval(values, _mean_samples(scores_P)))
 
 
 def _pass_at_k(n: int, right: int, k: int) -> float:
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs a problem to have at least {k} samples, got {n}")
+        raise ValueError(f"pass@{k} needs at least {k} samples of each problem, got {n}")
     wrong = n - right
     return 1.0 - math.prod((wrong - i) / (n - i) for i in range(k)) if wrong >= k else 1.0
 
 
 def maj_at_n(votes_P: Sequence[Sequence[str | None]], scores_P: Scores) -> Estimate:
-    """How often the most frequent answer of a problem is right (maj@n, self-consistency).
+    """Return maj@n (self-consistency): the share of problems whose most frequent answer is right.
 
-    Wang et al., Self-Consistency Improves Chain of Thought Reasoning (arXiv 2203.11171). Where
-    several answers are equally frequent, one is taken at random, so that they count in equal parts;
-    samples without an answer (``None``) do not vote, and without any vote a problem counts 0.
+    Wang et al., Self-Consistency Improves Chain of Thought Reasoning (arXiv 2203.11171). Tied
+    answers count in equal parts, samples without an answer (``None``) do not vote, and a problem
+    without votes counts 0.
 
     Args:
-        votes_P: votes_P[p][s], the answer of a sample in a form in which equal ones are equal.
-        scores_P: of the same samples.
+        votes_P: ``votes_P[p][s]``, answers; equal answers have equal texts.
+        scores_P: scores of the same samples.
     """
     pairs = zip(votes_P, scores_P, strict=True)
     values = np.array([majority(votes, scores) for votes, scores in pairs])
     if not values.size:
-        raise ValueError("maj@n of no problem")
-    return Estimate(float(values.mean()), proportion_interval(values, 1.0))
+        raise ValueError("maj@n needs at least one problem")
+    return Estimate(float(values.mean()), proportion_interval(values))
 
 
 def majority(votes: Sequence[str | None], scores: Sequence[float]) -> float:
-    """The expected score of a problem's most frequent answer."""
-    of_answer: dict[str, list[float]] = {}
+    """Return the expected score of the most frequent answer to a problem."""
+    scores_of: dict[str, list[float]] = {}
     for vote, score in zip(votes, scores, strict=True):
         if vote is not None:
-            of_answer.setdefault(vote, []).append(score)
-    if not of_answer:
+            scores_of.setdefault(vote, []).append(score)
+    if not scores_of:
         return 0.0
-    most = max(map(len, of_answer.values()))
-    winners = [sum(s) / len(s) for s in of_answer.values() if len(s) == most]
+    most = max(map(len, scores_of.values()))
+    winners = [sum(s) / len(s) for s in scores_of.values() if len(s) == most]
     return sum(winners) / len(winners)
 
 
 def maj_at_k(
     votes_P: Sequence[Sequence[str | None]], scores_P: Scores, k: int, draws: int = 100
 ) -> Estimate:
-    """maj@k for a ``k`` below the number of samples: the mean over random subsets of ``k``.
+    """Return maj@k for ``k`` below the number of samples, as the mean over random subsets.
 
     Args:
-        votes_P: as in ``maj_at_n``.
-        scores_P: of the same samples.
+        votes_P: answers, as for ``maj_at_n``.
+        scores_P: scores of the same samples.
         k: size of a subset.
-        draws: subsets of a problem, always the same ones.
+        draws: subsets per problem; always the same ones for the same ``k``.
     """
     rng = np.random.default_rng(k)
     values = []
     for votes, scores in zip(votes_P, scores_P, strict=True):
         if len(votes) < k:
-            raise ValueError(f"maj@{k} needs a problem to have at least {k} samples")
+            raise ValueError(f"maj@{k} needs at least {k} samples of each problem")
         picks = [rng.permutation(len(votes))[:k] for _ in range(draws if k < len(votes) else 1)]
-        one = [majority([votes[i] for i in pick], [scores[i] for i in pick]) for pick in picks]
-        values.append(sum(one) / len(one))
+        means = [majority([votes[i] for i in pick], [scores[i] for i in pick]) for pick in picks]
+        values.append(sum(means) / len(means))
     interval = proportion_interval(np.array(values), _mean_samples(scores_P))
     return Estimate(float(np.mean(values)), interval)
 
 
-def proportion_interval(values_P: Floats, samples: float = 1.0) -> Interval:
-    """95 % interval of the mean of values in 0..1, one a problem, which are independent.
+def proportion_interval(values_P: npt.NDArray[np.float64], samples: float = 1.0) -> Interval:
+    """Return the 95 % interval of the mean of independent values in 0..1.
 
-    Wilson's interval with the effective number of trials that the spread between problems implies,
-    n* = p(1 - p) / Var(mean), and Student's t in place of the normal quantile, after Korn and
-    Graubard (Survey Methodology 24, 1998). It is the t interval over problems where that is sound,
-    stays within 0..1, and does not collapse where every problem came out alike: n* is then the
-    number of problems.
+    Wilson's interval with Student's t quantile and the effective number of trials
+    n* = p(1 - p) / Var(mean), after Korn and Graubard (Survey Methodology 24, 1998). With equal
+    values, n* is the number of problems, so the interval keeps a width.
 
     Args:
-        values_P: a value for each problem.
-        samples: samples behind a value; bounds n*.
+        values_P: one value per problem.
+        samples: samples behind each value; an upper bound of n* per problem.
     """
     problems = len(values_P)
     if problems < 1:
-        raise ValueError("an interval of no problem")
+        raise ValueError("an interval needs at least one problem")
     p = float(np.mean(values_P))
     if problems == 1:
         return wilson(min(max(p, 0.0), 1.0), 1)
     variance = float(np.var(values_P, ddof=1)) / problems
     trials = p * (1 - p) / variance if variance > 1e-15 else float(problems)
     trials = min(max(trials, problems - 1.0), problems * max(samples, 1.0))
-    quantile = t_quantile(0.975, problems - 1)
+    return _score_interval(p, trials, t_quantile(0.975, problems - 1))
+
+
+def _score_interval(p: float, trials: float, quantile: float) -> Interval:
+    """Return the score interval of a proportion ``p`` of ``trials``."""
     scale = 1 + quantile**2 / trials
     centre = (p + quantile**2 / (2 * trials)) / scale
     half = quantile / scale * math.sqrt(p * (1 - p) / trials + quantile**2 / (4 * trials**2))
@@ -176,10 +188,10 @@ def proportion_interval(values_P: Floats, samples: float = 1.0) -> Interval:
 
 
 class Difference(NamedTuple):
-    """A paired comparison: second setting minus first, on the same problems.
+    """Second setting minus first, on the same problems.
 
     ``verdict`` is ``"better"`` or ``"worse"`` (of the second), ``"no difference"`` (the whole
-    interval lies within the margin) or ``"not enough data"`` (neither can be said).
+    interval lies within the margin) or ``"not enough data"``.
     """
 
     value: float
@@ -190,19 +202,20 @@ class Difference(NamedTuple):
 
 
 def compare_paired(first_P: Scores, second_P: Scores, margin: float = 0.02) -> Difference:
-    """Compares two settings problem by problem, with Student's t over the differences.
+    """Compare two settings problem by problem, with Student's t over the differences.
 
-    What problems have in common drops out, so the interval is narrower than those of the two
-    accuracies suggest. Where every problem differs by the same amount, which says nothing of the
-    spread, the interval is that of as many trials without a single exception (Wilson).
+    Pairing removes the spread that both settings share, so the interval is narrower than those of
+    the two accuracies suggest. If all differences are equal, their spread is unknown, and the
+    half-width is Wilson's upper bound for no success in as many trials.
 
     Args:
-        first_P: scores of the first setting; a problem's list may be as long as it likes.
-        second_P: of the second, in the same order of problems.
-        margin: the difference that would matter.
+        first_P: scores of the first setting.
+        second_P: scores of the second setting on the same problems, in the same order; numbers of
+            samples may differ.
+        margin: smallest difference of interest.
 
     Raises:
-        ValueError: fewer than two problems, or different numbers of them.
+        ValueError: fewer than two problems, or different numbers of problems.
     """
     if len(first_P) != len(second_P) or len(first_P) < 2:
         raise ValueError(
@@ -215,10 +228,10 @@ def compare_paired(first_P: Scores, second_P: Scores, margin: float = 0.02) -> D
     error = math.sqrt(float(differences.var(ddof=1)) / n)
     if error < 1e-12:
         half = wilson(0, n).high
-        p_value = 1.0 if abs(mean) < 1e-12 else min(1.0, 2.0 ** (1 - n))  # the sign test's
+        p_value = 1.0 if abs(mean) < 1e-12 else min(1.0, 2.0 ** (1 - n))  # sign test
     else:
         half = t_quantile(0.975, n - 1) * error
-        p_value = 2 * (1 - t_cdf(abs(mean) / error, n - 1))
+        p_value = 2 * float(_special().stdtr(n - 1, -abs(mean) / error))
     interval = Interval(max(-1.0, mean - half), min(1.0, mean + half))
     return Difference(mean, interval, p_value, n, _verdict(interval, margin))
 
@@ -234,26 +247,26 @@ def _verdict(interval: Interval, margin: float) -> str:
 
 
 class Bootstrap(NamedTuple):
-    """What resampling the samples of each problem gives; problems stay as they are."""
+    """Result of resampling the samples of each problem; the problems stay the same."""
 
     mean: float
     sd: float
-    interval: Interval  # 2.5 % and 97.5 % quantiles: of sampling noise alone
+    interval: Interval  # 2.5 % and 97.5 % quantiles of the sampling noise
     k: int
     resamples: int
 
 
 def bootstrap_avg(scores_P: Scores, k: int, resamples: int = 5000, seed: int = 0) -> Bootstrap:
-    """avg@k as the paper reports it: ``k`` samples of a problem drawn with replacement, often.
+    """Return avg@k by bootstrap, as the paper reports accuracies.
 
-    The number of right ones among k draws with replacement is binomial, so it is drawn as such, for
-    all resamples at once: the same distribution as drawing indices.
+    The number of right samples among k draws with replacement is binomial, so binomial numbers are
+    drawn for all resamples at once. The distribution is the same as with drawn indices.
 
     Args:
         scores_P: scores, 0 or 1.
         k: samples of a problem in a resample (128 in the paper).
-        resamples: how many (5,000 in the paper).
-        seed: of the draws.
+        resamples: number of resamples (5,000 in the paper).
+        seed: seed of the draws.
 
     Raises:
         ValueError: a score is neither 0 nor 1.
@@ -268,42 +281,21 @@ def bootstrap_avg(scores_P: Scores, k: int, resamples: int = 5000, seed: int = 0
     return Bootstrap(float(means.mean()), sd, Interval(float(low), float(high)), k, resamples)
 
 
-def t_cdf(t: float, degrees: int) -> float:
-    """Student's distribution function, exact for whole degrees of freedom.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for i in range((degrees - odd) // 2):
-        total += term
-        term *= cosine**2 * (2 * i + 1 + odd) / (2 * i + 2 + odd)
-    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return 0.5 + math.copysign(inside / 2, t) if t else 0.5
-
-
-@cache
 def t_quantile(p: float, degrees: int) -> float:
-    """The ``p`` quantile of Student's distribution, by bisection."""
-    if not 0 < p < 1:
-        raise ValueError(f"a quantile is taken between 0 and 1, got {p}")
-    if p < 0.5:
-        return -t_quantile(1 - p, degrees)
-    low, high = 0.0, 1.0
-    while t_cdf(high, degrees) < p:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, degrees) < p else (low, middle)
-    return high
+    """Return the ``p`` quantile of Student's t distribution."""
+    return float(_special().stdtrit(degrees, p))
 
 
-def _problem_means(scores_P: Scores) -> Floats:
+def _special() -> Any:
+    """Return ``scipy.special``, imported late because other statistics work without SciPy."""
+    try:
+        import scipy.special
+    except ImportError:
+        raise MissingExtraError("scipy", "eval") from None
+    return scipy.special
+
+
+def _problem_means(scores_P: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     if not len(scores_P) or not all(len(scores) for scores in scores_P):
         raise ValueError("every problem needs a sample")
     return np.array([sum(scores) / len(scores) for scores in scores_P], float)
@@ -315,5 +307,5 @@ def _mean_samples(scores_P: Scores) -> float:
 
 def _count_right(scores: Sequence[float]) -> int:
     if any(score not in (0, 1) for score in scores):
-        raise ValueError("right samples are counted by scores of 0 or 1")
+        raise ValueError("a right sample has the score 1 and a wrong one 0, nothing in between")
     return int(sum(scores))

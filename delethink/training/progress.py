@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from delethink.chunking import ChunkSpec
-from delethink.evaluation.heldout import Summary
+from delethink.evaluation.heldout import HeldOutResult
 from delethink.training.run_directory import RunDirectory
 
 
@@ -60,7 +60,7 @@ class Reporter:
             self._live.stop()
             self._live = None
 
-    def summary(self, row: Summary) -> None:
+    def summary(self, row: HeldOutResult) -> None:
         """A row of the table is measured."""
         low, high = row.accuracy_interval
         self.say(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
@@ -68,9 +68,9 @@ class Reporter:
     def finished(self, run: RunDirectory, spec: ChunkSpec) -> None:
         """There is nothing to do: what the run has come to."""
         self.say(f"the run is finished, after {run.finished_step} steps")
-        self.table([Summary.from_dict(row) for row in run.read_table()], spec, run.path)
+        self.table([HeldOutResult.from_dict(row) for row in run.read_table()], spec, run.path)
 
-    def table(self, rows: Sequence[Summary], spec: ChunkSpec, path: Path) -> None:
+    def table(self, rows: Sequence[HeldOutResult], spec: ChunkSpec, path: Path) -> None:
         """All rows, and where the run is."""
         sizes = f"C={spec.context_size} m={spec.carryover_size} budget {spec.budget}"
         title = f"{rows[0].num_problems} held-out problems, {sizes}, 95 % intervals"

@@ -16,7 +16,7 @@ from delethink.config import Recipe
 from delethink.engines.base import Engine
 from delethink.engines.loading import eos_ids, vocabulary_size
 from delethink.errors import NonFiniteError, RolloutError
-from delethink.evaluation.heldout import Evaluator, Summary
+from delethink.evaluation.heldout import Evaluator, HeldOutResult
 from delethink.registry import resolve
 from delethink.rollout import replay_trace
 from delethink.tokenization import query_ids
@@ -184,7 +184,7 @@ class Job:
     trainer: Any = None
     version: int = 0  # of the weights that the engine serves
     seconds_weight_update: float = 0.0  # since the last step was logged
-    rows: list[Summary] = field(default_factory=list)  # of the table
+    rows: list[HeldOutResult] = field(default_factory=list)  # of the table
     step: dict[str, Any] = field(default_factory=dict)  # measured for the step at hand
     scores: list[Score] = field(default_factory=list)  # of the traces sampled last, in order
     sampled: Sampled | None = None  # last
@@ -231,7 +231,7 @@ class Job:
         self.prompts.load_state_dict(state["prompts"])
         self.skipped = list(state["skipped_steps"])
 
-    def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> Summary:
+    def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
         """Accuracy and lengths on held-out problems with the current weights."""
         self.ahead.settle()
         self.serve_current_weights()

@@ -15,7 +15,7 @@ from delethink.engines.base import Engine
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.evaluation.heldout import Evaluator, Summary
+from delethink.evaluation.heldout import Evaluator, HeldOutResult
 from delethink.tasks import Taken, left_out_of
 from delethink.training.checkpointing import Checkpoint, find, remove_unfinished
 from delethink.training.data_parallel import Processes
@@ -92,7 +92,7 @@ def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Proces
             model,
             processes,
         )
-        job.rows = [Summary.from_dict(row) for row in run.read_table()]
+        job.rows = [HeldOutResult.from_dict(row) for row in run.read_table()]
         job.prove_updates()
         job.measure_baselines()
         job.fit(settings, checkpoint)
