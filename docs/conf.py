@@ -1,4 +1,4 @@
-"""Sphinx settings of the documentation. Build it with ``sphinx-build -W -b html docs docs/_build``."""
+"""Sphinx settings. Build the site with ``sphinx-build -W -b html docs docs/_build``."""
 
 project = "delethink"
 copyright = "the delethink authors"
