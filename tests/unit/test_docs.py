@@ -22,7 +22,7 @@ from delethink.registry import names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("recipes/*/README.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("recipes/*/README.md"))]
 PAGES += sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 QUICKSTART = ROOT / "recipes" / "quickstart" / "recipe.yaml"
 RECIPE: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_the_promised_sizes_hold() -> None:
 def commands(page: Path) -> Iterator[str]:
     """Yield the ``delethink`` commands of a page, in shell blocks and in text."""
     inline = re.findall(r"`(delethink [a-z][^`]*)`", page.read_text("utf-8"))
-    whole = [code for code in inline if len(code.split()) > 3]  # else the name of a command
+    whole = [" ".join(code.split()) for code in inline if len(code.split()) > 3]  # else a name
     for line in [*command_lines(page), *whole]:
         if found := re.search(r"(?:^|[ /])(delethink (?=[a-z]).*)", line):
             yield found[1]
@@ -147,7 +147,7 @@ def test_scripts_and_their_options_exist(page: Path) -> None:
         script = ROOT / found[1]
         assert script.exists(), line
         for option in re.findall(r"--[a-z-]+", found[2]):
-            assert f'"{option}"' in script.read_text("utf-8"), f"{line}: no {option}"
+            assert option in script.read_text("utf-8"), f"{line}: no {option}"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_section_of_a_recipe_is_one(page: str, text: str, tmp_path: Path) -> N
     load_recipe(path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
 def test_a_dotted_key_exists(page: Path) -> None:
     reference = (DOCS / "reference" / "configuration.md").read_text("utf-8")
     known = set(re.findall(r"^\| `([\w.]+)` \|", reference, flags=re.MULTILINE))
@@ -199,7 +199,7 @@ def test_a_link_leads_somewhere(page: Path) -> None:
 def test_lines_have_one_width(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
     for line in text.splitlines():
-        assert len(line) <= 100 or line.startswith(("|", "![", "<!--")), line
+        assert len(line) <= 100 or line.lstrip().startswith(("|", "![", "<!--")), line
 
 
 @pytest.mark.integration
