@@ -26,11 +26,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import PreTrainedModel, TrainerCallback  # noqa: E402
-from trl import GRPOConfig  # noqa: E402
 
 from delethink.chunking import ChunkSpec  # noqa: E402
 from delethink.cost.calibrate import Measurement, fit  # noqa: E402
-from delethink.cost.estimate import Job, Lengths, estimate  # noqa: E402
+from delethink.cost.estimate import Lengths, Workload, estimate  # noqa: E402
 from delethink.cost.flops import Cut  # noqa: E402
 from delethink.cost.hardware import Efficiency, accelerator  # noqa: E402
 from delethink.cost.models import model_shape  # noqa: E402
@@ -38,7 +37,9 @@ from delethink.engines.loading import load_model, load_tokenizer  # noqa: E402
 from delethink.engines.transformers import TransformersEngine  # noqa: E402
 from delethink.policy import Sampling  # noqa: E402
 from delethink.rollout import run_rollouts  # noqa: E402
-from delethink.training.grpo import DelethinkTrainer, Filled, Objective  # noqa: E402
+from delethink.training.batching import RolloutBatch  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer  # noqa: E402
+from delethink.training.grpo_config import DelethinkConfig  # noqa: E402
 from delethink.types import Trace  # noqa: E402
 
 QUERY, CONTEXT, CARRYOVER = 16, 128, 64
@@ -118,13 +119,14 @@ def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
         trainer = DelethinkTrainer(
             model=model,
             processing_class=load_tokenizer("toy", False),
-            args=GRPOConfig(
+            args=DelethinkConfig(
                 output_dir=folder,
                 per_device_train_batch_size=len(traces),
                 num_generations=len(traces),
                 max_steps=steps,
                 learning_rate=0.0,
                 loss_type="grpo",
+                forward_tokens=FORWARD_TOKENS,
                 beta=0.0,
                 bf16=False,
                 gradient_checkpointing=False,
@@ -135,9 +137,8 @@ def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
             ),
             train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}] * steps),
             reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(len(traces))]],
-            play=lambda examples: Filled(examples, traces),
+            run_rollouts=lambda examples: RolloutBatch(examples, traces),
             on_sampled=lambda sampled: None,
-            objective=Objective(forward_tokens=FORWARD_TOKENS),
             callbacks=[clock],
         )
         trainer.train()
@@ -175,7 +176,7 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
     print("| --- " * 9 + "|")
     worst = 0.0
     for setting, m in measured.items():
-        cost = estimate(shape, m.lengths, m.cut, device, found.efficiency, m.job)
+        cost = estimate(shape, m.lengths, m.cut, device, found.efficiency, m.workload)
         cells, errors = [], []
         for theirs, ours in (
             (sampling[setting], float(cost.sampling_seconds)),
@@ -191,9 +192,9 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
 
 def measurement(setting: Setting, count: int, sampling: float, training: float) -> Measurement:
     """What was timed, as a step of one device."""
-    job = Job(QUERY, count, 1, 1, 1, extra_passes=0.0, prefix_cache=False)
+    workload = Workload(QUERY, count, 1, 1, 1, extra_passes=0.0, prefix_cache=False)
     lengths = Lengths.constant(setting.tokens)
-    return Measurement(lengths, Cut.of(setting.spec), job, sampling, training)
+    return Measurement(lengths, Cut.of(setting.spec), workload, sampling, training)
 
 
 def sweep() -> None:

@@ -40,7 +40,7 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
 
 from delethink.chunking import ChunkSpec, start  # noqa: E402
 from delethink.cost.flops import (  # noqa: E402
@@ -52,7 +52,9 @@ from delethink.cost.flops import (  # noqa: E402
 from delethink.cost.models import shape_of_config  # noqa: E402
 from delethink.cost.shape import ModelShape  # noqa: E402
 from delethink.engines.loading import load_tokenizer  # noqa: E402
-from delethink.training.grpo import DelethinkTrainer, Filled, Objective  # noqa: E402
+from delethink.training.batching import RolloutBatch  # noqa: E402
+from delethink.training.grpo import DelethinkTrainer  # noqa: E402
+from delethink.training.grpo_config import DelethinkConfig  # noqa: E402
 from delethink.training.run_directory import describe_environment  # noqa: E402
 from delethink.types import Chunk, StopReason, Trace, TraceStop  # noqa: E402
 
@@ -214,17 +216,15 @@ def make_trainer(
             },
             **arguments,
         )
-    forward_tokens = bench.traces * (QUERY + bench.context_size)
     return DelethinkTrainer(
-        play=lambda examples: Filled(examples, traces),
+        run_rollouts=lambda examples: RolloutBatch(examples, traces),
         on_sampled=lambda sampled: None,
-        objective=Objective(forward_tokens=forward_tokens, correction=None),
         **arguments,
     )
 
 
-def trl_config(bench: Bench, folder: str, steps: int, setting: Setting) -> GRPOConfig:
-    return GRPOConfig(
+def trl_config(bench: Bench, folder: str, steps: int, setting: Setting) -> DelethinkConfig:
+    return DelethinkConfig(
         output_dir=folder,
         per_device_train_batch_size=bench.traces,
         num_generations=bench.traces,
@@ -232,6 +232,8 @@ def trl_config(bench: Bench, folder: str, steps: int, setting: Setting) -> GRPOC
         max_steps=steps,
         learning_rate=1e-6,
         loss_type="grpo",
+        vllm_importance_sampling_correction=False,
+        forward_tokens=bench.traces * (QUERY + bench.context_size),
         beta=0.0,
         bf16=bench.dtype == "bfloat16",
         gradient_checkpointing=bench.dtype == "bfloat16",

@@ -8,8 +8,8 @@ from pathlib import Path
 from delethink.cli.process import set_up_process
 from delethink.config import Recipe, load_recipe
 from delethink.errors import MissingExtraError
-from delethink.training.preflight import place, prepare
-from delethink.training.resume import load_run
+from delethink.training.preflight import prepare
+from delethink.training.resume import load_run, open_run
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
@@ -17,22 +17,22 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     recipe = read_recipe(recipe_path, overrides)
     _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     prepared = prepare(recipe)
-    chosen = place(prepared.recipe)
-    from delethink.training.progress import Reporter
+    location = open_run(prepared.recipe)
+    from delethink.training.progress import TrainingProgress
 
-    reporter = Reporter()
-    if chosen.is_finished(prepared.recipe):
-        reporter.finished(chosen.run, prepared.recipe.thinking.spec())
+    progress = TrainingProgress()
+    if location.is_finished(prepared.recipe):
+        progress.finished(location.directory, prepared.recipe.thinking.spec())
         return 0
     set_up_process()
     if recipe.trainer.num_ranks > 1:
-        from delethink.training.distributed import train_together
+        from delethink.training.distributed import train_distributed
 
-        train_together(prepared, chosen, reporter, set_up_process)
+        train_distributed(prepared, location, progress, set_up_process)
     else:
         from delethink.training.trainer import train
 
-        train(prepared, chosen, reporter)
+        train(prepared, location, progress)
     return 0
 
 

@@ -1,90 +1,213 @@
-"""The chunks of traces as the model sees them: each a sequence of its own.
+"""From sampled traces to forward batches of chunks.
 
-A trainer's row is a trace; what is forwarded are its chunks, each under exactly the prompt that the
-sampler saw, so attention never crosses a boundary. Padding is on the right, where causal attention
-does not see it: positions start at 0 and no attention mask is needed.
+The dataset row of the trainer is a trace, but the model forwards its chunks: each is a sequence of
+its own under the prompt it was sampled with, so attention never crosses a boundary. Sequences are
+padded on the right, after the last token that causal attention sees. Positions therefore start at
+0, and no attention mask is needed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from delethink.errors import RolloutError
 from delethink.tokens import joined, memory_of, memory_of_logprobs
-from delethink.types import TokenIds, Trace
+from delethink.training.loss import StepSize
+from delethink.types import Logprobs, TokenIds, Trace
+
+MAX_PADDING_SHARE = 0.02
+_PADDING_TOLERANCES = (1.0, 0.3, 0.1, 0.06, 0.04, 0.03, 0.02)
+FILLER = -1
 
 
-class Row(NamedTuple):
-    """One trace, flattened; the last three have one entry for each completion token."""
+# -- batches of traces -------------------------------------------------------------------------
+
+
+class RolloutBatch(NamedTuple):
+    """One trace per example, group after group."""
+
+    examples: list[dict[str, Any]]  # rows of the dataset
+    traces: list[Trace]
+
+
+class ScoredBatch(NamedTuple):
+    """A batch of traces with rewards and advantages, all in the same order."""
+
+    examples: list[dict[str, Any]]  # rows of the dataset
+    traces: list[Trace]
+    rewards: list[dict[str, float | None]]  # by name; None where a reward does not apply
+    advantages: list[float]
+    in_loss: list[bool]
+
+
+@dataclass(frozen=True)
+class TrainingTrace:
+    """A trace of this rank, with the values that its loss needs.
+
+    Args:
+        index: Index of the trace in the batch of all ranks.
+        trace: The trace.
+        advantage: Advantage of all its tokens.
+        in_loss: Whether its tokens enter the loss.
+        old_logprobs: Log-probs before the first step on the batch: [length]. ``None`` if each
+            batch is trained on once.
+        ref_logprobs: Log-probs under the reference weights: [length]. ``None`` without a KL term.
+    """
+
+    index: int
+    trace: Trace
+    advantage: float
+    in_loss: bool
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+
+
+class MicroBatch(NamedTuple):
+    """Traces of this rank in one micro-batch, and the size of its optimizer step."""
+
+    traces: list[TrainingTrace]
+    step: StepSize
+
+
+class TraceRow(NamedTuple):
+    """One trace as TRL's ``rollout_func`` returns it; the lists have one entry per token."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    logprobs: list[float]  # the engine's
-    mask: list[int]  # 1 = has a place in the loss
+    logprobs: list[float]  # of the engine
+    env_mask: list[int]  # 1: the token is in the loss
 
 
-def flatten(trace: Trace, pad_id: int, in_loss: bool = True) -> Row:
-    """The row of a trace. A trace without a single token becomes one masked ``pad_id``.
+def trace_row(trace: Trace, pad_id: int, in_loss: bool = True) -> TraceRow:
+    """Return the row of a trace. A trace without tokens becomes one masked ``pad_id``.
 
     Raises:
-        RolloutError: a chunk has no log-probs, because nobody sampled it.
+        RolloutError: A chunk has no log-probs, because no policy sampled it.
     """
     ids: list[int] = []
     logprobs: list[float] = []
     for chunk in trace.chunks:
-        if len(chunk.logprobs) != len(chunk.output_ids):  # played by hand: nothing to train on
+        if len(chunk.logprobs) != len(chunk.output_ids):
             raise RolloutError(
-                f"a chunk of {len(chunk.output_ids)} tokens has {len(chunk.logprobs)} log-probs; "
-                "a trace that was not sampled by a policy cannot be trained on"
+                f"a chunk of {len(chunk.output_ids)} tokens has {len(chunk.logprobs)} log-probs: "
+                "train only on traces sampled by a policy"
             )
         ids += chunk.output_ids
         logprobs += chunk.logprobs
     if not ids:
-        return Row(list(trace.query_ids), [pad_id], [0.0], [0])
-    return Row(list(trace.query_ids), ids, logprobs, [int(in_loss)] * len(ids))
+        return TraceRow(list(trace.query_ids), [pad_id], [0.0], [0])
+    return TraceRow(list(trace.query_ids), ids, logprobs, [int(in_loss)] * len(ids))
 
 
-MOST_PADDING = 0.02
-_TOLERANCES = (1.0, 0.3, 0.1, 0.06, 0.04, 0.03, 0.02)
+# -- forward batches of chunks -----------------------------------------------------------------
 
 
-def pack(
-    lengths: Sequence[int], forward_tokens: int, most_padding: float = MOST_PADDING
+class ChunkRow(NamedTuple):
+    """One chunk (x_l, y_l) to forward."""
+
+    prompt_ids: TokenIds
+    output_ids: TokenIds
+    engine_logprobs: Logprobs  # of output_ids
+    trace: int  # index in the list of traces; FILLER for a row that only fills a batch
+    chunk: int  # index of the chunk in its trace
+    start: int  # index of its first output token among the sampled tokens of its trace
+
+    @property
+    def length(self) -> int:
+        """Number of forwarded tokens."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def end(self) -> int:
+        """Index after its last output token."""
+        return self.start + len(self.output_ids)
+
+    def engine_logprobs_on(self, device: torch.device) -> torch.Tensor:
+        """Return the engine's log-probs in float64: [len(output_ids)]."""
+        numbers = np.frombuffer(memory_of_logprobs(self.engine_logprobs))
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+class PackedChunks(NamedTuple):
+    """Chunks grouped into forward batches."""
+
+    batches: list[list[ChunkRow]]
+    tokens: int  # without padding
+    padding: float  # share of the forwarded tokens
+
+
+class ForwardCounts(NamedTuple):
+    """Tokens and batches forwarded by the loss."""
+
+    tokens: int = 0  # without padding
+    padded_tokens: float = 0.0
+    batches: int = 0
+
+
+def chunk_rows(traces: Sequence[Trace]) -> list[ChunkRow]:
+    """Return the chunks of all traces that have output tokens, in order."""
+    rows = []
+    for index, trace in enumerate(traces):
+        start = 0
+        for number, chunk in enumerate(trace.chunks):
+            if chunk.output_ids:
+                ids, logprobs = chunk.output_ids, chunk.logprobs
+                rows.append(ChunkRow(chunk.prompt_ids, ids, logprobs, index, number, start))
+                start += len(ids)
+    return rows
+
+
+def pack_chunks(rows: Sequence[ChunkRow], forward_tokens: int) -> PackedChunks:
+    """Group chunks into forward batches, the longest first, so that memory runs out early."""
+    lengths = [row.length for row in rows]
+    groups = pack_lengths(lengths, forward_tokens)[::-1]
+    batches = [[rows[i] for i in group] for group in groups]
+    return PackedChunks(batches, sum(lengths), padding_share(lengths, groups))
+
+
+def filler_row(pad_id: int) -> ChunkRow:
+    """Return a row of two tokens, for a forward pass without a chunk."""
+    return ChunkRow((pad_id,), (pad_id,), (0.0,), FILLER, 0, 0)
+
+
+def pack_lengths(
+    lengths: Sequence[int], forward_tokens: int, max_padding: float = MAX_PADDING_SHARE
 ) -> list[list[int]]:
-    """Groups sequences into forward batches, shortest first.
+    """Group sequences into batches, the shortest first.
 
     Args:
-        lengths: tokens of each sequence.
-        forward_tokens: the most tokens of a batch, padding included; a longer sequence is a batch
+        lengths: Tokens of each sequence.
+        forward_tokens: Maximum tokens of a batch, padding included. A longer sequence is a batch
             of its own.
-        most_padding: share of padding in all batches together.
+        max_padding: Maximum share of padding over all batches.
 
     Returns:
-        The places of the sequences in ``lengths``, each exactly once.
+        Indices into ``lengths``, each exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for tolerance in _TOLERANCES:
-        batches = _pack(lengths, order, forward_tokens, tolerance)
-        if padding_share(lengths, batches) <= most_padding:
+    for tolerance in _PADDING_TOLERANCES:
+        batches = _pack_sorted(lengths, order, forward_tokens, tolerance)
+        if padding_share(lengths, batches) <= max_padding:
             return batches
-    return _pack(lengths, order, forward_tokens, min(most_padding, _TOLERANCES[-1]))
+    return _pack_sorted(lengths, order, forward_tokens, min(max_padding, _PADDING_TOLERANCES[-1]))
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the forwarded tokens that are padding; 0 where there are none."""
+    """Return the share of padding in the forwarded tokens; 0 without batches."""
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / padded if padded else 0.0
 
 
-def _pack(
+def _pack_sorted(
     lengths: Sequence[int], order: Sequence[int], forward_tokens: int, tolerance: float
 ) -> list[list[int]]:
-    """Batches of which each has at most a share of padding: taken in order, the next is longest."""
+    """Fill one batch after another, each with at most a share ``tolerance`` of padding."""
     batches: list[list[int]] = []
     tokens = 0  # of the last batch, without padding
     for i in order:
@@ -98,129 +221,73 @@ def _pack(
     return batches
 
 
-class ChunkRow(NamedTuple):
-    """A chunk (x_l, y_l) and where it belongs."""
+class ForwardBatch:
+    """Tensors of K chunks, padded to S columns.
 
-    prompt_ids: TokenIds
-    output_ids: TokenIds
-    engine_logprobs: tuple[float, ...]  # of output_ids, when they were sampled
-    trace: int  # place of its trace among those at hand; FILLER for what is there to be forwarded
-    place: int  # of the chunk in its trace, from 0
-    start: int  # place of its first output token among the sampled tokens of its trace
-
-    @property
-    def length(self) -> int:
-        """Tokens that are forwarded."""
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
-    def end(self) -> int:
-        """One past the place of its last output token."""
-        return self.start + len(self.output_ids)
-
-    def sampled_at(self, device: torch.device) -> torch.Tensor:
-        """``engine_logprobs`` in double precision: [len(output_ids)]."""
-        numbers = np.frombuffer(memory_of_logprobs(self.engine_logprobs))
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
-FILLER = -1
-
-
-class Packed(NamedTuple):
-    """Chunks of some traces in forward batches."""
-
-    batches: list[list[ChunkRow]]
-    tokens: int  # forwarded, without padding
-    padding: float  # share of what is forwarded that is padding
-
-
-def chunk_rows(traces: Iterable[Trace]) -> list[ChunkRow]:
-    """The chunks of all traces, without those that failed before their first token."""
-    rows = []
-    for which, trace in enumerate(traces):
-        start = 0
-        for i, chunk in enumerate(trace.chunks):
-            if chunk.output_ids:
-                ids, logprobs = chunk.output_ids, chunk.logprobs
-                rows.append(ChunkRow(chunk.prompt_ids, ids, logprobs, which, i, start))
-                start += len(chunk.output_ids)
-    return rows
-
-
-def pack_rows(rows: Sequence[ChunkRow], forward_tokens: int) -> Packed:
-    """Forward batches of like length, the longest first: what does not fit fails at once."""
-    lengths = [row.length for row in rows]
-    places = pack(lengths, forward_tokens)[::-1]
-    batches = [[rows[i] for i in batch] for batch in places]
-    return Packed(batches, sum(lengths), padding_share(lengths, places))
-
-
-def fill_up(packed: Packed, number: int, pad_id: int) -> Packed:
-    """As many batches as other processes have, those that are missing with a token of no weight."""
-    filler = ChunkRow((pad_id,), (pad_id,), (0.0,), FILLER, 0, 0)
-    missing = number - len(packed.batches)
-    return packed._replace(batches=packed.batches + [[filler]] * missing)
-
-
-class Layout:
-    """Tensors of a forward batch of K chunks.
+    The T = S - prompt_size last columns hold all output tokens; the columns before them are prompt
+    tokens in every row.
 
     Attributes:
-        ids: [K, S], padded on the right.
-        prompt_size: leading columns that hold prompts alone; what is kept of a forward pass are the
-            T = S - prompt_size columns after them.
-        is_output: [K, T], the sampled tokens.
+        rows: The chunks.
+        ids: Token ids: [K, S].
+        prompt_size: Number of leading columns without an output token.
+        is_output: Mask of the output tokens: [K, T].
     """
 
-    def __init__(self, batch: Sequence[ChunkRow], pad_id: int, device: torch.device) -> None:
-        self._batch = batch
-        self._device = device
-        longest = max(row.length for row in batch)
-        self.prompt_size = min(len(row.prompt_ids) for row in batch)
-        ids = np.full((len(batch), longest), pad_id, dtype=np.int64)
-        for padded, row in zip(ids, batch, strict=True):
+    def __init__(self, rows: Sequence[ChunkRow], pad_id: int, device: torch.device) -> None:
+        self.rows = rows
+        self.prompt_size = min(len(row.prompt_ids) for row in rows)
+        longest = max(row.length for row in rows)
+        ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+        for padded, row in zip(ids, rows, strict=True):
             memory = memory_of(joined([row.prompt_ids, row.output_ids]))
             padded[: row.length] = np.frombuffer(memory, np.int64)
         self.ids = torch.from_numpy(ids).to(device)
         columns = torch.arange(longest - self.prompt_size, device=device)
-        first = torch.tensor([len(r.prompt_ids) - self.prompt_size for r in batch], device=device)
-        last = torch.tensor([r.length - self.prompt_size for r in batch], device=device)
+        first = torch.tensor([len(r.prompt_ids) - self.prompt_size for r in rows], device=device)
+        last = torch.tensor([r.length - self.prompt_size for r in rows], device=device)
         self.is_output = (columns >= first[:, None]) & (columns < last[:, None])
 
-    def place(self, values: Sequence[Sequence[float] | torch.Tensor]) -> torch.Tensor:
-        """Values of each chunk's output tokens, where those tokens lie: [K, T], 0 elsewhere."""
-        flat = torch.cat([torch.as_tensor(v).to(self._device) for v in values])
-        placed = torch.zeros(self.is_output.shape, dtype=flat.dtype, device=self._device)
-        return placed.masked_scatter(self.is_output, flat)
+    def pad(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Put the values of each chunk's output tokens into their columns: [K, T], 0 elsewhere."""
+        flat = torch.cat([value.to(self.ids.device) for value in values])
+        padded = torch.zeros(self.is_output.shape, dtype=flat.dtype, device=flat.device)
+        return padded.masked_scatter(self.is_output, flat)
 
-    def take(self, placed: torch.Tensor) -> list[torch.Tensor]:
-        """The values of the output tokens of each chunk, out of [K, T]."""
-        sizes = [len(row.output_ids) for row in self._batch]
-        return list(torch.split(placed[self.is_output], sizes))
+    def unpad(self, padded: torch.Tensor) -> list[torch.Tensor]:
+        """Return the values of each chunk's output tokens from [K, T]."""
+        sizes = [len(row.output_ids) for row in self.rows]
+        return list(torch.split(padded[self.is_output], sizes))
 
 
-class Ledger:
-    """Counts how often each trace of a batch was trained on.
+# -- checks ------------------------------------------------------------------------------------
 
-    A trace goes into the loss with all its sampled tokens at once or not at all: its chunks are
-    never in different optimizer steps.
+
+class TokenCoverageCheck:
+    """Checks that each trace of a batch is trained on whole, and as often as configured.
+
+    All sampled tokens of a trace enter the loss of the same optimizer step.
     """
 
     def __init__(self) -> None:
         self._expected: dict[int, int] = {}
-        self._times = 0
+        self._passes = 0
         self._seen: Counter[int] = Counter()
 
-    def open(self, lengths: Mapping[int, int], times: int) -> None:
-        """Starts a batch: sampled tokens of each trace, and how often each is to be trained on."""
-        self._expected, self._times, self._seen = dict(lengths), times, Counter()
+    def start(self, lengths: Mapping[int, int], passes: int) -> None:
+        """Start a batch.
 
-    def count(self, tokens: Mapping[int, int]) -> None:
-        """Enters the tokens of each trace of a micro-batch.
+        Args:
+            lengths: Sampled tokens of each trace, by its index.
+            passes: Number of times each trace is trained on.
+        """
+        self._expected, self._passes, self._seen = dict(lengths), passes, Counter()
+
+    def add(self, tokens: Mapping[int, int]) -> None:
+        """Count the tokens of each trace in a micro-batch.
 
         Raises:
-            RuntimeError: a trace is not of the batch, is there in part, or was there before.
+            RuntimeError: A trace is unknown, incomplete, or trained on too often.
         """
         for trace, number in tokens.items():
             if number != self._expected.get(trace):
@@ -229,21 +296,21 @@ class Ledger:
                     f"{self._expected.get(trace, 'none')} were sampled"
                 )
             self._seen[trace] += 1
-            if self._seen[trace] > self._times:
+            if self._seen[trace] > self._passes:
                 raise RuntimeError(
                     f"trace {trace} is trained on {self._seen[trace]} times instead of "
-                    f"{self._times}"
+                    f"{self._passes}"
                 )
 
-    def close(self) -> None:
-        """Ends a batch.
+    def finish(self) -> None:
+        """End a batch.
 
         Raises:
-            RuntimeError: a trace was dropped, or trained on less often than it should have been.
+            RuntimeError: A trace is missing, or was trained on too rarely.
         """
-        missing = [t for t in self._expected if self._seen[t] != self._times]
+        missing = [t for t in self._expected if self._seen[t] != self._passes]
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(self._expected)} traces were not trained on "
-                f"{self._times} times; the first: trace {missing[0]}, {self._seen[missing[0]]}"
+                f"{self._passes} times; the first: trace {missing[0]}, {self._seen[missing[0]]}"
             )

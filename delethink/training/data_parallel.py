@@ -1,8 +1,8 @@
-"""The processes that train together, and what they tell each other.
+"""Ranks that train together: what they exchange, and how a batch of traces is sharded over them.
 
-The first one owns the outside world: engine, rewards, run directory and progress. What it knows
-travels over a group of its own on the CPU, whose patience does not end: sampling takes as long as
-it takes, and a collective of the GPUs that waited for it would be taken for dead after minutes.
+The main rank owns the engine, rewards, the run directory and progress; the other ranks only train.
+They exchange objects over a CPU process group with a very long timeout. A collective on the GPUs
+would time out after minutes while the other ranks wait for sampling.
 """
 
 from __future__ import annotations
@@ -15,301 +15,250 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from delethink.config import TrainerConfig, TrainingConfig
 from delethink.cost.flops import forward_flops
 from delethink.cost.models import shape_of_config
 from delethink.errors import ModelError
 from delethink.types import Trace
 
 T = TypeVar("T")
+Assignment = list[list[int]]  # for each rank, the batch indices of its traces
 
-_PATIENCE = timedelta(days=365)
+_COLLECTIVE_TIMEOUT = timedelta(days=365)
 
 
-class Processes:
-    """The processes of ``torch.distributed``, or this one alone where it is not initialised.
+class RankGroup:
+    """The ranks of ``torch.distributed``; a single rank where it is not initialized.
 
-    All of them make one at the same point, and all call each of its methods at the same point.
+    Every method is a collective: all ranks create the group and call its methods in the same order.
 
     Attributes:
-        rank: of this process; the first has 0.
-        size: how many there are.
+        rank: Rank of this process; the main rank is 0.
+        size: Number of ranks.
     """
 
     def __init__(self) -> None:
-        several = dist.is_available() and dist.is_initialized()
-        self.rank: int = dist.get_rank() if several else 0
-        self.size: int = dist.get_world_size() if several else 1
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank() if distributed else 0
+        self.size: int = dist.get_world_size() if distributed else 1
         self._group: Any = None
         if self.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the one that owns the outside world."""
+    def is_main(self) -> bool:
+        """Whether this is the main rank."""
         return self.rank == 0
 
-    def lead(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process, everywhere.
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Call ``make`` on the main rank and return its result on every rank.
 
         Raises:
-            Exception: what ``make`` raised there, everywhere too: nobody waits for a process that
-                has failed.
+            Exception: ``make`` raised an exception. Every rank raises it, so that none waits for
+                a rank that has failed.
         """
         if self.size == 1:
             return make()
-        told: list[Any] = [(None, None)]
+        message: list[Any] = [(None, None)]
         failure: Exception | None = None
-        if self.is_first:
+        if self.is_main:
             try:
-                told = [(make(), None)]
-            except Exception as error:  # whatever it is, it is everybody's
+                message = [(make(), None)]
+            except Exception as error:  # any exception of the main rank ends all ranks
                 failure = error
-                told = [(None, _portable(error))]
-        dist.broadcast_object_list(told, 0, self._group)
-        made, everybodys = told[0]
-        if failure or everybodys:
-            raise failure or everybodys
-        value: T = made
+                message = [(None, _picklable(error))]
+        dist.broadcast_object_list(message, 0, self._group)
+        result, remote_failure = message[0]
+        if failure or remote_failure:
+            raise failure or remote_failure
+        value: T = result
         return value
 
-    def deal_out(self, make: Callable[[], Sequence[T]]) -> T:
-        """For each process its own of the values that ``make`` returns in the first one.
+    def scatter(self, make: Callable[[], Sequence[T]]) -> T:
+        """Call ``make`` on the main rank and return to each rank its item of the result.
 
         Raises:
-            Exception: as in ``lead``.
+            Exception: As in ``broadcast``.
         """
         values: list[T] = []
-        self.lead(lambda: values.extend(make()))
+        self.broadcast(lambda: values.extend(make()))
         if self.size == 1:
             return values[0]
-        own: list[Any] = [None]
-        dist.scatter_object_list(own, values if self.is_first else None, 0, self._group)
-        mine: T = own[0]
-        return mine
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, values if self.is_main else None, 0, self._group)
+        value: T = received[0]
+        return value
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank, everywhere."""
+        """Return the values of all ranks, by rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._group)
         return values
 
-    def agree_on_batches(self, number: int) -> int:
-        """How many forward batches every process runs in the micro-batch at hand: the most of any.
-
-        A pass through sharded weights is a collective, so a process with fewer batches runs empty
-        ones, which weigh nothing; one at least, through which gradients are exchanged.
-        """
-        if self.size == 1:
-            return number
-        most = torch.tensor(max(1, number))
-        dist.all_reduce(most, dist.ReduceOp.MAX, self._group)
-        return int(most)
+    def max(self, number: int) -> int:
+        """Return the largest ``number`` of any rank."""
+        return max(self.gather(number))
 
 
-def _portable(problem: Exception) -> Exception:
-    """An error that other processes can read."""
+def _picklable(error: Exception) -> Exception:
+    """Return the error, or its text in a ``RuntimeError`` if it cannot be pickled."""
     try:
-        pickle.loads(pickle.dumps(problem))
-    except Exception:  # whatever its own code raises
-        return RuntimeError(f"{type(problem).__name__}: {problem}")
-    return problem
-
-
-Order = list[list[int]]  # places of each process's traces in the batch
-
-
-def deal(costs: Sequence[float], num_processes: int) -> Order:
-    """Deals the traces of an optimizer step out to processes.
-
-    Args:
-        costs: of each trace of the step, in any unit.
-        num_processes: a divisor of the number of traces.
-
-    Returns:
-        For each process the places of its traces in ``costs``, the costliest first. Each place is
-        there once, every process has as many, and the highest cost of a process is not above that
-        of the order given.
-    """
-    if not costs or len(costs) % num_processes:
-        raise ValueError(f"{len(costs)} traces do not divide by {num_processes} processes")
-    ranked = sorted(range(len(costs)), key=lambda i: -costs[i])
-    order: Order = [[] for _ in range(num_processes)]
-    totals = [0.0] * num_processes
-    for first in range(0, len(ranked), num_processes):
-        behind = sorted(range(num_processes), key=lambda process: totals[process])
-        for process, i in zip(behind, ranked[first : first + num_processes], strict=True):
-            order[process].append(i)
-            totals[process] += costs[i]
-    given = in_order(len(costs), num_processes)
-    return given if max(loads(given, costs)) <= max(totals) else order
-
-
-def in_order(num_traces: int, num_processes: int) -> Order:
-    """The order given: the first traces to the first process."""
-    share = num_traces // num_processes
-    return [list(range(p * share, (p + 1) * share)) for p in range(num_processes)]
-
-
-def loads(order: Order, costs: Sequence[float]) -> list[float]:
-    """The cost of each process."""
-    return [sum(costs[i] for i in own) for own in order]
-
-
-def balance(costs: Sequence[float]) -> float:
-    """Mean cost of a process over the highest cost of one: 1 is even, and 1 / R is one for all."""
-    highest = max(costs)
-    return sum(costs) / len(costs) / highest if highest else 1.0
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # the error's own code may raise anything
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @dataclass(frozen=True)
-class Shares:
-    """A batch of traces, and who has which.
+class Shards:
+    """A batch of traces sharded over ranks.
 
     Attributes:
-        order: for each process the places of its traces in the batch.
-        traces: of this process, in that order.
-        all_traces: of the whole batch on the first process, elsewhere none.
-        balance: of what training on them costs; of several optimizer steps the mean.
-        chunk_tokens: that each process forwards in all, prompts of chunks included.
+        assignment: Batch indices of each rank's traces.
+        traces: Traces of this rank, in that order.
+        all_traces: All traces of the batch on the main rank; empty on the other ranks.
+        balance: Mean over highest training cost of a rank, averaged over optimizer steps.
+        chunk_tokens: Forwarded tokens of each rank, prompts of chunks included.
     """
 
-    order: Order
+    assignment: Assignment
     traces: list[Trace]
     all_traces: list[Trace]
     balance: float
     chunk_tokens: list[int]
 
-    def own(self, rank: int, values: Sequence[Any]) -> list[Any]:
-        """A process's own of the values of the whole batch."""
-        return [values[i] for i in self.order[rank]]
-
     def metrics(self) -> dict[str, Any]:
-        """What a step's metrics say of it; nothing where there is one process."""
-        if len(self.order) == 1:
+        """Return the metrics of a step; none for a single rank."""
+        if len(self.assignment) == 1:
             return {}
         return {
             "balance": self.balance,
-            "traces_by_process": [len(rows) for rows in self.order],
+            "traces_by_process": [len(indices) for indices in self.assignment],
             "chunk_tokens_by_process": self.chunk_tokens,
         }
 
 
-class _Dealt(NamedTuple):
-    """What a process is told."""
+class _Shard(NamedTuple):
+    """The message to one rank."""
 
-    order: Order
+    assignment: Assignment
     balance: float
     chunk_tokens: list[int]
     traces: list[Trace]
 
 
-def share_out(
-    processes: Processes,
-    number: int,
-    play: Callable[[], list[Trace]],
+def shard_traces(
+    ranks: RankGroup,
+    num_traces: int,
+    run_rollouts: Callable[[], list[Trace]],
     cost: Callable[[Trace], float],
     num_steps: int = 1,
-) -> Shares:
-    """Has the first process play a batch, and deals the traces out.
+) -> Shards:
+    """Sample a batch on the main rank and shard its traces over ranks, balanced by cost.
 
     Args:
-        processes: that train together.
-        number: of traces in the batch.
-        play: plays them; called in the first process.
-        cost: of training on a trace, in any unit.
-        num_steps: optimizer steps that the batch is cut into; a trace stays in its own.
+        ranks: All ranks.
+        num_traces: Number of traces in the batch.
+        run_rollouts: Samples the batch; called on the main rank.
+        cost: Training cost of a trace, in any unit.
+        num_steps: Optimizer steps in the batch. A trace stays in its step.
     """
-    played: list[Trace] = []
+    traces: list[Trace] = []
 
-    def make() -> list[_Dealt]:
-        played.extend(play())
-        costs = [cost(trace) for trace in played]
-        order, even = _deal_steps(costs, processes.size, num_steps)
-        tokens = [sum(chunk_tokens(played[i]) for i in own) for own in order]
-        return [_Dealt(order, even, tokens, [played[i] for i in own]) for own in order]
+    def make_shards() -> list[_Shard]:
+        traces.extend(run_rollouts())
+        costs = [cost(trace) for trace in traces]
+        assignment, balance = _assign_steps(costs, ranks.size, num_steps)
+        tokens = [sum(chunk_tokens(traces[i]) for i in indices) for indices in assignment]
+        return [
+            _Shard(assignment, balance, tokens, [traces[i] for i in indices])
+            for indices in assignment
+        ]
 
-    dealt = processes.deal_out(make)
-    if sorted(i for own in dealt.order for i in own) != list(range(number)):
-        raise RuntimeError("a trace was dealt out to no process, or to several")
-    return Shares(dealt.order, dealt.traces, played, dealt.balance, dealt.chunk_tokens)
+    shard = ranks.scatter(make_shards)
+    if sorted(i for indices in shard.assignment for i in indices) != list(range(num_traces)):
+        raise RuntimeError(f"the shards do not hold each of {num_traces} traces exactly once")
+    return Shards(shard.assignment, shard.traces, traces, shard.balance, shard.chunk_tokens)
+
+
+def _assign_steps(
+    costs: Sequence[float], num_ranks: int, num_steps: int
+) -> tuple[Assignment, float]:
+    """Assign the traces of each optimizer step; a single rank keeps the sampled order."""
+    if num_ranks == 1:
+        return contiguous_assignment(len(costs), 1), 1.0
+    size = len(costs) // num_steps
+    assignment: Assignment = [[] for _ in range(num_ranks)]
+    balances = []
+    for first in range(0, len(costs), size):
+        step_costs = costs[first : first + size]
+        step_assignment = balanced_assignment(step_costs, num_ranks)
+        balances.append(load_balance(rank_costs(step_assignment, step_costs)))
+        for indices, step_indices in zip(assignment, step_assignment, strict=True):
+            indices += [first + i for i in step_indices]
+    return assignment, fmean(balances)
+
+
+def balanced_assignment(costs: Sequence[float], num_ranks: int) -> Assignment:
+    """Assign the traces of an optimizer step to ranks, the same number to each.
+
+    Greedy: the next costliest ``num_ranks`` traces go to the ranks by ascending total cost.
+
+    Args:
+        costs: Cost of each trace, in any unit.
+        num_ranks: Number of ranks, a divisor of the number of traces.
+
+    Returns:
+        For each rank the indices of its traces in ``costs``. The highest cost of a rank is at most
+        that of ``contiguous_assignment``.
+    """
+    if not costs or len(costs) % num_ranks:
+        raise ValueError(f"{len(costs)} traces do not divide by {num_ranks} ranks")
+    descending = sorted(range(len(costs)), key=lambda i: -costs[i])
+    assignment: Assignment = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for first in range(0, len(descending), num_ranks):
+        by_total = sorted(range(num_ranks), key=lambda rank: totals[rank])
+        for rank, i in zip(by_total, descending[first : first + num_ranks], strict=True):
+            assignment[rank].append(i)
+            totals[rank] += costs[i]
+    contiguous = contiguous_assignment(len(costs), num_ranks)
+    return contiguous if max(rank_costs(contiguous, costs)) <= max(totals) else assignment
+
+
+def contiguous_assignment(num_traces: int, num_ranks: int) -> Assignment:
+    """Assign the first traces to the first rank, and so on."""
+    share = num_traces // num_ranks
+    return [list(range(rank * share, (rank + 1) * share)) for rank in range(num_ranks)]
+
+
+def rank_costs(assignment: Assignment, costs: Sequence[float]) -> list[float]:
+    """Return the total cost of each rank."""
+    return [sum(costs[i] for i in indices) for indices in assignment]
+
+
+def load_balance(costs: Sequence[float]) -> float:
+    """Return mean over highest cost of a rank: 1 if even, 1 / R if one of R ranks has it all."""
+    highest = max(costs)
+    return sum(costs) / len(costs) / highest if highest else 1.0
 
 
 def chunk_tokens(trace: Trace) -> int:
-    """Tokens that are forwarded to train on a trace: each chunk under its own prompt."""
+    """Return the forwarded tokens of a trace: each chunk under its own prompt."""
     return sum(len(c.prompt_ids) + len(c.output_ids) for c in trace.chunks if c.output_ids)
 
 
-def _deal_steps(costs: Sequence[float], num_processes: int, num_steps: int) -> tuple[Order, float]:
-    """One step after another; a process alone keeps the order of playing."""
-    if num_processes == 1:
-        return in_order(len(costs), 1), 1.0
-    size = len(costs) // num_steps
-    whole: Order = [[] for _ in range(num_processes)]
-    balances = []
-    for first in range(0, len(costs), size):
-        step = costs[first : first + size]
-        dealt = deal(step, num_processes)
-        balances.append(balance(loads(dealt, step)))
-        for own, places in zip(whole, dealt, strict=True):
-            own += [first + i for i in places]
-    return whole, fmean(balances)
-
-
-def batch_settings(training: TrainingConfig, num_processes: int) -> dict[str, int]:
-    """How a process cuts its share of an optimizer step and of a batch, as ``GRPOConfig`` has it.
-
-    A micro-batch is as large as the recipe has it where that divides the share, else the next
-    smaller size that does. The traces of the step stay the same, whatever the number of processes.
-    """
-    share = training.traces_per_step // num_processes
-    most = min(training.per_device_train_batch_size, share)
-    size = next(n for n in range(most, 0, -1) if share % n == 0)
-    return {
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": share // size,
-        "steps_per_generation": training.traces_per_batch // num_processes // size,
-    }
-
-
-def process_settings(trainer: TrainerConfig) -> dict[str, Any]:
-    """What ``GRPOConfig`` has to say of several processes."""
-    if trainer.num_ranks == 1:
-        return {}
-    settings: dict[str, Any] = {"use_cpu": trainer.gpus_per_rank == 0}
-    if trainer.strategy == "fsdp2":
-        return settings | {"fsdp": True, "fsdp_config": {"version": 2}}
-    # A micro-batch has many forward passes, and DDP would talk or search in each. Buffers never
-    # differ, and each parameter has a part in each pass.
-    return settings | {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
-
-
-def shard_on_cpu(trainer: Any) -> None:
-    """Has accelerate shard also where there is no GPU; it would take DDP there without a word."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    state = trainer.accelerator.state
-    if trainer.args.fsdp_plugin_args is None or state.distributed_type is DistributedType.FSDP:
-        return
-    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-    trainer.is_fsdp_enabled = True
-
-
 def trace_cost(config: Mapping[str, Any]) -> Callable[[Trace], float]:
-    """How to weigh a trace for a model, attention included.
+    """Return a function from a trace to its training cost, attention included.
 
-    Where no formula covers the architecture, a trace weighs as many tokens as are forwarded, which
-    leaves out that tokens late in a chunk attend to more.
+    Without a formula for the architecture, the cost is the number of forwarded tokens, which
+    ignores that late tokens of a chunk attend to more tokens.
 
     Args:
-        config: the model's ``config.json``.
+        config: Content of the model's ``config.json``.
     """
     try:
         shape = shape_of_config(dict(config), "the model")
@@ -324,3 +273,16 @@ def trace_cost(config: Mapping[str, Any]) -> Callable[[Trace], float]:
         return float(np.sum(work))
 
     return cost
+
+
+def enable_cpu_sharding(trainer: Any) -> None:
+    """Apply the trainer's FSDP settings without a GPU, where accelerate silently uses DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    if trainer.args.fsdp_plugin_args is None or state.distributed_type is DistributedType.FSDP:
+        return
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True

@@ -1,7 +1,8 @@
-"""Starts the processes that train together, under Ray Train, and listens to the first of them.
+"""Training on several ranks under Ray Train.
 
-Only the processes load torch. Where a cluster can be joined (``RAY_ADDRESS``, ``ray start``, or a
-submitted job) they run there, else on this machine alone. They are gone when this process is.
+The driver starts one process per rank, on the Ray cluster it can connect to or on this machine,
+and prints the progress of the main rank. Heavy imports are left to the ranks: the driver trains
+nothing, and ranks set up their process before them.
 """
 
 from __future__ import annotations
@@ -11,195 +12,134 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-from transformers import set_seed
-
+from delethink.chunking import ChunkSpec
 from delethink.config import Recipe
 from delethink.engines.factory import choose_engine
-from delethink.engines.loading import load_model, load_tokenizer
 from delethink.errors import ConfigError, DelethinkError, MissingExtraError
-from delethink.training.data_parallel import Processes
-from delethink.training.grpo_config import trl_config
-from delethink.training.preflight import Place, Prepared, prepare
+from delethink.evaluation.heldout import HeldOutResult
+from delethink.training.preflight import Prepared, prepare
+from delethink.training.progress import TrainingProgress
+from delethink.training.resume import RunLocation
 from delethink.training.run_directory import RunDirectory
-from delethink.training.run_state import FINAL, fit_together, make_trainer
-from delethink.training.weights import WholeWeights
 
-
-def follow(recipe: Recipe, checkpoints: Path, processes: Processes) -> None:
-    """Trains until the first process has."""
-    set_seed(recipe.seed)
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
-    model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints)
-
-    def measure(logs: Any) -> dict[str, float]:
-        """What the first process gathers from all."""
-        trainer.take_statistics()
-        trainer.take_work()
-        return {}
-
-    trainer = make_trainer(
-        recipe,
-        processes,
-        model=model,
-        processing_class=tokenizer,
-        args=settings,
-        train_dataset=[],
-        reward_funcs=[_not_here],
-        play=_not_here,
-        on_sampled=_not_here,
-        job_state=_not_here,
-        on_nonfinite=lambda found: None,  # the first one says what becomes of the run
-        measure=measure,
-        callbacks=[WholeWeights()],
-    )
-    fit_together(trainer, processes)
-    trainer.save_weights(FINAL)
-
-
-def _not_here(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("the first process alone plays, pays and records")
-
+if TYPE_CHECKING:
+    from delethink.training.data_parallel import RankGroup
 
 _START_TIMEOUT_S = 300
-_POLL_S = 0.2
-# Ray Train would change to a folder of its own, where a recipe's relative paths lead nowhere.
-_SETTINGS = {
+_POLL_INTERVAL_S = 0.2
+_RAY_TRAIN_ENVIRONMENT = {
+    # Relative paths of a recipe are relative to the directory of the command.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_TIMEOUT_S),
 }
 
 
-class _Order(NamedTuple):
-    """What each process is to do."""
-
-    recipe: Recipe
-    run: Path
-    begun: bool  # there is something to go on from
-    changed: dict[str, list[Any]]  # in the recipe since then
-    folder: str  # where the command was given
-    set_up_process: Callable[[], None]
-    events: Any  # a Ray queue, to the reporter
-
-
-class Messenger:
-    """Stands for the reporter in another process: every call goes over a queue."""
-
-    def __init__(self, events: Any) -> None:
-        self._events = events
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def tell(*args: Any) -> None:
-            self._events.put((name, args))
-
-        return tell
-
-
-def train_together(
-    prepared: Prepared, place: Place, reporter: Any, set_up_process: Callable[[], None]
+def train_distributed(
+    prepared: Prepared,
+    location: RunLocation,
+    progress: TrainingProgress,
+    set_up_process: Callable[[], None],
 ) -> Path:
-    """Runs a recipe in ``trainer.num_ranks`` processes and returns the path of its run.
+    """Run a recipe on ``trainer.num_ranks`` ranks and return the run directory.
 
     Args:
-        prepared: the recipe.
-        place: where it writes, on storage that all machines share.
-        reporter: told the course of the run, here.
-        set_up_process: called first in each process.
+        prepared: The recipe.
+        location: Run directory, on storage that all machines share.
+        progress: Output on the terminal.
+        set_up_process: Called first in each rank.
 
     Raises:
-        UserError: something the user can mend, a cluster that is too small among it.
-        RolloutError, WeightSyncError: the run broke; what was written stays whole.
+        UserError: A mistake of the user, or a cluster that is too small.
+        RolloutError, WeightSyncError: The run failed; the files written so far are complete.
     """
     try:
-        with _cluster(prepared.recipe), tempfile.TemporaryDirectory() as storage:
-            _fit(prepared.recipe, place, reporter, set_up_process, storage)
+        with _ray_cluster(prepared.recipe), tempfile.TemporaryDirectory() as storage:
+            _fit(prepared.recipe, location, progress, set_up_process, storage)
     except BaseException:
-        place.run.discard_if_empty()
+        location.directory.discard_if_empty()
         raise
     finally:
-        place.run.release()
-    return place.run.path
+        location.directory.release()
+    return location.directory.path
+
+
+class _RankArguments(NamedTuple):
+    """Arguments of every rank."""
+
+    recipe: Recipe
+    directory: Path
+    exists: bool  # the run was started before
+    changed: dict[str, list[Any]]
+    working_directory: str
+    set_up_process: Callable[[], None]
+    events: Any  # Ray queue of ProgressEvent, to the driver
 
 
 def _fit(
     recipe: Recipe,
-    place: Place,
-    reporter: Any,
+    location: RunLocation,
+    progress: TrainingProgress,
     set_up_process: Callable[[], None],
     storage: str,
 ) -> None:
     from ray.util.queue import Queue
 
-    number, strategy = recipe.trainer.num_ranks, recipe.trainer.strategy
-    reporter.say(f"starting {number} processes that train together: {strategy}")
+    progress.log(f"starting {recipe.trainer.num_ranks} ranks: {recipe.trainer.strategy}")
     events = Queue(actor_options={"num_cpus": 0})
-    order = _Order(
+    arguments = _RankArguments(
         recipe,
-        place.run.path.absolute(),
-        place.begun,
-        place.changed,
+        location.directory.path.absolute(),
+        location.exists,
+        location.changed,
         str(Path.cwd()),
         set_up_process,
         events,
     )
-    trainer = _make_trainer(order, storage)
-    is_over = threading.Event()
-    # Beside this thread, which must be the one that waits: Ctrl-C comes to it.
-    teller = threading.Thread(target=_tell, args=(events, reporter, is_over), daemon=True)
-    teller.start()
+    trainer = _make_ray_trainer(arguments, storage)
+    finished = threading.Event()
+    # The main thread waits for the ranks, because Ctrl-C arrives there.
+    printer = threading.Thread(target=_print_events, args=(events, progress, finished), daemon=True)
+    printer.start()
     try:
         trainer.fit()
-    except Exception as error:  # whatever Ray Train makes of what went wrong
-        raise cause(error) from None
+    except Exception as error:  # Ray Train wraps the errors of ranks
+        raise rank_error(error) from None
     finally:
-        is_over.set()
-        teller.join()
-        reporter.stop_steps()
+        finished.set()
+        printer.join()
+        progress.stop_steps()
 
 
-def _tell(events: Any, reporter: Any, is_over: threading.Event) -> None:
-    """Passes on what the first process has to say, until all of it is said."""
-    from ray.util.queue import Empty
-
-    while True:
-        done = is_over.is_set()
-        try:
-            name, args = events.get(timeout=_POLL_S)
-        except Empty:
-            if done:
-                return
-            continue
-        getattr(reporter, name)(*args)
-
-
-def _make_trainer(order: _Order, storage: str) -> Any:
+def _make_ray_trainer(arguments: _RankArguments, storage: str) -> Any:
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
         raise MissingExtraError(error.name or "ray[train]", "train") from None
-    for name, value in _SETTINGS.items():
+    for name, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray is untyped
-        """Leaves Ctrl-C to the program, which ends a run on SIGTERM in the same way."""
+        """``TorchTrainer`` that leaves Ctrl-C to the program, which handles it like SIGTERM."""
 
         def _register_sigint_handler(self, controller: Any) -> None:
             pass
 
-    trainer = order.recipe.trainer
-    resources = {"CPU": trainer.cpus_per_rank, "GPU": trainer.gpus_per_rank}
+    trainer = arguments.recipe.trainer
     use_gpu = trainer.gpus_per_rank > 0
     return Trainer(
-        _train_in_process,
-        train_loop_config={"order": order},
+        _run_rank,
+        train_loop_config={"arguments": arguments},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=trainer.num_ranks, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=trainer.num_ranks,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": trainer.cpus_per_rank, "GPU": trainer.gpus_per_rank},
         ),
         run_config=RunConfig(
             name="delethink",
@@ -209,83 +149,183 @@ def _make_trainer(order: _Order, storage: str) -> Any:
     )
 
 
-def _train_in_process(config: dict[str, Any]) -> None:
-    """What each process runs."""
-    order: _Order = config["order"]
-    with contextlib.suppress(OSError):  # another machine need not have the folder
-        os.chdir(order.folder)
-    order.set_up_process()
-    from delethink.training.data_parallel import Processes
+# -- ranks -------------------------------------------------------------------------------------
 
-    processes = Processes()
-    if not processes.is_first:
-        follow(order.recipe, order.run / "checkpoints", processes)
+
+def _run_rank(config: dict[str, Any]) -> None:
+    """Run one rank: the main rank runs the recipe, the other ranks only train."""
+    arguments: _RankArguments = config["arguments"]
+    with contextlib.suppress(OSError):  # the directory may not exist on another machine
+        os.chdir(arguments.working_directory)
+    arguments.set_up_process()
+    from delethink.training.data_parallel import RankGroup
+
+    ranks = RankGroup()
+    if not ranks.is_main:
+        _train_only(arguments.recipe, arguments.directory / "checkpoints", ranks)
         return
-    if not (order.run / "config.yaml").exists():
+    if not (arguments.directory / "config.yaml").exists():
         raise ConfigError(
-            f"the first process, on another machine, does not see the run directory {order.run}: "
-            "choose one on storage that all machines share with output=PATH"
+            f"the main rank runs on another machine and finds no run directory "
+            f"{arguments.directory}: choose one on storage that all machines share with output=PATH"
         )
     from delethink.training.trainer import train
 
-    reporter: Any = Messenger(order.events)
-    place = Place(RunDirectory(order.run), order.begun, order.changed)
-    train(prepare(order.recipe), place, reporter, processes)
+    directory = RunDirectory(arguments.directory)
+    location = RunLocation(directory, arguments.exists, arguments.changed)
+    train(prepare(arguments.recipe), location, QueuedProgress(arguments.events), ranks)
+
+
+def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
+    """Train on this rank until the main rank is done."""
+    from transformers import set_seed
+
+    from delethink.engines.loading import load_model, load_tokenizer
+    from delethink.training.grpo_config import trl_config
+    from delethink.training.trainer import fit_ranks, make_trainer
+    from delethink.training.weights import GatherWeights
+
+    set_seed(recipe.seed)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    trainer = make_trainer(
+        recipe,
+        ranks,
+        model=load_model(recipe.model, "float32", recipe.trust_remote_code),
+        processing_class=tokenizer,
+        args=trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints),
+        train_dataset=[],
+        reward_funcs=[_on_main_rank_only],
+        run_rollouts=_on_main_rank_only,
+        on_sampled=_on_main_rank_only,
+        run_state=_on_main_rank_only,
+        on_nonfinite=lambda found: None,  # the main rank skips the step or stops the run
+        on_step=lambda metrics: metrics,
+        callbacks=[GatherWeights()],
+    )
+    fit_ranks(trainer, ranks)
+
+
+def _on_main_rank_only(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("only the main rank runs rollouts, computes rewards and writes files")
+
+
+# -- progress ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """A method of ``TrainingProgress`` for the driver to call."""
+
+    method: Literal["log", "start_steps", "step", "stop_steps", "summary", "table"]
+    args: tuple[Any, ...] = ()
+
+
+class QueuedProgress(TrainingProgress):
+    """Sends the progress of the main rank to the driver.
+
+    Args:
+        events: Ray queue of ``ProgressEvent``.
+    """
+
+    def __init__(self, events: Any) -> None:
+        self._events = events
+
+    def log(self, text: str) -> None:
+        """Send a line."""
+        self._events.put(ProgressEvent("log", (text,)))
+
+    def start_steps(self, total: int, done: int = 0) -> None:
+        """Send the start of the optimizer steps."""
+        self._events.put(ProgressEvent("start_steps", (total, done)))
+
+    def step(self, metrics: Mapping[str, Any], total: int) -> None:
+        """Send the metrics of an optimizer step."""
+        self._events.put(ProgressEvent("step", (dict(metrics), total)))
+
+    def stop_steps(self) -> None:
+        """Send the end of the optimizer steps."""
+        self._events.put(ProgressEvent("stop_steps"))
+
+    def summary(self, row: HeldOutResult) -> None:
+        """Send a row of the table."""
+        self._events.put(ProgressEvent("summary", (row,)))
+
+    def table(self, rows: Sequence[HeldOutResult], spec: ChunkSpec, path: Path) -> None:
+        """Send the table of results."""
+        self._events.put(ProgressEvent("table", (list(rows), spec, path)))
+
+
+def _print_events(events: Any, progress: TrainingProgress, finished: threading.Event) -> None:
+    """Print events until the ranks have finished and the queue is empty."""
+    from ray.util.queue import Empty
+
+    while True:
+        is_last = finished.is_set()
+        try:
+            event: ProgressEvent = events.get(timeout=_POLL_INTERVAL_S)
+        except Empty:
+            if is_last:
+                return
+            continue
+        getattr(progress, event.method)(*event.args)
+
+
+# -- resources and errors ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _cluster(recipe: Recipe) -> Iterator[None]:
-    """A Ray cluster with room for the recipe.
+def _ray_cluster(recipe: Recipe) -> Iterator[None]:
+    """Connect to a Ray cluster with enough resources, or start one.
 
     Raises:
-        ConfigError: the cluster is too small.
+        ConfigError: The cluster is too small.
     """
     import ray
 
     from delethink.engines.cluster import connect
 
-    # Engine and trainer take turns, so on one machine they may have the same cores.
-    is_ours = connect(num_cpus=math.ceil(_num_cores() + _asked(recipe)["CPU"].engine))
+    # Engine and trainer work in turn, so on one machine they may share the cores.
+    started = connect(num_cpus=math.ceil(_num_cores() + _requested(recipe)["CPU"].engine))
     try:
-        check_room(recipe, ray.cluster_resources())
+        check_resources(recipe, ray.cluster_resources())
         yield
     finally:
-        if is_ours:
+        if started:
             ray.shutdown()
 
 
-class _Asked(NamedTuple):
-    """How much of something the parts of a run ask Ray for."""
+class _Request(NamedTuple):
+    """Amount of a Ray resource."""
 
     trainer: float
     engine: float
 
 
-def _asked(recipe: Recipe) -> dict[str, _Asked]:
+def _requested(recipe: Recipe) -> dict[str, _Request]:
     trainer, number = recipe.trainer, recipe.engine.num_engines
     engine = {"CPU": 0.0, "GPU": 0.0}
     if choose_engine(recipe.engine.name) == "vllm":
         on_gpu = recipe.engine.gpus_per_engine > 0
         cpus = 1 if on_gpu else max(1, (_num_cores() - 1) // number)
         engine = {"CPU": number * cpus, "GPU": number * recipe.engine.gpus_per_engine}
-    each = {"CPU": trainer.cpus_per_rank, "GPU": float(trainer.gpus_per_rank)}
-    return {unit: _Asked(trainer.num_ranks * each[unit], engine[unit]) for unit in each}
+    per_rank = {"CPU": trainer.cpus_per_rank, "GPU": float(trainer.gpus_per_rank)}
+    return {unit: _Request(trainer.num_ranks * per_rank[unit], engine[unit]) for unit in per_rank}
 
 
-def check_room(recipe: Recipe, resources: Mapping[str, float]) -> None:
-    """Compares what a recipe asks of Ray with what a cluster has, busy or not.
+def check_resources(recipe: Recipe, available: Mapping[str, float]) -> None:
+    """Compare the resources of a recipe with all those of a cluster, free or in use.
 
     Raises:
-        ConfigError: it has less; Ray would wait for ever.
+        ConfigError: The cluster has fewer. Ray would wait without end.
     """
-    for unit, asked in _asked(recipe).items():
-        there = resources.get(unit, 0.0)
-        if asked.trainer + asked.engine > there:
-            besides = f" and the engine's workers for {asked.engine:g}" if asked.engine else ""
+    for unit, request in _requested(recipe).items():
+        total = available.get(unit, 0.0)
+        if request.trainer + request.engine > total:
+            engines = f" and the engines {request.engine:g}" if request.engine else ""
             raise ConfigError(
-                f"trainer.num_ranks={recipe.trainer.num_ranks} processes ask for "
-                f"{asked.trainer:g} {unit}s{besides}, and the Ray cluster has {there:g}: ask for "
-                f"fewer, or join a larger cluster with RAY_ADDRESS"
+                f"trainer.num_ranks={recipe.trainer.num_ranks} ranks need {request.trainer:g} "
+                f"{unit}s{engines}, and the Ray cluster has {total:g}: use fewer ranks, or join a "
+                "larger cluster with RAY_ADDRESS"
             )
 
 
@@ -293,19 +333,17 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def cause(problem: Exception) -> Exception:
-    """What went wrong in a process, without Ray's account of it.
+def rank_error(error: Exception) -> Exception:
+    """Return the error of a rank from the error of Ray Train.
 
-    Where one process fails the others often fail for want of it, so what was raised on purpose
-    comes first.
+    When one rank fails, the others often lose their connection. Therefore an error of this library
+    is preferred.
     """
-    failures = getattr(problem, "worker_failures", {})
-    raised = [getattr(error, "_base_exc", error) for _, error in sorted(failures.items())]
-    for error in raised:
-        if isinstance(error, DelethinkError):
-            return error
-    failure = getattr(problem, "controller_failure", None)
-    if failure is not None:
-        first = " ".join(str(failure).split())
-        return ConfigError(f"Ray Train did not start the processes: {first}")
-    return problem
+    failures = getattr(error, "worker_failures", {})
+    for _, failure in sorted(failures.items()):
+        original = getattr(failure, "_base_exc", failure)
+        if isinstance(original, DelethinkError):
+            return original
+    if (failure := getattr(error, "controller_failure", None)) is not None:
+        return ConfigError(f"Ray Train could not start the ranks: {' '.join(str(failure).split())}")
+    return error

@@ -1,12 +1,13 @@
-"""The TRL seam: all of delethink that knows ``GRPOTrainer``, which ``trl_trainer.py`` loads.
+"""``DelethinkTrainer``: TRL's ``GRPOTrainer`` over traces of chunks.
 
-A trace is one row (``rows.py``), so advantages are TRL's own and taken over traces. The loss is a
-sum over sampled tokens of TRL's own per-token term times a weight (``objective.py``;
-arXiv 2510.06557, equation 3). A sum can be taken in parts: chunks are forwarded in packed batches
-(``chunk_rows.py``), each batch goes through TRL's loss and backward at once, and its activations
-are gone before the next one. So nothing is computed twice, and memory does not grow with thinking.
+A dataset row is a trace, so the advantages are TRL's own, over traces. TRL also keeps the data, the
+training loop, logging and checkpoints. The loss is ``loss.py``: a sum over tokens, which can be
+taken in parts. Each packed batch of chunks is forwarded and goes through the backward pass at once,
+so nothing is computed twice and memory does not grow with the length of a trace.
 
-TRL marks ``rollout_func`` as experimental, so the version is pinned and nothing else touches it.
+TRL calls ``rollout_func`` experimental, so its version is pinned. Its private methods are used here
+only: ``_generate_and_score_completions`` for advantages, ``_calculate_rewards``,
+``_get_per_token_logps_and_entropies`` for log-probs, ``_prepare_inputs`` and ``_step``.
 """
 
 from __future__ import annotations
@@ -15,63 +16,75 @@ import importlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
 from trl import import_utils
 
-from delethink.errors import ConfigError, RolloutError
+from delethink.errors import ConfigError, NonFiniteError, RolloutError
 from delethink.training.batching import (
     FILLER,
     ChunkRow,
-    Layout,
-    Ledger,
-    Packed,
+    ForwardBatch,
+    ForwardCounts,
+    MicroBatch,
+    PackedChunks,
+    RolloutBatch,
+    ScoredBatch,
+    TokenCoverageCheck,
+    TrainingTrace,
     chunk_rows,
-    fill_up,
-    flatten,
-    pack_rows,
+    filler_row,
+    pack_chunks,
+    trace_row,
 )
 from delethink.training.data_parallel import (
-    Processes,
-    Shares,
+    RankGroup,
+    Shards,
     chunk_tokens,
-    shard_on_cpu,
-    share_out,
+    enable_cpu_sharding,
+    shard_traces,
 )
-from delethink.training.loss import StepSize, TokenBatch, TokenLosses, token_weight
+from delethink.training.loss import (
+    LossSettings,
+    StepSize,
+    TokenBatch,
+    TraceRatio,
+    engine_correction,
+    token_losses,
+    token_weight,
+)
 from delethink.training.step_metrics import StepStatistics, TokenStatistics
 from delethink.types import Trace, TraceStop
 
-_GENERATION = "trl.generation.vllm_generation"
+_TRL_GENERATION = "trl.generation.vllm_generation"
 
 
-def _import_without_vllm() -> None:
-    available, importing = import_utils.is_vllm_available, True
+def _import_trl_without_vllm() -> None:
+    """Import TRL's generation module without vLLM, which takes seconds to load and is not used."""
+    is_available, importing = import_utils.is_vllm_available, True
 
-    def answer(min_version: str | None = None) -> bool:
-        if not importing:  # by TRL's own generation, in a trainer of somebody else's
+    def is_vllm_available(min_version: str | None = None) -> bool:
+        if not importing:  # another trainer of this process uses TRL's own vLLM support
             raise ImportError(
-                f"delethink.training has loaded TRL without vLLM: import {_GENERATION} before it "
-                "in a process that also trains with use_vllm=True"
+                "delethink.training imported TRL without vLLM; to train with use_vllm=True in the "
+                f"same process, import {_TRL_GENERATION} before it"
             )
         return False
 
-    import_utils.is_vllm_available = answer
+    import_utils.is_vllm_available = is_vllm_available
     try:
-        importlib.import_module(_GENERATION)
+        importlib.import_module(_TRL_GENERATION)
     finally:
-        import_utils.is_vllm_available, importing = available, False
+        import_utils.is_vllm_available, importing = is_available, False
 
 
-if find_spec("vllm") and not {"vllm", _GENERATION} & set(sys.modules):
-    _import_without_vllm()
+if find_spec("vllm") and not {"vllm", _TRL_GENERATION} & set(sys.modules):
+    _import_trl_without_vllm()
 
 from trl import GRPOTrainer  # noqa: E402
 
@@ -79,397 +92,88 @@ __all__ = ["GRPOTrainer"]
 
 
 class NonFinite(NamedTuple):
-    """What was not finite in an optimizer step.
+    """An optimizer step that is skipped because of NaN or infinity.
 
     Args:
-        step: of the optimizer, from 1.
-        what: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the first that was found.
-        traces: places of the traces with such a log-prob in the batch that was sampled last; none
-            where only a sum is known to be wrong.
+        step: Optimizer step, from 1.
+        quantity: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the earliest that is not finite.
+        traces: Batch indices of the traces with such a log-prob; empty for the other quantities.
     """
 
     step: int
-    what: str
+    quantity: str
     traces: list[int]
-
-
-class Guarded(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
-    """A trainer that takes no step with what is not finite, to be mixed into one.
-
-    Args:
-        on_nonfinite: told of a step that is not taken; may raise to stop the run.
-    """
-
-    def __init__(
-        self, *args: Any, on_nonfinite: Callable[[NonFinite], None], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._on_nonfinite = on_nonfinite
-        self._what: str | None = None  # was not finite, since the last optimizer step
-        self._guilty: set[int] = set()
-        self._places: list[int] = []  # of the micro-batch's traces in the batch
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch, looked at."""
-        self._places = inputs["place"]
-        loss: torch.Tensor = super().compute_loss(model, inputs, *args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            self._what = self._what or "loss"
-        return loss
-
-    def _complete(self, part: Any, logprobs: torch.Tensor, entropies: Any) -> None:
-        broken = ~torch.isfinite(logprobs.detach()).all(1)  # [K], chunks of a forward batch
-        if bool(broken.any()):
-            self._what = "log-prob"
-            rows = broken.nonzero()[:, 0].tolist()
-            traces = {part.rows[row].trace for row in rows} - {FILLER}
-            self._guilty |= {self._places[trace] for trace in traces}
-        super()._complete(part, logprobs, entropies)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A micro-batch; what it adds to the mean loss that is logged is finite."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        # The trainer zeroes its sum by taking it away from itself, which NaN would outlive.
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # The last word before the optimizer's step; the norm is that before clipping.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self._any_process_found(norm):
-            what, guilty = self._what or "gradient", sorted(gather_object(sorted(self._guilty)))
-            self._what, self._guilty = None, set()
-            model.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
-            self._on_nonfinite(NonFinite(self.state.global_step + 1, what, guilty))
-        return norm
-
-    def _any_process_found(self, norm: Any) -> bool:
-        value = float(norm) if norm is not None else 0.0
-        found = self._what is not None or not math.isfinite(value)
-        if self.accelerator.num_processes == 1:
-            return found
-        flag = torch.tensor(float(found), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-
-
-def remove_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout of a model to 0, those that are plain numbers on a module included."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def check_repeatable(model: Any, vocabulary: int) -> None:
-    """Refuses a model that says different things of the same tokens while it trains.
-
-    Raises:
-        ConfigError: two forward passes in training mode, or one of them and one in evaluation mode,
-            differ. The loss would compare probabilities of different models.
-    """
-    ids = torch.arange(32, device=model.device)[None] % vocabulary
-    was_training = model.training
-    with torch.no_grad():
-        model.train()
-        first, second = model(ids).logits, model(ids).logits
-        model.eval()
-        sampled = model(ids).logits
-    model.train(was_training)
-    for other, where in ((second, "twice in training mode"), (sampled, "in training and sampling")):
-        difference = (first - other).abs().max().item()
-        if difference > 1e-3:
-            raise ConfigError(
-                f"the model is random while it trains: its logits for the same tokens differ by "
-                f"{difference:.3g} {where}. Its dropouts are set to 0 already; switch off what "
-                "else is random in its configuration"
-            )
-
-
-_SET_FOR_THE_SUM = (
-    "loss_type",
-    "importance_sampling_level",
-    "use_vllm",
-    "vllm_importance_sampling_correction",
-)
-
-
-class Filled(NamedTuple):
-    """The places of a batch, filled: group after group, a trace for each example."""
-
-    examples: list[dict[str, Any]]
-    traces: list[Trace]
-
-
-class Sampled(NamedTuple):
-    """What was sampled for a batch and what the trainer made of it, row by row."""
-
-    examples: list[dict[str, Any]]  # rows of the dataset
-    traces: list[Trace]
-    rewards: list[dict[str, float | None]]  # by name; None where a reward does not apply
-    advantages: list[float]
-    in_loss: list[bool]  # whether it has a place in the loss
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the trainer does beyond the settings of ``GRPOConfig``.
-
-    Args:
-        loss_type: under TRL's names; see ``token_weight``.
-        importance_sampling_level: ``"sequence"`` takes the ratio over the whole trace.
-        correction: of the engine's probabilities, token by token: ``"truncate"`` bounds the weight,
-            ``"mask"`` drops tokens beyond the bound, ``None`` does nothing.
-        correction_cap: that bound.
-        mask_budget: traces out of budget have no place in the loss, and do not count in its mean.
-        forward_tokens: tokens in one forward pass, padding included.
-        max_failed_share: a larger share of failed traces in a batch is an error.
-    """
-
-    loss_type: str = "grpo"
-    importance_sampling_level: str = "token"
-    correction: str | None = "truncate"
-    correction_cap: float = 2.0
-    mask_budget: bool = False
-    forward_tokens: int = 16_384
-    max_failed_share: float = 0.1
-
-
-class Work(NamedTuple):
-    """What was forwarded to train, since it was last asked for."""
-
-    tokens: int = 0  # without padding
-    padded: float = 0.0  # with it
-    batches: int = 0
-
-
-@dataclass
-class _Part:
-    """A forward batch on its way through TRL's loss."""
-
-    layout: Layout
-    rows: Sequence[ChunkRow]
-    inputs: dict[str, Any]
-    engine_logprobs: torch.Tensor  # [K, T]
-    means: tuple[torch.Tensor, torch.Tensor] | None  # [K] each, where ratios are over the trace
 
 
 class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     """``GRPOTrainer`` over traces of chunks.
 
     Args:
-        play: fills the places of a batch (rows of the dataset, once for each trace of a group) with
-            traces, and says of which examples they are: of these, or of others in their place.
-        on_sampled: told what was sampled and how it was scored, once for each batch.
-        objective: what ``GRPOConfig`` does not say.
-        processes: that train together; the first one alone plays, pays and is told.
-        cost: of training on a trace, by which traces are dealt out to processes.
+        args: ``DelethinkConfig``.
+        run_rollouts: Returns traces for the examples of a batch, one for each generation, and their
+            examples: the same ones, or replacements. Called on the main rank.
+        on_sampled: Called with each scored batch, on the main rank.
+        on_nonfinite: Called on every rank with a step that is skipped; may raise to stop the run.
+            By default ``NonFiniteError`` is raised.
+        ranks: All ranks that train together.
+        cost: Training cost of a trace, by which traces are sharded over ranks.
 
-    The other arguments are those of ``GRPOTrainer``; ``loss_type`` and
-    ``importance_sampling_level`` of its configuration are not looked at.
+    The other arguments are those of ``GRPOTrainer``.
 
     Raises:
-        ConfigError: the model is random while it trains, beyond its dropouts, which are set to 0.
+        ConfigError: The model is random in training mode, although its dropouts are set to 0.
     """
 
     def __init__(
         self,
         *args: Any,
-        play: Callable[[list[dict[str, Any]]], Filled],
-        on_sampled: Callable[[Sampled], None],
-        objective: Objective,
-        processes: Processes | None = None,
+        run_rollouts: Callable[[list[dict[str, Any]]], RolloutBatch],
+        on_sampled: Callable[[ScoredBatch], None],
+        on_nonfinite: Callable[[NonFinite], None] | None = None,
+        ranks: RankGroup | None = None,
         cost: Callable[[Trace], float] = chunk_tokens,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, rollout_func=self._roll_out, **kwargs)
+        super().__init__(*args, rollout_func=self._sample_rows, **kwargs)
         remove_dropout(self.model)
-        check_repeatable(self.model, self.model.config.get_text_config().vocab_size)
-        self.objective = objective
-        self._play, self._on_sampled = play, on_sampled
-        self._processes, self._cost = processes or Processes(), cost
-        self._examples: list[dict[str, Any]] = []  # of the batch; of all of it in the first process
-        self._rewards: list[dict[str, float | None]] = []  # of the whole batch
-        self._buffered_inputs: Any  # TRL's: micro-batches of the batch at hand
-        self.shares: Shares | None = None  # of that batch
+        check_deterministic(self.model, self.model.config.get_text_config().vocab_size)
+        self.loss_settings = LossSettings.from_config(self.args)
+        self._run_rollouts, self._on_sampled = run_rollouts, on_sampled
+        self._on_nonfinite = on_nonfinite or _raise_nonfinite
+        self._ranks, self._cost = ranks or RankGroup(), cost
+        # The current batch.
+        self._examples: list[dict[str, Any]] = []  # of this rank; of all ranks on the main rank
+        self._rewards: list[dict[str, float | None]] = []  # of all traces
+        self._shards: Shards | None = None
+        self._micro_batches: list[MicroBatch] = []
+        # Since the last optimizer step, or since they were last read.
+        self._nonfinite: str | None = None
+        self._nonfinite_traces: set[int] = set()
         self._statistics = TokenStatistics(has_kl=self.beta != 0.0)
-        self._ledger = Ledger()
-        self._work = Work()
-        self._is_fresh = False  # a batch was sampled and not yet cut into micro-batches
-        self._part: _Part | None = None  # what TRL's loss is being computed of
+        self._forward_counts = ForwardCounts()
+        self._coverage = TokenCoverageCheck()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Accelerate's, which shards on the CPU too."""
+        """Create the accelerator, with FSDP also on the CPU."""
         super().create_accelerator_and_postprocess()
-        shard_on_cpu(self)
+        enable_cpu_sharding(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, and makes sure that the last batch was trained on whole if it was to be."""
-        done = super().train(*args, **kwargs)
+        """Train, and check that the last batch was trained on whole."""
+        output = super().train(*args, **kwargs)
         if self.is_between_batches:
-            self._ledger.close()
-        return done
-
-    # -- sampling ------------------------------------------------------------------------------
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # Examples are kept as they came: TRL adds what the rollout returned to `inputs`.
-        self._examples = [dict(example) for example in inputs]
-        rank = self._processes.rank
-        self._ledger.close()
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        shares = self._shares
-        advantages = self.accelerator.gather(output["advantages"]).to(self._loss_dtype)
-        if self._processes.is_first:
-            self._on_sampled(
-                Sampled(
-                    self._examples,
-                    shares.all_traces,
-                    self._rewards,
-                    advantages.tolist(),
-                    self._in_loss(shares.all_traces, self._rewards),
-                )
-            )
-        in_loss = self._in_loss(shares.traces, shares.own(rank, self._rewards))
-        places = shares.order[rank]
-        lengths = {p: t.length for p, t, i in zip(places, shares.traces, in_loss, strict=True) if i}
-        self._ledger.open(lengths, self.num_iterations)
-        self._is_fresh = True
-        kept: dict[str, Any] = {"advantages": advantages[places], "trace": list(shares.traces)}
-        kept |= {"place": list(places), "row": list(range(len(places))), "in_loss": in_loss}
-        for name in ("old_per_token_logps", "ref_per_token_logps"):
-            if name in output:  # by trace, without the padding
-                kept[name] = [
-                    row[: trace.length].clone()
-                    for row, trace in zip(output[name], shares.traces, strict=True)
-                ]
-        return kept
+            self._coverage.finish()
+        return output
 
     @property
-    def _shares(self) -> Shares:
-        assert self.shares is not None, "nothing was sampled yet"
-        return self.shares
-
-    def _in_loss(self, traces: list[Trace], rewards: list[dict[str, float | None]]) -> list[bool]:
-        return [
-            self._has_place(trace) and any(value is not None for value in own.values())
-            for trace, own in zip(traces, rewards, strict=True)
-        ]
-
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        paid = self._processes.lead(self._pay)
-        # In double precision, so that advantages are not rounded on the way.
-        rewards = torch.tensor(paid, dtype=torch.float64, device=self.accelerator.device)
-        self._rewards = [
-            {
-                name: None if math.isnan(value) else value
-                for name, value in zip(self.reward_func_names, row, strict=True)
-            }
-            for row in rewards.tolist()
-        ]
-        return rewards
-
-    def _pay(self) -> list[list[float]]:
-        """What each reward function gives for each trace of the batch, in the first process."""
-        traces, examples = self._shares.all_traces, self._examples
-        columns = {key: [example[key] for example in examples] for key in examples[0]}
-        columns |= {"prompts": columns.pop("prompt"), "trace": traces}
-        paid = [function(**columns) for function in self.reward_funcs]
-        return [
-            [math.nan if value is None else value for value in row]
-            for row in zip(*paid, strict=True)
-        ]
-
-    def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        everybodys = [row for own in self._processes.gather(self._examples) for row in own]
-        self.shares = share_out(
-            self._processes,
-            len(everybodys),
-            lambda: self._play_checked(everybodys),
-            lambda trace: self._cost(trace) if self._has_place(trace) else 0.0,
-            self.args.steps_per_generation // self.args.gradient_accumulation_steps,
-        )
-        pad, traces = self._tokenizer.pad_token_id, self.shares.traces
-        rows = [flatten(trace, pad, self._has_place(trace)) for trace in traces]
-        return {
-            "prompt_ids": [row.prompt_ids for row in rows],
-            "completion_ids": [row.completion_ids for row in rows],
-            "logprobs": [row.logprobs for row in rows],
-            "env_mask": [row.mask for row in rows],
-        }
-
-    def _has_place(self, trace: Trace) -> bool:
-        """Whether a trace has a place in the loss; rewards aside."""
-        masked = self.objective.mask_budget and trace.stop is TraceStop.BUDGET
-        return trace.length > 0 and not masked
-
-    def _play_checked(self, examples: list[dict[str, Any]]) -> list[Trace]:
-        self._examples, traces = self._play(examples)
-        failed = [trace for trace in traces if trace.stop.is_failure]
-        most = self.objective.max_failed_share
-        if len(failed) > most * len(traces):
-            raise RolloutError(
-                f"{len(failed)} of {len(traces)} traces failed, more than max_failed_share="
-                f"{most}; the first one: {failed[0].error}"
-            )
-        return traces
-
-    # -- micro-batches -------------------------------------------------------------------------
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if self._is_fresh:
-            self._is_fresh = False
-            self._buffered_inputs = _as_dealt(self._buffered_inputs)
-            self._weigh(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        return inputs
-
-    def _weigh(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Writes to each micro-batch what its optimizer step holds, on all processes together."""
-        step = self.args.gradient_accumulation_steps
-        counts_of_all = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
-        for first in range(0, len(micro_batches), step):
-            window = micro_batches[first : first + step]
-            counted = [
-                trace.length
-                for inputs in window
-                for trace, counts in zip(inputs["trace"], inputs["in_loss"], strict=True)
-                if counts
-            ]
-            local = torch.tensor([len(counted), sum(counted)], device=self.accelerator.device)
-            together = self.accelerator.reduce(local, reduction="sum")
-            traces, tokens = together.tolist()
-            for inputs in window:
-                inputs |= {"traces": max(1, traces), "tokens": max(1, tokens)}
-            counts_of_all += together
-        self._check_sums(*counts_of_all.tolist())
-
-    def _check_sums(self, traces: int, tokens: int) -> None:
-        """The first of several processes knows all traces: it checks that together all have them.
-
-        The ledger is each process's own.
-        """
-        if self._processes.size == 1 or not self._processes.is_first:
-            return
-        lengths = [
-            trace.length
-            for trace, counts in zip(
-                self._shares.all_traces,
-                self._in_loss(self._shares.all_traces, self._rewards),
-                strict=True,
-            )
-            if counts
-        ]
-        if (traces, tokens) != (len(lengths), sum(lengths)):
-            raise RuntimeError(
-                f"{traces} traces of {tokens} tokens are in the loss of all processes, but "
-                f"{len(lengths)} of {sum(lengths)} tokens were sampled for it"
-            )
+    def shards(self) -> Shards:
+        """The current batch, sharded over ranks."""
+        assert self._shards is not None, "no batch was sampled yet"
+        return self._shards
 
     @property
     def is_between_batches(self) -> bool:
-        """Whether the next optimizer step samples anew."""
+        """Whether the next optimizer step samples a new batch."""
         micro_batches: int = self.args.steps_per_generation * self.num_iterations
         done: int = self._step
         return done % micro_batches == 0
@@ -479,291 +183,398 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype if dtype is torch.float64 else torch.float32
 
+    # -- sampling ------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> MicroBatch:
+        """Return the next micro-batch; sample a batch if the last one is used up."""
+        if self.is_between_batches:
+            self._micro_batches = self._sample_micro_batches(generation_batch)
+        index: int = self._step % self.args.steps_per_generation
+        return self._micro_batches[index]
+
+    def _sample_micro_batches(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
+        self._coverage.finish()
+        self._examples = [dict(example) for example in examples]  # TRL adds columns to `examples`
+        # Calls _sample_rows, _get_per_token_logps_and_entropies and _calculate_rewards.
+        output: dict[str, Any] = super()._generate_and_score_completions(examples)
+        all_advantages = self.accelerator.gather(output["advantages"]).to(self._loss_dtype)
+        advantages, shards = all_advantages.tolist(), self.shards
+        if self._ranks.is_main:
+            pairs = zip(shards.all_traces, self._rewards, strict=True)
+            in_loss = [self._is_in_loss(trace, rewards) for trace, rewards in pairs]
+            self._on_sampled(
+                ScoredBatch(self._examples, shards.all_traces, self._rewards, advantages, in_loss)
+            )
+        own = []
+        for row, index in enumerate(shards.assignment[self._ranks.rank]):
+            trace = shards.traces[row]
+            logprobs = [
+                output[name][row][: trace.length].clone() if name in output else None
+                for name in ("old_per_token_logps", "ref_per_token_logps")
+            ]
+            in_loss_ = self._is_in_loss(trace, self._rewards[index])
+            own.append(TrainingTrace(index, trace, advantages[index], in_loss_, *logprobs))
+        lengths = {t.index: t.trace.length for t in own if t.in_loss}
+        self._coverage.start(lengths, self.num_iterations)
+        return self._split_micro_batches(own)
+
+    def _sample_rows(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        """Sample a batch and return the rows of this rank: TRL's ``rollout_func``."""
+        examples = [example for own in self._ranks.gather(self._examples) for example in own]
+        self._shards = shard_traces(
+            self._ranks,
+            len(examples),
+            lambda: self._run_checked_rollouts(examples),
+            lambda trace: self._cost(trace) if self._is_trainable(trace) else 0.0,
+            self.args.steps_per_generation // self.args.gradient_accumulation_steps,
+        )
+        pad = self._tokenizer.pad_token_id
+        rows = [trace_row(trace, pad, self._is_trainable(trace)) for trace in self._shards.traces]
+        names = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+        return {name: [getattr(row, name) for row in rows] for name in names}
+
+    def _run_checked_rollouts(self, examples: list[dict[str, Any]]) -> list[Trace]:
+        self._examples, traces = self._run_rollouts(examples)
+        failed = [trace for trace in traces if trace.stop.is_failure]
+        if len(failed) > self.args.max_failed_share * len(traces):
+            raise RolloutError(
+                f"{len(failed)} of {len(traces)} traces failed, more than max_failed_share="
+                f"{self.args.max_failed_share}; the first error: {failed[0].error}"
+            )
+        return traces
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        """Return the rewards of all traces: [traces, reward functions], NaN where none applies."""
+        values = self._ranks.broadcast(self._compute_rewards)
+        # In float64, so that advantages are computed without rounding.
+        rewards = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        self._rewards = [
+            {
+                name: None if math.isnan(value) else value
+                for name, value in zip(self.reward_func_names, row, strict=True)
+            }
+            for row in values
+        ]
+        return rewards
+
+    def _compute_rewards(self) -> list[list[float]]:
+        traces, examples = self.shards.all_traces, self._examples
+        columns = {key: [example[key] for example in examples] for key in examples[0]}
+        columns |= {"prompts": columns.pop("prompt"), "trace": traces}
+        by_function = [function(**columns) for function in self.reward_funcs]
+        return [
+            [math.nan if value is None else value for value in row]
+            for row in zip(*by_function, strict=True)
+        ]
+
+    def _is_trainable(self, trace: Trace) -> bool:
+        """Whether a trace can enter the loss, whatever its rewards."""
+        masked = self.args.mask_out_of_budget and trace.stop is TraceStop.BUDGET
+        return trace.length > 0 and not masked
+
+    def _is_in_loss(self, trace: Trace, rewards: Mapping[str, float | None]) -> bool:
+        return self._is_trainable(trace) and any(value is not None for value in rewards.values())
+
+    def _split_micro_batches(self, traces: list[TrainingTrace]) -> list[MicroBatch]:
+        """Split the traces of this rank, and count each optimizer step over all ranks."""
+        num_steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        step_traces, size = len(traces) // num_steps, self.args.per_device_train_batch_size
+        micro_batches, total = [], Counter[str]()
+        for first in range(0, len(traces), step_traces):
+            window = traces[first : first + step_traces]
+            lengths = [t.trace.length for t in window if t.in_loss]
+            own = torch.tensor([len(lengths), sum(lengths)], device=self.accelerator.device)
+            number, tokens = self.accelerator.reduce(own, reduction="sum").tolist()
+            step = StepSize(max(1, number), max(1, tokens), self.max_completion_length)
+            total += Counter(traces=number, tokens=tokens)
+            micro_batches += [
+                MicroBatch(window[i : i + size], step) for i in range(0, step_traces, size)
+            ]
+        self._check_sampled(total["traces"], total["tokens"])
+        return micro_batches
+
+    def _check_sampled(self, traces: int, tokens: int) -> None:
+        """Compare the shards of all ranks with the sampled batch, which the main rank knows."""
+        if self._ranks.size == 1 or not self._ranks.is_main:
+            return
+        sampled = zip(self.shards.all_traces, self._rewards, strict=True)
+        lengths = [trace.length for trace, rewards in sampled if self._is_in_loss(trace, rewards)]
+        if (traces, tokens) != (len(lengths), sum(lengths)):
+            raise RuntimeError(
+                f"{traces} traces of {tokens} tokens are in the loss of all ranks, but "
+                f"{len(lengths)} of {sum(lengths)} tokens were sampled for it"
+            )
+
     # -- loss ----------------------------------------------------------------------------------
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Any],
+        inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """The loss of a micro-batch; all its parts but the last have gone backward already."""
-        rows = [row for row in chunk_rows(inputs["trace"]) if inputs["in_loss"][row.trace]]
-        packed = pack_rows(rows, self.objective.forward_tokens)
-        self._enter(inputs, rows, packed)
-        packed = self._in_step(packed)
-        if self.is_fsdp_enabled:  # else every process would hold all gradients
+        """Return the loss of a micro-batch.
+
+        All forward batches but the last have gone through the backward pass already.
+        """
+        chunks = chunk_rows([t.trace for t in inputs.traces])
+        packed = self._pack([row for row in chunks if inputs.traces[row.trace].in_loss])
+        self._count(inputs, packed)
+        if self.is_fsdp_enabled:  # otherwise every rank would keep full gradients
             model.set_requires_gradient_sync(True)
-        if not packed.batches:
-            return _connected_zero(model)
-        means = self._trace_means(model, inputs, packed)
-        done = torch.zeros((), device=self.accelerator.device)
-        for batch in packed.batches[:-1]:
-            with self._without_exchange(model):
-                loss = self._part_loss(model, inputs, batch, means)
+        batches = [self._forward_batch(rows) for rows in self._equalize(packed.batches)]
+        if not batches:
+            return _zero_with_gradient(model)
+        ratio = self._trace_ratio(model, inputs, batches)
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches[:-1]:
+            # DDP reduces gradients once, in the last backward pass. Sharded gradients cannot wait.
+            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                loss = self._batch_loss(model, inputs, batch, ratio)
                 with torch.autocast(loss.device.type, enabled=False):
                     self.accelerator.backward(loss)
-            done = done + loss.detach()
-        return self._part_loss(model, inputs, packed.batches[-1], means) + done
-
-    def _in_step(self, packed: Packed) -> Packed:
-        """With as many batches as gradients, or sharded weights, take of every process."""
-        number = len(packed.batches)
-        if self.is_fsdp_enabled:
-            number = self._processes.agree_on_batches(number)
-        elif self._processes.size > 1:
-            number = max(1, number)
-        return fill_up(packed, number, self._tokenizer.pad_token_id)
-
-    def _without_exchange(self, model: Any) -> Any:
-        """Whole gradients stay in their process until the last part; sharded ones cannot."""
-        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
-
-    def _enter(self, inputs: dict[str, Any], rows: list[ChunkRow], packed: Packed) -> None:
-        tokens: Counter[int] = Counter()
-        for row in rows:
-            tokens[inputs["place"][row.trace]] += len(row.output_ids)
-        self._ledger.count(tokens)
-        padded = packed.tokens / (1 - packed.padding)
-        done = self._work
-        self._work = Work(
-            done.tokens + packed.tokens, done.padded + padded, done.batches + len(packed.batches)
-        )
-
-    def _part_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        batch: Sequence[ChunkRow],
-        means: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The share of some chunks in the loss of the optimizer step."""
-        layout = self._lay_out(batch)
-        places = torch.tensor([row.trace for row in batch], device=self.accelerator.device)
-        part = {
-            "prompt_ids": layout.ids[:, : layout.prompt_size],
-            "completion_ids": layout.ids[:, layout.prompt_size :],
-            "advantages": inputs["advantages"][places],
-            "tool_mask": layout.place(self._weights(inputs, batch)),
-            # What makes TRL's own divisor of these losses 1.
-            "num_items_in_batch": torch.tensor(
-                self.accelerator.num_processes
-                * self.args.steps_per_generation
-                / self.current_gradient_accumulation_steps
-            ),
-        }
-        part["prompt_mask"] = torch.ones_like(part["prompt_ids"])
-        part["completion_mask"] = torch.ones_like(part["completion_ids"])
-        for name in ("old_per_token_logps", "ref_per_token_logps"):
-            if name in inputs:
-                part[name] = layout.place([_of(inputs[name], row) for row in batch])
-        engine = layout.place([row.sampled_at(self.accelerator.device) for row in batch])
-        own = None if means is None else (means[0][places], means[1][places])
-        self._part = _Part(layout, batch, part, engine, own)
-        try:
-            with self._as_a_plain_sum(len(batch)) as undo:
-                loss: torch.Tensor = super()._compute_loss(model, part) * undo
-        finally:
-            self._part = None
+            total = total + loss.detach()
+        loss = self._batch_loss(model, inputs, batches[-1], ratio) + total
+        if not bool(torch.isfinite(loss)):
+            self._nonfinite = self._nonfinite or "loss"
         return loss
 
-    def _lay_out(self, batch: Sequence[ChunkRow]) -> Layout:
-        return Layout(batch, self._tokenizer.pad_token_id, self.accelerator.device)
+    def _batch_loss(
+        self, model: Any, inputs: MicroBatch, batch: ForwardBatch, ratio: TraceRatio | None
+    ) -> torch.Tensor:
+        """Return the part of some chunks in the loss of the optimizer step."""
+        logprobs, entropies = self._chunk_logprobs(model, batch, compute_entropy=True)
+        self._find_nonfinite(inputs, batch, logprobs)
+        dtype, device = self._loss_dtype, self.accelerator.device
+        traces = [inputs.traces[row.trace] for row in batch.rows]
+        indices = [row.trace for row in batch.rows]
+        tokens = TokenBatch(
+            logprobs,
+            entropies,
+            torch.tensor([t.advantage for t in traces], dtype=dtype, device=device)[:, None],
+            batch.pad([row.engine_logprobs_on(device) for row in batch.rows]).to(logprobs.dtype),
+            self._pad_slices(batch, [t.old_logprobs for t in traces]),
+            self._pad_slices(batch, [t.ref_logprobs for t in traces]),
+            ratio and TraceRatio(*(mean[indices, None] for mean in ratio)),
+        )
+        losses = token_losses(tokens, self.loss_settings)
+        if batch.rows[0].trace != FILLER:
+            chunks = [row.chunk for row in batch.rows]
+            tokens = tokens._replace(logprobs=logprobs.detach(), entropies=entropies.detach())
+            self._statistics.add(chunks, batch.is_output, tokens, losses)
+        weights = [
+            # Gradients are averaged over ranks, so weights are multiplied by their number.
+            self.accelerator.num_processes
+            * token_weight(self.loss_settings.loss_type, t.trace.length, inputs.step)
+            if row.trace != FILLER
+            else 0.0
+            for row, t in zip(batch.rows, traces, strict=True)
+        ]
+        weight = torch.tensor(weights, dtype=dtype, device=device)[:, None] * batch.is_output
+        return (losses.loss * weight).sum()
 
-    def _weights(self, inputs: dict[str, Any], batch: Sequence[ChunkRow]) -> list[torch.Tensor]:
-        """Of each output token of each chunk; processes are averaged over, so theirs are more."""
-        weights = []
-        for row in batch:
-            if row.trace == FILLER:
-                weights.append(torch.zeros(len(row.output_ids), dtype=self._loss_dtype))
-                continue
-            weight = self.accelerator.num_processes * token_weight(
-                self.objective.loss_type,
-                inputs["trace"][row.trace].length,
-                StepSize(inputs["traces"], inputs["tokens"], self.max_completion_length),
-            )
-            weights.append(torch.full((len(row.output_ids),), weight, dtype=self._loss_dtype))
-        return weights
+    def _pad_slices(
+        self, batch: ForwardBatch, values: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Return values of whole traces for the output tokens of a batch: [K, T]."""
+        slices = []
+        for row, value in zip(batch.rows, values, strict=True):
+            if value is None:
+                return None
+            slices.append(value.new_zeros(1) if row.trace == FILLER else value[row.start : row.end])
+        return batch.pad(slices)
 
-    @contextmanager
-    def _as_a_plain_sum(self, num_rows: int) -> Any:
-        """TRL's loss as a sum of terms times mask; gives what undoes TRL's own divisor.
+    def _trace_ratio(
+        self, model: Any, inputs: MicroBatch, batches: list[ForwardBatch]
+    ) -> TraceRatio | None:
+        """Return the mean log-ratio and correction of each trace, in a forward pass without grad.
 
-        The mask holds the weights. TRL divides by the mask of a row where that is above 1, which
-        weights never are, or by constants, which are undone. It multiplies a term with
-        ``importance_sampling_ratio`` only where it believes that it ran vLLM itself.
+        A ratio over a trace would keep the graphs of all its chunks. Given these means, each chunk
+        can go through the backward pass alone; see ``token_losses``.
         """
-        before = {name: getattr(self, name) for name in _SET_FOR_THE_SUM}
-        kind = self.objective.loss_type
-        plain = kind if kind in ("cispo", "sapo") else "dr_grpo"  # the same terms, one divisor
-        steps = self.current_gradient_accumulation_steps
-        undo = {"cispo": 1, "sapo": num_rows * steps}.get(
-            plain, num_rows * self.max_completion_length * steps
-        )
-        self.loss_type, self.importance_sampling_level = plain, "token"
-        self.use_vllm = self.vllm_importance_sampling_correction = (
-            self.objective.correction is not None
-        )
-        logged = {name: list(values) for name, values in self._metrics["train"].items()}
-        # Nor do processes wait for each other to measure what is thrown away: their parts differ.
-        self.accelerator.gather = self.accelerator.reduce = lambda tensor, *_, **__: tensor
-        try:
-            yield undo
-        finally:
-            del self.accelerator.gather, self.accelerator.reduce
-            for name, value in before.items():
-                setattr(self, name, value)
-            self._metrics["train"].clear()  # of weighted masks; ours are exact
-            self._metrics["train"].update(logged)
+        if self.loss_settings.importance_sampling_level == "token":
+            return None
+        size, device = len(inputs.traces), self.accelerator.device
+        means = torch.zeros(2, size, dtype=self._loss_dtype, device=device)
+        with torch.no_grad():
+            for batch in batches:
+                current = batch.unpad(self._chunk_logprobs(model, batch)[0])
+                for row, logprobs in zip(batch.rows, current, strict=True):
+                    if row.trace == FILLER:
+                        continue
+                    own = inputs.traces[row.trace]
+                    old = own.old_logprobs
+                    old = logprobs if old is None else old[row.start : row.end]
+                    engine = row.engine_logprobs_on(device).to(old.dtype)
+                    correction = engine_correction(old - engine, self.loss_settings)
+                    sums = torch.stack([logprobs - old, correction]).sum(-1)
+                    means[:, row.trace] += sums / own.trace.length
+        return TraceRatio(*means)
+
+    def _pack(self, rows: Sequence[ChunkRow]) -> PackedChunks:
+        return pack_chunks(rows, self.args.forward_tokens)
+
+    def _equalize(self, batches: list[list[ChunkRow]]) -> list[list[ChunkRow]]:
+        """Add filler batches, so that no rank misses a collective.
+
+        With sharded weights every forward pass is one; with DDP only the last backward pass.
+        """
+        number = len(batches)
+        if self._ranks.size > 1:
+            number = max(1, self._ranks.max(number) if self.is_fsdp_enabled else number)
+        filler = filler_row(self._tokenizer.pad_token_id)
+        return batches + [[filler]] * (number - len(batches))
 
     # -- log-probs -----------------------------------------------------------------------------
+
+    def _chunk_logprobs(
+        self, model: Any, batch: ForwardBatch, compute_entropy: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        """Return log-probs, 0 where there is no output token, and entropies: [K, T] each."""
+        logprobs, entropies, _ = super()._get_per_token_logps_and_entropies(
+            model,
+            batch.ids,
+            torch.ones_like(batch.ids),
+            batch.is_output.size(1),
+            compute_entropy=compute_entropy,
+        )
+        return logprobs.where(batch.is_output, torch.zeros_like(logprobs)), entropies
 
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        input_ids: Any,
+        attention_mask: Any,
         logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Log-probs and entropies of the sampled tokens, zero elsewhere.
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return log-probs of whole rows, chunk by chunk: [B, logits_to_keep].
 
-        In the loss, of the chunks of a part: [K, T], by TRL's own method. Before it, where TRL
-        wants log-probs of whole rows (of the weights before the first step on a batch, or of the
-        reference): [B, T], chunk by chunk.
+        TRL calls this for the log-probs before the first step on a batch and for the reference.
         """
-        if self._part is None:
-            logprobs = self._rows_logprobs(model, self._shares.traces, logits_to_keep)
-            return logprobs, None, None
-        logprobs, entropies, _ = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy
-        )
-        zeros = torch.zeros_like(logprobs)
-        logprobs = logprobs.where(self._part.layout.is_output, zeros)
-        self._complete(self._part, logprobs, entropies)
-        return logprobs, entropies, None
-
-    def _rows_logprobs(self, model: Any, traces: list[Trace], width: int) -> torch.Tensor:
-        """Log-probs [B, width] of all that was sampled in these traces, without a gradient."""
-        rows = torch.zeros(
-            len(traces), width, dtype=self._loss_dtype, device=self.accelerator.device
-        )
-        packed = self._in_step(pack_rows(chunk_rows(traces), self.objective.forward_tokens))
+        traces, device = self.shards.traces, self.accelerator.device
+        rows = torch.zeros(len(traces), logits_to_keep, dtype=self._loss_dtype, device=device)
+        batches = self._equalize(self._pack(chunk_rows(traces)).batches)
         with torch.no_grad():
-            for batch in packed.batches:
-                for row, values in self._chunk_logprobs(model, batch):
-                    rows[row.trace, row.start : row.end] = values.to(rows.dtype)
-        return rows
+            for batch in map(self._forward_batch, batches):
+                logprobs = batch.unpad(self._chunk_logprobs(model, batch)[0])
+                for row, values in zip(batch.rows, logprobs, strict=True):
+                    if row.trace != FILLER:
+                        rows[row.trace, row.start : row.end] = values.to(rows.dtype)
+        return rows, None, None
 
-    def _chunk_logprobs(
-        self, model: Any, batch: Sequence[ChunkRow]
-    ) -> list[tuple[ChunkRow, torch.Tensor]]:
-        layout = self._lay_out(batch)
-        keep = layout.ids.size(1) - layout.prompt_size
-        logprobs, _, _ = super()._get_per_token_logps_and_entropies(
-            model, layout.ids, torch.ones_like(layout.ids), keep
-        )
-        taken = zip(batch, layout.take(logprobs), strict=True)
-        return [(row, values) for row, values in taken if row.trace != FILLER]
+    def _forward_batch(self, rows: Sequence[ChunkRow]) -> ForwardBatch:
+        return ForwardBatch(rows, self._tokenizer.pad_token_id, self.accelerator.device)
 
-    def _trace_means(
-        self, model: Any, inputs: dict[str, Any], packed: Packed
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Log of the ratio of each trace, the mean over all its tokens, and its mean correction.
+    # -- NaN and infinity ----------------------------------------------------------------------
 
-        A ratio over a trace would tie all its chunks into one graph. What every token adds to its
-        gradient is the same for all tokens of the trace; with these means, taken in a pass of its
-        own, each part can go backward alone.
-        """
-        if self.objective.importance_sampling_level == "token":
-            return None
-        means = torch.zeros(
-            2, len(inputs["trace"]), dtype=self._loss_dtype, device=self.accelerator.device
-        )
-        with torch.no_grad():
-            for batch in packed.batches:
-                for row, now in self._chunk_logprobs(model, batch):
-                    old = now
-                    if "old_per_token_logps" in inputs:
-                        old = inputs["old_per_token_logps"][row.trace][row.start : row.end]
-                    engine = row.sampled_at(now.device)
-                    both = torch.stack([now - old, self._correct(old - engine.to(old.dtype))])
-                    means[:, row.trace] += both.sum(-1) / inputs["trace"][row.trace].length
-        return means[0], means[1]
-
-    def _complete(
-        self, part: _Part, logprobs: torch.Tensor, entropies: torch.Tensor | None
+    def _find_nonfinite(
+        self, inputs: MicroBatch, batch: ForwardBatch, logprobs: torch.Tensor
     ) -> None:
-        """Writes to the part what depends on its log-probs, and measures them."""
-        now = logprobs.detach()
-        old = part.inputs.get("old_per_token_logps", now)
-        log_ratio = now - old
-        correction = self._correct(old - part.engine_logprobs.to(now.dtype))
-        if part.means is not None:
-            log_ratio, correction = (mean[:, None].expand_as(now) for mean in part.means)
-            part.inputs["old_per_token_logps"] = now - log_ratio
-        part.inputs["importance_sampling_ratio"] = correction
-        ratio = log_ratio.exp()
-        advantages = part.inputs["advantages"][:, None]
-        clipped = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        clipped |= (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        kl = None
-        if (reference := part.inputs.get("ref_per_token_logps")) is not None:
-            kl = (reference - now).exp() - (reference - now) - 1
-        if part.rows[0].trace != FILLER:
-            tokens = TokenBatch(now, entropies, advantages, part.engine_logprobs)
-            losses = TokenLosses(torch.zeros_like(now), ratio, correction, clipped, kl)
-            indices = [row.place for row in part.rows]
-            self._statistics.add(indices, part.layout.is_output, tokens, losses)
+        chunks = ~torch.isfinite(logprobs.detach()).all(1)  # [K]
+        if bool(chunks.any()):
+            self._nonfinite = "log-prob"
+            rows = [batch.rows[k] for k in chunks.nonzero()[:, 0].tolist()]
+            self._nonfinite_traces |= {
+                inputs.traces[row.trace].index for row in rows if row.trace != FILLER
+            }
 
-    def _correct(self, log_ratio: torch.Tensor) -> torch.Tensor:
-        """The weight of each token for its probability in the trainer over that in the engine."""
-        ratio, cap = log_ratio.exp(), self.objective.correction_cap
-        if self.objective.correction is None:
-            return torch.ones_like(ratio)
-        if self.objective.correction == "mask":
-            return ratio.where(ratio <= cap, torch.zeros_like(ratio))
-        return ratio.clamp(max=cap)
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a micro-batch and return its loss, 0 if not finite.
 
-    # -- what was measured ---------------------------------------------------------------------
+        The returned loss is only logged, as a running sum which a NaN would never leave.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def take_statistics(self) -> StepStatistics:
-        """Means over the tokens that had a place in the loss since this was last asked."""
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; drop the gradients if anything in the step is not finite.
+
+        This is the last call before the optimizer step, with the norm before clipping.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        found = self._nonfinite is not None or not math.isfinite(float(norm or 0.0))
+        flag = torch.tensor(float(found), device=self.accelerator.device)
+        if bool(self.accelerator.reduce(flag, reduction="sum") > 0):
+            quantity = self._nonfinite or "gradient"
+            traces = sorted(gather_object(sorted(self._nonfinite_traces)))
+            self._nonfinite, self._nonfinite_traces = None, set()
+            model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+            self._on_nonfinite(NonFinite(self.state.global_step + 1, quantity, traces))
+        return norm
+
+    # -- metrics -------------------------------------------------------------------------------
+
+    def _count(self, inputs: MicroBatch, packed: PackedChunks) -> None:
+        tokens: Counter[int] = Counter()
+        for batch in packed.batches:
+            for row in batch:
+                tokens[inputs.traces[row.trace].index] += len(row.output_ids)
+        self._coverage.add(tokens)
+        before = self._forward_counts
+        self._forward_counts = ForwardCounts(
+            before.tokens + packed.tokens,
+            before.padded_tokens + packed.tokens / (1 - packed.padding),
+            before.batches + len(packed.batches),
+        )
+
+    def pop_statistics(self) -> StepStatistics:
+        """Return means over the tokens in the loss of all ranks, and reset them. A collective."""
         return self._statistics.take(self.accelerator)
 
-    def take_work(self) -> Work:
-        """What was forwarded in the loss since this was last asked, by all processes together."""
-        own, self._work = torch.tensor(self._work, device=self.accelerator.device), Work()
+    def pop_forward_counts(self) -> ForwardCounts:
+        """Return the forwarded tokens of all ranks, and reset them. A collective."""
+        own = torch.tensor(self._forward_counts, device=self.accelerator.device)
+        self._forward_counts = ForwardCounts()
         tokens, padded, batches = self.accelerator.reduce(own, reduction="sum").tolist()
-        return Work(round(tokens), padded, round(batches))
+        return ForwardCounts(round(tokens), padded, round(batches))
 
 
-def _connected_zero(model: Any) -> torch.Tensor:
-    """A zero that a backward pass can go through, where no trace has a place in the loss."""
+def _zero_with_gradient(model: Any) -> torch.Tensor:
+    """Return a zero loss for the backward pass of a micro-batch without tokens."""
     parameter = next(p for p in model.parameters() if p.requires_grad)
     zero: torch.Tensor = 0.0 * parameter.sum()
     return zero
 
 
-def _of(values: Sequence[torch.Tensor], row: ChunkRow) -> torch.Tensor:
-    """The values of a chunk's output tokens, out of those of whole traces."""
-    return torch.zeros(1) if row.trace == FILLER else values[row.trace][row.start : row.end]
+def _raise_nonfinite(found: NonFinite) -> None:
+    raise NonFiniteError(f"step {found.step}: a {found.quantity} is not finite")
 
 
-def _as_dealt(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Micro-batches in the order in which traces were dealt out, which TRL has shuffled."""
-    size = len(micro_batches[0]["row"])
-    rows = {row: (part, i) for part in micro_batches for i, row in enumerate(part["row"])}
-    ordered = [rows[row] for row in sorted(rows)]
+def remove_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of a model to 0, those in plain attributes of modules included."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
-    def column(key: str, first: int) -> Any:
-        values = [part[key][i] for part, i in ordered[first : first + size]]
-        return torch.stack(values) if isinstance(micro_batches[0][key], torch.Tensor) else values
 
-    return [
-        {key: column(key, first) for key in micro_batches[0]}
-        for first in range(0, len(ordered), size)
-    ]
+def check_deterministic(model: Any, vocab_size: int) -> None:
+    """Check that training mode and evaluation mode give the same logits, every time.
+
+    Otherwise the loss would compare probabilities of different models.
+
+    Raises:
+        ConfigError: The logits of the same tokens differ.
+    """
+    ids = torch.arange(32, device=model.device)[None] % vocab_size
+    was_training = model.training
+    with torch.no_grad():
+        model.train()
+        first, second = model(ids).logits, model(ids).logits
+        model.eval()
+        sampled = model(ids).logits
+    model.train(was_training)
+    modes = {"two passes in training mode": second, "training and evaluation mode": sampled}
+    for name, other in modes.items():
+        difference = (first - other).abs().max().item()
+        if difference > 1e-3:
+            raise ConfigError(
+                f"the model is random in training mode: its logits of the same tokens differ by "
+                f"{difference:.3g} between {name}. All dropouts are already 0; turn off any other "
+                "randomness in the model's configuration"
+            )

@@ -1,8 +1,8 @@
-"""A recipe in TRL's own words."""
+"""TRL settings of a recipe."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,10 @@ import torch
 from trl import GRPOConfig
 
 from delethink.chunking import ChunkSpec
-from delethink.config import LoraConfig, Recipe
-from delethink.training.data_parallel import batch_settings, process_settings
-from delethink.training.grpo import Objective
+from delethink.config import LoraConfig, Recipe, TrainerConfig, TrainingConfig
 
-# Settings of a recipe that are not GRPOConfig's own, or that the trainer does itself.
-_OWN = {
-    "forward_tokens",
-    "max_failed_share",
+# Training keys of a recipe that TRL does not read.
+_NOT_OF_TRL = {
     "max_sampling_rounds",
     "max_staleness",
     "on_nonfinite",
@@ -25,31 +21,50 @@ _OWN = {
     "lora",
     "report_to",
     "steps_per_generation",
-    "loss_type",
-    "importance_sampling_level",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
 }
 
 
-def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig:
-    """TRL's own settings, with its defaults replaced where they would change the method."""
+@dataclass
+class DelethinkConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
+    """``GRPOConfig`` with the defaults of the method, and the settings that TRL lacks.
+
+    Args:
+        mask_out_of_budget: Leave traces that used up their budget out of the loss and its mean.
+        forward_tokens: Maximum tokens of one forward pass, padding included.
+        max_failed_share: Maximum share of failed traces in a batch.
+    """
+
+    loss_type: str = "grpo"
+    vllm_importance_sampling_mode: str = "token_truncate"
+    vllm_importance_sampling_clip_max: float = 2.0
+    router_aux_loss_coef: float = 0.0  # the loss is a sum over tokens, without a router term
+    mask_out_of_budget: bool = False
+    forward_tokens: int = 16_384
+    max_failed_share: float = 0.1
+
+
+def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkConfig:
+    """Return the TRL settings of a recipe.
+
+    TRL's own defaults are replaced where they would change the method.
+    """
     training = recipe.training
-    batches = batch_settings(training, recipe.trainer.num_ranks)
-    values = training.model_dump(exclude=_OWN) | batches | process_settings(recipe.trainer)
-    make = partial(GRPOConfig, **values)
-    return make(
+    values: dict[str, Any] = training.model_dump(exclude=_NOT_OF_TRL)
+    values |= batch_settings(training, recipe.trainer.num_ranks)
+    values |= {"use_cpu": not torch.accelerator.is_available()}  # bf16 needs it set
+    values |= rank_settings(recipe.trainer)
+    return DelethinkConfig(
+        **values,
         output_dir=str(checkpoints),
         seed=recipe.seed,
         max_completion_length=spec.budget,
+        mask_out_of_budget=recipe.scoring.out_of_budget == "mask",
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
-        use_cpu=not torch.accelerator.is_available(),  # bf16 wants to be told
         use_vllm=False,
-        # TRL's unbiased gradient of the divergence is one of token ratios.
+        # The unbiased KL gradient of TRL is defined for token ratios.
         use_bias_correction_kl=training.importance_sampling_level == "token",
-        disable_dropout=True,  # sampling has none
+        disable_dropout=True,  # the engine samples without dropout
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         shuffle_dataset=False,
@@ -60,26 +75,39 @@ def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> GRPOConfig
     )
 
 
-def objective(recipe: Recipe) -> Objective:
-    """What of a recipe is the trainer's own."""
-    training = recipe.training
-    mode = training.vllm_importance_sampling_mode.removeprefix("token_")
-    return Objective(
-        loss_type=training.loss_type,
-        importance_sampling_level=training.importance_sampling_level,
-        correction=mode if training.vllm_importance_sampling_correction else None,
-        correction_cap=training.vllm_importance_sampling_clip_max,
-        mask_budget=recipe.scoring.out_of_budget == "mask",
-        forward_tokens=training.forward_tokens,
-        max_failed_share=training.max_failed_share,
-    )
+def batch_settings(training: TrainingConfig, num_ranks: int) -> dict[str, int]:
+    """Return the micro-batch settings of one rank.
+
+    An optimizer step has the same traces for any number of ranks. The micro-batch is the largest
+    divisor of a rank's traces up to ``per_device_train_batch_size``.
+    """
+    share = training.traces_per_step // num_ranks
+    limit = min(training.per_device_train_batch_size, share)
+    size = next(n for n in range(limit, 0, -1) if share % n == 0)
+    return {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": share // size,
+        "steps_per_generation": training.traces_per_batch // num_ranks // size,
+    }
+
+
+def rank_settings(trainer: TrainerConfig) -> dict[str, Any]:
+    """Return the DDP or FSDP settings; none for a single rank."""
+    if trainer.num_ranks == 1:
+        return {}
+    settings: dict[str, Any] = {"use_cpu": trainer.gpus_per_rank == 0}
+    if trainer.strategy == "fsdp2":
+        return settings | {"fsdp": True, "fsdp_config": {"version": 2}}
+    # A micro-batch has many forward passes, and DDP would synchronize buffers and search for unused
+    # parameters in each. Buffers are equal on all ranks, and every parameter is used.
+    return settings | {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
 
 
 def lora(config: LoraConfig | None) -> Any:
-    """PEFT's own settings; ``None`` where all weights are trained."""
+    """Return the PEFT settings; ``None`` to train all weights."""
     if config is None:
         return None
     import peft
 
-    # Dropout is left at 0: sampling has none.
+    # The dropout of PEFT stays 0, because the engine samples without dropout.
     return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM")

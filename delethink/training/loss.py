@@ -1,35 +1,253 @@
-"""What each sampled token weighs in the loss.
+"""Policy-gradient losses as pure functions of per-token tensors.
 
-The loss of an optimizer step is a sum over all sampled tokens of its traces, each term (clipped
-ratio times advantage, TRL's own) times a weight. For the method that weight is 1/(N l(tau)): a
-trace is divided by its own number of sampled tokens and the traces are averaged (arXiv 2510.06557,
-equation 3). N counts the traces of the optimizer step that have a place in it, so the scale moves
-neither with the number of chunks nor with micro-batches or processes.
+The loss of an optimizer step is one sum over all sampled tokens t of its traces:
+
+    L = sum_t  w_t * l_t
+
+``token_losses`` returns the l_t of a forward batch, ``token_weight`` the w_t of a trace. For the
+default ``grpo``, l_t is the clipped surrogate and w_t = 1 / (N * length): each trace is divided by
+its own number of sampled tokens, and the N traces are averaged (arXiv 2510.06557, equation 3).
+A sum has no order, so the result depends neither on the number of chunks nor on how traces are
+split into micro-batches and over ranks.
+
+To add a loss type, write its per-token loss and add a row to ``LOSSES``. Settings and loss types
+have TRL's names and TRL's meaning.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-LossType = Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+import torch
+
+from delethink.errors import ConfigError, did_you_mean
 
 
-def token_weight(
-    loss_type: LossType, length: int, *, traces: int, tokens: int, budget: int
-) -> float:
-    """Weight of each sampled token of a trace in the loss of its optimizer step.
+@dataclass(frozen=True)
+class LossSettings:
+    """Settings of the loss, with the names of TRL's ``GRPOConfig``.
 
     Args:
-        loss_type: under TRL's names.
-        length: sampled tokens of the trace, l(tau).
-        traces: in the optimizer step, N; those left out of the loss do not count.
-        tokens: sampled in all of them.
-        budget: the most sampled tokens of a trace, n.
+        loss_type: Key of ``LOSSES``.
+        importance_sampling_level: ``"token"``, or ``"sequence"`` for one probability ratio per
+            trace (GSPO, arXiv 2507.18071).
+        epsilon: Lower clip range of the ratio.
+        epsilon_high: Upper clip range of the ratio; ``None`` is ``epsilon``.
+        delta: Upper bound of the ratio for negative advantages (dual clip); ``None`` is no bound.
+        beta: Weight of the KL divergence from the reference weights.
+        use_bias_correction_kl: Multiply the KL term by the ratio, so that its gradient is unbiased.
+        sapo_temperature_pos: Temperature of the ``sapo`` gate for positive advantages.
+        sapo_temperature_neg: Temperature of the ``sapo`` gate for the other advantages.
+        vllm_importance_sampling_correction: Multiply each term by the ratio of the trainer's to
+            the engine's probability of the token.
+        vllm_importance_sampling_mode: ``"token_truncate"`` caps this ratio, ``"token_mask"`` drops
+            the tokens beyond the cap.
+        vllm_importance_sampling_clip_max: Cap of this ratio.
+
+    Raises:
+        ConfigError: A name is unknown.
     """
-    if loss_type in ("grpo", "sapo"):
-        return 1 / (traces * length)
-    if loss_type == "dr_grpo":
-        return 1 / (traces * budget)
-    if loss_type in ("dapo", "cispo"):
-        return 1 / tokens
-    return 1 / traces  # luspo: a trace weighs as much as it is long
+
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: str = "token_truncate"
+    vllm_importance_sampling_clip_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "loss_type": list(LOSSES),
+            "importance_sampling_level": ["token", "sequence"],
+            "vllm_importance_sampling_mode": ["token_truncate", "token_mask"],
+        }
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                raise ConfigError(f"unknown {name} {value!r}.{did_you_mean(str(value), values)}")
+
+    @property
+    def clip_high(self) -> float:
+        """Upper clip range of the ratio."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @classmethod
+    def from_config(cls, config: Any) -> LossSettings:
+        """Read the settings from a configuration with attributes of the same names."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+class TraceRatio(NamedTuple):
+    """Means over all tokens of a trace, for ratios at the sequence level: [K, 1] each."""
+
+    log_ratio: torch.Tensor
+    correction: torch.Tensor
+
+
+class TokenBatch(NamedTuple):
+    """Per-token tensors of K chunks, [K, T] unless noted; columns without a token are ignored."""
+
+    logprobs: torch.Tensor  # under the current weights, with gradient
+    entropies: torch.Tensor  # under the current weights, with gradient
+    advantages: torch.Tensor  # [K, 1], of the traces
+    engine_logprobs: torch.Tensor  # when the tokens were sampled
+    old_logprobs: torch.Tensor | None = None  # before the first step on the batch; None: the same
+    ref_logprobs: torch.Tensor | None = None  # under the reference weights; None: no KL term
+    trace_ratio: TraceRatio | None = None  # at the sequence level
+
+
+class TokenLosses(NamedTuple):
+    """Loss of each token, and detached intermediate values for metrics: [K, T] each."""
+
+    loss: torch.Tensor  # with gradient
+    ratio: torch.Tensor  # current over old probability
+    correction: torch.Tensor  # weight for the probability in the engine
+    clipped: torch.Tensor  # bool: the ratio is beyond the clip range
+    kl: torch.Tensor | None
+
+
+class StepSize(NamedTuple):
+    """Normalizers of an optimizer step, over all ranks; traces left out of the loss do not count.
+
+    Args:
+        traces: Number of traces (N).
+        tokens: Sampled tokens of these traces.
+        budget: Maximum sampled tokens of one trace (n).
+    """
+
+    traces: int
+    tokens: int
+    budget: int
+
+
+def token_losses(batch: TokenBatch, settings: LossSettings) -> TokenLosses:
+    """Return the loss of each token, before its weight."""
+    current = batch.logprobs.detach()
+    old = current if batch.old_logprobs is None else batch.old_logprobs
+    correction = engine_correction(old - batch.engine_logprobs, settings)
+    if batch.trace_ratio is not None:
+        # Each token has the value of the trace and its own gradient: their sum over the tokens is
+        # the gradient of the trace's ratio.
+        old = current - batch.trace_ratio.log_ratio
+        correction = batch.trace_ratio.correction.expand_as(current)
+    ratio = (batch.logprobs - old).exp()
+
+    loss = LOSSES[settings.loss_type].token_loss(ratio, batch, settings) * correction
+    kl = None
+    if batch.ref_logprobs is not None:
+        kl = kl_divergence(batch.logprobs, batch.ref_logprobs)
+        loss = loss + settings.beta * (kl * ratio if settings.use_bias_correction_kl else kl)
+        kl = kl.detach()
+    ratio = ratio.detach()
+    return TokenLosses(loss, ratio, correction, is_clipped(ratio, batch.advantages, settings), kl)
+
+
+def token_weight(loss_type: str, length: int, step: StepSize) -> float:
+    """Return the weight of each sampled token of a trace in the loss of its optimizer step.
+
+    Args:
+        loss_type: Key of ``LOSSES``.
+        length: Sampled tokens of the trace.
+        step: Normalizers of the optimizer step.
+    """
+    return LOSSES[loss_type].weight(length, step)
+
+
+def engine_correction(log_ratio: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """Return the importance weight of each token for its probability in the engine.
+
+    Args:
+        log_ratio: Log-probs of the trainer minus those of the engine.
+        settings: Settings of the loss.
+    """
+    ratio, cap = log_ratio.exp(), settings.vllm_importance_sampling_clip_max
+    if not settings.vllm_importance_sampling_correction:
+        return torch.ones_like(ratio)
+    if settings.vllm_importance_sampling_mode == "token_mask":
+        return ratio.where(ratio <= cap, torch.zeros_like(ratio))
+    return ratio.clamp(max=cap)
+
+
+def kl_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return the k3 estimate of KL(policy, reference) of each token: exp(d) - d - 1."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def is_clipped(
+    ratio: torch.Tensor, advantages: torch.Tensor, settings: LossSettings
+) -> torch.Tensor:
+    """Return which ratios are beyond the clip range on the side of their advantage."""
+    below, above = ratio < 1 - settings.epsilon, ratio > 1 + settings.clip_high
+    return (below & (advantages < 0)) | (above & (advantages > 0))
+
+
+# -- per-token losses --------------------------------------------------------------------------
+
+
+def clipped_loss(ratio: torch.Tensor, batch: TokenBatch, settings: LossSettings) -> torch.Tensor:
+    """Return the clipped surrogate of PPO, with the dual clip of arXiv 2505.07291 if set."""
+    clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.clip_high)
+    if settings.delta is not None:
+        ratio = ratio.clamp(max=settings.delta)
+    return -torch.min(ratio * batch.advantages, clipped * batch.advantages)
+
+
+def cispo_loss(ratio: torch.Tensor, batch: TokenBatch, settings: LossSettings) -> torch.Tensor:
+    """Return log-probs weighted by the capped ratio without gradient (CISPO, arXiv 2506.13585)."""
+    return -ratio.clamp(max=settings.clip_high).detach() * batch.advantages * batch.logprobs
+
+
+def sapo_loss(ratio: torch.Tensor, batch: TokenBatch, settings: LossSettings) -> torch.Tensor:
+    """Return the ratio behind a sigmoid gate instead of a clip (SAPO, arXiv 2511.20347)."""
+    positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
+    advantages = batch.advantages
+    temperature = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+    return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def mean_of_trace_means(length: int, step: StepSize) -> float:
+    """Divide each trace by its own length, then average the traces."""
+    return 1 / (step.traces * length)
+
+
+def mean_of_trace_sums(length: int, step: StepSize) -> float:
+    """Average the sums of the traces, so that a trace counts in proportion to its length."""
+    return 1 / step.traces
+
+
+def budget_mean(length: int, step: StepSize) -> float:
+    """Divide every trace by the budget, then average the traces."""
+    return 1 / (step.traces * step.budget)
+
+
+def token_mean(length: int, step: StepSize) -> float:
+    """Average all tokens of the step."""
+    return 1 / step.tokens
+
+
+class Loss(NamedTuple):
+    """Per-token loss and weight of the tokens."""
+
+    token_loss: Callable[[torch.Tensor, TokenBatch, LossSettings], torch.Tensor]
+    weight: Callable[[int, StepSize], float]
+
+
+LOSSES = {
+    "grpo": Loss(clipped_loss, mean_of_trace_means),
+    "dr_grpo": Loss(clipped_loss, budget_mean),
+    "dapo": Loss(clipped_loss, token_mean),
+    "cispo": Loss(cispo_loss, token_mean),
+    "sapo": Loss(sapo_loss, mean_of_trace_means),
+    "luspo": Loss(clipped_loss, mean_of_trace_sums),
+}

@@ -1,22 +1,18 @@
-"""The weights that an engine serves, under the names of the checkpoint."""
+"""Weights for the engine and for checkpoints: full and merged, with the names of the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    import torch
 
+def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the full state dict, with low-rank adapters merged into the weights they adapt.
 
-def served_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of a model; adapters are added to the weights that they adapt.
-
-    The model itself is left as it is: adding adapters in place and taking them off again would
-    round its weights a little at every update.
+    The model is unchanged. Merging in place and unmerging would round its weights at every update.
     """
     state = model.state_dict()
     adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
@@ -34,7 +30,7 @@ def served_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether low-rank adapters were put into a model."""
+    """Return whether the model has low-rank adapters."""
     return any(_is_adapted(module) for module in model.modules())
 
 
@@ -49,16 +45,15 @@ def _merged(module: Any) -> torch.Tensor:
     return merged
 
 
-class WholeWeights(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Gathers sharded weights on the CPU of the first process, for whoever asks there.
+class GatherWeights(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Gathers sharded weights on the CPU of the main rank, before the first step and after each.
 
-    Gathering takes all processes, and only the first knows when an engine wants weights, so all do
-    it at points that they know: before the first step and after each.
+    Gathering is a collective, and only the main rank knows when the engine needs new weights.
+    Therefore all ranks gather at these fixed points.
 
     Attributes:
-        trainer: whose model it is.
-        weights: of the checkpoint's names; ``None`` where nothing is sharded and the model itself
-            can be asked.
+        trainer: The trainer of the model.
+        weights: Full state dict on the main rank; ``None`` if the model is not sharded.
     """
 
     def __init__(self) -> None:
@@ -66,12 +61,12 @@ class WholeWeights(TrainerCallback):  # type: ignore[misc]  # transformers' call
         self.weights: Mapping[str, torch.Tensor] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on from a checkpoint has other weights than its engine."""
+        """Gather the weights of a resumed run, which differ from those of the new engine."""
         if state.global_step:
             self._gather()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Those of the next batch."""
+        """Gather the weights for the next batch."""
         self._gather()
 
     def _gather(self) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
-from trl import GRPOConfig
 
 from delethink import ChunkSpec, StopReason, start
 from delethink.cost.memory import training_bytes
 from delethink.cost.models import model_shape
 from delethink.engines.loading import load_model, load_tokenizer
-from delethink.training.grpo import DelethinkTrainer, Filled, Objective
+from delethink.training.batching import RolloutBatch
+from delethink.training.grpo import DelethinkTrainer
+from delethink.training.grpo_config import DelethinkConfig
 from delethink.types import Chunk, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -40,12 +41,13 @@ def peak_bytes(tmp_path: Path, spec: ChunkSpec, forward_tokens: int) -> int:
     trainer = DelethinkTrainer(
         model=model,
         processing_class=tokenizer,
-        args=GRPOConfig(
+        args=DelethinkConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=GROUP,
             num_generations=GROUP,
             max_steps=1,
             loss_type="grpo",
+            forward_tokens=forward_tokens,
             beta=0.0,
             bf16=False,
             gradient_checkpointing=False,
@@ -56,9 +58,8 @@ def peak_bytes(tmp_path: Path, spec: ChunkSpec, forward_tokens: int) -> int:
         ),
         train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}]),
         reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(GROUP)]],
-        play=lambda examples: Filled(examples, traces),
+        run_rollouts=lambda examples: RolloutBatch(examples, traces),
         on_sampled=seen.append,
-        objective=Objective(forward_tokens=forward_tokens),
     )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

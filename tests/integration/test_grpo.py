@@ -1,9 +1,8 @@
-"""The TRL seam against the formula, in float64, by what plain SGD does to every parameter.
+"""The trainer against the formula in float64, by the change of every parameter under plain SGD.
 
-The formula is in ``reference_objective``. The trainer runs as it is but for two things that are
-float32 whatever the model is, which would hide errors below 1e-7: the norms of the model are
-torch's own, and TRL's fused head is replaced by a plain log-softmax. That the fused head says the
-same to float32 is a test of its own.
+The formula is in ``reference_objective``. Two parts are replaced, because they compute in float32
+for any model and would hide errors below 1e-7: the norms of the model are torch's own, and TRL's
+fused head is a plain log-softmax. A further test compares the fused head with the plain one.
 """
 
 from __future__ import annotations
@@ -24,11 +23,14 @@ from reference_objective import Settings
 from tiny_models import make_qwen2
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from trl import GRPOConfig
 
 from delethink.errors import ConfigError, RolloutError
-from delethink.training.grpo import DelethinkTrainer, Filled, GRPOTrainer, Objective, Sampled
-from delethink.training.weights import served_weights
+from delethink.training import grpo
+from delethink.training.batching import RolloutBatch, ScoredBatch
+from delethink.training.grpo import DelethinkTrainer, GRPOTrainer
+from delethink.training.grpo_config import DelethinkConfig
+from delethink.training.loss import TokenBatch
+from delethink.training.weights import merged_state_dict
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -121,7 +123,7 @@ def out_of_budget(trace: Trace) -> Trace:
     return Trace(trace.query_ids, (*trace.chunks[:-1], spent), TraceStop.BUDGET)
 
 
-def config(folder: Path, **options: Any) -> GRPOConfig:
+def config(folder: Path, **options: Any) -> DelethinkConfig:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
@@ -144,20 +146,21 @@ def config(folder: Path, **options: Any) -> GRPOConfig:
         "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
+        "max_failed_share": 0.5,
     }
-    return GRPOConfig(output_dir=str(folder), **(settings | options))
+    return DelethinkConfig(output_dir=str(folder), **(settings | options))
 
 
 class Spy(DelethinkTrainer):
-    """Remembers which traces were in which micro-batch, and what was sampled."""
+    """Record the traces of each micro-batch, and the sampled batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.micro_batches: list[list[int]] = []
-        self.sampled: list[Sampled] = []
+        self.sampled: list[ScoredBatch] = []
         super().__init__(*args, on_sampled=self.sampled.append, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.micro_batches.append(inputs["place"])
+        self.micro_batches.append([t.index for t in inputs.traces])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def steps(self) -> list[list[int]]:
@@ -173,17 +176,16 @@ def train(
     rewards: list[Any],
     model: PreTrainedModel | None = None,
     peft_config: Any = None,
-    objective: Objective | None = None,
+    trainer_class: type[Spy] = Spy,
     **options: Any,
 ) -> Spy:
-    trainer = Spy(
+    trainer = trainer_class(
         model=make_model() if model is None else model,
         processing_class=tokenizer,
         args=config(folder, **options),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda prompts, **_: rewards],
-        play=lambda examples: Filled(examples, traces),
-        objective=objective or Objective(max_failed_share=0.5),
+        run_rollouts=lambda examples: RolloutBatch(examples, traces),
         peft_config=peft_config,
     )
     trainer.train()
@@ -238,7 +240,7 @@ def test_loss_and_gradient_are_the_formulas(
     traces, rewards = random_batch(seed, counts)
     trainer = train(tmp_path, tokenizer, traces, rewards)
     assert_as_the_formula(trainer, traces, rewards)
-    assert trainer.take_statistics().total.tokens == sum(trace.length for trace in traces)
+    assert trainer.pop_statistics().total["trained_tokens"] == sum(trace.length for trace in traces)
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -265,9 +267,15 @@ def test_eos_on_a_boundary(tmp_path: Path, tokenizer: Any) -> None:
             {"loss_type": "luspo", "importance_sampling_level": "sequence"},
             {"loss_type": "luspo", "level": "sequence"},
         ),
-        ({"correction": None}, {"correction": None}),
-        ({"correction": "mask", "correction_cap": 1.5}, {"correction": "mask", "cap": 1.5}),
-        ({"correction_cap": 1.1}, {"cap": 1.1}),
+        ({"vllm_importance_sampling_correction": False}, {"correction": None}),
+        (
+            {
+                "vllm_importance_sampling_mode": "token_mask",
+                "vllm_importance_sampling_clip_max": 1.5,
+            },
+            {"correction": "mask", "cap": 1.5},
+        ),
+        ({"vllm_importance_sampling_clip_max": 1.1}, {"cap": 1.1}),
     ],
     ids=lambda value: "-".join(f"{v}" for v in value.values()),
 )
@@ -281,7 +289,7 @@ def test_every_objective_over_several_steps_on_a_batch(
         tokenizer,
         traces,
         rewards,
-        objective=Objective(**({"forward_tokens": 24} | ours)),
+        **({"forward_tokens": 24} | ours),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         steps_per_generation=4,
@@ -300,7 +308,7 @@ def test_ratios_are_clipped_on_both_sides_and_for_the_third_time_where_asked(
     options = {"num_iterations": 3, "max_steps": 3, "delta": delta}
     trainer = train(tmp_path, tokenizer, traces, rewards, **options)
     assert_as_the_formula(trainer, traces, rewards, replace(SETTINGS, delta=delta))
-    assert 0.1 < trainer.take_statistics().total.clipped < 0.9
+    assert 0.1 < trainer.pop_statistics().total["clip_fraction"] < 0.9
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -318,7 +326,7 @@ def test_divergence_from_the_first_weights(tmp_path: Path, tokenizer: Any) -> No
     for name, parameter in model.named_parameters():
         moved = dict(make_model().named_parameters())[name] - parameter
         torch.testing.assert_close(first[name], moved, rtol=1e-5, atol=1e-6)
-    assert trainer.take_statistics().total.kl > 0
+    assert trainer.pop_statistics().total["kl"] > 0
 
 
 # -- what must not matter ----------------------------------------------------------------------
@@ -345,11 +353,11 @@ def test_micro_batches_and_packing_change_nothing(
         tokenizer,
         traces,
         rewards,
-        objective=Objective(forward_tokens=forward_tokens),
+        forward_tokens=forward_tokens,
         **options,
     )
     assert_same(parts, whole)
-    assert parts.take_statistics().total == pytest.approx(whole.take_statistics().total)
+    assert parts.pop_statistics().total == pytest.approx(whole.pop_statistics().total)
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -396,9 +404,14 @@ def test_one_chunk_is_an_unmodified_grpo_trainer(
 ) -> None:
     """With TRL's own head: the same data through TRL's own trainer, several steps on a batch."""
     traces, rewards = random_batch(2, [1] * 8)
-    options = {"num_iterations": 2, "max_steps": 2, "delta": 1.5, "loss_type": loss_type}
-    objective = Objective(loss_type=loss_type, correction=None)
-    ours = train(tmp_path, tokenizer, traces, rewards, objective=objective, **options)
+    options = {
+        "num_iterations": 2,
+        "max_steps": 2,
+        "delta": 1.5,
+        "loss_type": loss_type,
+        "vllm_importance_sampling_correction": False,
+    }
+    ours = train(tmp_path, tokenizer, traces, rewards, **options)
     theirs = GRPOTrainer(
         model=make_model(),
         processing_class=tokenizer,
@@ -454,11 +467,12 @@ def test_masked_traces_leave_numerator_and_denominator(
 ) -> None:
     traces, rewards = random_batch(6, [2] * 8)
     traces[3], traces[4] = out_of_budget(traces[3]), out_of_budget(traces[4])
-    masked = Objective(mask_budget=True)
-    trainer = train(tmp_path, tokenizer, traces, rewards, objective=masked, **options)
+    trainer = train(tmp_path, tokenizer, traces, rewards, mask_out_of_budget=True, **options)
     assert_as_the_formula(trainer, traces, rewards, replace(SETTINGS, mask_budget=True))
     left = sum(trace.length for i, trace in enumerate(traces) if i not in (3, 4))
-    assert trainer.take_statistics().total.tokens == left * options.get("num_iterations", 1)
+    assert trainer.pop_statistics().total["trained_tokens"] == left * options.get(
+        "num_iterations", 1
+    )
 
 
 def test_a_step_of_masked_traces_alone_moves_nothing(tmp_path: Path, tokenizer: Any) -> None:
@@ -468,11 +482,11 @@ def test_a_step_of_masked_traces_alone_moves_nothing(tmp_path: Path, tokenizer: 
         tokenizer,
         [out_of_budget(trace) for trace in traces],
         rewards,
-        objective=Objective(mask_budget=True),
+        mask_out_of_budget=True,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )
-    assert trainer.take_statistics().total.tokens == 0
+    assert trainer.pop_statistics().total["trained_tokens"] == 0
     assert all(change.abs().max() == 0 for change in gradient(trainer).values())
 
 
@@ -492,34 +506,28 @@ def test_too_many_failures_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
     failed = Chunk((5,), (), (), StopReason.ERROR, error="the engine died")
     traces[:2] = [Trace((5,), (failed,), TraceStop.ERROR)] * 2
     with pytest.raises(RolloutError, match="2 of 8 traces failed.*the engine died"):
-        train(tmp_path, tokenizer, traces, rewards, objective=Objective(max_failed_share=0.1))
+        train(tmp_path, tokenizer, traces, rewards, max_failed_share=0.1)
 
 
 # -- what is proved and measured ---------------------------------------------------------------
 
 
-def test_a_trace_that_is_dropped_is_noticed(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import trl.trainer.grpo_trainer as module
+def test_a_dropped_trace_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    class Repeating(Spy):
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            inputs = super()._prepare_inputs(generation_batch)
+            inputs.traces[1] = inputs.traces[0]
+            return inputs
 
-    own = module.shuffle_sequence_dict
-
-    def repeat_one(batch: dict[str, Any]) -> dict[str, Any]:
-        batch["place"][1] = batch["place"][0]
-        batch["trace"][1] = batch["trace"][0]
-        return own(batch)
-
-    monkeypatch.setattr(module, "shuffle_sequence_dict", repeat_one)
     traces, rewards = random_batch(1, [1] * 8)
     with pytest.raises(RuntimeError, match=r"trace 0 .* times|tokens of trace 0 are in the loss"):
-        train(tmp_path, tokenizer, traces, rewards)
+        train(tmp_path, tokenizer, traces, rewards, trainer_class=Repeating)
 
 
 @pytest.mark.usefixtures("in_float64")
 def test_what_is_measured_is_measured_by_place_of_the_chunk(tmp_path: Path, tokenizer: Any) -> None:
     traces, rewards = random_batch(9, UNEQUAL)
-    seen = train(tmp_path, tokenizer, traces, rewards).take_statistics()
+    seen = train(tmp_path, tokenizer, traces, rewards).pop_statistics()
     model = make_model()
     assert len(seen.by_chunk) == max(UNEQUAL)
     for place, means in enumerate(seen.by_chunk):
@@ -528,14 +536,18 @@ def test_what_is_measured_is_measured_by_place_of_the_chunk(tmp_path: Path, toke
             now = [reference.chunk_logprobs(model, chunk, TEMPERATURE) for chunk in chunks]
         engine = [torch.tensor(chunk.logprobs, dtype=torch.float64) for chunk in chunks]
         off = torch.cat(now) - torch.cat(engine)
-        assert means.tokens == len(off)
-        assert means.difference == pytest.approx(off.abs().mean().item())
-        assert means.difference_max == pytest.approx(off.abs().max().item())
-        assert means.outside == pytest.approx(((off.exp() - 1).abs() > 0.1).double().mean().item())
-        assert means.correction == pytest.approx(off.exp().clamp(max=2.0).mean().item())
-        assert (means.ratio, means.clipped) == (1.0, 0.0)
-        assert means.entropy > 0
-    assert seen.total.tokens == sum(means.tokens for means in seen.by_chunk)
+        assert means["trained_tokens"] == len(off)
+        assert means["logprob_difference"] == pytest.approx(off.abs().mean().item())
+        assert means["logprob_difference_max"] == pytest.approx(off.abs().max().item())
+        assert means["logprob_outside_share"] == pytest.approx(
+            ((off.exp() - 1).abs() > 0.1).double().mean().item()
+        )
+        assert means["importance_correction"] == pytest.approx(
+            off.exp().clamp(max=2.0).mean().item()
+        )
+        assert (means["importance_ratio"], means["clip_fraction"]) == (1.0, 0.0)
+        assert means["entropy"] > 0
+    assert seen.total["trained_tokens"] == sum(means["trained_tokens"] for means in seen.by_chunk)
 
 
 # -- precision and adapters --------------------------------------------------------------------
@@ -544,18 +556,19 @@ def test_what_is_measured_is_measured_by_place_of_the_chunk(tmp_path: Path, toke
 def test_bfloat16_computes_log_probs_in_float32(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
-    own = DelethinkTrainer._complete
+    seen: set[torch.dtype] = set()
 
-    def look(self: Any, part: Any, logprobs: torch.Tensor, entropies: Any) -> None:
-        seen.append((logprobs.dtype, next(self.model.parameters()).dtype))
-        own(self, part, logprobs, entropies)
+    def record(tokens: TokenBatch, *args: Any) -> Any:
+        seen.add(tokens.logprobs.dtype)
+        return token_losses(tokens, *args)
 
-    monkeypatch.setattr(DelethinkTrainer, "_complete", look)
+    token_losses = grpo.token_losses
+    monkeypatch.setattr(grpo, "token_losses", record)
     traces, rewards = random_batch(4, UNEQUAL)
     small = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
     trainer = train(tmp_path, tokenizer, traces, rewards, model=small, bf16=True)
-    assert set(seen) == {(torch.float32, torch.float32)}
+    assert seen == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     exact = {n: c.float() for n, c in gradient(train(tmp_path, tokenizer, traces, rewards)).items()}
     rounded = gradient(trainer)
     flat = [torch.cat([g[name].float().flatten() for name in exact]) for g in (exact, rounded)]
@@ -591,7 +604,7 @@ def test_adapters_are_served_merged_under_the_names_of_the_checkpoint() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = served_weights(model)
+    weights = merged_state_dict(model)
     assert set(weights) == names
     plain = make_model()
     plain.load_state_dict(weights)
@@ -630,5 +643,5 @@ def test_a_model_that_is_random_while_it_trains_is_refused(tmp_path: Path, token
     traces, rewards = random_batch(4, UNEQUAL)
     model = make_qwen2(3, scale=4, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32)
     model.model.norm = torch.nn.Sequential(model.model.norm, Noise())
-    with pytest.raises(ConfigError, match="random while it trains.*logits.*differ by"):
+    with pytest.raises(ConfigError, match="random in training mode.*logits.*differ by"):
         train(tmp_path, tokenizer, traces, rewards, model=model)

@@ -8,8 +8,8 @@ import pytest
 
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.errors import ConfigError, MissingExtraError, RolloutError
-from delethink.training.data_parallel import batch_settings, process_settings
-from delethink.training.distributed import cause, check_room
+from delethink.training.distributed import check_resources, rank_error
+from delethink.training.grpo_config import batch_settings, rank_settings
 from delethink.training.preflight import prepare
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
@@ -38,7 +38,7 @@ def test_processes_share_the_traces_of_a_step(
 
 
 def test_one_process_has_no_settings_of_several() -> None:
-    assert process_settings(recipe().trainer) == {}
+    assert rank_settings(recipe().trainer) == {}
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
 
 def test_a_cluster_that_is_too_small_is_told_in_numbers() -> None:
     two = recipe("trainer.num_ranks=2")
-    check_room(two, {"CPU": 2.0})
-    with pytest.raises(ConfigError, match="num_ranks=2 processes ask for 2 CPUs, .* has 1:"):
-        check_room(two, {"CPU": 1.0})
-    with pytest.raises(ConfigError, match="ask for 2 GPUs, .* has 0:"):
-        check_room(recipe("trainer.num_ranks=2", "trainer.gpus_per_rank=1"), {"CPU": 8.0})
+    check_resources(two, {"CPU": 2.0})
+    with pytest.raises(ConfigError, match="num_ranks=2 ranks need 2 CPUs, .* has 1:"):
+        check_resources(two, {"CPU": 1.0})
+    with pytest.raises(ConfigError, match="need 2 GPUs, .* has 0:"):
+        check_resources(recipe("trainer.num_ranks=2", "trainer.gpus_per_rank=1"), {"CPU": 8.0})
 
 
 def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +101,6 @@ class Wrapped(Exception):
 
 def test_what_was_raised_on_purpose_is_what_is_told() -> None:
     lost, broke = RuntimeError("Connection closed by peer"), RolloutError("9 of 8 traces failed")
-    assert cause(Failed({0: Wrapped(lost), 1: Wrapped(broke)})) is broke
+    assert rank_error(Failed({0: Wrapped(lost), 1: Wrapped(broke)})) is broke
     both = Failed({0: Wrapped(lost)})
-    assert cause(both) is both
+    assert rank_error(both) is both

@@ -1,4 +1,4 @@
-"""A step with what is not finite is not taken: models that really make NaN and infinity."""
+"""A step with NaN or infinity is skipped: models that really produce them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ import torch
 from datasets import Dataset
 from tiny_models import make_qwen2
 from transformers import PreTrainedTokenizerFast
-from trl import GRPOConfig
 
-from delethink.training.grpo import DelethinkTrainer, Filled, Guarded, NonFinite, Objective, Sampled
+from delethink.training.batching import RolloutBatch, ScoredBatch
+from delethink.training.grpo import DelethinkTrainer, NonFinite
+from delethink.training.grpo_config import DelethinkConfig
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
 
 VOCABULARY, GROUP, POISON = 12, 4, 11
 PLAIN, BROKEN = (5, 6, 7, 1), (5, POISON, 6, 1)
-
-
-class GuardedTrainer(Guarded, DelethinkTrainer):
-    """What the run itself uses, without its checkpoints."""
 
 
 @pytest.fixture
@@ -74,14 +71,13 @@ class Run:
         rewards: list[list[float]],
         poison: float = 3e38,
         on_nonfinite: Callable[[NonFinite], None] | None = None,
-        forward_tokens: int = 10_000,
         **options: Any,
     ) -> None:
         self.found: list[NonFinite] = []
         self.weights: list[torch.Tensor] = []
         self.moments: list[int] = []
-        self.sampled: list[Sampled] = []
-        play, pay = iter(traces), iter(rewards)
+        self.sampled: list[ScoredBatch] = []
+        batches, batch_rewards = iter(traces), iter(rewards)
         settings: dict[str, Any] = {
             "per_device_train_batch_size": GROUP,
             "num_generations": GROUP,
@@ -101,16 +97,15 @@ class Run:
             "save_strategy": "no",
             "use_cpu": True,
         }
-        self.trainer = GuardedTrainer(
+        self.trainer = DelethinkTrainer(
             model=poisoned_model(poison),
             processing_class=tokenizer,
-            args=GRPOConfig(output_dir=str(folder), **(settings | options)),
+            args=DelethinkConfig(output_dir=str(folder), **(settings | options)),
             train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces))]),
-            reward_funcs=[lambda prompts, **_: next(pay)],
-            play=lambda examples: Filled(examples, next(play)),
+            reward_funcs=[lambda prompts, **_: next(batch_rewards)],
+            run_rollouts=lambda examples: RolloutBatch(examples, next(batches)),
             on_sampled=self._see,
             on_nonfinite=on_nonfinite or self.found.append,
-            objective=Objective(forward_tokens=forward_tokens),
         )
 
     def train(self) -> Run:
@@ -118,7 +113,7 @@ class Run:
         self._see(None)
         return self
 
-    def _see(self, sampled: Sampled | None) -> None:
+    def _see(self, sampled: ScoredBatch | None) -> None:
         """Weights and Adam's count before each step, and after the last."""
         model, states = self.trainer.model, list(self.trainer.optimizer.state.values())
         self.weights.append(healthy(model))
@@ -162,7 +157,7 @@ def test_an_infinite_loss_is_found(tmp_path: Path, tokenizer: PreTrainedTokenize
     """Rewards that float32 just holds, times the bound of the correction for the engine."""
     far, unlikely = [3e38, -3e38, 3e38, -3e38], [trace(t.output_ids, -50.0) for t in GOOD]
     run = Run(tmp_path, tokenizer, [unlikely, GOOD], [far, REWARDS]).train()
-    assert [(found.step, found.what, found.traces) for found in run.found] == [(1, "loss", [])]
+    assert [(found.step, found.quantity, found.traces) for found in run.found] == [(1, "loss", [])]
     assert torch.equal(run.weights[0], run.weights[1])
     assert run.moments == [0, 0, 1]
     assert torch.isfinite(run.weights[-1]).all()
@@ -187,7 +182,7 @@ def test_a_gradient_too_large_for_its_norm_is_found(
     large = [1e30, -1e30, 0.0, 0.0]
     options = {"max_grad_norm": max_grad_norm}
     run = Run(tmp_path, tokenizer, [GOOD, GOOD], [large, REWARDS], **options).train()
-    assert [(found.step, found.what) for found in run.found] == [(1, "gradient")]
+    assert [(found.step, found.quantity) for found in run.found] == [(1, "gradient")]
     assert torch.equal(run.weights[0], run.weights[1])
     assert run.moments == [0, 0, 1]
 
@@ -202,7 +197,7 @@ def test_whoever_is_told_may_stop_before_anything_changes(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def stop(found: NonFinite) -> None:
-        raise ArithmeticError(found.what)
+        raise ArithmeticError(found.quantity)
 
     run = Run(tmp_path, tokenizer, [BAD], [REWARDS], on_nonfinite=stop)
     before = healthy(run.trainer.model)

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.training.data_parallel import balance, deal, in_order, loads
+from delethink.training.data_parallel import (
+    balanced_assignment,
+    contiguous_assignment,
+    load_balance,
+    rank_costs,
+)
 
 
 @st.composite
@@ -22,7 +27,7 @@ def steps(draw: st.DrawFn) -> tuple[list[float], int]:
 @given(steps())
 def test_every_trace_is_dealt_out_once_and_to_all_as_many(step: tuple[list[float], int]) -> None:
     costs, processes = step
-    order = deal(costs, processes)
+    order = balanced_assignment(costs, processes)
     assert sorted(chain(*order)) == list(range(len(costs)))
     assert {len(own) for own in order} == {len(costs) // processes}
 
@@ -30,8 +35,10 @@ def test_every_trace_is_dealt_out_once_and_to_all_as_many(step: tuple[list[float
 @given(steps())
 def test_the_slowest_is_never_slower_than_in_the_order_given(step: tuple[list[float], int]) -> None:
     costs, processes = step
-    given_order = in_order(len(costs), processes)
-    assert max(loads(deal(costs, processes), costs)) <= max(loads(given_order, costs))
+    given_order = contiguous_assignment(len(costs), processes)
+    assert max(rank_costs(balanced_assignment(costs, processes), costs)) <= max(
+        rank_costs(given_order, costs)
+    )
 
 
 @given(steps())
@@ -42,25 +49,28 @@ def test_nobody_is_slower_than_the_mean_by_more_than_the_widest_round(
     ranked = sorted(costs, reverse=True)
     rounds = [ranked[i : i + processes] for i in range(0, len(ranked), processes)]
     widest = max(max(each) - min(each) for each in rounds)
-    highest, mean = max(loads(deal(costs, processes), costs)), sum(costs) / processes
+    highest, mean = (
+        max(rank_costs(balanced_assignment(costs, processes), costs)),
+        sum(costs) / processes,
+    )
     assert highest <= mean + widest + 1e-9 * sum(costs)
 
 
 @given(steps())
 def test_balance_is_between_one_for_all_and_even(step: tuple[list[float], int]) -> None:
     costs, processes = step
-    value = balance(loads(deal(costs, processes), costs))
+    value = load_balance(rank_costs(balanced_assignment(costs, processes), costs))
     assert 1 / processes - 1e-9 <= value <= 1 + 1e-9
 
 
 def test_unlike_traces_end_up_beside_each_other() -> None:
     costs = [12.0, 11.0, 10.0, 9.0, 1.0, 1.0, 1.0, 1.0]
-    order = deal(costs, 2)
-    assert sorted(loads(order, costs)) == [23.0, 23.0]
+    order = balanced_assignment(costs, 2)
+    assert sorted(rank_costs(order, costs)) == [23.0, 23.0]
     assert all(costs[a] >= costs[b] for own in order for a, b in pairwise(own))
-    assert balance(loads(in_order(8, 2), costs)) == pytest.approx(23 / 42)
+    assert load_balance(rank_costs(contiguous_assignment(8, 2), costs)) == pytest.approx(23 / 42)
 
 
 def test_traces_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="9 traces do not divide by 2 processes"):
-        deal([1.0] * 9, 2)
+    with pytest.raises(ValueError, match="9 traces do not divide by 2 ranks"):
+        balanced_assignment([1.0] * 9, 2)

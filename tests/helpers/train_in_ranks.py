@@ -26,7 +26,7 @@ class Case:
     """Traces by their numbers of chunks, negative where they ran out of budget, and settings."""
 
     chunks: tuple[int, ...]
-    objective: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 8  # traces, over all processes
     cost_is_equal: bool = False  # so that traces stay in the order given
     settings: dict[str, Any] = field(default_factory=dict)
@@ -89,19 +89,20 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     from accelerate.state import AcceleratorState
     from datasets import Dataset
     from safetensors.torch import load_file
-    from trl import GRPOConfig
 
     from delethink.config import TrainerConfig
-    from delethink.training.data_parallel import Processes, process_settings
-    from delethink.training.grpo import DelethinkTrainer, Objective
-    from delethink.training.weights import WholeWeights
+    from delethink.training.batching import RolloutBatch
+    from delethink.training.data_parallel import RankGroup
+    from delethink.training.grpo import DelethinkTrainer
+    from delethink.training.grpo_config import DelethinkConfig, rank_settings
+    from delethink.training.weights import GatherWeights
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    processes = Processes()
+    ranks = RankGroup()
     traces = random_traces(case.chunks)
     rng = random.Random(1)
     rewards = [1.0, 0.0] + [rng.choice([0.0, 1.0, 0.25]) for _ in traces[2:]]
-    micro = case.micro_batch // processes.size
+    micro = case.micro_batch // ranks.size
     micro_batches = len(traces) // case.micro_batch
     settings: dict[str, Any] = {
         "per_device_train_batch_size": micro,
@@ -124,51 +125,51 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
+        "max_failed_share": 0.5,
     }
-    if processes.size > 1:
-        settings |= process_settings(TrainerConfig(num_ranks=processes.size, strategy=strategy))
+    if ranks.size > 1:
+        settings |= rank_settings(TrainerConfig(num_ranks=ranks.size, strategy=strategy))
 
     trained: list[list[int]] = []
 
     class Spy(DelethinkTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            trained.append(inputs["place"])
+            trained.append([t.index for t in inputs.traces])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     model = make_model()
     if "beta" in case.settings:  # TRL loads the reference weights from where the model is from
         model.config._name_or_path = f"{folder}/first"
-        processes.lead(lambda: model.save_pretrained(f"{folder}/first"))
-    gathered = WholeWeights()
+        ranks.broadcast(lambda: model.save_pretrained(f"{folder}/first"))
+    gathered = GatherWeights()
     trainer = Spy(
         model=model,
         processing_class=make_tokenizer(),
-        args=GRPOConfig(output_dir=folder, **(settings | case.settings)),
+        args=DelethinkConfig(output_dir=folder, **(settings | case.loss | case.settings)),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda trace, **_: [rewards[traces.index(t)] for t in trace]],
-        play=lambda examples: (examples, traces),
+        run_rollouts=lambda examples: RolloutBatch(examples, traces),
         on_sampled=lambda sampled: None,
-        objective=Objective(max_failed_share=0.5, **case.objective),
-        processes=processes,
+        ranks=ranks,
         callbacks=[gathered],
         **({"cost": lambda trace: 1.0} if case.cost_is_equal else {}),
     )
     gathered.trainer = trainer
     trainer.train()
-    statistics, work = trainer.take_statistics(), trainer.take_work()
-    everybodys = processes.gather(trained)
+    statistics, work = trainer.pop_statistics(), trainer.pop_forward_counts()
+    all_trained = ranks.gather(trained)
     trainer.save_model(folder)
     parameters = {n: _whole(p) for n, p in trainer.model.named_parameters()}
-    if not processes.is_first:
+    if not ranks.is_main:
         return None
     return Outcome(
         parameters,
         [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         statistics,
         work,
-        trainer.shares.metrics(),
-        trainer.shares.order,
-        everybodys,
+        trainer.shards.metrics(),
+        trainer.shards.assignment,
+        all_trained,
         dict(gathered.weights) if gathered.weights else None,
         load_file(Path(folder) / "model.safetensors"),
     )

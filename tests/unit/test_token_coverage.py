@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delethink.training.batching import Ledger
+from delethink.training.batching import TokenCoverageCheck
 
 lengths = st.dictionaries(st.integers(0, 20), st.integers(1, 1000), max_size=8)
 
@@ -15,12 +15,12 @@ lengths = st.dictionaries(st.integers(0, 20), st.integers(1, 1000), max_size=8)
 def test_a_batch_that_is_trained_on_in_any_order_adds_up(
     lengths: dict[int, int], times: int
 ) -> None:
-    ledger = Ledger()
-    ledger.open(lengths, times)
+    check = TokenCoverageCheck()
+    check.start(lengths, times)
     for _ in range(times):
         for trace, tokens in lengths.items():
-            ledger.count({trace: tokens})
-    ledger.close()
+            check.add({trace: tokens})
+    check.finish()
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_what_does_not_add_up_is_an_error(counted: list[dict[int, int]], words: 
 
 
 def enter(counted: list[dict[int, int]]) -> None:
-    ledger = Ledger()
-    ledger.open({0: 5, 1: 7}, 1)
+    check = TokenCoverageCheck()
+    check.start({0: 5, 1: 7}, 1)
     for tokens in counted:
-        ledger.count(tokens)
-    ledger.close()
+        check.add(tokens)
+    check.finish()

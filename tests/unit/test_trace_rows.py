@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink.errors import RolloutError
-from delethink.training.batching import flatten
+from delethink.training.batching import trace_row
 from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
 
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6).map(tuple)
@@ -25,22 +25,22 @@ def traces(draw: st.DrawFn) -> Trace:
 
 @given(traces(), st.booleans())
 def test_a_row_is_all_that_was_sampled_in_order(trace: Trace, in_loss: bool) -> None:
-    row = flatten(trace, pad_id=0, in_loss=in_loss)
+    row = trace_row(trace, pad_id=0, in_loss=in_loss)
     assert tuple(row.prompt_ids) == trace.query_ids
     assert tuple(row.completion_ids) == sum((c.output_ids for c in trace.chunks), ())
     assert tuple(row.logprobs) == sum((c.logprobs for c in trace.chunks), ())
-    assert row.mask == [int(in_loss)] * trace.length
+    assert row.env_mask == [int(in_loss)] * trace.length
 
 
 def test_a_trace_that_failed_at_once_is_one_masked_token() -> None:
     failed = Trace((1, 2), (Chunk((1, 2), (), (), StopReason.ERROR, error="x"),), TraceStop.ERROR)
-    assert flatten(failed, pad_id=9) == ([1, 2], [9], [0.0], [0])
+    assert trace_row(failed, pad_id=9) == ([1, 2], [9], [0.0], [0])
 
 
 def test_a_trace_that_nobody_sampled_is_not_trained_on() -> None:
     by_hand = Trace((1,), (Chunk((1,), (5, 6), (), StopReason.EOS),), TraceStop.COMPLETED)
     with pytest.raises(RolloutError, match="2 tokens has 0 log-probs"):
-        flatten(by_hand, pad_id=9)
+        trace_row(by_hand, pad_id=9)
 
 
 def test_what_was_written_to_be_carried_is_trained_where_it_was_sampled() -> None:
@@ -50,9 +50,9 @@ def test_what_was_written_to_be_carried_is_trained_where_it_was_sampled() -> Non
         Chunk((1, 7), (8, 0), (-0.5, -0.6), StopReason.EOS, 1),
     )
     trace = Trace((1,), chunks, TraceStop.COMPLETED)
-    row = flatten(trace, pad_id=9)
+    row = trace_row(trace, pad_id=9)
     assert row.completion_ids == [5, 6, 7, 0, 8, 0]
-    assert sum(row.mask) == trace.length == 6
+    assert sum(row.env_mask) == trace.length == 6
     assert trace.output_ids == (5, 6, 8, 0)
 
 
@@ -61,6 +61,6 @@ def test_a_chunk_that_failed_late_leaves_the_earlier_ones() -> None:
         Chunk((1,), (5, 6), (-1.0, -1.0), StopReason.LENGTH),
         Chunk((1, 6), (), (), StopReason.ERROR, carried=1, error="x"),
     )
-    row = flatten(Trace((1,), chunks, TraceStop.ERROR), pad_id=9)
+    row = trace_row(Trace((1,), chunks, TraceStop.ERROR), pad_id=9)
     assert row.completion_ids == [5, 6]
-    assert row.mask == [1, 1]
+    assert row.env_mask == [1, 1]
