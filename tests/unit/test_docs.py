@@ -133,6 +133,12 @@ def test_a_command_is_one(page: str, line: str, tmp_path: Path) -> None:
         parse_engine(values)
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "guide").glob("*.md")), ids=name_of)
+def test_a_guide_is_short(page: Path) -> None:
+    most = 120 if page.name == "rollouts.md" else 150
+    assert len(page.read_text("utf-8").splitlines()) <= most
+
+
 def test_commands_are_found() -> None:
     assert len(COMMANDS) > 25
     assert {line.split()[1] for _, line in COMMANDS} >= {"train", "eval", "probe", "cost", "tasks"}
