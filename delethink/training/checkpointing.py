@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not there, made between batches of sampling only.
+"""Checkpoints that are either complete or absent, written between batches only.
 
-``transformers``' trainer saves and loads weights, optimizer, scheduler, random states and its own
-state. What is added: a checkpoint is written under another name and renamed when all of it is on
-the disk, it says which files belong to it, and it holds the state of the job.
+The trainer of ``transformers`` saves and loads weights, optimizer, scheduler, random states and its
+own state. A checkpoint here also holds the state of the run and a list of its files with their
+sizes. It is written under another name, and renamed when all files are on the disk.
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from delethink.errors import RunDirectoryError
-from delethink.training.run_directory import PART, put_in_place, write_text
-from delethink.training.weights import has_adapters, served_weights
+from delethink.training.run_directory import PART, move_into_place, write_text
+from delethink.training.weights import has_adapters, merged_state_dict
 
-# What torch.save says where it cannot write; the system's own reason is lost there.
-_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error", "file write failed")
-_PREFIX, _STATE, _WRITING = "checkpoint-", "delethink.json", f"writing{PART}"
+# Messages of torch.save if it cannot write; they do not include the reason of the system.
+_TORCH_WRITE_ERRORS = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+    "file write failed",
+)
+_PREFIX, _STATE_FILE, _WRITING = "checkpoint-", "delethink.json", f"writing{PART}"
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     path: Path
     step: int  # optimizer steps done
-    job: dict[str, Any]  # the job's own state
+    run_state: dict[str, Any]
 
 
 class Found(NamedTuple):
-    """What a folder of checkpoints holds."""
+    """The checkpoints of a directory."""
 
     newest: Checkpoint | None
-    rejected: list[str]  # names and why, of those that are not whole
+    rejected: list[str]  # name and reason of each newer one that is incomplete
 
 
 def find(folder: Path) -> Found:
-    """The newest checkpoint of which every file is there in its full size."""
-    numbers = [
+    """Return the newest checkpoint of which every file exists in its full size."""
+    steps = [
         int(number)
         for entry in folder.glob(f"{_PREFIX}*")
         if (number := entry.name.removeprefix(_PREFIX)).isdecimal()
     ]
     rejected: list[str] = []
-    for step in sorted(numbers, reverse=True):
+    for step in sorted(steps, reverse=True):
         path = folder / f"{_PREFIX}{step}"
         try:
             return Found(Checkpoint(path, step, _read_state(path)), rejected)
@@ -61,7 +66,7 @@ def find(folder: Path) -> Found:
 
 
 def remove_unfinished(folder: Path) -> bool:
-    """Takes away what a process that was killed while it wrote has left; whether there was any."""
+    """Remove checkpoints whose writing was interrupted, and return whether there were any."""
     unfinished = list(folder.glob(f"*{PART}"))
     for path in unfinished:
         shutil.rmtree(path)
@@ -69,38 +74,37 @@ def remove_unfinished(folder: Path) -> bool:
 
 
 class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
-    """A trainer whose checkpoints are whole, to be mixed into one.
+    """Mixin for trainers: write complete checkpoints.
 
-    What it is mixed into says with ``is_between_batches`` when a checkpoint may be made.
+    The trainer needs an attribute ``is_between_batches``, true when a checkpoint may be written.
 
     Args:
-        job_state: what a checkpoint is to hold beside the trainer's own state.
+        run_state: returns the state that a checkpoint holds beside the trainer's own.
     """
 
-    def __init__(self, *args: Any, job_state: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run_state: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._job_state = job_state
-        self._writing: Path | None = None  # where a checkpoint goes at this moment
+        self._run_state = run_state
+        self._writing: Path | None = None  # directory of the checkpoint being written
         self.add_callback(_BetweenBatches(self))
 
     def save_weights(self, name: str) -> None:
-        """Saves the weights alone, whole or not at all.
+        """Save the weights alone, completely or not at all.
 
         Raises:
             RunDirectoryError: they cannot be written.
         """
-        folder = Path(self.args.output_dir)
-        self._write_whole(folder / name, self._save_served)
+        self._write_complete(Path(self.args.output_dir) / name, self._save_merged)
 
-    def _save_served(self, path: Path) -> None:
-        """A checkpoint that loads like any other; adapters are merged, and beside it alone."""
+    def _save_merged(self, path: Path) -> None:
+        """Save merged weights, which load like any other, and the adapters beside them."""
         model = self.accelerator.unwrap_model(self.model)
         if not has_adapters(model):
             self.save_model(str(path))
             return
         self.save_model(str(path / "adapter"))
-        whole = model.get_base_model()
-        whole.save_pretrained(path, state_dict=served_weights(whole))
+        base = model.get_base_model()
+        base.save_pretrained(path, state_dict=merged_state_dict(base))
         self.processing_class.save_pretrained(path)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -118,14 +122,14 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
                 self._writing = None
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _write_state(part, self.state.global_step, self._job_state())
+                _write_state(part, self.state.global_step, self._run_state())
 
-        self._write_whole(folder / name, write)
+        self._write_complete(folder / name, write)
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit)
 
-    def _write_whole(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Has a folder written elsewhere and moves it to where it belongs."""
+    def _write_complete(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Call ``write`` with a temporary directory, and move its result to ``path``."""
         writing = path.parent / _WRITING
         try:
             if self.args.should_save:
@@ -135,72 +139,74 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
             write(writing / path.name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                put_in_place(writing / path.name, path)
+                move_into_place(writing / path.name, path)
                 writing.rmdir()
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = _why_not_written(error, path.parent)
+            reason = _write_error(error, path.parent)
             if reason is None:
                 raise
             shutil.rmtree(writing, ignore_errors=True)
             raise RunDirectoryError(
-                f"cannot write the checkpoint {path}: {reason}; those before are whole: make room, "
-                "and the same command goes on from the newest"
+                f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are complete: "
+                "free some space, and the same command resumes from the newest"
             ) from error
 
 
 class _BetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Puts a checkpoint that is due off until the trainer is between batches."""
+    """Delay a checkpoint that is due until the trainer is between batches."""
 
     def __init__(self, trainer: AtomicCheckpoints) -> None:
-        self._trainer, self._due = trainer, False
+        self._trainer, self._is_due = trainer, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Decides for ``transformers``, which counts steps only."""
-        due = self._due or control.should_save
-        control.should_save = due and self._trainer.is_between_batches
-        self._due = due and not control.should_save
+        """Decide whether to save after this step."""
+        is_due = self._is_due or control.should_save
+        control.should_save = is_due and self._trainer.is_between_batches
+        self._is_due = is_due and not control.should_save
         return control
 
 
-def _write_state(path: Path, step: int, job: dict[str, Any]) -> None:
+def _write_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
     sizes = {
         str(file.relative_to(path)): file.stat().st_size
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
-    write_text(path / _STATE, json.dumps({"step": step, "job": job, "files": sizes}, indent=2))
+    state = {"step": step, "run": run_state, "files": sizes}
+    write_text(path / _STATE_FILE, json.dumps(state, indent=2))
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The job's state of a checkpoint.
+    """Return the state of the run in a checkpoint.
 
     Raises:
-        OSError, ValueError, KeyError: it is not whole.
+        OSError, ValueError, KeyError: the checkpoint is incomplete.
     """
-    if not (path / _STATE).is_file():
-        raise ValueError(f"it has no {_STATE}")
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if not (path / _STATE_FILE).is_file():
+        raise ValueError(f"{_STATE_FILE} is missing")
+    state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
     for name, size in state["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise ValueError(f"{name} is not whole")
-    return dict(state["job"])
+            raise ValueError(f"{name} is incomplete")
+    return dict(state["run"])
 
 
-def _why_not_written(problem: BaseException, folder: Path) -> str | None:
-    """What the system said of a file that could not be written; ``None`` for another error.
+def _write_error(error: BaseException, folder: Path) -> str | None:
+    """Return the system's reason why a file could not be written; ``None`` for other errors.
 
-    The writers of weights and of tensors wrap it into errors of their own.
+    The writers of weights and tensors wrap the system's error in errors of their own.
     """
     while True:
-        if isinstance(problem, OSError) and problem.strerror:
-            return problem.strerror
-        text = str(problem)
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        text = str(error)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             if f"os error {code})" in text:
                 return os.strerror(code)
-        if any(words in text for words in _TORCH_WRITER):
+        if any(words in text for words in _TORCH_WRITE_ERRORS):
             free = shutil.disk_usage(folder).free
-            return f"a file could not be written to its end, with {free / 1e9:.1f} GB free"
-        if problem.__cause__ is None and problem.__context__ is None:
+            return f"a file was not written completely, with {free / 1e9:.1f} GB free"
+        cause = error.__cause__ or error.__context__
+        if cause is None:
             return None
-        problem = problem.__cause__ or problem.__context__  # type: ignore[assignment]
+        error = cause

@@ -29,7 +29,7 @@ Source = Literal["batch", "tokens", "forward", "optimizer", "clock", "ranks", "e
 
 
 @dataclass(frozen=True)
-class ScoredBatch:
+class TraceBatch:
     """The traces of a batch with their scores.
 
     Args:
@@ -100,7 +100,7 @@ class Metric:
     meaning: str
     when: str = EVERY_STEP
     of_tokens: TokenFormula | None = None
-    of_batch: Callable[[ScoredBatch], Any] | None = None
+    of_batch: Callable[[TraceBatch], Any] | None = None
     reduce: Literal["mean", "max"] = "mean"
     step_line: str = ""
 
@@ -115,13 +115,13 @@ def has_signal(rewards: Sequence[float | None]) -> bool:
     return len({reward for reward in rewards if reward is not None}) > 1
 
 
-def _share_without_signal(batch: ScoredBatch) -> float:
+def _share_without_signal(batch: TraceBatch) -> float:
     totals = [score.total for score in batch.scores]
     starts = range(0, len(totals), batch.group_size)
     return fmean(not has_signal(totals[i : i + batch.group_size]) for i in starts)
 
 
-def _reward_by_chunks(batch: ScoredBatch) -> dict[str, float]:
+def _reward_by_chunks(batch: TraceBatch) -> dict[str, float]:
     rewards: dict[int, list[float]] = defaultdict(list)
     for trace, score in zip(batch.traces, batch.scores, strict=True):
         if score.total is not None:
@@ -129,7 +129,7 @@ def _reward_by_chunks(batch: ScoredBatch) -> dict[str, float]:
     return {str(chunks): fmean(rewards[chunks]) for chunks in sorted(rewards)}
 
 
-def _staleness(batch: ScoredBatch) -> float:
+def _staleness(batch: TraceBatch) -> float:
     total = sum(age * tokens for age, tokens in batch.ages)
     return total / max(1, sum(tokens for _, tokens in batch.ages))
 
@@ -138,14 +138,14 @@ def _has_mixed_versions(trace: Trace) -> bool:
     return len({chunk.policy_version for chunk in trace.chunks if chunk.output_ids}) > 1
 
 
-def _values_by_reward(batch: ScoredBatch) -> dict[str, list[float]]:
+def _values_by_reward(batch: TraceBatch) -> dict[str, list[float]]:
     return {
         name: [v for score in batch.scores if (v := score.parts.get(name)) is not None]
         for name in batch.reward_names
     }
 
 
-def _verifier_errors(batch: ScoredBatch) -> dict[str, int]:
+def _verifier_errors(batch: TraceBatch) -> dict[str, int]:
     """Count traces by the kind of their first error, the text before the colon."""
     first = [next(iter(score.errors.values())) for score in batch.scores if score.errors]
     kinds = [text.partition(":")[0] for text in first]
@@ -153,7 +153,7 @@ def _verifier_errors(batch: ScoredBatch) -> dict[str, int]:
 
 
 def _batch(
-    key: str, unit: str, meaning: str, formula: Callable[[ScoredBatch], Any], step_line: str = ""
+    key: str, unit: str, meaning: str, formula: Callable[[TraceBatch], Any], step_line: str = ""
 ) -> Metric:
     return Metric(key, unit, "batch", meaning, EVERY_BATCH, of_batch=formula, step_line=step_line)
 

@@ -1,8 +1,8 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+"""Output of a run: a progress bar on a terminal, plain lines elsewhere, and curves as a PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,34 @@ from rich.table import Table
 
 from delethink.chunking import ChunkSpec
 from delethink.evaluation.heldout import HeldOutResult
+from delethink.training.metrics import METRICS, find_metric
 from delethink.training.run_directory import RunDirectory
 
+_STEPS_PER_LINE = 5
+_CURVES = (
+    "reward",
+    "heldout_accuracy",
+    "thinking_tokens",
+    "entropy",
+    "logprob_difference",
+    "tokens_per_second",
+)
 
-class Reporter:
-    """Prints the course of a run to ``console`` (standard output by default)."""
+
+class TrainingProgress:
+    """Print the progress of a run to ``console`` (standard output by default)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._live: Progress | None = None
         self._bar: Any = None
 
-    def say(self, text: str) -> None:
-        """One line."""
+    def log(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     def start_steps(self, total: int, done: int = 0) -> None:
-        """The optimizer steps begin, after those that are done."""
+        """Show the progress bar of the optimizer steps."""
         if not self.console.is_terminal:
             return
         self._live = Progress(
@@ -43,35 +54,36 @@ class Reporter:
         self._bar = self._live.add_task("training", total=total, completed=done, text="")
         self._live.start()
 
-    def step(self, metrics: dict[str, Any], total: int) -> None:
-        """An optimizer step is done."""
-        text = _of_batch(metrics) if "reward" in metrics else "once more on the same traces"
-        accuracy = metrics.get("heldout_accuracy")
+    def step(self, metrics: Mapping[str, Any], total: int) -> None:
+        """Show the metrics of an optimizer step."""
+        text = step_line(metrics) if "reward" in metrics else "same traces again"
+        step, accuracy = metrics["step"], metrics.get("heldout_accuracy")
         if self._live is not None:
             self._live.update(self._bar, advance=1, text=text)
-        elif metrics["step"] % 5 == 0 or accuracy is not None or metrics["step"] in (1, total):
-            self.say(f"step {metrics['step']:4d}/{total}  {text}")
+        elif step % _STEPS_PER_LINE == 0 or accuracy is not None or step in (1, total):
+            self.log(f"step {step:4d}/{total}  {text}")
         if accuracy is not None:
-            self.say(f"step {metrics['step']:4d}/{total}  held-out accuracy {accuracy:.3f}")
+            self.log(f"step {step:4d}/{total}  held-out accuracy {accuracy:.3f}")
 
     def stop_steps(self) -> None:
-        """The optimizer steps have ended, however."""
+        """Remove the progress bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def summary(self, row: HeldOutResult) -> None:
-        """A row of the table is measured."""
+        """Print a row of the table of results as a line."""
         low, high = row.accuracy_interval
-        self.say(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
+        self.log(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
 
-    def finished(self, run: RunDirectory, spec: ChunkSpec) -> None:
-        """There is nothing to do: what the run has come to."""
-        self.say(f"the run is finished, after {run.finished_step} steps")
-        self.table([HeldOutResult.from_dict(row) for row in run.read_table()], spec, run.path)
+    def finished(self, directory: RunDirectory, spec: ChunkSpec) -> None:
+        """Print the results of a run that is finished already."""
+        self.log(f"the run is finished, after {directory.finished_step} steps")
+        rows = [HeldOutResult.from_dict(row) for row in directory.read_table()]
+        self.table(rows, spec, directory.path)
 
     def table(self, rows: Sequence[HeldOutResult], spec: ChunkSpec, path: Path) -> None:
-        """All rows, and where the run is."""
+        """Print the table of results and the run directory."""
         sizes = f"C={spec.context_size} m={spec.carryover_size} budget {spec.budget}"
         title = f"{rows[0].num_problems} held-out problems, {sizes}, 95 % intervals"
         table = Table(title=title, box=SIMPLE_HEAD)
@@ -80,46 +92,40 @@ class Reporter:
             table.add_column(name, justify="right")
         for row in rows:
             low, high = row.accuracy_interval
-            less, more = row.thinking_tokens_interval
+            shortest, longest = row.thinking_tokens_interval
             table.add_row(
                 row.setting,
                 f"{row.accuracy:.3f} ({low:.3f}-{high:.3f})",
-                f"{row.thinking_tokens:.0f} ({less:.0f}-{more:.0f})",
+                f"{row.thinking_tokens:.0f} ({shortest:.0f}-{longest:.0f})",
                 f"{row.chunks:.1f}",
                 f"{row.budget_share:.1%}",
             )
         self.console.print(table)
-        self.say(f"run directory: {path}")
+        self.log(f"run directory: {path}")
 
 
-def _of_batch(metrics: dict[str, Any]) -> str:
-    reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
-    return (
-        f"reward {reward}  tokens {metrics['thinking_tokens']:.0f}  "
-        f"chunks {metrics['chunks']:.1f}  {metrics['tokens_per_second']:.0f} tokens/s  "
-        f"padding {metrics['padding']:.1%}"
-    )
-
-
-_PANELS = (
-    ("reward", "training reward"),
-    ("heldout_accuracy", "held-out accuracy"),
-    ("thinking_tokens", "thinking tokens a trace"),
-    ("entropy", "entropy of a token (nats)"),
-    ("logprob_difference", "|log-prob of engine - of trainer|"),
-    ("tokens_per_second", "sampled tokens a second"),
-)
+def step_line(metrics: Mapping[str, Any]) -> str:
+    """Return the line of a step: the metrics with a ``step_line`` format, in the table's order."""
+    parts = []
+    for metric in METRICS:
+        value = metrics.get(metric.key)
+        if metric.step_line and value is None:
+            parts.append(f"{metric.key} none")
+        elif metric.step_line:
+            parts.append(metric.step_line.format(value))
+    return "  ".join(parts)
 
 
 def plot_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws the metrics over steps to a PNG; a metric that was never measured stays empty."""
+    """Plot metrics over steps to a PNG; a metric without values has empty axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(title)
-    for axes, (key, label) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-        axes.set_title(label, fontsize=10)
+    for axes, key in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
+        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        metric = find_metric(key)
+        axes.set_title(f"{key} ({metric.unit})" if metric else key, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if points:

@@ -1,22 +1,25 @@
-"""What makes two recipes the same run, so that one can go on where the other was cut short."""
+"""The run directory of a recipe, and the settings that may change when its run is resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from delethink.config import Recipe, load_recipe
+from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError, UserError
+from delethink.output import output_path
 from delethink.training.run_directory import RunDirectory
 
-# What decides where and how fast a run is made, and not what is sampled or trained on.
-_MAY_DIFFER = {
+# Settings of speed, memory and storage, which change neither the traces nor the training.
+_MAY_CHANGE = {
     "output",
     "preflight",
     "scoring.num_verifiers",
     "trainer.cpus_per_rank",
+    "trainer.gpus_per_rank",
     "training.forward_tokens",
     "training.gradient_checkpointing",
     "training.max_failed_share",
@@ -24,66 +27,100 @@ _MAY_DIFFER = {
     "training.report_to",
     "training.save_steps",
     "training.save_total_limit",
-    "trainer.gpus_per_rank",
 }
-_OF_SAMPLING = {
+# Settings of the engine that do change the traces; all others may change.
+_ENGINE_MUST_MATCH = {
     "engine.name",
     "engine.dtype",
     "engine.chunk_timeout",
     "engine.rollout_timeout",
     "engine.order",
 }
-_MAX_STEPS, _SCHEDULER = "training.max_steps", "training.lr_scheduler_type"
-_PLANNED = ("linear", "cosine")  # learning rates that depend on the number of steps
+_MAX_STEPS = "training.max_steps"
+_SCHEDULES_OVER_ALL_STEPS = ("linear", "cosine")
+
+
+class RunLocation(NamedTuple):
+    """The directory of a run."""
+
+    directory: RunDirectory
+    exists: bool  # the run was started before
+    changed: dict[str, list[Any]]  # [old, new] value of each changed setting, by dotted key
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Return whether the run has all steps of the recipe and its table."""
+        return self.exists and self.directory.finished_step == recipe.training.max_steps
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a run directory, to go on there.
+    """Return the recipe of a run directory, to resume the run there.
 
     Raises:
-        ConfigError: it holds no run, or an override is wrong.
+        ConfigError: the directory holds no run, or an override is wrong.
     """
     if not RunDirectory.holds_run(path):
         raise ConfigError(
-            f"{path} is a folder without a run in it; give a recipe or a run's folder"
+            f"{path} is a directory without a run; give a recipe or the directory of a run"
         )
     recipe = load_recipe(path / "config.yaml", overrides or ())
     return recipe.model_copy(update={"output": path})
 
 
-def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
-    """What a resolved recipe has other than the run in a directory: [old, new] by dotted key.
+def run_path(recipe: Recipe) -> Path:
+    """Return the run directory of a recipe: ``output``, or a new one under ``runs``."""
+    name = f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return output_path(recipe.output or Path("runs") / name)
+
+
+def open_run(recipe: Recipe) -> RunLocation:
+    """Create the run directory of a resolved recipe, or open the one that holds its run.
 
     Raises:
-        RunDirectoryError: it is another run; the text names the keys.
+        RunDirectoryError: the directory cannot be written, or holds other files or another run.
+    """
+    path = run_path(recipe)
+    if not RunDirectory.holds_run(path):
+        directory = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        return RunLocation(directory, False, {})
+    changed = changed_settings(path, recipe)
+    return RunLocation(RunDirectory.reopen(path), True, changed)
+
+
+def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
+    """Compare a resolved recipe with that of the run in a directory.
+
+    Returns:
+        The [old, new] values of the settings that differ, by dotted key.
+
+    Raises:
+        RunDirectoryError: a setting that must not change differs, or the initial weights do.
     """
     try:
         before = load_recipe(path / "config.yaml")
     except UserError as error:
         raise RunDirectoryError(
-            f"{path} holds a run that cannot be taken up, because its config.yaml cannot be read "
-            f"({error}); choose another folder with output=PATH"
+            f"cannot resume the run in {path}, because its config.yaml cannot be read ({error}); "
+            "choose another directory with output=PATH"
         ) from None
-    old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(recipe.model_dump(mode="json"))
     changed = {
         key: [old.get(key), new.get(key)]
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-    wrong = {key for key in changed if not _may_differ(key)}
-    if wrong:
+    if wrong := [key for key in changed if not _may_change(key)]:
         listed = ", ".join(
-            f"{key} ({changed[key][0]} there, {changed[key][1]} here)" for key in sorted(wrong)
+            f"{key} ({changed[key][0]} there, {changed[key][1]} here)" for key in wrong
         )
         raise RunDirectoryError(
-            f"{path} holds a run of another recipe: {listed}; give the same values to go on with "
-            "it, or choose another folder with output=PATH"
+            f"{path} holds a run of another recipe: {listed}; give the same values to resume it, "
+            "or choose another directory with output=PATH"
         )
-    begun, now = RunDirectory(path).first_weights, digest(recipe.model)
-    if None not in (begun, now) and begun != now:
+    first, now = RunDirectory(path).first_weights, digest(recipe.model)
+    if None not in (first, now) and first != now:
         raise RunDirectoryError(
-            f"{path} holds a run that began with other weights than those of {recipe.model} now; "
-            "bring them back to go on with it, or choose another folder with output=PATH"
+            f"{path} holds a run that started from other weights than those of {recipe.model} now; "
+            "restore them to resume it, or choose another directory with output=PATH"
         )
     changed.pop("output", None)
     if _MAX_STEPS in changed:
@@ -91,19 +128,20 @@ def changes(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
     return changed
 
 
-def _may_differ(key: str) -> bool:
-    of_workers = key.startswith("engine.") and key not in _OF_SAMPLING
-    return of_workers or key in _MAY_DIFFER or key == _MAX_STEPS
+def _may_change(key: str) -> bool:
+    is_of_engine = key.startswith("engine.") and key not in _ENGINE_MUST_MATCH
+    return is_of_engine or key in _MAY_CHANGE or key == _MAX_STEPS
 
 
 def _check_max_steps(path: Path, old: int, recipe: Recipe) -> None:
-    """Steps may be added or left out as long as those that are done would have been the same."""
-    new, scheduler = recipe.training.max_steps, recipe.training.lr_scheduler_type
-    if scheduler in _PLANNED:
+    """Refuse another number of steps if the steps done so far would have been different."""
+    new, schedule = recipe.training.max_steps, recipe.training.lr_scheduler_type
+    if schedule in _SCHEDULES_OVER_ALL_STEPS:
         raise RunDirectoryError(
-            f"{path} holds a run of {_MAX_STEPS}={old}, not {new}: with {_SCHEDULER}={scheduler} "
-            "the learning rate of every step depends on it; give the same value to go on, or start "
-            f"from its weights in another folder: model={path}/checkpoints/final output=PATH"
+            f"{path} holds a run of {_MAX_STEPS}={old}, not {new}; with "
+            f"training.lr_scheduler_type={schedule} the learning rate of every step depends on it: "
+            "give the same value to resume the run, or start from its weights in another "
+            f"directory: model={path}/checkpoints/final output=PATH"
         )
     metrics = RunDirectory(path).read_metrics()
     done = metrics[-1]["step"] if metrics else 0
@@ -113,12 +151,12 @@ def _check_max_steps(path: Path, old: int, recipe: Recipe) -> None:
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key; an empty mapping is one too."""
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves by dotted key; an empty mapping is a leaf."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -1,8 +1,8 @@
-"""The traces that a step is trained on: which problems, sampled and scored.
+"""Batches of scored rollouts for the trainer, sampled on demand or prefetched during training.
 
-Groups of which all traces earn the same teach nothing. Where several rounds are allowed, they are
-replaced by groups of other problems (as in DAPO, arXiv 2503.14476, section 3.2), a bounded number
-of times; what was replaced is counted and kept.
+A group whose traces all have the same reward has no learning signal. With several sampling rounds,
+such groups are replaced by groups of other problems (dynamic sampling in DAPO, arXiv 2503.14476,
+section 3.2).
 """
 
 from __future__ import annotations
@@ -24,66 +24,61 @@ from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer
 from delethink.tokenization import query_ids
+from delethink.training.metrics import has_signal
 from delethink.types import Problem, Score, Trace
 
 
 class PromptCursor:
-    """Hands out the training problems of a run, each once, in order.
+    """Hand out the indices of the training problems, each once and in order.
 
-    More are taken than steps need where a problem is replaced, so where a run stands is not a
-    matter of steps.
+    Replaced groups take further problems, so the position does not follow from the step.
     """
 
     def __init__(self) -> None:
-        self.next = 0  # the first problem that nobody has taken
+        self.next = 0
 
     def take(self, number: int) -> list[int]:
-        """The next ``number`` problems."""
+        """Return the next ``number`` indices."""
         taken = list(range(self.next, self.next + number))
         self.next += number
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Return the position."""
         return {"next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restore the position."""
         self.next = int(state["next"])
-
-
-def has_signal(rewards: Sequence[float | None]) -> bool:
-    """Whether the rewards of a group differ, so that its advantages are not all 0."""
-    return len({reward for reward in rewards if reward is not None}) > 1
 
 
 @dataclass(frozen=True)
 class Group:
-    """The traces of a problem."""
+    """The traces of one problem, with their scores."""
 
-    problem: int  # its place among the training problems
+    problem: int  # index among the training problems
     traces: list[Trace]
     scores: list[Score]
 
     @property
     def has_signal(self) -> bool:
-        """Whether its traces earn different rewards."""
+        """Whether the traces have different rewards."""
         return has_signal([score.total for score in self.scores])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch of steps is trained on."""
+    """The groups of one or more optimizer steps."""
 
     groups: list[Group]
-    replaced: list[Group] = field(default_factory=list)  # sampled, but without signal
+    replaced: list[Group] = field(default_factory=list)  # sampled, but not trained on
     rounds: int = 1
     seconds_sampling: float = 0.0
-    seconds_scoring: float = 0.0  # during which scores alone were waited for
+    seconds_scoring: float = 0.0  # after the last trace ended
 
     @property
     def problems(self) -> list[int]:
-        """The place of the problem of each trace."""
+        """Index of the problem of each trace."""
         return [group.problem for group in self.groups for _ in group.traces]
 
     @property
@@ -93,26 +88,26 @@ class Batch:
 
     @property
     def scores(self) -> list[Score]:
-        """Of these traces."""
+        """Score of each trace."""
         return [score for group in self.groups for score in group.scores]
 
 
 @dataclass
-class Sampler:
-    """Samples batches of groups.
+class BatchSampler:
+    """Sample and score batches of groups.
 
     Args:
-        engine: samples.
-        spec: how thinking is cut, bound to the tokenizer.
-        problems: of training.
-        prompts: which of them comes next.
-        scorer: of traces.
-        tokenizer: of the model.
-        temperature: of sampling.
-        group: traces of each problem (G).
-        seed: of the run.
-        max_rounds: how often a batch may be sampled until all its groups have signal.
-        timeout: seconds for each time, after which traces that have not ended are aborted.
+        engine: engine that samples.
+        spec: chunk sizes, bound to the tokenizer.
+        problems: training problems.
+        prompts: cursor over the problems.
+        scorer: scorer of the traces.
+        tokenizer: tokenizer of the model.
+        temperature: sampling temperature.
+        group_size: traces per problem, G.
+        seed: seed of the run.
+        max_rounds: most sampling rounds per batch.
+        timeout: limit of a round in seconds, after which unfinished traces are aborted.
     """
 
     engine: Engine
@@ -122,160 +117,164 @@ class Sampler:
     scorer: Scorer
     tokenizer: Any
     temperature: float
-    group: int
+    group_size: int
     seed: int
     max_rounds: int = 1
     timeout: float | None = None
 
-    def begin(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
-        """Takes the problems of a batch, and returns what samples it.
+    def start(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
+        """Take the problems of a batch at once, and return the coroutine that samples them.
 
         Args:
-            step: the optimizer steps after this one are trained on it; its seeds depend on that.
-            num_groups: problems of the batch.
+            step: optimizer steps before the batch; the seeds depend on it.
+            num_groups: problems in the batch.
 
         Raises:
-            UserError: when it is awaited: the engine or a reward raised one.
+            UserError: raised by the engine or a reward, when the coroutine is awaited.
         """
         return self._sample(step, self.prompts.take(num_groups))
 
-    async def _sample(self, step: int, places: list[int]) -> Batch:
+    async def _sample(self, step: int, problems: list[int]) -> Batch:
         seed = derive_seed("training", self.seed, step)
-        batch = await self._play(places, seed, step)
+        batch = await self._sample_round(problems, seed, step)
         for number in range(1, self.max_rounds):
             empty = [i for i, group in enumerate(batch.groups) if not group.has_signal]
             if not empty:
                 break
-            places = self.prompts.take(len(empty))
-            others = await self._play(places, derive_seed(seed, "round", number), step)
-            batch = _replaced(batch, dict(zip(empty, others.groups, strict=True)), others)
+            problems = self.prompts.take(len(empty))
+            seed_of_round = derive_seed(seed, "round", number)
+            batch = _replace_groups(
+                batch, empty, await self._sample_round(problems, seed_of_round, step)
+            )
         return batch
 
-    async def _play(self, places: list[int], seed: int, step: int) -> Batch:
-        """A group for each of the problems at these places."""
+    async def _sample_round(self, problems: list[int], seed: int, step: int) -> Batch:
         started = time.perf_counter()
-        places = [place % len(self.problems) for place in places]
-        problems = [self.problems[place] for place in places for _ in range(self.group)]
-        seeds = [derive_seed(seed, i) for i in range(len(problems))]
-        played = await run_scored_rollouts(
+        problems = [index % len(self.problems) for index in problems]
+        repeated = [self.problems[index] for index in problems for _ in range(self.group_size)]
+        seeds = [derive_seed(seed, i) for i in range(len(repeated))]
+        result = await run_scored_rollouts(
             self.engine,
             self.spec,
-            problems,
-            [query_ids(self.tokenizer, problem) for problem in problems],
+            repeated,
+            [query_ids(self.tokenizer, problem) for problem in repeated],
             [Sampling(self.temperature, seed, SchedulingHint(batch=step)) for seed in seeds],
             self.tokenizer,
             self.scorer,
             self.engine.max_model_tokens,
             self.timeout,
         )
-        cuts = [slice(i, i + self.group) for i in range(0, len(problems), self.group)]
+        slices = [slice(i, i + self.group_size) for i in range(0, len(repeated), self.group_size)]
         groups = [
-            Group(place, played.traces[cut], played.scores[cut])
-            for place, cut in zip(places, cuts, strict=True)
+            Group(index, result.traces[own], result.scores[own])
+            for index, own in zip(problems, slices, strict=True)
         ]
-        waited = played.seconds_scoring
-        return Batch(
-            groups,
-            seconds_sampling=time.perf_counter() - started - waited,
-            seconds_scoring=waited,
-        )
+        scoring = result.seconds_scoring
+        sampling = time.perf_counter() - started - scoring
+        return Batch(groups, seconds_sampling=sampling, seconds_scoring=scoring)
 
 
-def _replaced(batch: Batch, others: dict[int, Group], played: Batch) -> Batch:
-    """The batch with other groups in some places."""
+def _replace_groups(batch: Batch, indices: list[int], others: Batch) -> Batch:
+    """Return the batch with the groups at these indices replaced by those of another batch."""
+    new = dict(zip(indices, others.groups, strict=True))
     return replace(
         batch,
-        groups=[others.get(i, group) for i, group in enumerate(batch.groups)],
-        replaced=batch.replaced + [batch.groups[i] for i in others],
+        groups=[new.get(i, group) for i, group in enumerate(batch.groups)],
+        replaced=batch.replaced + [batch.groups[i] for i in indices],
         rounds=batch.rounds + 1,
-        seconds_sampling=batch.seconds_sampling + played.seconds_sampling,
-        seconds_scoring=batch.seconds_scoring + played.seconds_scoring,
+        seconds_sampling=batch.seconds_sampling + others.seconds_sampling,
+        seconds_scoring=batch.seconds_scoring + others.seconds_scoring,
     )
 
 
-class _Begun(NamedTuple):
-    step: int  # the optimizer steps after this one are trained on it
-    state: dict[str, Any]  # of the run, before it was begun
+class _Pending(NamedTuple):
+    """A batch in progress."""
+
+    step: int  # optimizer steps before it
+    state: dict[str, Any]  # position of the prompts before it
     batch: Future[Batch]
 
 
-class SamplingAhead:
-    """Batches, some of them begun early.
+class Prefetch:
+    """Return batches in order, and sample later ones in a background thread meanwhile.
 
     Args:
-        begin: takes what a batch for the steps after a step needs, and returns what makes it.
-        state: what is to be gone back to if a batch is lost: where the prompts stood.
-        batches_ahead: the most batches that are begun beyond the one at hand; with 0 all is done
-            when it is asked for.
-        steps_per_batch: optimizer steps on a batch.
-        last_step: of the run; nothing is sampled for steps beyond it.
+        start: takes the problems of the batch after a step and returns the coroutine that samples
+            them.
+        prompt_state: returns the position of the prompts, to restore if a batch is lost.
+        depth: batches to sample in advance; 0 samples each batch on demand, without a thread.
+        steps_per_batch: optimizer steps per batch.
+        last_step: last step of the run; no batch is sampled for later steps.
     """
 
     def __init__(
         self,
-        begin: Callable[[int], Coroutine[Any, Any, Batch]],
-        state: Callable[[], dict[str, Any]],
-        batches_ahead: int,
+        start: Callable[[int], Coroutine[Any, Any, Batch]],
+        prompt_state: Callable[[], dict[str, Any]],
+        depth: int,
         steps_per_batch: int,
         last_step: int,
     ) -> None:
-        self._begin_one, self._state = begin, state
-        self._batches_ahead, self._steps_per_batch = batches_ahead, steps_per_batch
-        self._last_step = last_step
-        self._begun: deque[_Begun] = deque()
+        self._start, self._prompt_state = start, prompt_state
+        self._depth, self._steps_per_batch, self._last_step = depth, steps_per_batch, last_step
+        self._pending: deque[_Pending] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     def next(self, step: int) -> Batch:
-        """The batch for the optimizer steps after ``step``; those after it are begun."""
-        if not self._batches_ahead:
-            return asyncio.run(self._begin_one(step))
-        if not self._begun:
-            self._begin(step)
-        begun = self._begun[0]
-        if begun.step != step:
-            raise RuntimeError(f"a batch for step {step} is asked for, but {begun.step} is next")
-        batch = begun.batch.result()
-        self._begun.popleft()
-        following = step + self._steps_per_batch * (1 + len(self._begun))
-        while len(self._begun) < self._batches_ahead and following < self._last_step:
-            self._begin(following)
+        """Return the batch after ``step`` and start the following ones.
+
+        Raises:
+            UserError: raised by the engine or a reward while the batch was sampled.
+        """
+        if not self._depth:
+            return asyncio.run(self._start(step))
+        if not self._pending:
+            self._submit(step)
+        pending = self._pending[0]
+        if pending.step != step:
+            raise RuntimeError(f"the next batch is that of step {pending.step}, not of step {step}")
+        batch = pending.batch.result()
+        self._pending.popleft()
+        following = step + self._steps_per_batch * (1 + len(self._pending))
+        while len(self._pending) < self._depth and following < self._last_step:
+            self._submit(following)
             following += self._steps_per_batch
         return batch
 
-    def state(self) -> dict[str, Any]:
-        """Where the prompts stand without the batches that nobody was trained on yet."""
-        return self._begun[0].state if self._begun else self._state()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the prompts before the batches that are not trained on yet."""
+        return self._pending[0].state if self._pending else self._prompt_state()
 
-    def settle(self) -> None:
-        """Waits until no batch is being sampled."""
-        for begun in self._begun:
-            with suppress(Exception):  # whoever asks for the batch is told
-                begun.batch.result()
+    def wait(self) -> None:
+        """Wait until no batch is being sampled."""
+        for pending in self._pending:
+            with suppress(Exception):  # ``next`` raises it
+                pending.batch.result()
 
     def close(self) -> None:
-        """Gives up what was begun. Safe to call twice."""
-        for begun in self._begun:
-            begun.batch.cancel()
-        self._begun.clear()
+        """Cancel all pending batches. Safe to call twice."""
+        for pending in self._pending:
+            pending.batch.cancel()
+        self._pending.clear()
         loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is not None and thread is not None:
-            asyncio.run_coroutine_threadsafe(_finish(), loop)
+            asyncio.run_coroutine_threadsafe(_cancel_tasks_and_stop(), loop)
             thread.join()
             loop.close()
 
-    def _begin(self, step: int) -> None:
+    def _submit(self, step: int) -> None:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
             self._thread.start()
-        state = self._state()
-        batch = asyncio.run_coroutine_threadsafe(self._begin_one(step), self._loop)
-        self._begun.append(_Begun(step, state, batch))
+        state = self._prompt_state()
+        batch = asyncio.run_coroutine_threadsafe(self._start(step), self._loop)
+        self._pending.append(_Pending(step, state, batch))
 
 
-async def _finish() -> None:
-    """Lets cancelled tasks end, then stops the loop."""
+async def _cancel_tasks_and_stop() -> None:
+    """Cancel the other tasks of the event loop, wait for their end, and stop the loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

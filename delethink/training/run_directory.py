@@ -1,4 +1,4 @@
-"""A run is a directory: what it was asked, what it ran on, what it measured, what was sampled."""
+"""The directory of a run: settings, versions, metrics, traces and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from typing import Any
 from delethink.errors import RunDirectoryError
 from delethink.training.system import processor
 
-PART = ".part"  # ends the name of what is being written
+PART = ".part"  # suffix of files and folders that are being written
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file in place of the one before, never half of it.
+    """Write a file, replacing an older one only when the new one is complete.
 
     Raises:
-        OSError: it cannot be written; the one before is as it was.
+        OSError: the file cannot be written; the older one is unchanged.
     """
     part = path.with_name(path.name + PART)
     with part.open("w", encoding="utf-8") as file:
@@ -40,25 +40,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends to a file; all of it is on the disk afterwards.
+    """Append to a file and wait until the text is on the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        if path.is_file():  # a device cannot be told to
+        if path.is_file():  # devices cannot be synchronized
             os.fsync(file.fileno())
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Renames a folder that was written under another name, when all of it is on the disk.
-
-    A folder that is there already goes away first.
+def move_into_place(part: Path, path: Path) -> None:
+    """Wait until a folder is on the disk, and rename it; an older folder is removed first.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the folder cannot be renamed.
     """
     for file in part.rglob("*"):
         sync(file)
@@ -70,7 +68,7 @@ def put_in_place(part: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,7 +77,8 @@ def sync(path: Path) -> None:
 
 
 _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
-_TRACES_OF = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
+_VERSIONS, _METRICS, _TABLE = "versions.json", "metrics.jsonl", "table.json"
+_TRACE_FILE = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
 
 _PACKAGES = (
     "delethink",
@@ -96,14 +95,14 @@ _PACKAGES = (
 
 
 class RunDirectory:
-    """Where a run writes. What is written stays; a step is appended when it is done.
+    """The files of a run. Files are replaced atomically, and lines are appended per step.
 
-    ``config.yaml`` the resolved recipe, ``versions.json``, ``problems.json`` how many problems were
-    taken and what was left out, ``metrics.jsonl`` one object a step,
-    ``traces/step_N.jsonl`` what was sampled for step N, ``checkpoints/``, ``table.json`` and
-    ``curves.png``; ``finished.json`` when all of it is done. A run that was cut short and taken up
-    again has a line in ``resumed.jsonl`` for each time, and what it had written beyond its newest
-    checkpoint in ``superseded/``.
+    ``config.yaml``: resolved recipe. ``versions.json``: versions, hardware and commit.
+    ``problems.json``: numbers of problems used and left out. ``metrics.jsonl``: one object per
+    optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``checkpoints/``.
+    ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
+    ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
+    from which the run was resumed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,30 +111,26 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: str, weights: str | None = None) -> RunDirectory:
-        """Makes the directory of a new run.
-
-        What a run has left that was killed while it did so is no obstacle.
+        """Create and lock the directory of a new run.
 
         Args:
-            path: of the directory.
-            config: the resolved recipe.
-            weights: what tells the first weights from others, where that is known.
+            path: directory; may hold the remains of a start that was killed.
+            config: resolved recipe.
+            weights: digest of the initial weights, if known.
 
         Raises:
-            RunDirectoryError: it cannot be written, is in use, or holds a run or anything else.
+            RunDirectoryError: the directory cannot be written, is in use, or holds other files.
         """
         run = cls(path)
         try:
             if path.exists() and not path.is_dir():
-                raise RunDirectoryError(f"{path} is a file; choose a folder with output=PATH")
+                raise RunDirectoryError(f"{path} is a file; choose a directory with output=PATH")
             path.mkdir(parents=True, exist_ok=True)
-            run._check_room()
-            run._take()
-            for folder in ("traces", "checkpoints"):
-                (path / folder).mkdir(exist_ok=True)
+            run._check_empty()
+            run._acquire()
             versions = {**describe_environment(), "first_weights": weights}
-            run._write("versions.json", json.dumps(versions, indent=2) + "\n")
-            run._write(_CONFIG, config)  # the last: with it, the directory holds a run
+            run._write(_VERSIONS, json.dumps(versions, indent=2) + "\n")
+            run._write(_CONFIG, config)  # last, because it marks the directory as that of a run
         except RunDirectoryError:
             run.release()
             raise
@@ -145,17 +140,15 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
-        """The directory of a run that was begun before.
+        """Lock the directory of an existing run.
 
         Raises:
-            RunDirectoryError: it cannot be written, or the run is still going on.
+            RunDirectoryError: the directory cannot be written, or another process writes to it.
         """
         run = cls(path)
         try:
-            run._take()
-            for folder in ("traces", "checkpoints"):
-                (path / folder).mkdir(exist_ok=True)
-        except RunDirectoryError:
+            run._acquire()
+        except RunDirectoryError:  # also an OSError
             raise
         except OSError as error:
             raise RunDirectoryError(f"cannot write the run to {path}: {error.strerror}") from None
@@ -163,112 +156,110 @@ class RunDirectory:
 
     @staticmethod
     def holds_run(path: Path) -> bool:
-        """Whether a run was begun there."""
+        """Return whether a directory holds a run."""
         config = path / _CONFIG
         return config.is_file() and config.stat().st_size > 0
 
     @property
-    def config(self) -> Path:
-        """The resolved recipe."""
-        return self.path / _CONFIG
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        """Picture of the curves."""
+        return self.path / "curves.png"
 
     @property
     def first_weights(self) -> str | None:
-        """What told the weights that the run began with from others, where that was known."""
-        path = self.path / "versions.json"
+        """Digest of the initial weights, if known."""
+        path = self.path / _VERSIONS
         versions = _read(path, path.read_text(encoding="utf-8")) if path.exists() else {}
         return str(mark) if (mark := versions.get("first_weights")) else None
 
+    @property
+    def finished_step(self) -> int | None:
+        """Last step of a finished run; ``None`` for an unfinished one."""
+        path = self.path / _FINISHED
+        return int(_read(path, path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
+
     def release(self) -> None:
-        """Lets another process write here. Safe to call twice."""
+        """Release the lock. Safe to call twice."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def discard_if_empty(self) -> None:
-        """Takes back what ``create`` made, if the run ended before it measured anything."""
-        measured = any((self.path / name).exists() for name in ("metrics.jsonl", "table.json"))
-        if measured or any((self.path / "traces").iterdir()) or any(self.checkpoints.iterdir()):
+        """Remove the directory, if the run ended without any results."""
+        if any((self.path / name).exists() for name in (_METRICS, _TABLE)):
+            return
+        if any((self.path / "traces").iterdir()) or any(self.checkpoints.iterdir()):
             return
         self.release()
-        for name in (_CONFIG, "versions.json", "problems.json", "resumed.jsonl", _LOCK):
+        for name in (_CONFIG, _VERSIONS, "problems.json", "resumed.jsonl", _LOCK):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.path / "traces", self.checkpoints, self.path):
-            with suppress(OSError):  # somebody put something there
+            with suppress(OSError):  # somebody else has put a file there
                 folder.rmdir()
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints go."""
-        return self.path / "checkpoints"
-
-    @property
-    def curves(self) -> Path:
-        """The picture of the curves."""
-        return self.path / "curves.png"
+    # -- results -------------------------------------------------------------------------------
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
-        """Appends one line to ``metrics.jsonl``; a number that is not finite becomes ``null``."""
-        self._append("metrics.jsonl", [_finite(metrics)])
+        """Append a line to ``metrics.jsonl``; NaN and infinity become ``null``."""
+        self._append(_METRICS, [_finite(metrics)])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``, without a last line cut off by a crash.
+
+        Raises:
+            RunDirectoryError: another line is not JSON.
+        """
+        path = self.path / _METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [_read(path, line) for line in lines if line.endswith("\n")]
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Appends the traces sampled for a step."""
+        """Append the traces sampled for a step."""
         self._append(f"traces/step_{step:06d}.jsonl", records)
 
     def add_nonfinite(self, step: int, records: Iterable[dict[str, Any]]) -> Path:
-        """Keeps traces of a step whose update would not have been finite, apart from the others."""
+        """Append traces of a skipped step to a file of their own, and return its path."""
         name = f"traces/nonfinite_step_{step:06d}.jsonl"
         self._append(name, records)
         return self.path / name
 
     def write_problems(self, counts: dict[str, Any]) -> None:
-        """Writes ``problems.json``."""
+        """Write ``problems.json``."""
         self._write("problems.json", json.dumps(counts, indent=2) + "\n")
 
     def write_table(self, rows: list[dict[str, Any]]) -> None:
-        """Writes ``table.json``."""
-        self._write("table.json", json.dumps(rows, indent=2) + "\n")
+        """Write ``table.json``."""
+        self._write(_TABLE, json.dumps(rows, indent=2) + "\n")
 
     def read_table(self) -> list[dict[str, Any]]:
-        """The rows measured so far."""
-        path = self.path / "table.json"
+        """Return the rows of ``table.json``."""
+        path = self.path / _TABLE
         return list(_read(path, path.read_text(encoding="utf-8"))) if path.exists() else []
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line cut short by a crash is left out.
-
-        Raises:
-            RunDirectoryError: another line is no JSON.
-        """
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [_read(path, line) for line in lines if line.endswith("\n")]
-
-    @property
-    def finished_step(self) -> int | None:
-        """The last step of a run whose table is whole; ``None`` where there is something to do."""
-        path = self.path / _FINISHED
-        return int(_read(path, path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
-
     def finish(self, step: int) -> None:
-        """Says that nothing is left to do."""
+        """Mark the run as finished."""
         self._write(_FINISHED, json.dumps({"step": step}) + "\n")
 
-    def take_up(self, step: int, config: str, changed: dict[str, Any]) -> list[int]:
-        """Goes back to where a run stood after ``step``, to go on from there.
+    # -- resuming ------------------------------------------------------------------------------
 
-        What was written beyond it moves into ``superseded/``, because it is made again.
+    def reset_to(self, step: int, config: str, changed: dict[str, Any]) -> list[int]:
+        """Reset the run to its state after ``step``; later files move to ``superseded/``.
 
         Args:
-            step: of the checkpoint that is taken up; 0 to begin anew.
-            config: the resolved recipe that it goes on with.
-            changed: what is other in it than before, [old, new] by dotted key.
+            step: step of the checkpoint to resume from; 0 to start again.
+            config: resolved recipe of the resumed run.
+            changed: [old, new] values of changed settings, by dotted key.
 
         Returns:
-            The steps that move.
+            The steps whose files moved.
 
         Raises:
-            RunDirectoryError: something cannot be written; doing it again is safe.
+            RunDirectoryError: a file cannot be written; the call can be repeated.
         """
         try:
             (self.path / _FINISHED).unlink(missing_ok=True)
@@ -276,7 +267,7 @@ class RunDirectory:
             self._write(_CONFIG, config)
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot take up the run in {self.path}: {error.strerror}"
+                f"cannot resume the run in {self.path}: {error.strerror}"
             ) from None
         record = {
             "after_step": step,
@@ -289,61 +280,62 @@ class RunDirectory:
         return steps
 
     def _supersede(self, step: int) -> list[int]:
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        beyond = [line for line in self.read_metrics() if line["step"] > step]
+        lines = self.read_metrics()
+        later = [line for line in lines if line["step"] > step]
         traces = [
             file for file in (self.path / "traces").glob("*.jsonl") if _step_of(file.name) > step
         ]
-        if beyond or traces:
-            folder = self._new_folder(f"after_step_{step:06d}")
+        if later or traces:
+            parent = self.path / "superseded"
+            names = (f"after_step_{step:06d}_{number}" for number in itertools.count(1))
+            folder = next(parent / name for name in names if not (parent / name).exists())
             (folder / "traces").mkdir(parents=True)
-            write_text(folder / "metrics.jsonl", _lines(beyond))
+            write_text(folder / _METRICS, _lines(later))
             for file in traces:
                 file.rename(folder / "traces" / file.name)
-        if (self.path / "metrics.jsonl").exists():  # also to cut a line that was cut short
-            self._write("metrics.jsonl", _lines(kept))
-        return sorted({line["step"] for line in beyond} | {_step_of(file.name) for file in traces})
+        if (self.path / _METRICS).exists():  # written in any case, to drop an incomplete line
+            self._write(_METRICS, _lines([line for line in lines if line["step"] <= step]))
+        return sorted({line["step"] for line in later} | {_step_of(file.name) for file in traces})
 
-    def _new_folder(self, name: str) -> Path:
-        parent = self.path / "superseded"
-        names = (f"{name}_{number}" for number in itertools.count(1))
-        return next(parent / each for each in names if not (parent / each).exists())
+    # -- files ---------------------------------------------------------------------------------
 
-    def _check_room(self) -> None:
+    def _check_empty(self) -> None:
         if self.holds_run(self.path):
             raise RunDirectoryError(
-                f"{self.path} already holds a run; choose another with output=PATH, or move it away"
-            )
-        others = [entry.name for entry in self.path.iterdir() if not _is_beginning(entry)]
-        if others:
-            raise RunDirectoryError(
-                f"{self.path} is not empty ({min(others)}); choose another with output=PATH, or "
+                f"{self.path} already holds a run; choose another directory with output=PATH, or "
                 "move it away"
             )
+        others = [entry.name for entry in self.path.iterdir() if not _is_of_a_start(entry)]
+        if others:
+            raise RunDirectoryError(
+                f"{self.path} is not empty ({min(others)}); choose another directory with "
+                "output=PATH, or move it away"
+            )
 
-    def _take(self) -> None:
-        """Two that write to one run would mix it up. A killed process holds nothing any more."""
+    def _acquire(self) -> None:
+        """Lock the directory and create its folders."""
         lock = (self.path / _LOCK).open("w")
         try:
-            # Not flock: a child that outlives its killed parent would go on holding that.
+            # A lock of flock would survive in the children of a killed process.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.close()
             raise RunDirectoryError(
                 f"another process is writing to {self.path}: wait until it has ended, or choose "
-                "another folder with output=PATH"
+                "another directory with output=PATH"
             ) from None
         except OSError:
-            pass  # a file system without locks
+            pass  # The file system has no locks.
         self._lock = lock
+        for folder in ("traces", "checkpoints"):
+            (self.path / folder).mkdir(exist_ok=True)
 
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         try:
             append_text(self.path / name, _lines(records))
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot write {self.path / name}: {error.strerror}; what was written before is "
-                "whole"
+                f"cannot write {self.path / name}: {error.strerror}; earlier lines are complete"
             ) from None
 
     def _write(self, name: str, text: str) -> None:
@@ -351,7 +343,7 @@ class RunDirectory:
             write_text(self.path / name, text)
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot write {self.path / name}: {error.strerror}; it is as it was before"
+                f"cannot write {self.path / name}: {error.strerror}; the file is unchanged"
             ) from None
 
 
@@ -360,7 +352,7 @@ def _read(path: Path, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         raise RunDirectoryError(
-            f"{path} was changed by hand and is not JSON any more: {text.strip()[:60]!r}; mend it"
+            f"{path} has a line that is not JSON: {text.strip()[:60]!r}; correct the file"
         ) from None
 
 
@@ -377,22 +369,22 @@ def _lines(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _step_of(name: str) -> int:
-    """The step in the name of a file of traces; -1 in others, which are somebody else's."""
-    found = _TRACES_OF.fullmatch(name)
+    """Return the step in the name of a file of traces; -1 for other files."""
+    found = _TRACE_FILE.fullmatch(name)
     return int(found[1]) if found else -1
 
 
-def _is_beginning(entry: Path) -> bool:
-    """Whether a run that was killed while it made its directory may have left this."""
+def _is_of_a_start(entry: Path) -> bool:
+    """Return whether a run killed in ``create`` may have left this entry."""
     if entry.name in ("traces", "checkpoints"):
         return entry.is_dir() and not any(entry.iterdir())
     if entry.name == _CONFIG:
         return not entry.stat().st_size
-    return entry.name in (_LOCK, "versions.json", "versions.json" + PART, _CONFIG + PART)
+    return entry.name in (_LOCK, _VERSIONS, _VERSIONS + PART, _CONFIG + PART)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, hardware and the commit of the source, for ``versions.json``."""
+    """Return versions, hardware and the commit of the source, for ``versions.json``."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -409,10 +401,10 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    # Installed into some other project's .venv, the commit found there would be that project's.
+    # In the .venv of another project, git would find the commit of that project.
     own = ["ls-files", "--error-unmatch", Path(__file__).name]
     commit = ["describe", "--always", "--dirty", "--abbrev=40"]
-    # The files of a job are no clone; docs/guide/ray_jobs.md shows how the commit goes along.
+    # The files of a Ray job are no clone; docs/guide/ray_jobs.md shows how to pass the commit.
     return _git(*commit) if _git(*own) else os.environ.get("DELETHINK_COMMIT")
 
 

@@ -1,15 +1,14 @@
-"""What happens in a training run: traces are played, scored, kept, and trained on."""
+"""The state of a run on rank 0: weights of the engine, batches, rewards and evaluations.
+
+The trainer calls the methods of ``RunState`` at fixed points of a step: ``sample_batch``, then
+``reward``, then ``on_sampled``, and ``on_nonfinite`` if the step is skipped.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig
 
 from delethink.chunking import ChunkSpec
 from delethink.config import Recipe
@@ -21,465 +20,407 @@ from delethink.registry import resolve
 from delethink.rollout import replay_trace
 from delethink.tokenization import query_ids
 from delethink.trace_io import TraceRecord, json_like
-from delethink.training.checkpointing import AtomicCheckpoints, Checkpoint
-from delethink.training.data_parallel import Processes, trace_cost
-from delethink.training.grpo import DelethinkTrainer, Filled, Guarded, NonFinite, Sampled
-from delethink.training.grpo_config import lora, objective
-from delethink.training.metrics import (
-    flat_numbers,
-    reward_metrics,
-    sampled_metrics,
-    staleness_metrics,
-    trained_metrics,
-)
-from delethink.training.progress import Reporter, plot_curves
-from delethink.training.rollouts import Batch, PromptCursor, Sampler, SamplingAhead
+from delethink.training.batching import RolloutBatch, ScoredBatch
+from delethink.training.grpo import NonFinite
+from delethink.training.metrics import TraceBatch
+from delethink.training.preflight import Inputs, Prepared
+from delethink.training.progress import TrainingProgress
+from delethink.training.rollouts import Batch, BatchSampler, Prefetch, PromptCursor
 from delethink.training.run_directory import RunDirectory
-from delethink.training.weights import WholeWeights, served_weights
+from delethink.training.step_metrics import StepMetrics, batch_metrics
+from delethink.training.weights import GatherWeights, merged_state_dict
 from delethink.types import Problem, Score, Trace
 
-
-def trace_records(
-    sampled: Sampled, problems: list[Problem], scores: list[Score], tokenizer: Any
-) -> list[dict[str, Any]]:
-    """One JSON object a trace: what was sampled, exactly as trained, and how it was scored."""
-    rows = zip(sampled.examples, sampled.traces, scores, sampled.advantages, strict=True)
-    return [
-        trace_record(problems[example["problem"]], trace, score, tokenizer, advantage)
-        for example, trace, score, advantage in rows
-    ]
+Example = dict[str, Any]  # a row of the dataset: prompt, answer, index of the problem
+TRAINED_SETTING = "after RL, Delethink"  # last row of the table
+_MAX_SKIPPED_STEPS = 10  # in a row
 
 
-def trace_record(
-    problem: Problem, trace: Trace, score: Score, tokenizer: Any, advantage: float | None = None
-) -> dict[str, Any]:
-    """One trace; without an advantage it is not trained on."""
-    return TraceRecord(
-        problem=_storable(problem),
-        trace=trace,
-        reward=score.total,
-        rewards=score.parts,
-        reward_errors=score.errors,
-        advantage=advantage,
-        text=tokenizer.decode(list(trace.output_ids)),
-    ).to_json()
+def make_example(problems: list[Problem], index: int) -> Example:
+    """Return the row of a problem; indices beyond the last problem start again at the first."""
+    index %= len(problems)
+    return {"prompt": problems[index].messages, "answer": problems[index].answer, "problem": index}
 
 
-def _storable(problem: Problem) -> Problem:
-    """A run does not end because a task's metadata holds what JSON does not know."""
-    return replace(problem, metadata=json_like(problem.metadata))
-
-
-class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Turns the trainer's events into metrics, held-out evaluations and progress."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._started = 0.0
-        self._updated = 0.0
-        self._total = job.recipe.training.max_steps
-        self._line: dict[str, Any] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clocks of a step start."""
-        self._job.step.clear()
-        self._started = time.perf_counter()
-        self._updated = self._job.seconds_weight_update
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What was not sampling, scoring or an update of weights was training."""
-        step, updated = self._job.step, self._job.seconds_weight_update
-        whole = time.perf_counter() - self._started
-        sampled = step.get("seconds_sampling", 0.0) + step.get("seconds_scoring", 0.0)
-        step["seconds_training"] = whole - sampled - (updated - self._updated)
-        step["seconds_weight_update"], self._job.seconds_weight_update = updated, 0.0
-        if sampled:
-            step["tokens_per_second"] = step["sampled_tokens"] / step["seconds_sampling"]
-        if self._job.recipe.training.max_staleness:  # new weights enter at the next boundaries
-            self._job.serve_current_weights()
-
-    def measure(self, logs: dict[str, Any]) -> dict[str, float]:
-        """Makes the line of a step, of which the trainer has these figures.
-
-        Returns:
-            Its numbers by flat names, for places that metrics are reported to.
-        """
-        self._line = {
-            "step": int(self._job.trainer.state.global_step),
-            "loss": logs["loss"],
-            "gradient_norm": logs["grad_norm"],
-            "learning_rate": logs["learning_rate"],
-            "policy_version": self._job.batch_version,
-            "step_skipped": 0,
-            **trained_metrics(self._job.trainer.take_statistics(), self._job.trainer.take_work()),
-            **self._job.trainer.shares.metrics(),
-            **self._job.step,
-        }
-        return {f"delethink/{name}": value for name, value in flat_numbers(self._line)}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Writes the line of the step."""
-        if not logs or "loss" not in logs:
-            return
-        metrics = self._line
-        metrics["heldout_accuracy"] = self._heldout_accuracy(state.global_step)
-        self._job.run.add_metrics(metrics)
-        self._job.reporter.step(metrics, self._total)
-
-    def _heldout_accuracy(self, step: int) -> float | None:
-        evaluation = self._job.recipe.evaluation
-        if step % evaluation.every or step == self._total:  # the table has all problems at the end
-            return None
-        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
-        try:
-            return self._job.measure("held-out", self._job.spec, limit).accuracy
-        except RolloutError as error:  # the run is worth more than this one point
-            self._job.reporter.say(f"step {step}: not evaluated: {error}")
-            return None
-
-
-Example = dict[str, Any]  # a row of the dataset: prompt, answer, the problem's place in the run
-AFTER = "after RL, Delethink"  # the last row of the table
-FINAL = "final"  # where the trained weights go, under checkpoints
-_MOST_SKIPPED = 10  # optimizer steps in a row: then something is wrong that skipping does not mend
-
-
-class RunTrainer(AtomicCheckpoints, Guarded, DelethinkTrainer):
-    """The trainer of a run, which survives, and reports what the run measures.
+class EngineWeights:
+    """Keep the weights of the engine at the version of the trainer.
 
     Args:
-        measure: what there is to report of a step beside what the trainer logs of it.
+        engine: engine that samples.
+        model: model that is trained.
+        metrics: receives the time of updates.
+
+    Attributes:
+        trainer: trainer of the model; ``None`` before training.
+        gathered: whole weights of a sharded model.
+        version: number of weight updates in the engine's weights.
     """
 
-    def __init__(
-        self, *args: Any, measure: Callable[[dict[str, Any]], dict[str, float]], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._measure = measure
+    def __init__(self, engine: Engine, model: Any, metrics: StepMetrics) -> None:
+        self.engine, self._model, self._metrics = engine, model, metrics
+        self.trainer: Any = None
+        self.gathered = GatherWeights()
+        self.version = 0
 
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Logs a step to wherever metrics are reported to."""
-        if "loss" in logs:
-            measured = self._measure(logs)
-            logs = logs | (measured if self.args.report_to else {})
-        super().log(logs, start_time)
+    @property
+    def trained_version(self) -> int:
+        """Number of weight updates in the trainer's weights."""
+        return 0 if self.trainer is None else int(self.trainer.state.global_step)
 
-
-@dataclass
-class Job:
-    """What the parts of a run share."""
-
-    recipe: Recipe
-    spec: ChunkSpec  # bound to the tokenizer
-    run: RunDirectory
-    reporter: Reporter
-    engine: Engine
-    evaluator: Evaluator
-    problems: list[Problem]  # of training
-    scorer: Any
-    tokenizer: Any
-    model: Any
-    processes: Processes = field(default_factory=Processes)
-    gathered: WholeWeights = field(default_factory=WholeWeights)
-    trainer: Any = None
-    version: int = 0  # of the weights that the engine serves
-    seconds_weight_update: float = 0.0  # since the last step was logged
-    rows: list[HeldOutResult] = field(default_factory=list)  # of the table
-    step: dict[str, Any] = field(default_factory=dict)  # measured for the step at hand
-    scores: list[Score] = field(default_factory=list)  # of the traces sampled last, in order
-    sampled: Sampled | None = None  # last
-    skipped: list[int] = field(default_factory=list)  # optimizer steps, of a run until now
-    batch: Batch | None = None  # sampled last
-    batch_version: int = 0  # of the weights that it is trained on first
-    prompts: PromptCursor = field(default_factory=PromptCursor)
-    ahead: SamplingAhead = field(init=False)
-
-    def __post_init__(self) -> None:
-        training = self.recipe.training
-        sampler = Sampler(
-            self.engine,
-            self.spec,
-            self.problems,
-            self.prompts,
-            self.scorer,
-            self.tokenizer,
-            training.temperature,
-            training.num_generations,
-            self.recipe.seed,
-            training.max_sampling_rounds,
-            self.recipe.engine.rollout_timeout,
-        )
-        groups = training.traces_per_batch // training.num_generations
-        self.ahead = SamplingAhead(
-            lambda step: sampler.begin(step, groups),
-            self.prompts.state_dict,
-            training.max_staleness // training.steps_per_batch,
-            training.steps_per_batch,
-            training.max_steps,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of a run, beside what the trainer keeps itself."""
-        return {
-            "prompts": self.ahead.state(),
-            "policy_version": int(self.trainer.state.global_step),
-            "skipped_steps": self.skipped,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.prompts.load_state_dict(state["prompts"])
-        self.skipped = list(state["skipped_steps"])
-
-    def measure(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
-        """Accuracy and lengths on held-out problems with the current weights."""
-        self.ahead.settle()
-        self.serve_current_weights()
-        longest = self.engine.max_model_tokens
-        measured = self.evaluator.run(self.engine, spec, setting, longest, limit)
-        if not self.recipe.training.max_staleness:  # else there are counts of batches in it
-            self.engine.take_metrics()  # no part of the next step
-        return measured
-
-    def add_row(self, setting: str, spec: ChunkSpec) -> None:
-        """Measures a row of the table on all held-out problems and writes the table so far.
-
-        A row that was measured before the run was cut short stays as it is.
-        """
-        if setting in [row.setting for row in self.rows]:
-            return
-        row = self.measure(setting, spec)
-        self.rows.append(row)
-        self.run.write_table([row.as_dict() for row in self.rows])
-        self.reporter.summary(row)
-        if row.unscored:
-            self.reporter.say(
-                f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
-                f"count as not right; the first one: {row.first_error}"
-            )
-
-    def measure_baselines(self) -> None:
-        """The base model in one context of C, as LongCoT, and with Delethink zero-shot."""
-        spec = self.spec
-        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
-        query = max(len(query_ids(self.tokenizer, p)) for p in self.evaluator.problems)
-        if query + spec.budget <= self.engine.max_model_tokens:
-            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
-        else:
-            self.reporter.say(
-                f"base, LongCoT: left out, {query} + {spec.budget} tokens do not fit in the "
-                f"model's {self.engine.max_model_tokens}"
-            )
-        self.add_row("base, Delethink", spec)
-
-    def prove_updates(self) -> None:
-        """Gives the engine the weights that it has.
-
-        What it will not take up, now or after a step, is so known before anything is sampled.
+    def check(self) -> None:
+        """Load the initial weights into the engine, so that an incompatible engine fails now.
 
         Raises:
             WeightSyncError: see ``Engine.update_weights``.
         """
-        self.engine.update_weights(served_weights(self.model), self.version)
+        self.engine.update_weights(merged_state_dict(self._model), self.version)
 
-    def serve_current_weights(self) -> None:
-        """Brings the engine up to the trainer's version; does nothing where it is."""
-        version = 0 if self.trainer is None else int(self.trainer.state.global_step)
-        if version == self.version:
+    def update(self) -> None:
+        """Load the trainer's weights into the engine, unless they are there already."""
+        if self.trained_version == self.version:
             return
         started = time.perf_counter()
-        self.engine.update_weights(self.gathered.weights or served_weights(self.model), version)
-        self.version = version
-        self.seconds_weight_update += time.perf_counter() - started
+        weights = self.gathered.weights or merged_state_dict(self._model)
+        self.engine.update_weights(weights, self.trained_version)
+        self.version = self.trained_version
+        self._metrics.add_weight_update(time.perf_counter() - started)
 
-    def fit(self, settings: GRPOConfig, checkpoint: Checkpoint | None = None) -> None:
-        """The optimizer steps, from a checkpoint on where there is one.
 
-        The curves are drawn also where they are cut short.
-        """
-        recipe, recorder = self.recipe, Recorder(self)
-        if checkpoint is not None:
-            self.load_state_dict(checkpoint.job)
-        self.trainer = make_trainer(
-            recipe,
-            self.processes,
-            model=self.model,
-            processing_class=self.tokenizer,
-            args=settings,
-            train_dataset=_examples(self.problems),
-            reward_funcs=[self.pay_out(self.make_env())],
-            play=self.play,
-            on_sampled=self.record_traces,
-            job_state=self.state_dict,
-            on_nonfinite=self.leave_out,
-            measure=recorder.measure,
-            callbacks=[self.gathered, recorder],
-        )
-        self.reporter.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
+class ResultsTable:
+    """Evaluate on held-out problems and keep the rows of ``table.json``.
+
+    Args:
+        recipe: resolved recipe.
+        spec: chunk sizes, bound to the tokenizer.
+        evaluator: held-out problems and their scorer.
+        weights: weights of the engine.
+        prefetch: batches in progress, which an evaluation waits for.
+        directory: run directory, which may hold rows from before an interruption.
+        progress: output on the terminal.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: ChunkSpec,
+        evaluator: Evaluator,
+        weights: EngineWeights,
+        prefetch: Prefetch,
+        directory: RunDirectory,
+        progress: TrainingProgress,
+    ) -> None:
+        self._recipe, self._spec, self._evaluator = recipe, spec, evaluator
+        self._weights, self._prefetch = weights, prefetch
+        self._directory, self._progress = directory, progress
+        self.rows = [HeldOutResult.from_dict(row) for row in directory.read_table()]
+
+    def evaluate(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
+        """Return accuracy and lengths of the current weights on the first ``limit`` problems."""
+        self._prefetch.wait()
+        self._weights.update()
+        engine = self._weights.engine
+        result = self._evaluator.run(engine, spec, setting, engine.max_model_tokens, limit)
+        if not self._recipe.training.max_staleness:
+            engine.take_metrics()  # Without prefetching, all counts so far are the evaluation's.
+        return result
+
+    def accuracy_at(self, step: int) -> float | None:
+        """Return the accuracy on a few problems, or ``None`` if no evaluation is due."""
+        evaluation = self._recipe.evaluation
+        if step % evaluation.every or step == self._recipe.training.max_steps:
+            return None  # After the last step, the table evaluates all problems.
+        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
         try:
-            fit_together(self.trainer, self.processes, checkpoint)
-        finally:
-            self.ahead.close()
-            self.reporter.stop_steps()
-            plot_curves(self.run.read_metrics(), recipe.name, self.run.curves)
-        self.trainer.save_weights(FINAL)
+            return self.evaluate("held-out", self._spec, limit).accuracy
+        except RolloutError as error:  # One missing value must not end the run.
+            self._progress.log(f"step {step}: evaluation failed: {error}")
+            return None
 
-    def make_env(self) -> Any:
-        """The thinking environment; what it pays is set for each trace."""
-        return resolve("delethink.envs", "thinking")(
-            task=self,
-            reward=lambda text, answer: 0.0,
-            tokenizer=self.tokenizer,
-            chunk_spec=self.spec,
-            eos_ids=eos_ids(self.model, self.tokenizer),
-            vocabulary=vocabulary_size(self.model),
-            max_query_tokens=self.engine.max_model_tokens,
+    def add_row(self, setting: str, spec: ChunkSpec) -> None:
+        """Evaluate a setting on all problems, unless the table has its row already."""
+        if setting in [row.setting for row in self.rows]:
+            return
+        row = self.evaluate(setting, spec)
+        self.rows.append(row)
+        self._directory.write_table([row.as_dict() for row in self.rows])
+        self._progress.summary(row)
+        if row.unscored:
+            self._progress.log(
+                f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
+                f"count as wrong; first error: {row.first_error}"
+            )
+
+    def add_baselines(self, tokenizer: Any) -> None:
+        """Evaluate the base model in one context of C, as LongCoT, and with Delethink."""
+        spec, window = self._spec, self._weights.engine.max_model_tokens
+        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
+        query = max(len(query_ids(tokenizer, p)) for p in self._evaluator.problems)
+        if query + spec.budget <= window:
+            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
+        else:
+            self._progress.log(
+                f"base, LongCoT: skipped, a query of {query} tokens and a budget of {spec.budget} "
+                f"do not fit in the model's context of {window}"
+            )
+        self.add_row("base, Delethink", spec)
+
+    def add_trained(self) -> None:
+        """Evaluate the trained model with Delethink."""
+        self.add_row(TRAINED_SETTING, self._spec)
+
+
+@dataclass
+class RunState:
+    """Parts and state of a run on rank 0."""
+
+    recipe: Recipe
+    problems: list[Problem]  # for training
+    tokenizer: Any
+    scorer: Any
+    env: Any  # thinking environment, to verify traces
+    directory: RunDirectory
+    progress: TrainingProgress
+    weights: EngineWeights
+    prompts: PromptCursor
+    prefetch: Prefetch
+    metrics: StepMetrics
+    table: ResultsTable
+    skipped_steps: list[int] = field(default_factory=list)
+    batch: Batch | None = None  # sampled last
+    sampled: ScoredBatch | None = None  # the same batch, with its advantages
+    policy_version: int = 0  # weights in the first step on the batch
+
+    @classmethod
+    def create(
+        cls,
+        prepared: Prepared,
+        inputs: Inputs,
+        directory: RunDirectory,
+        progress: TrainingProgress,
+        engine: Engine,
+        model: Any,
+    ) -> RunState:
+        """Build the parts of a run.
+
+        Args:
+            prepared: recipe, tasks and scorers.
+            inputs: tokenizer, chunk sizes and problems.
+            directory: run directory.
+            progress: output on the terminal.
+            engine: engine that samples.
+            model: model that is trained.
+        """
+        recipe, training = prepared.recipe, prepared.recipe.training
+        spec, tokenizer = inputs.spec, inputs.tokenizer
+        problems = inputs.selected["train"].problems
+        metrics, prompts = StepMetrics(), PromptCursor()
+        sampler = BatchSampler(
+            engine,
+            spec,
+            problems,
+            prompts,
+            prepared.scorer,
+            tokenizer,
+            training.temperature,
+            training.num_generations,
+            recipe.seed,
+            training.max_sampling_rounds,
+            recipe.engine.rollout_timeout,
+        )
+        groups = training.traces_per_batch // training.num_generations
+        prefetch = Prefetch(
+            lambda step: sampler.start(step, groups),
+            prompts.state_dict,
+            training.max_staleness // training.steps_per_batch,
+            training.steps_per_batch,
+            training.max_steps,
+        )
+        weights = EngineWeights(engine, model, metrics)
+        evaluator = Evaluator(
+            inputs.selected["heldout"].problems,
+            prepared.evaluation_scorer,
+            tokenizer,
+            training.temperature,
+            recipe.seed,
+        )
+        table = ResultsTable(recipe, spec, evaluator, weights, prefetch, directory, progress)
+        env = resolve("delethink.envs", "thinking")(
+            task=prepared.task,
+            reward=lambda text, answer: 0.0,  # the scorer computes rewards
+            tokenizer=tokenizer,
+            chunk_spec=spec,
+            eos_ids=eos_ids(model, tokenizer),
+            vocabulary=vocabulary_size(model),
+            max_query_tokens=engine.max_model_tokens,
+        )
+        return cls(
+            recipe,
+            problems,
+            tokenizer,
+            prepared.scorer,
+            env,
+            directory,
+            progress,
+            weights,
+            prompts,
+            prefetch,
+            metrics,
+            table,
         )
 
-    def problem(self, split: str, index: int) -> Problem:
-        """A training problem of the run: what makes it a task for the environment."""
-        return self.problems[index % len(self.problems)]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint holds beside the trainer's own."""
+        return {
+            "prompts": self.prefetch.state_dict(),
+            "policy_version": self.weights.trained_version,
+            "skipped_steps": self.skipped_steps,
+        }
 
-    def pay_out(self, env: Any) -> Any:
-        """The scores of the traces sampled last, as TRL asks for them.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
+        self.prompts.load_state_dict(state["prompts"])
+        self.skipped_steps = list(state["skipped_steps"])
 
-        Each trace that earned something is replayed through the environment, which proves that it
-        was sampled by the environment's own rule, and pays that for it.
-        """
+    # -- callbacks of the trainer --------------------------------------------------------------
 
-        def reward(trace: list[Trace], problem: list[int], **columns: Any) -> list[float | None]:
-            return [
-                self._paid(env, t, self.problems[p], score)
-                for t, p, score in zip(trace, problem, self.scores, strict=True)
-            ]
+    def sample_batch(self, examples: list[Example]) -> RolloutBatch:
+        """Return a batch of scored traces, sampled from the current weights.
 
-        return reward
-
-    def _paid(self, env: Any, trace: Trace, problem: Problem, score: Score) -> float | None:
-        if score.total is None:
-            return None
-        if trace.stop.is_failure:  # what the recipe says of errors; there is nothing to replay
-            return score.total
-        total = score.total
-        env.reward = lambda text, answer: total
-        return replay_trace(env, problem, trace)
-
-    def leave_out(self, found: NonFinite) -> None:
-        """An optimizer step that is not taken: its traces are kept, and the run stops or goes on.
+        Args:
+            examples: rows chosen by the trainer; the cursor over the problems replaces them.
 
         Raises:
-            NonFiniteError: as the recipe says, or because it is one of too many in a row.
+            RolloutError: too many traces failed or could not be scored.
         """
-        assert self.sampled is not None
-        records = trace_records(self.sampled, self.problems, self.scores, self.tokenizer)
-        guilty = [records[place] for place in found.traces] or records
-        path = self.run.add_nonfinite(found.step, guilty)
-        self.skipped.append(found.step)
-        self.step |= {"step_skipped": 1, "loss": None}
-        text = f"step {found.step}: a {found.what} of training is not finite"
-        kept = f"its traces ({len(guilty)} of {len(records)}) are in {path}"
-        if self.recipe.training.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"{text}; no weight was changed; {kept}; the same command goes on from the newest "
-                "checkpoint: add training.on_nonfinite=skip to leave such steps out"
-            )
-        last = list(range(found.step - _MOST_SKIPPED + 1, found.step + 1))
-        if self.skipped[-_MOST_SKIPPED:] == last:
-            raise NonFiniteError(f"{text}, like the {_MOST_SKIPPED - 1} before it; {kept}")
-        self.reporter.say(f"{text}: skipped; {kept}")
+        engine = self.weights.engine
+        self.weights.update()
+        self.policy_version = self.weights.version
+        self.batch = batch = self.prefetch.next(self.policy_version)
+        if not self.recipe.training.max_staleness:  # else the engine samples the next batch
+            engine.sleep()
+        self.metrics.add(engine.take_metrics())
+        self.metrics.add(
+            {
+                "seconds_scoring": batch.seconds_scoring,
+                "seconds_sampling": batch.seconds_sampling,
+                "sampling_rounds": batch.rounds,
+                "groups_replaced": len(batch.replaced),
+                "tokens_replaced": sum(t.length for group in batch.replaced for t in group.traces),
+            }
+        )
+        self._check_scores(batch)
+        return RolloutBatch([make_example(self.problems, i) for i in batch.problems], batch.traces)
 
-    def play(self, places: list[Example]) -> Filled:
-        """A batch in the places of as many rows, scored, from the current weights."""
-        self.serve_current_weights()
-        self.batch_version = self.version
-        self.batch = batch = self.ahead.next(self.version)
-        if not self.recipe.training.max_staleness:  # else the next batch is being sampled
-            self.engine.sleep()
-        self.step |= self.engine.take_metrics()
-        self.scores = batch.scores
-        self.step["seconds_scoring"] = batch.seconds_scoring
-        self.step["seconds_sampling"] = batch.seconds_sampling
-        self.step |= {
-            "sampling_rounds": batch.rounds,
-            "groups_replaced": len(batch.replaced),
-            "tokens_replaced": sum(t.length for g in batch.replaced for t in g.traces),
-        }
-        self._check_scores(batch.traces)
-        return Filled([_example(self.problems, place) for place in batch.problems], batch.traces)
-
-    def _check_scores(self, traces: list[Trace]) -> None:
-        """Rewards that cannot be computed are failures like any other: not more than a share."""
-        broken = [score for score in self.scores if score.errors]
-        failed = len(broken) + sum(trace.stop.is_failure for trace in traces)
-        most = self.recipe.training.max_failed_share
-        if broken and failed > most * len(traces):
-            name, reason = next(iter(broken[0].errors.items()))
+    def _check_scores(self, batch: Batch) -> None:
+        traces, unscored = batch.traces, [score for score in batch.scores if score.errors]
+        failed = len(unscored) + sum(trace.stop.is_failure for trace in traces)
+        limit = self.recipe.training.max_failed_share
+        if unscored and failed > limit * len(traces):
+            name, reason = next(iter(unscored[0].errors.items()))
             raise RolloutError(
                 f"{failed} of {len(traces)} traces failed or could not be scored, more than "
-                f"max_failed_share={most}; the first that could not be scored: {name}: {reason}"
+                f"max_failed_share={limit}; first scoring error: {name}: {reason}"
             )
 
-    def record_traces(self, sampled: Sampled) -> None:
-        """Writes what was sampled and keeps the figures of the step."""
-        self.sampled = sampled
-        group = self.recipe.training.num_generations
-        self.step |= sampled_metrics(sampled, self.scores, group)
-        self.step |= staleness_metrics(sampled.traces, self.version)
-        self.step |= reward_metrics(self.scores, self.scorer.rewards)
-        step = int(self.trainer.state.global_step) + 1
-        records = trace_records(sampled, self.problems, self.scores, self.tokenizer)
-        self.run.add_traces(step, records + self._replaced())
+    def reward(self, trace: list[Trace], problem: list[int], **columns: Any) -> list[float | None]:
+        """Return the rewards of the batch: a reward function for TRL.
 
-    def _replaced(self) -> list[dict[str, Any]]:
-        """What was sampled and is not trained on, because its group has no signal."""
+        A replay through the environment verifies that each trace follows the chunk rule.
+
+        Raises:
+            RolloutError: a trace does not.
+        """
         assert self.batch is not None
-        return [
-            trace_record(self.problems[group.problem], trace, score, self.tokenizer)
+        rewards = []
+        for one, index, score in zip(trace, problem, self.batch.scores, strict=True):
+            if score.total is not None and not one.stop.is_failure:
+                replay_trace(self.env, self.problems[index], one)
+            rewards.append(score.total)
+        return rewards
+
+    def on_sampled(self, sampled: ScoredBatch) -> None:
+        """Write the traces of a batch and add its metrics."""
+        assert self.batch is not None
+        self.sampled = sampled
+        batch = TraceBatch(
+            sampled.traces,
+            self.batch.scores,
+            sampled.in_loss,
+            self.recipe.training.num_generations,
+            self.policy_version,
+            [reward.name for reward in self.scorer.rewards],
+        )
+        self.metrics.add(batch_metrics(batch))
+        untrained = [
+            self._record(group.problem, trace, score)
             for group in self.batch.replaced
             for trace, score in zip(group.traces, group.scores, strict=True)
         ]
+        self.directory.add_traces(self.policy_version + 1, self._trained_records() + untrained)
 
+    def on_nonfinite(self, found: NonFinite) -> None:
+        """Keep the traces of a skipped optimizer step, and stop the run if the recipe says so.
 
-def make_trainer(
-    recipe: Recipe,
-    processes: Processes,
-    *,
-    model: Any,
-    train_dataset: list[Example],
-    callbacks: Sequence[Any],
-    **parts: Any,
-) -> RunTrainer:
-    """The trainer of a recipe, alike in all processes; the rows are those of the first one."""
-    trainer = RunTrainer(
-        model=model,
-        train_dataset=Dataset.from_list(processes.lead(lambda: train_dataset)),
-        objective=objective(recipe),
-        processes=processes,
-        cost=trace_cost(model.config.to_dict()),
-        peft_config=lora(recipe.training.lora),
-        callbacks=list(callbacks),
-        **parts,
-    )
-    trainer.remove_callback(PrinterCallback)
-    for callback in callbacks:
-        if isinstance(callback, WholeWeights):
-            callback.trainer = trainer
-    return trainer
+        Raises:
+            NonFiniteError: ``training.on_nonfinite`` is "stop", or too many steps were skipped.
+        """
+        records = self._trained_records()
+        kept = [records[index] for index in found.traces] or records
+        path = self.directory.add_nonfinite(found.step, kept)
+        self.skipped_steps.append(found.step)
+        self.metrics.add({"step_skipped": 1, "loss": None})
+        text = f"step {found.step}: a {found.quantity} of training is not finite"
+        where = f"its traces ({len(kept)} of {len(records)}) are in {path}"
+        if self.recipe.training.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{text}; no weight was changed; {where}; the same command resumes from the newest "
+                "checkpoint, and training.on_nonfinite=skip skips such steps"
+            )
+        last = list(range(found.step - _MAX_SKIPPED_STEPS + 1, found.step + 1))
+        if self.skipped_steps[-_MAX_SKIPPED_STEPS:] == last:
+            raise NonFiniteError(f"{text}, as in the {len(last) - 1} steps before; {where}")
+        self.progress.log(f"{text}: skipped; {where}")
 
+    def on_step(self, trainer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write the metrics of an optimizer step, evaluate if due, and return the line."""
+        step = trainer_metrics["step"]
+        line = {
+            **trainer_metrics,
+            "policy_version": self.policy_version,
+            "step_skipped": 0,
+            **self.metrics.values,
+            "heldout_accuracy": self.table.accuracy_at(step),
+        }
+        self.directory.add_metrics(line)
+        self.progress.step(line, self.recipe.training.max_steps)
+        return line
 
-def fit_together(
-    trainer: RunTrainer, processes: Processes, checkpoint: Checkpoint | None = None
-) -> None:
-    """Trains in all processes, from the first one's checkpoint on where it has one."""
-    path = processes.lead(lambda: str(checkpoint.path) if checkpoint else None)
-    trainer.train(resume_from_checkpoint=path)
+    # -- traces on disk ------------------------------------------------------------------------
 
+    def _trained_records(self) -> list[dict[str, Any]]:
+        assert self.sampled is not None
+        assert self.batch is not None
+        rows = zip(
+            self.sampled.examples,
+            self.sampled.traces,
+            self.batch.scores,
+            self.sampled.advantages,
+            strict=True,
+        )
+        return [self._record(row["problem"], *rest) for row, *rest in rows]
 
-def _examples(problems: list[Problem]) -> list[Example]:
-    """The training problems as rows, each once."""
-    return [_example(problems, i) for i in range(len(problems))]
-
-
-def _example(problems: list[Problem], place: int) -> Example:
-    problem = problems[place % len(problems)]
-    return {"prompt": problem.messages, "answer": problem.answer, "problem": place % len(problems)}
+    def _record(
+        self, problem: int, trace: Trace, score: Score, advantage: float | None = None
+    ) -> dict[str, Any]:
+        """Return a line of ``traces/``; without an advantage, the trace was not trained on."""
+        # Metadata of a task may hold values that JSON cannot.
+        known = self.problems[problem]
+        return TraceRecord(
+            problem=replace(known, metadata=json_like(known.metadata)),
+            trace=trace,
+            reward=score.total,
+            rewards=score.parts,
+            reward_errors=score.errors,
+            advantage=advantage,
+            text=self.tokenizer.decode(list(trace.output_ids)),
+        ).to_json()

@@ -13,7 +13,7 @@ from delethink.training.metrics import (
     METRICS,
     TOKEN_METRICS,
     Metric,
-    ScoredBatch,
+    TraceBatch,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def forward_metrics(
     }
 
 
-def batch_metrics(batch: ScoredBatch) -> dict[str, Any]:
+def batch_metrics(batch: TraceBatch) -> dict[str, Any]:
     """Return the metrics of a sampled batch: every row of the table with ``of_batch``."""
     values: dict[str, Any] = {}
     for metric in METRICS:

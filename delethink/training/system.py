@@ -1,4 +1,4 @@
-"""What the machine has: processors, memory of processes and devices, and room on the disk."""
+"""Hardware of this machine: processors, memory of processes and devices, and free disk space."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-_UNLIMITED = 2**60  # what control groups without a limit say is larger
+_UNLIMITED_BYTES = 2**60  # control groups without a limit report a larger number
 
 
 def processor() -> str:
-    """How many cores of which processor.
+    """Return the number of cores and the name of the processor.
 
-    Several generations of processors go by one name on virtual machines, and the same work takes
-    one of them half the time of another: so family and model are given where Linux tells them.
+    Virtual machines give several generations of processors one name although one can be twice as
+    fast as another, so family and model are added where Linux reports them.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    told: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        told.setdefault(key.strip(), []).append(value.strip())
-    names = told.get("model name")
+        values.setdefault(key.strip(), []).append(value.strip())
+    names = values.get("model name")
     if not names:
         return platform.processor()
-    if "cpu family" not in told or "model" not in told:
+    if "cpu family" not in values or "model" not in values:
         return f"{len(names)} x {names[0]}"
-    return f"{len(names)} x {names[0]} (family {told['cpu family'][0]}, model {told['model'][0]})"
+    family, model = values["cpu family"][0], values["model"][0]
+    return f"{len(names)} x {names[0]} (family {family}, model {model})"
 
 
 class Memory(NamedTuple):
-    """Bytes of memory of one kind."""
+    """Memory of one kind, in bytes."""
 
     name: str
     total: int
-    free: int  # at this moment
+    free: int
 
 
 def process_memory() -> Memory:
-    """What processes may use: the machine's memory, or the share that a container has."""
+    """Return the memory of the machine, or the limit of the container."""
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux: what is free is not known
+    if not meminfo.exists():  # Other systems than Linux do not report the free memory here.
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Memory("RAM", total, total)
     values = {}
@@ -52,21 +53,28 @@ def process_memory() -> Memory:
         key, _, rest = line.partition(":")
         values[key] = int(rest.split()[0]) * 1024
     memory = Memory("RAM", values["MemTotal"], values["MemAvailable"])
-    for limit, used in (
+    for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         (
             "/sys/fs/cgroup/memory/memory.limit_in_bytes",
             "/sys/fs/cgroup/memory/memory.usage_in_bytes",
         ),
     ):
-        share, taken = _number(Path(limit)), _number(Path(used))
-        if share is not None and share < min(memory.total, _UNLIMITED):
-            return Memory("RAM", share, max(0, min(memory.free, share - (taken or 0))))
+        limit, used = _read_number(Path(limit_file)), _read_number(Path(used_file))
+        if limit is not None and limit < min(memory.total, _UNLIMITED_BYTES):
+            return Memory("RAM", limit, max(0, min(memory.free, limit - (used or 0))))
     return memory
 
 
+def num_devices() -> int:
+    """Return the number of visible GPUs."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def device_memory() -> Memory | None:
-    """Of the GPU that the trainer takes; ``None`` on a machine without."""
+    """Return the memory of the trainer's GPU; ``None`` without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -76,17 +84,17 @@ def device_memory() -> Memory | None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that are free where a folder is, or is to be."""
+    """Return the free bytes at a folder, which need not exist yet."""
     path = path.absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files under a folder; 0 where there is none."""
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files under a folder; 0 if there is no such folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):  # no such group, or "max"

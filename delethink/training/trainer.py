@@ -1,205 +1,303 @@
-"""A training run from a recipe to its table."""
+"""A training run from a recipe to its table of results.
+
+``train`` is the whole way: read the inputs, run the preflight checks, resume from a checkpoint,
+start the engine, evaluate the base model, train, and evaluate the trained model.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import set_seed
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from delethink.config import Recipe, dump_recipe
-from delethink.engines.base import Engine
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
-from delethink.errors import ConfigError, RunDirectoryError
-from delethink.evaluation.heldout import Evaluator, HeldOutResult
-from delethink.tasks import Taken, left_out_of
-from delethink.training.checkpointing import Checkpoint, find, remove_unfinished
-from delethink.training.data_parallel import Processes
-from delethink.training.grpo_config import trl_config
-from delethink.training.preflight import (
-    Inputs,
-    Place,
-    Prepared,
-    check_run,
-    read_inputs,
-    refuse_problems,
-)
-from delethink.training.progress import Reporter
-from delethink.training.run_directory import RunDirectory
-from delethink.training.run_state import AFTER, Job
+from delethink.errors import RunDirectoryError
+from delethink.tasks import left_out_of
+from delethink.training.checkpointing import AtomicCheckpoints, Checkpoint, find, remove_unfinished
+from delethink.training.data_parallel import RankGroup, trace_cost
+from delethink.training.grpo import DelethinkTrainer
+from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
+from delethink.training.preflight import Inputs, Prepared, read_inputs, refuse_problems, run_checks
+from delethink.training.progress import TrainingProgress, plot_curves
+from delethink.training.resume import RunLocation
+from delethink.training.run_state import TRAINED_SETTING, Example, RunState, make_example
+from delethink.training.step_metrics import forward_metrics, logger_values
+from delethink.training.weights import GatherWeights
+
+FINAL_CHECKPOINT = "final"
 
 
 def train(
-    prepared: Prepared, place: Place, reporter: Reporter, processes: Processes | None = None
+    prepared: Prepared,
+    location: RunLocation,
+    progress: TrainingProgress,
+    ranks: RankGroup | None = None,
 ) -> Path:
-    """Runs a recipe, or goes on with its run, and returns the path of its run directory.
+    """Run a recipe, or resume its run, and return the run directory.
 
     Args:
-        prepared: the recipe.
-        place: where it writes.
-        reporter: told the course of the run.
-        processes: that train together, of which this is the first.
+        prepared: recipe, tasks and scorers.
+        location: run directory.
+        progress: output on the terminal.
+        ranks: ranks that train together; this is the main one.
 
     Raises:
-        UserError: something the user can mend, before anything is sampled.
-        RolloutError, WeightSyncError: the run broke; what was written stays whole.
+        UserError: a mistake of the user, found before the first rollout.
+        RolloutError, WeightSyncError: the run failed; the files written so far are complete.
     """
     try:
-        return _run(prepared, place, reporter, processes or Processes())
+        return _train(prepared, location, progress, ranks or RankGroup())
     except BaseException:
-        place.run.discard_if_empty()
+        location.directory.discard_if_empty()
         raise
     finally:
         prepared.close()
-        place.run.release()
+        location.directory.release()
 
 
-def _run(prepared: Prepared, place: Place, reporter: Reporter, processes: Processes) -> Path:
-    recipe, run = prepared.recipe, place.run
+def _train(
+    prepared: Prepared, location: RunLocation, progress: TrainingProgress, ranks: RankGroup
+) -> Path:
+    recipe, directory = prepared.recipe, location.directory
     set_seed(recipe.seed)
-    _check_devices()
     inputs = read_inputs(prepared)
-    reporter.say(f"run directory: {run.path}")
-    _preflight(prepared, inputs, run, reporter)
-    model = load_model(recipe.model, "float32", recipe.trust_remote_code)
-    tokenizer, spec = inputs.tokenizer, inputs.spec
-    settings = trl_config(recipe, spec, run.checkpoints)
-    sampled_from = _sampled_from(recipe, model, settings.device)
-
-    checkpoint = _take_up(place, recipe, reporter) if place.begun else None
-    _report_problems(prepared, run, inputs.taken, reporter)
-    reporter.say(f"starting the engine: {choose_engine(recipe.engine.name)}")
-    problems, heldout = inputs.taken["train"].problems, inputs.taken["heldout"].problems
-    with closing(_make_engine(recipe, sampled_from, tokenizer, sampled_from is model)) as engine:
-        temperature, scorer = recipe.training.temperature, prepared.scorer
-        evaluator = Evaluator(
-            heldout, prepared.evaluation_scorer, tokenizer, temperature, recipe.seed
-        )
-        job = Job(
-            recipe,
-            spec,
-            run,
-            reporter,
-            engine,
-            evaluator,
-            problems,
-            scorer,
-            tokenizer,
-            model,
-            processes,
-        )
-        job.rows = [HeldOutResult.from_dict(row) for row in run.read_table()]
-        job.prove_updates()
-        job.measure_baselines()
-        job.fit(settings, checkpoint)
-        job.add_row(AFTER, spec)
-        run.finish(recipe.training.max_steps)
-        reporter.table(job.rows, spec, run.path)
-    return run.path
-
-
-def _preflight(prepared: Prepared, inputs: Inputs, run: RunDirectory, reporter: Reporter) -> None:
-    """Says what is close or cannot be known, and ends a run that cannot go well."""
-    checks = check_run(prepared, inputs, run.path)
-    refuse_problems(checks, prepared.recipe.preflight)
+    progress.log(f"run directory: {directory.path}")
+    checks = run_checks(prepared, inputs, directory.path)
+    refuse_problems(checks, recipe.preflight)
     for check in checks:
         if check.status != "ok":
-            reporter.say(f"{check.status}: {check.name}: {check.found}; {check.advice}")
+            progress.log(f"{check.status}: {check.name}: {check.found}; {check.advice}")
+
+    model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
+    settings = trl_config(recipe, inputs.spec, directory.checkpoints)
+    sampling_model = _sampling_model(recipe, model, settings.device)
+    checkpoint = resume(location, recipe, progress) if location.exists else None
+    _report_problems(prepared, inputs, location, progress)
+
+    progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
+    engine = make_engine(
+        recipe.engine,
+        recipe.model,
+        sampling_model,
+        inputs.tokenizer,
+        trust_remote_code=recipe.trust_remote_code,
+        seed=recipe.seed,
+        is_trained=sampling_model is model,
+    )
+    with closing(engine):
+        state = RunState.create(prepared, inputs, directory, progress, engine, model)
+        state.weights.check()
+        state.table.add_baselines(inputs.tokenizer)
+        _fit(state, settings, model, checkpoint, ranks)
+        state.table.add_trained()
+        directory.finish(recipe.training.max_steps)
+        progress.table(state.table.rows, inputs.spec, directory.path)
+    return directory.path
 
 
-def _take_up(place: Place, recipe: Recipe, reporter: Reporter) -> Checkpoint | None:
-    """Goes back to the newest whole checkpoint, and says all that is not as it was."""
-    run, last = place.run, recipe.training.max_steps
-    if remove_unfinished(run.checkpoints):
-        reporter.say("a checkpoint that was not written to its end is taken away")
-    checkpoint, rejected = find(run.checkpoints)
-    for text in rejected:
-        reporter.say(f"not whole, and passed over: {text}")
-    step = checkpoint.step if checkpoint else 0
-    finished = run.finished_step
-    if finished is not None and step < finished:
-        raise RunDirectoryError(
-            f"{run.path} holds a finished run of {finished} steps whose last checkpoint is gone; "
-            f"to train on, start from its weights: model={run.checkpoints}/final output=PATH"
-        )
-    for key, (old, new) in place.changed.items():
-        reporter.say(f"{key} was {old} and is {new} from here on")
-    rows = run.read_table()
-    if step < last or "training.max_steps" in place.changed:
-        rows = [row for row in rows if row["setting"] != AFTER]
-    run.write_table(rows)
-    superseded = run.take_up(step, dump_recipe(recipe), place.changed)
-    begins = f"after step {step}" if step else "from the first step, as there is no checkpoint"
-    reporter.say(f"taking the run up {begins}")
-    if superseded:
-        reporter.say(
-            f"what was written beyond it, of {len(superseded)} steps up to {superseded[-1]}, lies "
-            f"under {run.path / 'superseded'} now; they are made again"
-        )
-    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in run.read_metrics()})
-    if missing:
-        reporter.say(
-            f"metrics.jsonl has no line of {len(missing)} steps, the first one {missing[0]}"
-        )
-    return checkpoint
-
-
-def _report_problems(
-    prepared: Prepared, run: RunDirectory, taken: dict[str, Taken], reporter: Reporter
-) -> None:
-    """What was left out is said and kept: a data set never shrinks in silence."""
-    tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
-    counts: dict[str, dict[str, Any]] = {
-        split: {
-            "taken": len(some.problems),
-            "overlong_queries": some.overlong,
-            "longest_query_passed_over": some.longest,
-            "left_out": left_out_of(tasks[split]),
-        }
-        for split, some in taken.items()
-    }
-    run.write_problems(counts)
-    for split, some in taken.items():
-        if some.overlong:
-            reporter.say(
-                f"{split}: {some.overlong} of {some.overlong + len(some.problems)} problems passed "
-                f"over, their queries are too long (the longest has {some.longest} tokens)"
-            )
-        if left_out := counts[split]["left_out"]:
-            listed = ", ".join(f"{number} {why}" for why, number in left_out.items())
-            reporter.say(f"{split}: left out of the data set: {listed}")
-
-
-def _check_devices() -> None:
-    """In one process, TRL's trainer has one GPU; with more it refuses, but late and unclearly."""
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible and the trainer takes one: choose it "
-            "with CUDA_VISIBLE_DEVICES"
-        )
-
-
-def _sampled_from(recipe: Recipe, model: Any, device: Any) -> Any:
-    """The model that an engine in this process samples from; of others only settings are read."""
+def _sampling_model(recipe: Recipe, model: Any, device: Any) -> Any:
+    """Return the model that an engine in this process samples from."""
     if recipe.trainer.strategy != "fsdp2":
         return model.to(device)
-    if choose_engine(recipe.engine.name) == "vllm":
-        return model  # which the trainer moves, in pieces
+    if choose_engine(recipe.engine.name) != "transformers":
+        return model  # Workers load their own; the trainer shards this one.
     copy: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
     return copy.to(device)
 
 
-def _make_engine(recipe: Recipe, model: Any, tokenizer: Any, is_trained: bool) -> Engine:
-    return make_engine(
-        recipe.engine,
-        recipe.model,
-        model,
-        tokenizer,
-        trust_remote_code=recipe.trust_remote_code,
-        seed=recipe.seed,
-        is_trained=is_trained,
+# -- resuming ----------------------------------------------------------------------------------
+
+
+def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) -> Checkpoint | None:
+    """Reset a run directory to its newest complete checkpoint, and return that.
+
+    Returns:
+        ``None`` if there is no complete checkpoint, so that the run starts at the first step.
+
+    Raises:
+        RunDirectoryError: the run is finished and its last checkpoint is gone, or a file cannot be
+            written.
+    """
+    directory, max_steps = location.directory, recipe.training.max_steps
+    if remove_unfinished(directory.checkpoints):
+        progress.log("removed an incomplete checkpoint")
+    checkpoint, rejected = find(directory.checkpoints)
+    for text in rejected:
+        progress.log(f"skipped an incomplete checkpoint: {text}")
+    step = checkpoint.step if checkpoint else 0
+    finished = directory.finished_step
+    if finished is not None and step < finished:
+        raise RunDirectoryError(
+            f"{directory.path} holds a finished run of {finished} steps whose last checkpoint is "
+            f"gone; to train further, start from its weights: "
+            f"model={directory.checkpoints / FINAL_CHECKPOINT} output=PATH"
+        )
+    for key, (old, new) in location.changed.items():
+        progress.log(f"{key} was {old} and is {new} from here on")
+    rows = directory.read_table()
+    if step < max_steps or "training.max_steps" in location.changed:
+        rows = [row for row in rows if row["setting"] != TRAINED_SETTING]
+    directory.write_table(rows)
+    superseded = directory.reset_to(step, dump_recipe(recipe), location.changed)
+    start = f"after step {step}" if step else "from the first step, as there is no checkpoint"
+    progress.log(f"resuming the run {start}")
+    if superseded:
+        progress.log(
+            f"moved the files of {len(superseded)} later steps, up to step {superseded[-1]}, to "
+            f"{directory.path / 'superseded'}; these steps run again"
+        )
+    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in directory.read_metrics()})
+    if missing:
+        progress.log(f"metrics.jsonl lacks {len(missing)} steps, the first is step {missing[0]}")
+    return checkpoint
+
+
+def _report_problems(
+    prepared: Prepared, inputs: Inputs, location: RunLocation, progress: TrainingProgress
+) -> None:
+    """Write and print the numbers of problems used and left out."""
+    tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
+    counts: dict[str, dict[str, Any]] = {
+        split: {
+            "taken": len(taken.problems),
+            "overlong_queries": taken.overlong,
+            "longest_query_passed_over": taken.longest,
+            "left_out": left_out_of(tasks[split]),
+        }
+        for split, taken in inputs.selected.items()
+    }
+    location.directory.write_problems(counts)
+    for split, taken in inputs.selected.items():
+        if taken.overlong:
+            progress.log(
+                f"{split}: skipped {taken.overlong} of {taken.overlong + len(taken.problems)} "
+                f"problems whose queries are too long (the longest has {taken.longest} tokens)"
+            )
+        if left_out := counts[split]["left_out"]:
+            listed = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+            progress.log(f"{split}: left out of the data set: {listed}")
+
+
+# -- training ----------------------------------------------------------------------------------
+
+
+class RunTrainer(AtomicCheckpoints, DelethinkTrainer):
+    """``DelethinkTrainer`` with complete checkpoints and the metrics of a run.
+
+    Args:
+        on_step: receives the trainer's metrics of each step and returns the whole line for the
+            experiment trackers.
+    """
+
+    def __init__(
+        self, *args: Any, on_step: Callable[[dict[str, Any]], dict[str, Any]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_step = on_step
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add the metrics of a run to the logs of a step."""
+        if "loss" in logs:
+            metrics = {
+                "step": int(self.state.global_step),
+                "loss": logs["loss"],
+                "gradient_norm": logs["grad_norm"],
+                "learning_rate": logs["learning_rate"],
+                **forward_metrics(self.pop_statistics(), *self.pop_forward_counts()),
+                **self.shards.metrics(),
+            }
+            line = self._on_step(metrics)
+            logs = logs | (logger_values(line) if self.args.report_to else {})
+        super().log(logs, start_time)
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
+    """Measure the time of steps, and update the engine after each if rollouts are prefetched."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._state.metrics.start_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, and let new weights enter at the next chunk boundaries."""
+        self._state.metrics.stop_step()
+        if self._state.recipe.training.max_staleness:
+            self._state.weights.update()
+
+
+def make_trainer(
+    recipe: Recipe,
+    ranks: RankGroup,
+    *,
+    model: Any,
+    train_dataset: list[Example],
+    callbacks: Sequence[TrainerCallback],
+    **options: Any,
+) -> RunTrainer:
+    """Return the trainer of a recipe; all ranks use the dataset of the main rank."""
+    trainer = RunTrainer(
+        model=model,
+        train_dataset=Dataset.from_list(ranks.broadcast(lambda: train_dataset)),
+        ranks=ranks,
+        cost=trace_cost(model.config.to_dict()),
+        peft_config=lora(recipe.training.lora),
+        callbacks=list(callbacks),
+        **options,
     )
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if isinstance(callback, GatherWeights):
+            callback.trainer = trainer
+    return trainer
+
+
+def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | None = None) -> None:
+    """Train on all ranks, from the checkpoint of the main rank if it has one, and save weights."""
+    path = ranks.broadcast(lambda: str(checkpoint.path) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=path)
+    trainer.save_weights(FINAL_CHECKPOINT)
+
+
+def _fit(
+    state: RunState,
+    settings: DelethinkConfig,
+    model: Any,
+    checkpoint: Checkpoint | None,
+    ranks: RankGroup,
+) -> None:
+    """Run the optimizer steps on the main rank, and plot the curves even if they fail."""
+    recipe = state.recipe
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint.run_state)
+    trainer = make_trainer(
+        recipe,
+        ranks,
+        model=model,
+        processing_class=state.tokenizer,
+        args=settings,
+        train_dataset=[make_example(state.problems, i) for i in range(len(state.problems))],
+        reward_funcs=[state.reward],
+        run_rollouts=state.sample_batch,
+        on_sampled=state.on_sampled,
+        on_nonfinite=state.on_nonfinite,
+        on_step=state.on_step,
+        run_state=state.state_dict,
+        callbacks=[state.weights.gathered, StepCallback(state)],
+    )
+    state.weights.trainer = trainer
+    state.progress.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
+    try:
+        fit_ranks(trainer, ranks, checkpoint)
+    finally:
+        state.prefetch.close()
+        state.progress.stop_steps()
+        plot_curves(state.directory.read_metrics(), recipe.name, state.directory.curves)

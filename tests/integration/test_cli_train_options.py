@@ -1,4 +1,4 @@
-"""What a recipe may ask of training beyond the plain run, through the command."""
+"""Options of training, through the command."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ REFUSES = """
 import sys
 from delethink.cli.main import main
 from delethink.errors import WeightSyncError
-from delethink.training import trainer as run
+from delethink.training import trainer
 
 
 class Refuses:
@@ -128,13 +128,13 @@ class Refuses:
         raise WeightSyncError("worker 0 failed: such a model takes no new weights yet")
 
     async def generate(self, *request):
-        raise AssertionError("sampled before it was known that weights can be updated")
+        raise AssertionError("a rollout started before the weights were checked")
 
     def close(self):
         pass
 
 
-run._make_engine = lambda *arguments: Refuses()
+trainer.make_engine = lambda *arguments, **options: Refuses()
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,4 +1,4 @@
-"""Preflight and ``delethink doctor``: each kind of problem is found, with its number."""
+"""Preflight checks and ``delethink doctor``: each kind of problem is found, with its number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from delethink.cli.main import main
 from delethink.config import load_recipe
-from delethink.training import preflight as checks
+from delethink.training import preflight
 from delethink.training.preflight import Check, check_recipe
-from delethink.training.system import Memory, process_memory, size_of
+from delethink.training.system import Memory, folder_size, process_memory
 
 pytestmark = pytest.mark.integration
 
@@ -42,7 +42,7 @@ def punishes(text, answer):
 
 
 def found(*overrides: str, name: str, expected: int = 1) -> Check:
-    """The check of that name; no other is a problem."""
+    """Return the check of a name; no other check is a problem."""
     all_of_them = check_recipe(load_recipe(RECIPE, list(overrides)))
     problems = [check for check in all_of_them if check.status == "problem"]
     assert all(check.name == name for check in problems), problems
@@ -53,23 +53,23 @@ def found(*overrides: str, name: str, expected: int = 1) -> Check:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of the toy to spoil."""
+    """A copy of the toy reasoner to damage."""
     return Path(shutil.copytree(TOY, tmp_path / "model"))
 
 
 def change(file: Path, **values: Any) -> None:
-    """Sets keys of a JSON file; ``None`` takes one away."""
+    """Set keys of a JSON file; ``None`` removes a key."""
     known = json.loads(file.read_text()) | values
     file.write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
 
 
 @pytest.fixture
 def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spoilt_rewards.py").write_text(REWARDS)
+    (tmp_path / "broken_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_the_quickstart_is_well() -> None:
+def test_the_quickstart_passes_all_checks() -> None:
     all_of_them = check_recipe(load_recipe(RECIPE))
     assert [check.name for check in all_of_them] == [
         "recipe",
@@ -81,7 +81,7 @@ def test_the_quickstart_is_well() -> None:
     ]
     assert {check.status for check in all_of_them} <= {"ok", "warning"}  # on a busy machine
     assert "105 of the model's 1024" in all_of_them[2].found
-    assert "gold answer 1 (exact 1), wrong answer 0 (exact 0)" in all_of_them[5].found
+    assert "right answer 1 (exact 1), wrong answer 0 (exact 0)" in all_of_them[5].found
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,10 @@ def test_the_quickstart_is_well() -> None:
         (["task.args.widht=3"], "'widht'"),
         (["model=./nowhere"], "no model folder"),
         (["rewards={exakt: 1}"], "'exakt'"),
-        (["engine=transformers", "engine.num_engines=3"], "num_engines=3 is for vLLM's workers"),
+        (
+            ["engine=transformers", "engine.num_engines=3"],
+            "engine.num_engines=3 applies to engines in Ray workers",
+        ),
     ],
 )
 def test_a_name_or_setting_that_is_wrong(overrides: list[str], words: str) -> None:
@@ -119,17 +122,17 @@ def test_a_window_too_small(model: Path) -> None:
     assert "the query has 15 tokens" in check.found
 
 
-def test_a_window_too_small_for_longcot_is_only_close(model: Path) -> None:
+def test_a_window_too_small_for_longcot_is_a_warning(model: Path) -> None:
     change(model / "config.json", max_position_embeddings=300)
     check = found(f"model={model}", name="context")
     assert check.status == "warning"
-    assert "it would need 465" in check.found
+    assert "LongCoT would need 465" in check.found
     assert "no row for LongCoT" in check.advice
 
 
 def test_a_model_too_large_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Memory("RAM", 2**30, 2**30)
-    monkeypatch.setattr(checks, "process_memory", lambda: small)
+    monkeypatch.setattr(preflight, "process_memory", lambda: small)
     check = found(name="memory")
     assert check.status == "problem"
     needed = re.match(r"(\d+\.\d) GiB of 1.0 GiB RAM", check.found)
@@ -139,7 +142,7 @@ def test_a_model_too_large_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert found("training.forward_tokens=256", "evaluation.num_problems=8", name="memory")
 
 
-def test_a_context_that_no_worker_can_hold(model: Path) -> None:
+def test_a_context_larger_than_the_cache_of_a_worker(model: Path) -> None:
     change(model / "config.json", max_position_embeddings=10_000_000)
     sizes = ["thinking.context_size=4000000", "thinking.carryover_size=2000000"]
     options = ["engine=vllm", "training.forward_tokens=256", "preflight=warn"]
@@ -149,7 +152,7 @@ def test_a_context_that_no_worker_can_hold(model: Path) -> None:
     assert "of 1.0 GiB" in engine.found
 
 
-def test_an_architecture_that_nobody_knows_is_not_guessed(model: Path) -> None:
+def test_the_memory_of_an_unknown_architecture_is_not_checked(model: Path) -> None:
     change(model / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
     check = found(f"model={model}", name="memory")
     assert check.status == "not checked"
@@ -157,36 +160,36 @@ def test_an_architecture_that_nobody_knows_is_not_guessed(model: Path) -> None:
 
 
 def test_a_disk_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "free_disk", lambda path: 10**7)
+    monkeypatch.setattr(preflight, "free_disk", lambda path: 10**7)
     check = found(name="disk")
     assert check.status == "problem"
     assert "0.009 GiB are free" in check.found
     assert "training.save_total_limit=1" in check.advice
-    monkeypatch.setattr(checks, "free_disk", lambda path: 5 * 10**7)
+    monkeypatch.setattr(preflight, "free_disk", lambda path: 5 * 10**7)
     assert found(name="disk").status == "warning"  # enough for checkpoints alone
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("none_right", "wrong answer 0 (it 0); it must say 1 and 0"),
-        ("all_right", "wrong answer 1 (it 1); it must say 1 and 0"),
-        ("broken", "it cannot score the gold answer: error: AttributeError"),
+        ("none_right", "wrong answer 0 (it 0); it must give 1 and 0"),
+        ("all_right", "wrong answer 1 (it 1); it must give 1 and 0"),
+        ("broken", "it cannot score the right answer: error: AttributeError"),
     ],
 )
-def test_a_grader_that_cannot_tell(rewards: None, spec: str, words: str) -> None:
-    reward = f"rewards={{it: {{reward: 'spoilt_rewards:{spec}', isolated: false}}}}"
+def test_a_reward_that_does_not_tell_right_from_wrong(rewards: None, spec: str, words: str) -> None:
+    reward = f"rewards={{it: {{reward: 'broken_rewards:{spec}', isolated: false}}}}"
     check = found(reward, name="rewards")
     assert check.status == "problem"
     assert words in check.found
 
 
 def test_weights_that_punish_being_right(rewards: None) -> None:
-    other = "{reward: 'spoilt_rewards:punishes', isolated: false}"
+    other = "{reward: 'broken_rewards:punishes', isolated: false}"
     check = found(f"rewards={{exact: 1.0, other: {other}}}", name="rewards")
     assert check.status == "problem"
-    assert "gold answer -1 (exact 1, other -2), wrong answer 0" in check.found
-    assert "being right does not pay" in check.found
+    assert "right answer -1 (exact 1, other -2), wrong answer 0" in check.found
+    assert "the right answer has no higher reward" in check.found
 
 
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,22 +205,22 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
 
 
 def test_training_refuses_before_the_model_is_loaded(tmp_path: Path, rewards: None) -> None:
-    options = ["rewards={it: {reward: 'spoilt_rewards:none_right'}}", f"output={tmp_path / 'run'}"]
+    options = ["rewards={it: {reward: 'broken_rewards:none_right'}}", f"output={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "delethink.cli.main", "train", str(RECIPE), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("delethink: preflight: rewards: gold answer 0 (it 0)")
-    assert last.endswith("preflight=warn goes on all the same")
+    assert last.startswith("delethink: preflight: rewards: right answer 0 (it 0)")
+    assert last.endswith("preflight=warn starts the run anyway")
     assert "starting the engine" not in done.stdout
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_machine_has_is_there(tmp_path: Path) -> None:
+def test_memory_and_disk_of_this_machine(tmp_path: Path) -> None:
     memory = process_memory()
     assert 0 < memory.free <= memory.total
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("12345")
-    assert size_of(tmp_path) == 5
-    assert checks.free_disk(tmp_path / "not" / "there" / "yet") > 0
+    assert folder_size(tmp_path) == 5
+    assert preflight.free_disk(tmp_path / "not" / "there" / "yet") > 0

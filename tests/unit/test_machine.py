@@ -1,10 +1,10 @@
-"""What is said of the machine."""
+"""The description of the processor."""
 
 from pathlib import Path
 
 import pytest
 
-from delethink.training import system as machine
+from delethink.training import system
 
 X86 = """processor\t: {i}
 vendor_id\t: AuthenticAMD
@@ -17,7 +17,7 @@ stepping\t: 1
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("cpuinfo", "expected"),
     [
         (X86.format(i=0) + X86.format(i=1), "2 x AMD EPYC (family 26, model 2)"),
         ("processor\t: 0\nmodel name\t: ARMv7 Processor rev 3\n", "1 x ARMv7 Processor rev 3"),
@@ -25,15 +25,15 @@ stepping\t: 1
         (None, "from the system"),
     ],
 )
-def test_processors_of_one_name_are_told_apart(
-    told: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+def test_processors_of_one_name_differ_by_family_and_model(
+    cpuinfo: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(path: Path, **options: object) -> str:
         assert path == Path("/proc/cpuinfo")
-        if told is None:
+        if cpuinfo is None:
             raise FileNotFoundError(path)
-        return told
+        return cpuinfo
 
-    monkeypatch.setattr(machine.Path, "read_text", read)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "from the system")
-    assert machine.processor() == said
+    monkeypatch.setattr(system.Path, "read_text", read)
+    monkeypatch.setattr(system.platform, "processor", lambda: "from the system")
+    assert system.processor() == expected

@@ -1,4 +1,4 @@
-"""Which recipe may go on with which run, and which problem it takes next."""
+"""Settings that may change when a run is resumed, and the next problem of a resumed run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.training.resume import changes, load_run
+from delethink.training.resume import changed_settings, load_run
 from delethink.training.rollouts import PromptCursor
 from delethink.training.run_directory import RunDirectory
 
@@ -32,22 +32,22 @@ def recipe(tmp_path: Path, *overrides: str) -> Recipe:
     return load_recipe(path, list(overrides))
 
 
-def begin(tmp_path: Path, *overrides: str, steps: int = 0) -> Path:
+def start(tmp_path: Path, *overrides: str, steps: int = 0) -> Path:
     run = RunDirectory.create(tmp_path / "run", dump_recipe(recipe(tmp_path, *overrides)))
     for i in range(1, steps + 1):
         run.add_metrics({"step": i})
     return run.path
 
 
-def test_the_same_recipe_goes_on_wherever_it_lies(tmp_path: Path) -> None:
-    path = begin(tmp_path)
-    assert changes(path, recipe(tmp_path, f"output={path}")) == {}
+def test_the_output_path_may_change(tmp_path: Path) -> None:
+    path = start(tmp_path)
+    assert changed_settings(path, recipe(tmp_path, f"output={path}")) == {}
 
 
-def test_what_does_not_change_the_result_may_differ(tmp_path: Path) -> None:
-    path = begin(tmp_path)
+def test_settings_without_effect_on_the_result_may_change(tmp_path: Path) -> None:
+    path = start(tmp_path)
     other = recipe(tmp_path, "training.save_steps=3", "training.on_nonfinite=skip")
-    assert changes(path, other) == {
+    assert changed_settings(path, other) == {
         "training.on_nonfinite": ["stop", "skip"],
         "training.save_steps": [10, 3],
     }
@@ -64,44 +64,42 @@ def test_what_does_not_change_the_result_may_differ(tmp_path: Path) -> None:
         ("evaluation.every=3", "evaluation.every (10 there, 3 here)"),
     ],
 )
-def test_another_recipe_is_refused_by_its_keys(tmp_path: Path, override: str, words: str) -> None:
-    path = begin(tmp_path)
+def test_other_settings_must_match(tmp_path: Path, override: str, words: str) -> None:
+    path = start(tmp_path)
     with pytest.raises(RunDirectoryError) as refused:
-        changes(path, recipe(tmp_path, override))
+        changed_settings(path, recipe(tmp_path, override))
     assert "holds a run of another recipe: " + words in str(refused.value)
     assert "output=PATH" in str(refused.value)
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup"])
-def test_steps_may_be_added_where_the_learning_rate_does_not_depend_on_them(
-    tmp_path: Path, scheduler: str
-) -> None:
+def test_steps_may_be_added_to_a_constant_schedule(tmp_path: Path, scheduler: str) -> None:
     option = f"training.lr_scheduler_type={scheduler}"
-    path = begin(tmp_path, option, steps=9)
-    assert changes(path, recipe(tmp_path, option, "training.max_steps=40")) == {
+    path = start(tmp_path, option, steps=9)
+    assert changed_settings(path, recipe(tmp_path, option, "training.max_steps=40")) == {
         "training.max_steps": [20, 40]
     }
-    assert changes(path, recipe(tmp_path, option, "training.max_steps=9"))
+    assert changed_settings(path, recipe(tmp_path, option, "training.max_steps=9"))
     with pytest.raises(RunDirectoryError, match="has done 9 steps, more than training.max_steps=8"):
-        changes(path, recipe(tmp_path, option, "training.max_steps=8"))
+        changed_settings(path, recipe(tmp_path, option, "training.max_steps=8"))
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
-def test_steps_may_not_be_added_where_it_does(tmp_path: Path, scheduler: str) -> None:
+def test_steps_may_not_be_added_to_other_schedules(tmp_path: Path, scheduler: str) -> None:
     option = f"training.lr_scheduler_type={scheduler}"
-    path = begin(tmp_path, option)
+    path = start(tmp_path, option)
     with pytest.raises(RunDirectoryError, match=r"the learning rate of every step depends on it"):
-        changes(path, recipe(tmp_path, option, "training.max_steps=40"))
+        changed_settings(path, recipe(tmp_path, option, "training.max_steps=40"))
 
 
-def test_a_recipe_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    path = begin(tmp_path)
+def test_a_run_with_an_unreadable_recipe_is_refused(tmp_path: Path) -> None:
+    path = start(tmp_path)
     (path / "config.yaml").write_text("name: test\nmodell: toy\n")
-    with pytest.raises(RunDirectoryError, match=r"cannot be taken up.*unknown key 'modell'"):
-        changes(path, recipe(tmp_path))
+    with pytest.raises(RunDirectoryError, match=r"cannot resume the run.*unknown key 'modell'"):
+        changed_settings(path, recipe(tmp_path))
 
 
-def test_a_run_that_began_with_other_weights_is_refused(tmp_path: Path) -> None:
+def test_other_initial_weights_are_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -109,19 +107,19 @@ def test_a_run_that_began_with_other_weights_is_refused(tmp_path: Path) -> None:
     option = f"model={model}"
     text = dump_recipe(recipe(tmp_path, option))
     RunDirectory.create(tmp_path / "run", text, digest(str(model))).release()
-    assert changes(tmp_path / "run", recipe(tmp_path, option)) == {}
+    assert changed_settings(tmp_path / "run", recipe(tmp_path, option)) == {}
     (model / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(RunDirectoryError, match="began with other weights than those of"):
-        changes(tmp_path / "run", recipe(tmp_path, option))
+    with pytest.raises(RunDirectoryError, match="started from other weights than those of"):
+        changed_settings(tmp_path / "run", recipe(tmp_path, option))
 
 
-def test_a_run_directory_stands_for_its_recipe(tmp_path: Path) -> None:
-    path = begin(tmp_path)
+def test_a_run_directory_is_accepted_as_a_recipe(tmp_path: Path) -> None:
+    path = start(tmp_path)
     again = load_run(path, ["training.save_steps=3"])
     assert again.output == path
     assert again.training.save_steps == 3
-    assert changes(path, again) == {"training.save_steps": [10, 3]}
-    with pytest.raises(ConfigError, match="a folder without a run in it"):
+    assert changed_settings(path, again) == {"training.save_steps": [10, 3]}
+    with pytest.raises(ConfigError, match="a directory without a run"):
         load_run(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The run directory: what it refuses, and that what was written stays readable."""
+"""The run directory: creation, refusals, files, and the reset for a resume."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from delethink.errors import RunDirectoryError
 from delethink.training.run_directory import RunDirectory
 
 
-def test_it_holds_what_was_asked_and_what_it_ran_on(tmp_path: Path) -> None:
+def test_a_new_run_has_its_recipe_and_versions(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "a: 1\n")
     assert (run.path / "config.yaml").read_text() == "a: 1\n"
     versions = json.loads((run.path / "versions.json").read_text())
@@ -28,7 +28,7 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
-def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RunDirectoryError, match="is not empty"):
         RunDirectory.create(tmp_path, "")
@@ -36,13 +36,13 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunDirectoryError, match="file is a file; choose a folder"):
+    with pytest.raises(RunDirectoryError, match="file is a file; choose a directory"):
         RunDirectory.create(tmp_path / "file", "")
     with pytest.raises(RunDirectoryError, match="cannot write the run to"):
         RunDirectory.create(tmp_path / "file" / "run", "")
 
 
-def test_metrics_are_read_back_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
+def test_metrics_are_read_without_an_incomplete_last_line(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "")
     run.add_metrics({"step": 1})
     run.add_metrics({"step": 2})
@@ -51,11 +51,11 @@ def test_metrics_are_read_back_and_a_cut_line_is_left_out(tmp_path: Path) -> Non
     assert run.read_metrics() == [{"step": 1}, {"step": 2}]
 
 
-def test_a_line_that_was_spoilt_is_said(tmp_path: Path) -> None:
+def test_a_broken_line_of_metrics_is_refused(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "")
     run.add_metrics({"step": 1})
     (run.path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl was changed by hand"):
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl has a line that is not JSON"):
         run.read_metrics()
 
 
@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         run.add_metrics({"step": 1})
 
 
-def test_a_run_that_measured_nothing_is_taken_back(tmp_path: Path) -> None:
+def test_a_run_without_results_is_removed(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "a" / "run", "").discard_if_empty()
     assert list((tmp_path / "a").iterdir()) == []
     mine = RunDirectory.create(tmp_path / "run", "")
@@ -83,32 +83,32 @@ def test_a_run_that_measured_nothing_is_taken_back(tmp_path: Path) -> None:
     assert [p.name for p in mine.path.iterdir()] == ["notes.txt"]
 
 
-def test_what_a_kill_leaves_of_a_directory_in_the_making_is_no_obstacle(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_start_are_overwritten(tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "versions.json.part").write_text('{"pyth')
     (tmp_path / "config.yaml.part").write_text("a:")
-    (tmp_path / "config.yaml").touch()  # of a file system that lost its content
+    (tmp_path / "config.yaml").touch()  # as a file system leaves it that lost the content
     assert not RunDirectory.holds_run(tmp_path)
     RunDirectory.create(tmp_path, "a: 1\n")
     assert RunDirectory.holds_run(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
-def test_traces_without_a_recipe_are_somebody_elses(tmp_path: Path) -> None:
+def test_traces_without_a_recipe_are_other_files(tmp_path: Path) -> None:
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "step_000001.jsonl").write_text("{}\n")
     with pytest.raises(RunDirectoryError, match=r"is not empty \(traces\)"):
         RunDirectory.create(tmp_path, "")
 
 
-def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_null(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "")
     run.add_metrics({"step": 1, "loss": math.nan, "gradient_norm": math.inf, "reward": 0.5})
     expected = {"step": 1, "loss": None, "gradient_norm": None, "reward": 0.5}
     assert run.read_metrics() == [expected]
 
 
-def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "a: 1\n")
     code = (
         "import sys; from pathlib import Path\n"
@@ -122,11 +122,11 @@ def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
 
 
-@settings(max_examples=25)  # each waits for the disk
+@settings(max_examples=25)  # each example waits for the disk
 @given(
     metrics=st.integers(0, 6), traces=st.integers(0, 7), step=st.integers(0, 6), cut=st.booleans()
 )
-def test_a_run_goes_back_to_a_step_and_loses_nothing(
+def test_a_reset_moves_later_files_and_loses_none(
     tmp_path_factory: pytest.TempPathFactory, metrics: int, traces: int, step: int, cut: bool
 ) -> None:
     run = RunDirectory.create(tmp_path_factory.mktemp("a") / "run", "a: 1\n")
@@ -138,7 +138,7 @@ def test_a_run_goes_back_to_a_step_and_loses_nothing(
         with (run.path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "rew')
     run.finish(metrics)
-    superseded = run.take_up(step, "a: 2\n", {"a": [1, 2]})
+    superseded = run.reset_to(step, "a: 2\n", {"a": [1, 2]})
     assert superseded == list(range(step + 1, max(metrics, traces) + 1))
     assert [m["step"] for m in run.read_metrics()] == list(range(1, min(step, metrics) + 1))
     assert len(list((run.path / "traces").iterdir())) == min(step, traces)
@@ -148,7 +148,7 @@ def test_a_run_goes_back_to_a_step_and_loses_nothing(
     assert len(kept.splitlines()) == max(0, metrics - step)
     assert run.finished_step is None
     assert (run.path / "config.yaml").read_text() == "a: 2\n"
-    assert run.take_up(step, "a: 2\n", {}) == []
+    assert run.reset_to(step, "a: 2\n", {}) == []
     lines = (run.path / "resumed.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["changed"] for record in records] == [{"a": [1, 2]}, {}]
@@ -156,18 +156,18 @@ def test_a_run_goes_back_to_a_step_and_loses_nothing(
     assert run.read_metrics()[-1] == {"step": step + 1}
 
 
-def test_what_is_superseded_twice_is_kept_twice(tmp_path: Path) -> None:
+def test_two_resets_keep_both_sets_of_files(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "")
     for _ in range(2):
         run.add_traces(3, [{"i": 3}])
         run.add_nonfinite(3, [{"i": 3}])
-        assert run.take_up(2, "", {}) == [3]
+        assert run.reset_to(2, "", {}) == [3]
     names = sorted(folder.name for folder in (run.path / "superseded").iterdir())
     assert names == ["after_step_000002_1", "after_step_000002_2"]
     assert len(list(run.path.glob("superseded/*/traces/*step_000003.jsonl"))) == 4
 
 
-def test_a_run_that_measured_something_is_kept(tmp_path: Path) -> None:
+def test_a_run_with_results_is_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "a: 1\n")
     run.add_metrics({"step": 1})
     run.discard_if_empty()

@@ -1,4 +1,4 @@
-"""Batches of groups: which problems, replaced or not, and begun before they are asked for."""
+"""Batches of groups: their problems, replaced groups, and prefetching."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delethink.chunking import ChunkSpec
 from delethink.policy import Completion, Sampling
 from delethink.scoring.reward import Reward
 from delethink.scoring.scorer import Scorer
-from delethink.training.rollouts import Batch, Group, PromptCursor, Sampler, SamplingAhead
+from delethink.training.rollouts import Batch, BatchSampler, Group, Prefetch, PromptCursor
 from delethink.types import Problem, Score, StopReason, TokenIds
 
 EOS, GROUP = 1, 3
@@ -31,9 +31,7 @@ class Letters:
 
 
 class Answers:
-    """An engine that says the first letters of the alphabet in turn to a prompt in lower case, and
-    always A to one in upper case.
-    """
+    """An engine that answers A and B in turn to a lower-case prompt, and A to an upper-case one."""
 
     max_model_tokens = 100
 
@@ -60,9 +58,9 @@ def scorer() -> Iterator[Scorer]:
         yield made
 
 
-def make(scorer: Scorer, prompts: str, rounds: int) -> Sampler:
-    return Sampler(
-        Answers(),  # type: ignore[arg-type]  # it has no weights
+def make(scorer: Scorer, prompts: str, rounds: int) -> BatchSampler:
+    return BatchSampler(
+        Answers(),  # type: ignore[arg-type]  # has no weights
         ChunkSpec(4, 2, 3, 0),
         [Problem(prompt, "A") for prompt in prompts],
         PromptCursor(),
@@ -77,20 +75,20 @@ def make(scorer: Scorer, prompts: str, rounds: int) -> Sampler:
 
 def test_a_batch_takes_the_next_problems_and_its_seeds_from_the_step(scorer: Scorer) -> None:
     sampler = make(scorer, "abcd", 1)
-    first, second = (asyncio.run(sampler.begin(step, 2)) for step in (0, 1))
+    first, second = (asyncio.run(sampler.start(step, 2)) for step in (0, 1))
     assert first.problems == [0] * GROUP + [1] * GROUP
     assert second.problems == [2] * GROUP + [3] * GROUP
     assert [score.total for score in first.scores] == [1.0, 0.0, 1.0] * 2
     seeds = sampler.engine.seeds  # type: ignore[attr-defined]
     assert len(set(seeds)) == len(seeds)
     again = make(scorer, "xxcd", 1)
-    asyncio.run(again.begin(1, 2))
+    asyncio.run(again.start(1, 2))
     assert again.engine.seeds == seeds[2 * GROUP :]  # type: ignore[attr-defined]
 
 
 def test_groups_without_signal_are_replaced_and_kept(scorer: Scorer) -> None:
     sampler = make(scorer, "aBCDefg", 3)
-    batch = asyncio.run(sampler.begin(0, 3))  # B and C first, then D and e, then f in D's place
+    batch = asyncio.run(sampler.start(0, 3))  # B and C first, then D and e, then f in D's place
     assert [group.problem for group in batch.groups] == [0, 5, 4]
     assert [group.problem for group in batch.replaced] == [1, 2, 3]
     assert batch.rounds == 3
@@ -98,28 +96,28 @@ def test_groups_without_signal_are_replaced_and_kept(scorer: Scorer) -> None:
     assert sampler.prompts.next == 6
 
 
-def test_replacing_ends_after_so_many_rounds(scorer: Scorer) -> None:
-    batch = asyncio.run(make(scorer, "ABCDEFG", 3).begin(0, 2))
+def test_replacing_ends_after_the_last_round(scorer: Scorer) -> None:
+    batch = asyncio.run(make(scorer, "ABCDEFG", 3).start(0, 2))
     assert batch.rounds == 3
     assert len(batch.replaced) == 4
     assert not any(group.has_signal for group in batch.groups)
 
 
-def test_one_round_takes_groups_as_they_come(scorer: Scorer) -> None:
-    batch = asyncio.run(make(scorer, "ABCD", 1).begin(0, 2))
+def test_one_round_replaces_no_group(scorer: Scorer) -> None:
+    batch = asyncio.run(make(scorer, "ABCD", 1).start(0, 2))
     assert (batch.rounds, batch.replaced) == (1, [])
 
 
 class Slow:
-    """Batches that are done when they are let go."""
+    """Batches that are done when their gate opens."""
 
     def __init__(self) -> None:
         self.cursor = PromptCursor()
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.gates: dict[int, threading.Event] = {}
 
-    def begin(self, step: int) -> Any:
-        self.begun.append(step)
+    def start(self, step: int) -> Any:
+        self.started.append(step)
         self.cursor.take(2)
         self.gates[step] = threading.Event()
         return self._make(step)
@@ -131,50 +129,49 @@ class Slow:
         return Batch([Group(step, [], [Score(0.0, {})])])
 
 
-def test_the_next_batch_is_begun_before_the_trainer_has_this_one() -> None:
+def test_the_next_batch_starts_before_the_trainer_has_this_one() -> None:
     slow = Slow()
-    ahead = SamplingAhead(slow.begin, slow.cursor.state_dict, 2, 1, last_step=4)
+    prefetch = Prefetch(slow.start, slow.cursor.state_dict, 2, 1, last_step=4)
     try:
         threading.Timer(0.05, lambda: slow.gates[0].set()).start()
-        assert ahead.next(0).groups[0].problem == 0
-        assert slow.begun == [0, 1, 2]
-        assert ahead.state() == {
-            "next": 2
-        }  # before the batch that comes next, not after those begun
+        assert prefetch.next(0).groups[0].problem == 0
+        assert slow.started == [0, 1, 2]
+        # The state before the next batch, not after the pending ones.
+        assert prefetch.state_dict() == {"next": 2}
         for step in (1, 2):
             slow.gates[step].set()
-        assert ahead.next(1).groups[0].problem == 1
-        assert slow.begun == [0, 1, 2, 3]
-        ahead.next(2)
-        assert slow.begun == [0, 1, 2, 3]  # nothing for steps that the run does not have
-        assert ahead.state() == {"next": 6}
+        assert prefetch.next(1).groups[0].problem == 1
+        assert slow.started == [0, 1, 2, 3]
+        prefetch.next(2)
+        assert slow.started == [0, 1, 2, 3]  # no batch beyond the last step
+        assert prefetch.state_dict() == {"next": 6}
     finally:
         for gate in slow.gates.values():
             gate.set()
-        ahead.close()
+        prefetch.close()
     assert threading.active_count() < 10
 
 
-def test_what_breaks_ahead_is_raised_where_the_batch_is_asked_for() -> None:
+def test_an_error_in_a_prefetched_batch_is_raised_by_next() -> None:
     slow = Slow()
-    ahead = SamplingAhead(slow.begin, slow.cursor.state_dict, 1, 2, last_step=10)
+    prefetch = Prefetch(slow.start, slow.cursor.state_dict, 1, 2, last_step=10)
     try:
         threading.Timer(0.05, lambda: [g.set() for g in list(slow.gates.values())]).start()
-        ahead.next(2)
+        prefetch.next(2)
         slow.gates[4].set()
-        ahead.settle()
+        prefetch.wait()
         with pytest.raises(ValueError, match="the engine is gone"):
-            ahead.next(4)
+            prefetch.next(4)
     finally:
-        ahead.close()
-        ahead.close()
+        prefetch.close()
+        prefetch.close()
 
 
-def test_with_nothing_ahead_a_batch_is_made_when_it_is_asked_for() -> None:
+def test_without_prefetching_a_batch_is_sampled_on_demand() -> None:
     slow = Slow()
-    ahead = SamplingAhead(slow.begin, slow.cursor.state_dict, 0, 1, last_step=10)
+    prefetch = Prefetch(slow.start, slow.cursor.state_dict, 0, 1, last_step=10)
     threading.Timer(0.05, lambda: slow.gates[0].set()).start()
-    ahead.next(0)
-    assert slow.begun == [0]
-    assert ahead.state() == {"next": 2}
-    ahead.close()
+    prefetch.next(0)
+    assert slow.started == [0]
+    assert prefetch.state_dict() == {"next": 2}
+    prefetch.close()
