@@ -1,18 +1,19 @@
-"""What goes over a boundary: carryover policies, pure functions over token ids.
+"""Carryover policies and early boundaries: pure functions over token ids.
 
-A policy is handed the thinking of the context that ends and says which tokens the next one starts
-with. It is pure (the same tokens give the same answer, whatever was asked before) and states a
-bound, which the rule checks at every boundary. All but ``full`` are bounded by the carryover size
-m, so that the state of a trace is bounded (The Markovian Thinker, arXiv 2510.06557, section 4).
+A carryover policy selects the thinking tokens for the start of the next context. It is pure: equal
+arguments give equal results, regardless of earlier calls. Chunking enforces its bound at every
+boundary. All policies but ``full`` are bounded by the carryover size m, so the state of a trace is
+bounded (The Markovian Thinker, arXiv 2510.06557, section 4). A boundary policy ends a chunk early.
 
-Policies are chosen by name (``delethink.registry``, group ``delethink.carryovers``); anybody's
-class with these methods is one.
+To add a policy, subclass ``Carryover`` or ``Boundary``; ``ChunkSpec`` accepts nothing else. A
+recipe names the class as ``module:Class``. ``delethink.registry`` gives it a shorter name (groups
+``delethink.carryovers`` and ``delethink.boundaries``). ``check_carryover`` and ``check_boundary``
+of ``delethink.testing`` test it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -23,44 +24,51 @@ from delethink.types import TokenIds
 
 
 class Ask(NamedTuple):
-    """An extra call of the model at a boundary, in which it writes what is carried."""
+    """Request for a carryover written by the model, sampled in an extra chunk at a boundary."""
 
-    prompt_ids: TokenIds  # put after the query and the thinking of the context
-    max_new_tokens: int  # the most tokens of the answer, EOS included
+    prompt_ids: TokenIds  # appended to the query and the thinking of the context
+    max_new_tokens: int  # EOS included
 
 
 class CarriedLength(NamedTuple):
-    """Number of tokens that a policy carries over every boundary."""
+    """Number of tokens carried over every boundary."""
 
     total: int  # head and tail together
-    fixed: int = 0  # leading tokens that never change, so that a prefix cache holds them
+    fixed: int = 0  # leading tokens equal at every boundary; a prefix cache holds them
 
 
 class Carryover:
-    """Base of the policies; a new one overrides ``carry``, and ``bound`` where it is not m."""
+    """Base class of carryover policies. Subclasses override ``carry``, and ``bound`` if not m.
 
-    name: ClassVar[str] = ""  # what errors call it; by default the class's own name
-    head_outside: bool = False  # whether the head is left out where the context is counted
+    Example: ``HeadTail(head_size=1)`` with m=3. The first chunk is ``a b c d e f``. The second
+    chunk starts from the query and ``a e f``, and samples ``g h i``:
+
+        carry(None, "abcdef", 3) -> ("a", "ef")    no head yet; the window is the whole chunk
+        carry("a", "efghi", 3)   -> ("a", "hi")    the window is the old tail and the new tokens
+    """
+
+    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
+    head_outside: bool = False  # whether the head does not count towards the context size C
 
     def carry(
         self, head: TokenIds | None, window: TokenIds, size: int
     ) -> tuple[TokenIds, TokenIds]:
-        """What goes over a boundary.
+        """Select the tokens for the start of the next context.
 
         Args:
-            head: what this policy returned as head at the boundary before; ``None`` at the first.
-            window: the other thinking tokens of the context, carried ones first. Where the model
-                was asked, its answer instead, EOS left out.
+            head: the head returned at the last boundary; ``None`` at the first boundary.
+            window: the other thinking tokens of the context: the last tail, then the new tokens. If
+                ``ask`` made the model write a carryover, that text instead, without EOS.
             size: the carryover size m.
 
         Returns:
-            A head, which is handed back at the next boundary, and a tail, which becomes part of the
-            window there. The next context starts with both in this order.
+            The head, which the next call receives unchanged, and the tail, with which the next
+            window starts. The next context starts with the query, the head and the tail.
         """
         raise NotImplementedError
 
     def bound(self, size: int) -> int | None:
-        """The most tokens that ``carry`` ever returns, head and tail together; ``None`` for any."""
+        """Return the maximum number of carried tokens for m=``size``; ``None`` for no bound."""
         return size
 
     def carried_length(self, size: int) -> CarriedLength | None:
@@ -72,35 +80,35 @@ class Carryover:
         return None
 
     def ask(self, size: int) -> Ask | None:
-        """What the model is asked at a boundary, if it writes the carryover itself."""
+        """Return the request for a carryover written by the model; ``None`` if it writes none."""
         return None
 
     def check(self, size: int, context_size: int) -> None:
-        """Raises a ``ConfigError`` where the policy cannot work with such sizes, m and C."""
+        """Raise a ``ConfigError`` if the policy cannot work with these m and C."""
 
     def bind(self, tokenizer: Tokenizer) -> Self:
-        """The policy, able to read and write text; itself where it has no need to."""
+        """Return the policy with a tokenizer, if it reads or writes text."""
         return self
 
     @property
     def unbound(self) -> bool:
-        """Whether it has to be bound to a tokenizer first."""
+        """Return whether the policy still needs a tokenizer (``bind``)."""
         return False
 
 
 def name_of(policy: object) -> str:
-    """What an error calls a policy or a boundary."""
+    """Return the name of a carryover or boundary policy for error texts."""
     return getattr(policy, "name", "") or type(policy).__name__
 
 
 def last(ids: TokenIds, count: int) -> TokenIds:
-    """The last ``count`` ids, or all where there are fewer; unlike ``ids[-count:]`` also for 0."""
+    """Return the last ``count`` ids, or all if there are fewer. ``ids[-0:]`` would return all."""
     return ids[max(0, len(ids) - count) :]
 
 
 @dataclass(frozen=True)
 class Tail(Carryover):
-    """The last m tokens."""
+    """Carry the last m tokens."""
 
     name: ClassVar[str] = "tail"
 
@@ -117,13 +125,12 @@ class Tail(Carryover):
 
 @dataclass(frozen=True)
 class HeadTail(Carryover):
-    """The first h tokens of the trace, which may hold a plan, and the last m - h: the paper's runs.
+    """Carry the first h tokens of the trace, which may hold a plan, and the last m - h tokens.
 
     Args:
-        head_size: h (footnote 2 of the paper: 100). A first chunk that is shorter has a shorter
-        head. head_outside: the head comes on top of m, as in the paper's listing, so that a context
-            holds up to h more tokens. Off, the bound is exactly m, as in the code that trained the
-            published models.
+        head_size: h (100 in the paper, footnote 2). A shorter first chunk has a shorter head.
+        head_outside: carry the head in addition to m, as in the paper's listing. By default the
+            bound is exactly m, as in the code that trained the published models.
     """
 
     name: ClassVar[str] = "head_tail"
@@ -160,7 +167,7 @@ class HeadTail(Carryover):
 
 @dataclass(frozen=True)
 class Nothing(Carryover):
-    """No token at all: each chunk starts from the query alone."""
+    """Carry no token: each chunk starts from the query alone."""
 
     name: ClassVar[str] = "none"
 
@@ -181,10 +188,10 @@ class Nothing(Carryover):
 
 @dataclass(frozen=True)
 class Full(Carryover):
-    """Every token: nothing is ever forgotten, and the context grows without bound, on purpose.
+    """Carry every token, so that the context grows without bound.
 
-    Long chain of thought with the chunks, the calls and the budget of the rule that it is held
-    against; ``ChunkSpec.longcot`` is the same thinking in one call.
+    This is long chain of thought with the chunks, calls and budget of Markovian thinking, for
+    comparisons. ``ChunkSpec.longcot`` is the same thinking in one call.
     """
 
     name: ClassVar[str] = "full"
@@ -202,14 +209,14 @@ class Full(Carryover):
 
 @dataclass(frozen=True)
 class SinkWindow(Carryover):
-    """The first tokens of the trace as attention sinks, and a window of the latest ones.
+    """Carry the first tokens of the trace as attention sinks, and a window of the latest tokens.
 
-    A stand-in in text for streaming attention (Xiao et al., arXiv 2309.17453), which keeps the keys
-    and values of such tokens and slides at every token: here they are encoded anew, at boundaries.
-    Unlike the head of ``head_tail``, the sinks are the first tokens however early a boundary fell.
+    This imitates streaming attention (Xiao et al., arXiv 2309.17453) in text. Streaming attention
+    keeps keys and values and slides at every token; here tokens are encoded again at boundaries.
+    Unlike the head of ``head_tail``, the sinks grow to ``num_sinks`` after a short first chunk.
 
     Args:
-        num_sinks: how many, within m (4 in that paper).
+        num_sinks: number of sinks, within m (4 in that paper).
     """
 
     name: ClassVar[str] = "sink_window"
@@ -232,21 +239,21 @@ class SinkWindow(Carryover):
         """See ``Carryover``."""
         if not 0 <= self.num_sinks <= size:
             raise ConfigError(
-                f"num_sinks of the carryover 'sink_window' must be at least 0 and at most "
+                "num_sinks of the carryover 'sink_window' must be at least 0 and at most "
                 f"carryover_size={size}, got {self.num_sinks}"
             )
 
 
 @dataclass(frozen=True)
 class StateBlock(Carryover):
-    """What the model last wrote between two tags, tags included; the last m tokens until it does.
+    """Carry the last block between two tags, tags included.
 
-    A block longer than m is cut to its last m tokens. A block that was carried counts as written,
-    so a state stays until the model writes another.
+    Before the first block, the last m tokens are carried. A block longer than m is shortened to its
+    last m tokens. A carried block is part of the window, so it stays until the next block.
 
     Args:
-        opening: the tag before a state.
-        closing: the tag after it.
+        opening: the tag before a block.
+        closing: the tag after a block.
     """
 
     name: ClassVar[str] = "state_block"
@@ -274,7 +281,7 @@ class StateBlock(Carryover):
         return window[:0], last(self._block(window) or window, size)
 
     def _block(self, window: TokenIds) -> TokenIds | None:
-        """The tokens of the last whole block; those at its ends may hold a little more than it."""
+        """Return the tokens of the last complete block. The outer tokens may hold more text."""
         text = self._decode(window)
         start, end = text.rfind(self.opening), -1
         while start >= 0:
@@ -284,15 +291,16 @@ class StateBlock(Carryover):
             start = text.rfind(self.opening, 0, start)
         if start < 0:
             return None
-        # Tags may share a token with what is beside them, so they are found in the text, and the
-        # tokens by how much text they reach.
-        places, reach = range(len(window) + 1), self._reach(window)
-        first = bisect_right(places, start, key=reach) - 1
-        stop = bisect_left(places, end + len(self.closing), key=reach)
-        return window[first:stop]
+        # A tag may share a token with its neighbours. So the tags are searched in the text, and
+        # token indices follow from the text length of each prefix of the window.
+        counts = range(len(window) + 1)
 
-    def _reach(self, window: TokenIds) -> Callable[[int], int]:
-        return lambda count: len(self._decode(window[:count]))
+        def text_length(count: int) -> int:
+            return len(self._decode(window[:count]))
+
+        first = bisect_right(counts, start, key=text_length) - 1
+        stop = bisect_left(counts, end + len(self.closing), key=text_length)
+        return window[first:stop]
 
     def _decode(self, ids: TokenIds) -> str:
         assert self.tokenizer is not None
@@ -301,17 +309,17 @@ class StateBlock(Carryover):
 
 @dataclass(frozen=True)
 class Summary(Carryover):
-    """What the model writes when it is asked for a summary at the boundary.
+    """Carry a summary written by the model at the boundary, as in InftyThink (arXiv 2503.06692).
 
-    In the manner of InftyThink (arXiv 2503.06692). The answer is sampled after the query, the
-    thinking of the context and the instruction; it is a chunk of the trace with its own log-probs
-    and is trained like any other. EOS ends the summary there, never the trace.
+    The summary is sampled after the query, the thinking of the context and the instruction. It is a
+    chunk of the trace with its own log-probs and is trained like any other chunk. EOS ends the
+    summary, never the trace.
 
     Args:
-        instruction: put after the thinking; the model goes on from it.
-        before: put before the summary in the next context; it counts within m.
-        after: put after it; it counts within m.
-        max_tokens: of a summary; by default what m leaves beside ``before`` and ``after``.
+        instruction: text after the thinking, which the model continues.
+        before: text before the summary in the next context; counts towards m.
+        after: text after the summary in the next context; counts towards m.
+        max_tokens: maximum length of a summary; by default m without ``before`` and ``after``.
     """
 
     name: ClassVar[str] = "summary"
@@ -353,8 +361,8 @@ class Summary(Carryover):
         if self.texts is not None and self._room(size) < 1:
             around = sum(map(len, self.texts[1:]))
             raise ConfigError(
-                f"carryover_size={size} leaves no room for a summary: what is put around it has "
-                f"{around} tokens; raise carryover_size or shorten before and after"
+                f"carryover_size={size} leaves no room for a summary: the texts before and after "
+                f"it have {around} tokens; raise carryover_size or shorten these texts"
             )
 
     def _room(self, size: int) -> int:
@@ -365,56 +373,59 @@ class Summary(Carryover):
     def _texts(self) -> tuple[TokenIds, TokenIds, TokenIds]:
         if self.texts is None:
             raise ConfigError(
-                "the carryover 'summary' has no sizes before it is bound to a tokenizer: "
+                "the carryover 'summary' needs a tokenizer before its sizes are known: call "
                 "spec.bind(tokenizer)"
             )
         return self.texts
 
 
 class Boundary:
-    """Base of the boundary policies; a new one overrides ``ends``."""
+    """Base class of policies that end a chunk early. Subclasses set ``within``, override ``ends``.
 
-    name: ClassVar[str] = ""  # what errors call it; by default the class's own name
-    within: int  # a boundary may fall where at most so many tokens of the chunk's room are left
+    The last chunk of a trace has no early boundary.
+    """
+
+    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
+    within: int  # a chunk may end early once at most this many tokens of its room are left
 
     def ends(self, output_ids: TokenIds, room: int) -> bool:
-        """Whether the chunk ends after ``output_ids``, its tokens so far.
+        """Return whether the chunk ends after ``output_ids``, its tokens so far.
 
         Args:
-            output_ids: at least one token, EOS not among them.
-            room: how many more it may have, 1 to ``within``.
+            output_ids: at least one token, without EOS.
+            room: number of further tokens allowed in the chunk, 1 to ``within``.
         """
         raise NotImplementedError
 
     def bind(self, tokenizer: Tokenizer) -> Self:
-        """The policy, able to read text; itself where it has no need to."""
+        """Return the policy with a tokenizer, if it reads text."""
         return self
 
     @property
     def unbound(self) -> bool:
-        """Whether it has to be bound to a tokenizer first."""
+        """Return whether the policy still needs a tokenizer (``bind``)."""
         return False
 
 
 @dataclass(frozen=True)
 class LineBreak(Boundary):
-    """At a line break within the last tokens of a chunk: the first one there ends it.
+    """End a chunk at the first line break among its last tokens.
 
     Args:
-        within: how many last tokens of a chunk may be given up for it.
-        text: what counts as a line break.
+        within: maximum number of tokens by which a chunk is shortened.
+        text: the line break.
     """
 
     name: ClassVar[str] = "line_break"
     within: int = 256
     text: str = "\n"
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
-    _known: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _breaks: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.within < 1 or not self.text:
             raise ConfigError(
-                f"the boundary 'line_break' wants within of at least 1 and a text, got "
+                "the boundary 'line_break' needs within of at least 1 and a text, got "
                 f"within={self.within} and text={self.text!r}"
             )
 
@@ -430,7 +441,7 @@ class LineBreak(Boundary):
     def ends(self, output_ids: TokenIds, room: int) -> bool:
         """See ``Boundary``."""
         token = output_ids[-1]
-        if token not in self._known:
+        if token not in self._breaks:
             assert self.tokenizer is not None
-            self._known[token] = self.text in str(self.tokenizer.decode([token]))
-        return self._known[token]
+            self._breaks[token] = self.text in str(self.tokenizer.decode([token]))
+        return self._breaks[token]

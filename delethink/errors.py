@@ -1,25 +1,25 @@
-"""Everything delethink raises on purpose.
+"""Exceptions of the library.
 
     DelethinkError
-    ├── UserError               something the user can mend; shown as one sentence, no traceback
-    │   ├── ConfigError         (ValueError)    a setting that is unknown, impossible or in conflict
-    │   ├── QueryTooLongError   (ValueError)    a query that leaves no room for thinking
-    │   ├── ActionError         (ValueError)    an environment was given a chunk it cannot take
-    │   ├── CarryoverError      (ValueError)    a carryover policy that does not keep its promise
-    │   ├── TraceFileError      (ValueError)    a file of traces that cannot be read or written
-    │   ├── ModelError          (ValueError)    a model folder or tokenizer that cannot be used
-    │   ├── RunDirectoryError   (OSError)       an output folder that cannot be written or is taken
-    │   └── MissingExtraError   (ImportError)   an optional dependency that is not installed
+    ├── UserError               correctable by the user; printed in one sentence, no traceback
+    │   ├── ConfigError         (ValueError)    an unknown, impossible or contradictory setting
+    │   ├── QueryTooLongError   (ValueError)    a query without room for thinking
+    │   ├── ActionError         (ValueError)    an invalid action in an environment
+    │   ├── CarryoverError      (ValueError)    a carryover policy broke its contract
+    │   ├── TraceFileError      (ValueError)    an unreadable or unwritable file of traces
+    │   ├── ModelError          (ValueError)    an unusable model folder or tokenizer
+    │   ├── RunDirectoryError   (OSError)       an output folder is unwritable or in use
+    │   └── MissingExtraError   (ImportError)   an optional dependency is not installed
     ├── PolicyError             (RuntimeError)  a policy broke the protocol
-    ├── DeadlineError           (TimeoutError)  a chunk was given up because its time was over
-    ├── WorkersLostError        (RuntimeError)  no worker is left to sample with
+    ├── DeadlineError           (TimeoutError)  a chunk was aborted at a timeout
+    ├── WorkersLostError        (RuntimeError)  no worker is left for sampling
     ├── RolloutError            (RuntimeError)  too many traces of a step failed
-    ├── WeightSyncError         (RuntimeError)  a worker did not take up new weights
-    ├── NonFiniteError          (ArithmeticError) a step would have made weights that are no numbers
+    ├── WeightSyncError         (RuntimeError)  a worker did not load new weights
+    ├── NonFiniteError          (ArithmeticError) a loss, gradient or log-prob is NaN or infinite
     └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
 
 Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
-them survive pickling, because they cross process boundaries.
+them can be pickled, because they cross process boundaries.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from collections.abc import Iterable
 
 
 class DelethinkError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all exceptions of the library."""
 
 
 class UserError(DelethinkError):
-    """Something the user can mend: the command line prints its text and exits with 2."""
+    """An error the user can correct. The command line prints its text and exits with 2."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that is unknown, impossible, or in conflict with another."""
+    """An unknown, impossible or contradictory setting."""
 
 
 class QueryTooLongError(UserError, ValueError):
-    """A query that leaves no room for a context of thinking."""
+    """A query without room for a context of thinking."""
 
 
 class ActionError(UserError, ValueError):
-    """An environment was given a chunk that its state does not allow."""
+    """An action the state of the environment does not allow."""
 
 
 class CarryoverError(UserError, ValueError):
-    """A carryover policy that returned more than it promised, or no token ids at all."""
+    """A carryover policy returned more tokens than its bound, or no token ids."""
 
 
 class TraceFileError(UserError, ValueError):
-    """A file of traces that cannot be read or written, or is of a version that is not known."""
+    """A file of traces cannot be read or written, or has an unknown version."""
 
 
 class ModelError(UserError, ValueError):
-    """A model folder or a tokenizer that cannot be used."""
+    """A model folder or tokenizer cannot be used."""
 
 
 class RunDirectoryError(UserError, OSError):
-    """An output folder that cannot be written or already holds a run."""
+    """An output folder cannot be written, or already holds a run."""
 
 
 class MissingExtraError(UserError, ImportError):
-    """An optional dependency that is not installed."""
+    """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(package, extra)
@@ -80,15 +80,15 @@ class MissingExtraError(UserError, ImportError):
 
 
 class PolicyError(DelethinkError, RuntimeError):
-    """A policy broke the protocol: too many tokens, or log-probs that do not match them."""
+    """A policy broke the protocol: too many tokens, or wrong log-probs."""
 
 
 class DeadlineError(DelethinkError, TimeoutError):
-    """A chunk was given up because its time was over; its trace becomes data that says so."""
+    """A chunk was aborted at a timeout. Its trace is kept, with this error as its reason."""
 
 
 class WorkersLostError(DelethinkError, RuntimeError):
-    """All workers of a pool are gone and did not come back in time: nothing can be sampled."""
+    """All workers of a pool are lost and were not restarted in time."""
 
 
 class RolloutError(DelethinkError, RuntimeError):
@@ -96,19 +96,19 @@ class RolloutError(DelethinkError, RuntimeError):
 
 
 class WeightSyncError(DelethinkError, RuntimeError):
-    """A worker did not take up new weights in time, or runs others than it should."""
+    """A worker did not load new weights in time, or has other weights than expected."""
 
 
 class NonFiniteError(DelethinkError, ArithmeticError):
-    """A loss, gradient or log-prob of training is NaN or infinite; the weights are as before."""
+    """A loss, gradient or log-prob of training is NaN or infinite. The weights are unchanged."""
 
 
 class ConformanceError(DelethinkError, AssertionError):
-    """An environment or a policy fails a check of ``delethink.testing``; the text says which."""
+    """An environment or a policy fails a check of ``delethink.testing``."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest allowed name, or the list of them."""
+    """Return ``" Did you mean 'x'?"`` for the nearest allowed name, or a list of all names."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(name.lower(), allowed, n=1)
     if near:

@@ -1,4 +1,4 @@
-"""Where results go: relative paths start from ``DELETHINK_OUTPUT``, or from the current folder."""
+"""Output paths, relative to ``DELETHINK_OUTPUT`` or the current folder."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from delethink.errors import ConfigError
 
 VARIABLE = "DELETHINK_OUTPUT"
-_TEMPORARY = {"runtime_resources", "working_dir_files"}  # parts of the path of a Ray job's folder
+_RAY_TEMPORARY = {"runtime_resources", "working_dir_files"}  # path parts of a Ray job's folder
 
 
-def output_path(asked: str | os.PathLike[str]) -> Path:
-    """The folder that results are written to.
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """Return the folder for results.
 
     Args:
-        asked: by the user, or a default; ``~`` is the home folder.
+        path: the user's path, or a default; ``~`` is the home folder.
 
     Raises:
-        ConfigError: it lies where Ray unpacks the files of a job, and deletes them again.
+        ConfigError: the folder is inside a Ray job's working directory, which Ray deletes.
     """
     folder = os.environ.get(VARIABLE, "").strip()
-    path = Path(folder).expanduser() / Path(asked).expanduser()
-    if _TEMPORARY <= set(path.absolute().parts):
+    resolved = Path(folder).expanduser() / Path(path).expanduser()
+    if _RAY_TEMPORARY <= set(resolved.absolute().parts):
         raise ConfigError(
-            f"the results would go to {path} in the job's working directory, which Ray deletes "
-            f"when the job is gone: give an absolute output path, or set {VARIABLE} to a folder "
-            "that stays, under env_vars of the job's runtime environment"
+            f"the results would go to {resolved} in the job's working directory, which Ray deletes "
+            f"after the job: give an absolute output path, or set {VARIABLE} to a permanent "
+            "folder, under env_vars of the job's runtime environment"
         )
-    return path
+    return resolved

@@ -1,7 +1,7 @@
 """The policy protocol: anything that continues a prompt of token ids.
 
-Rollouts know nothing else of an engine, so that every part of the library can be played against a
-script. Engines live in ``delethink.engines``.
+Rollouts depend on this protocol only, so every part of the library also runs with a
+``ScriptedPolicy``. Engines live in ``delethink.engines``.
 """
 
 from __future__ import annotations
@@ -12,67 +12,61 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from delethink.errors import PolicyError
-from delethink.tokens import all_finite, as_logprobs, as_token_ids
-from delethink.types import StopReason, TokenIds
+from delethink.tokens import Logprobs, TokenIds, all_finite, as_logprobs, as_token_ids
+from delethink.types import StopReason
 
 
 @dataclass(frozen=True)
 class SchedulingHint:
-    """Where a chunk stands in its trace, for an engine that decides what to sample first.
+    """Position of a chunk in its trace, for the order of requests in an engine.
 
-    Rollouts fill in what they know (``query``, ``num_chunks``, ``max_chunks``); the rest is the
-    caller's. It changes when a chunk is sampled and never what.
+    Rollouts fill in ``query``, ``num_chunks`` and ``max_chunks``; the caller sets the rest. A hint
+    affects when a chunk is sampled, never the tokens.
     """
 
-    query: Hashable = None  # the same for all traces of a query
-    num_chunks: int = 0  # that the trace has already
+    query: Hashable = None  # equal for all traces of a query
+    num_chunks: int = 0  # finished chunks of the trace
     max_chunks: int = 1  # I
-    expected_chunks: float | None = None  # of the whole trace, where somebody has an idea
-    batch: int = 0  # chunks of a lower one go first
+    expected_chunks: float | None = None  # estimate for the whole trace
+    batch: int = 0  # chunks of lower batches run first
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Top-p and top-k are left out: they bias the policy gradient."""
+    """Sampling parameters. Top-p and top-k are missing because they bias the policy gradient."""
 
     temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
-    seed: int | None = None  # None draws from the engine's own stream
-    hint: SchedulingHint | None = field(
-        default=None, compare=False, repr=False
-    )  # no matter of draws
+    seed: int | None = None  # None uses the engine's own random stream
+    hint: SchedulingHint | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a policy made of a prompt.
+    """A policy's continuation of a prompt.
 
-    ``logprobs`` are those of ``token_ids`` under the distribution they were drawn from (temperature
-    applied), one each. ``token_ids`` end with EOS where ``stop`` is ``EOS``. Both stay what they
-    were given as: tuples, or blocks of memory that behave like them (``delethink.tokens``).
+    Raises:
+        PolicyError: the numbers of tokens and log-probs differ, or a log-prob is not finite.
     """
 
-    token_ids: TokenIds
-    logprobs: tuple[float, ...]
+    token_ids: TokenIds  # ends with EOS if ``stop`` is ``EOS``
+    logprobs: Logprobs  # one for each token, at the sampling temperature
     stop: StopReason
-    policy_version: int = 0  # number of weight updates of the weights that sampled this
+    policy_version: int = 0  # weight updates of the sampling weights
 
     def __post_init__(self) -> None:
-        tokens, logprobs = as_token_ids(self.token_ids), as_logprobs(self.logprobs)
-        if tokens is not self.token_ids:
-            object.__setattr__(self, "token_ids", tokens)
-        if logprobs is not self.logprobs:
-            object.__setattr__(self, "logprobs", logprobs)
+        object.__setattr__(self, "token_ids", as_token_ids(self.token_ids))
+        object.__setattr__(self, "logprobs", as_logprobs(self.logprobs))
         if not all_finite(self.logprobs):
             raise PolicyError("the policy returned a log-prob that is not a finite number")
         if len(self.token_ids) != len(self.logprobs):
             raise PolicyError(
-                f"the policy returned {len(self.token_ids)} tokens and "
-                f"{len(self.logprobs)} log-probs: there must be one for each token"
+                f"the policy returned {len(self.token_ids)} tokens and {len(self.logprobs)} "
+                "log-probs; each token needs one log-prob"
             )
 
 
 class Policy(Protocol):
-    """Continues prompts. Many calls may be in flight; an engine batches them as it likes."""
+    """Continues prompts. Callers run many calls concurrently, and engines may batch them."""
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -81,22 +75,25 @@ class Policy(Protocol):
         ...
 
 
+ScriptLine = Sequence[int] | Completion | Exception
+
+
 class ScriptedPolicy:
-    """A policy that says what it is told: for tests, examples and demonstrations.
+    """A policy with prepared completions, for tests and examples.
 
     Args:
-        script: the completions in the order of the calls, each as token ids, as a ``Completion``,
-            or as an exception to raise; or a function of (prompt ids, max new tokens) that returns
-            one.
-        eos_id: a completion given as token ids that ends with it stops with ``EOS``.
+        script: the completions in call order, or a function from (prompt ids, max new tokens) to a
+            completion. A completion is a sequence of token ids, a ``Completion``, or an exception
+            to raise.
+        eos_id: a sequence of token ids stops with ``EOS`` if this token ends the sequence.
 
-    ``calls`` records (prompt ids, max new tokens) of each call.
+    Attributes:
+        calls: the (prompt ids, max new tokens) of each call.
     """
 
     def __init__(
         self,
-        script: Sequence[TokenIds | Completion | Exception]
-        | Callable[[TokenIds, int], TokenIds | Completion | Exception],
+        script: Sequence[ScriptLine] | Callable[[TokenIds, int], ScriptLine],
         eos_id: int = 1,
     ) -> None:
         self._script = script
@@ -106,23 +103,19 @@ class ScriptedPolicy:
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """The next line of the script."""
-        await asyncio.sleep(0)  # a real engine lets other traces run
-        said = self._next(prompt_ids, max_new_tokens)
-        if isinstance(said, Exception):
-            raise said
-        if isinstance(said, Completion):
-            return said
-        ended = bool(said) and said[-1] == self._eos_id
-        stop = StopReason.EOS if ended else StopReason.LENGTH
-        return Completion(tuple(said), (0.0,) * len(said), stop)
-
-    def _next(self, prompt_ids: TokenIds, max_new_tokens: int) -> TokenIds | Completion | Exception:
+        """Return or raise the next line of the script."""
+        await asyncio.sleep(0)  # like a real engine, let other traces run
         self.calls.append((prompt_ids, max_new_tokens))
         if callable(self._script):
-            return self._script(prompt_ids, max_new_tokens)
-        if len(self.calls) > len(self._script):
-            raise PolicyError(
-                f"the script has {len(self._script)} lines and was asked for one more"
-            )
-        return self._script[len(self.calls) - 1]
+            line = self._script(prompt_ids, max_new_tokens)
+        elif len(self.calls) <= len(self._script):
+            line = self._script[len(self.calls) - 1]
+        else:
+            raise PolicyError(f"the script has {len(self._script)} lines and got one call more")
+        if isinstance(line, Exception):
+            raise line
+        if isinstance(line, Completion):
+            return line
+        ids = tuple(line)
+        stop = StopReason.EOS if ids[-1:] == (self._eos_id,) else StopReason.LENGTH
+        return Completion(ids, (0.0,) * len(ids), stop)

@@ -1,11 +1,11 @@
-"""Names for environments, tasks, rewards, carryovers and boundaries.
+"""Registered names of environments, tasks, rewards, engines, carryovers and boundaries.
 
-Each name stands for ``"module:object"``, so that the library imports no dataset and no grader.
-Third parties add theirs through entry points, in the groups ``delethink.envs``,
-``delethink.tasks``, ``delethink.rewards``, ``delethink.carryovers`` and ``delethink.boundaries``; a
-program names what it defines itself with ``register``. ``family/member`` is the member of a family
-of tasks: its factory is called with ``member=`` (``reasoning_gym/chain_sum``). A name with a colon
-is ``module:object`` itself, of an installed module or one in the working directory.
+A name stands for ``"module:object"``, so the library imports objects only when they are used.
+Packages add names through entry points in the groups ``delethink.envs``, ``delethink.tasks``,
+``delethink.rewards``, ``delethink.engines``, ``delethink.carryovers`` and ``delethink.boundaries``.
+A program adds names with ``register``. A name with a colon is itself ``module:object``, of an
+installed module or one in the working directory. ``family/member`` names a task of a family, whose
+factory is called with ``member=`` (``reasoning_gym/chain_sum``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHIPPED = {
         "dataset": "delethink.envs.dataset:dataset_task",
         "reasoning_gym": "delethink.envs.gym:GymTask",
         **{name: f"delethink.envs.presets:{name}" for name in _PRESETS},
-        "aime24": "delethink.envs.presets:aime_2024",  # as evaluators call them
+        "aime24": "delethink.envs.presets:aime_2024",  # names used by other evaluators
         "aime25": "delethink.envs.presets:aime_2025",
     },
     "delethink.rewards": {
@@ -61,7 +61,7 @@ _SHIPPED = {
     },
     "delethink.engines": {
         "transformers": "delethink.engines.transformers:TransformersEngine",
-        "vllm": "delethink.engines.ray:RayPool",
+        "vllm": "delethink.engines.vllm:VllmPool",
     },
     "delethink.carryovers": {
         "tail": "delethink.carryover:Tail",
@@ -74,40 +74,45 @@ _SHIPPED = {
     },
     "delethink.boundaries": {"line_break": "delethink.carryover:LineBreak"},
 }
+_KINDS = {group: group.rpartition(".")[2].removesuffix("s") for group in _SHIPPED} | {
+    "delethink.boundaries": "boundary"
+}
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
 
 Named = TypeVar("Named")
 
 
 def names(group: str) -> dict[str, str]:
-    """Every known name of a group, ``"delethink.tasks"`` say, and what it stands for."""
+    """Return all names of a group, such as ``"delethink.tasks"``, with their ``module:object``."""
     _check_group(group)
-    found = _installed(group, tuple(sys.path))
+    found = _entry_points(group, tuple(sys.path))
     own = {name: f"{o.__module__}:{o.__qualname__}" for name, o in _IN_PROCESS[group].items()}
     return _SHIPPED[group] | found | own
 
 
 @cache
-def _installed(group: str, path: tuple[str, ...]) -> dict[str, str]:
-    """What packages on a path name; a look at them all takes tens of milliseconds."""
+def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, str]:
+    """Return the entry points of a group. A search takes tens of ms, so each path has one."""
     return {point.name: point.value for point in entry_points(group=group)}
 
 
 def register(group: str, name: str) -> Callable[[Named], Named]:
-    """A decorator that gives a class or function a name for as long as the program runs.
+    """Return a decorator that registers a class or function in this process.
 
     Example: ``@register("delethink.carryovers", "every_other")`` above a class.
 
     Raises:
-        ConfigError: no such group, or the name is taken by something else.
+        ConfigError: the group is unknown, or the name is taken.
     """
     _check_group(group)
 
     def decorate(named: Named) -> Named:
         known = names(group).get(name)
         own = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', '')}"
-        if known is not None and known != own:  # the same one again is a module that was reloaded
-            raise ConfigError(f"the {_kind(group)} {name!r} is taken: it stands for {known}")
+        if known is not None and known != own:  # an equal path comes from a reloaded module
+            raise ConfigError(
+                f"the {_KINDS[group]} {name!r} is taken by {known}; choose another name"
+            )
         _IN_PROCESS[group][name] = named
         return named
 
@@ -115,22 +120,23 @@ def register(group: str, name: str) -> Callable[[Named], Named]:
 
 
 def resolve(group: str, name: str) -> Any:
-    """The object that ``name`` stands for.
+    """Import and return the object of a name.
 
     Raises:
-        ConfigError: no such name (the text names the nearest one), or it stands for nothing.
+        ConfigError: the name is unknown, or its object cannot be imported.
     """
-    kind = _kind(group)
+    _check_group(group)
+    kind = _KINDS[group]
     if ":" in name:
-        return _imported(kind, name)
+        return _import_path(kind, name)
     known = names(group)
     if name in _IN_PROCESS[group]:
         return _IN_PROCESS[group][name]
     if name not in known:
-        _installed.cache_clear()  # the package may have been installed meanwhile
+        _entry_points.cache_clear()  # a package may have been installed since the last search
         known = names(group)
     if name not in known:
-        raise ConfigError(f"unknown {_kind(group)} {name!r}.{did_you_mean(name, known)}")
+        raise ConfigError(f"unknown {kind} {name!r}.{did_you_mean(name, known)}")
     module, _, attribute = known[name].partition(":")
     try:
         return getattr(import_module(module), attribute)
@@ -138,52 +144,56 @@ def resolve(group: str, name: str) -> Any:
         raise
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"the {_kind(group)} {name!r} stands for {known[name]}, which cannot be loaded: {error}"
+            f"the {kind} {name!r} stands for {known[name]}, which cannot be loaded: {error}"
         ) from error
 
 
 def make(group: str, value: Any, **defaults: Any) -> Any:
-    """What a setting describes: a name, or ``{"name": ..., "args": {...}}``; others as they are.
+    """Create the object of a setting.
 
     Args:
-        group: where the name is looked up.
-        value: the setting.
-        defaults: arguments for what takes them (``seed``, say), where the setting has none.
+        group: the group of the name.
+        value: a name, or ``{"name": ..., "args": {...}}``. Other values are returned unchanged.
+        defaults: arguments such as ``seed``, used if the object accepts them and ``args`` has none.
 
     Raises:
-        UserError: an unknown name or parameter (the text names the nearest one), a missing one, or
-            a value that cannot be used.
+        UserError: a name or parameter is unknown or missing, or a value is invalid.
     """
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
         return value
-    kind = _kind(group)
+    _check_group(group)
+    kind = _KINDS[group]
     if unknown := set(value) - {"name", "args"}:
         key = min(map(str, unknown))
         raise ConfigError(f"unknown key {key!r} of a {kind}.{did_you_mean(key, ('name', 'args'))}")
     name, args = value.get("name"), dict(value.get("args") or {})
     if not isinstance(name, str):
-        raise ConfigError(f"a {kind} is a name, or a mapping with name and args; got {value!r}")
+        raise ConfigError(
+            f"a {kind} must be a name, or a mapping with name and args; got {value!r}"
+        )
     family, slash, member = name.partition("/") if group == "delethink.tasks" else (name, "", "")
-    made = resolve(group, family)
-    parameters = inspect.signature(made).parameters
+    factory = resolve(group, family)
+    parameters = inspect.signature(factory).parameters
     if slash and "member" not in parameters:
-        raise ConfigError(f"the {kind} {family!r} is no family: {name!r} names nothing")
+        raise ConfigError(
+            f"the {kind} {family!r} has no members, got {name!r}; write {family!r} alone"
+        )
     args |= {"member": member} if slash else {}
     args = {k: v for k, v in defaults.items() if k in parameters} | args
     _check_arguments(f"the {kind} {name!r}", args, parameters)
     try:
-        return made(**args)
-    except TypeError as error:  # a word where a number belongs
+        return factory(**args)
+    except TypeError as error:  # a value of a wrong type
         raise ConfigError(f"the {kind} {name!r}: {error}") from error
 
 
 def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
-    """The task called ``name``, made with ``args``, and with ``seed`` where it takes one.
+    """Create a task from its name and arguments, with ``seed`` if its factory accepts one.
 
     Raises:
-        UserError: no such name, or arguments that it does not take.
+        UserError: the name or an argument is unknown.
     """
     return make("delethink.tasks", {"name": name, "args": dict(args)}, seed=seed)
 
@@ -197,27 +207,22 @@ def _check_arguments(
         near = did_you_mean(wrong[0], parameters) or " It has none."
         raise ConfigError(f"{what} has no parameter {wrong[0]!r}.{near}")
     for key, parameter in parameters.items():
-        open_ended = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if not open_ended and parameter.default is parameter.empty and key not in args:
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if not variadic and parameter.default is parameter.empty and key not in args:
             example = "reasoning_gym/chain_sum" if key == "member" else f"{key}=... in its args"
             raise ConfigError(f"{what} needs {key!r}; write {example}")
 
 
-def _imported(kind: str, path: str) -> Any:
+def _import_path(kind: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing there hides an installed module
+        sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"there is no {kind} {path!r}, which is written module:object: {error}"
+            f"cannot import the {kind} {path!r}, which must be written module:object: {error}"
         ) from None
-
-
-def _kind(group: str) -> str:
-    plural = group.rpartition(".")[2]
-    return "boundary" if plural == "boundaries" else plural.removesuffix("s")
 
 
 def _check_group(group: str) -> None:

@@ -1,7 +1,7 @@
-"""Plays traces and groups against any policy.
+"""Rollouts: sampling traces from any policy, and replaying, cutting and extending them.
 
-A trace that fails is data with a reason, so that one broken request does not stop a cluster; the
-caller decides how many failures it bears.
+A failed chunk ends its trace with a reason instead of an exception, so one broken request does not
+stop a cluster. The caller decides how many failures are acceptable.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,26 +22,14 @@ from delethink.errors import (
     WorkersLostError,
 )
 from delethink.policy import Completion, Policy, Sampling, SchedulingHint
-from delethink.tokens import token_array
+from delethink.tokens import Logprobs, token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
 _logger = logging.getLogger(__name__)
 
 
-class ReplayEnv(Protocol):
-    """What ``replay_trace`` needs of an environment; Gymnasium's have it."""
-
-    def reset(self, *, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """The first observation of an episode."""
-        ...
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Observation, reward, terminated, truncated, info."""
-        ...
-
-
 def derive_seed(*parts: int | str) -> int:
-    """A seed for one chunk out of (run seed, step, query, trace, chunk): stable and well mixed."""
+    """Return a stable, well mixed seed for (run seed, step, query, trace, chunk) or any parts."""
     text = repr(parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
@@ -53,18 +41,17 @@ async def run_rollout(
     sampling: Sampling,
     max_model_tokens: int | None = None,
 ) -> Trace:
-    """Plays one trace to its end.
+    """Sample one trace to its end.
 
-    With ``sampling.seed``, chunk l is drawn with a seed of its own that depends on that seed and l
-    only, so that it does not matter which worker takes it. Traces of one group need seeds of their
-    own, or they are all the same.
+    Chunk l uses a seed derived from ``sampling.seed`` and l, so the result does not depend on the
+    worker. Traces of a group need different seeds to differ.
 
     Raises:
-        QueryTooLongError: the query leaves no room for a context of thinking.
-        UserError: whatever else of this kind the policy raises: it concerns every trace.
-        WorkersLostError: so does this, nothing is left to sample with.
+        QueryTooLongError: the query leaves no room for a full context.
+        UserError: raised by the policy; it concerns every trace.
+        WorkersLostError: raised by the policy; no worker is left.
     """
-    return await _play(policy, start(spec, query_ids, max_model_tokens), sampling)
+    return await _sample(policy, start(spec, query_ids, max_model_tokens), sampling)
 
 
 async def run_rollouts(
@@ -76,27 +63,36 @@ async def run_rollouts(
     on_end: Callable[[int, Trace], None] = lambda index, trace: None,
     timeout: float | None = None,
 ) -> list[Trace]:
-    """Plays one trace for each query at the same time, in the order given.
+    """Sample one trace for each query concurrently.
 
-    ``on_end`` is told the place and the trace of each that has ended, while the others go on. After
-    ``timeout`` seconds those that have not ended are aborted: the chunks that they have are kept,
-    and a last one without tokens says why. (An engine in this process that holds up the event loop
-    is first waited for.)
+    Args:
+        policy: samples the chunks.
+        spec: sizes and policies of the chunks.
+        queries: q of each trace.
+        samplings: sampling parameters of each trace.
+        max_model_tokens: the longest sequence of the model, if known.
+        on_end: called with the index and the trace when a trace ends.
+        timeout: seconds after which unfinished traces are aborted. They keep their chunks and get a
+            last chunk without tokens for the reason. A synchronous engine in this process delays
+            the timeout until its call returns.
+
+    Returns:
+        The traces in the order of ``queries``.
 
     Raises:
-        QueryTooLongError: a query leaves no room for thinking; nothing is played then.
-        UserError, WorkersLostError: the policy raised one; the other traces are given up.
+        QueryTooLongError: a query leaves no room for a full context; nothing is sampled.
+        UserError, WorkersLostError: raised by the policy; the other traces are cancelled.
     """
-    deadline = _Deadline.after(timeout)
+    deadline = None if timeout is None else _Deadline.after(timeout)
     pairs = zip(queries, samplings, strict=True)
     states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
 
-    async def play(index: int, state: ThinkingState, sampling: Sampling) -> Trace:
-        trace = await _play(policy, state, sampling, deadline=deadline)
+    async def sample(index: int, state: ThinkingState, sampling: Sampling) -> Trace:
+        trace = await _sample(policy, state, sampling, deadline=deadline)
         on_end(index, trace)
         return trace
 
-    tasks = [asyncio.ensure_future(play(i, *pair)) for i, pair in enumerate(states)]
+    tasks = [asyncio.ensure_future(sample(i, *pair)) for i, pair in enumerate(states)]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -104,49 +100,153 @@ async def run_rollouts(
             task.cancel()
 
 
+@dataclass(frozen=True)
+class _Deadline:
+    """Time at which unfinished traces are aborted."""
+
+    at: float  # on the event loop's clock
+    timeout: float  # seconds, for the error text
+
+    @classmethod
+    def after(cls, timeout: float) -> _Deadline:
+        return cls(asyncio.get_running_loop().time() + timeout, timeout)
+
+    async def wait_for(self, completion: Coroutine[Any, Any, Completion]) -> Completion:
+        limit = asyncio.timeout_at(self.at)
+        try:
+            async with limit:
+                return await completion
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the policy's own timeout
+            raise DeadlineError(f"the step was over after {self.timeout:g} s") from None
+
+
+async def _sample(
+    policy: Policy,
+    state: ThinkingState,
+    sampling: Sampling,
+    chunks: tuple[Chunk, ...] = (),
+    deadline: _Deadline | None = None,
+) -> Trace:
+    """Sample chunks from ``state`` until the trace ends."""
+    given, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
+    while state.stop is None:
+        hint = replace(
+            given,
+            query=query,
+            num_chunks=state.num_chunks,
+            max_chunks=state.spec.max_chunks,
+        )
+        own = Sampling(sampling.temperature, _chunk_seed(sampling, state), hint)
+        chunk, state = await _sample_chunk(policy, state, own, deadline)
+        chunks = (*chunks, chunk)
+    return Trace(state.query_ids, chunks, state.stop)
+
+
+def _chunk_seed(sampling: Sampling, state: ThinkingState) -> int | None:
+    if sampling.seed is None:
+        return None
+    thinking = state.role is ChunkRole.THINKING
+    parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
+    return derive_seed(sampling.seed, *parts)
+
+
+_DEFAULT_REASONS = {
+    StopReason.ABORT: "the engine cancelled the request",
+    StopReason.ERROR: "the engine reported an error without a reason",
+}
+
+
+async def _sample_chunk(
+    policy: Policy, state: ThinkingState, sampling: Sampling, deadline: _Deadline | None
+) -> tuple[Chunk, ThinkingState]:
+    """Sample one chunk. A failure of the policy becomes a chunk without tokens."""
+    prompt_ids = state.prompt_ids
+    output_ids: TokenIds = ()
+    logprobs: Logprobs = ()
+    version: int | None = None
+    try:
+        answer = policy.generate(prompt_ids, state.max_new_tokens, sampling)
+        done = await (answer if deadline is None else deadline.wait_for(answer))
+        ids, stop = state.truncate(done.token_ids, done.stop)
+        state.check(ids, stop)
+        output_ids, logprobs = ids, done.logprobs[: len(ids)]
+        version, reason = done.policy_version, _DEFAULT_REASONS.get(stop)
+    except (UserError, WorkersLostError):
+        raise
+    except DeadlineError as error:
+        stop, reason = StopReason.ABORT, str(error)
+    except Exception as error:  # an engine may raise anything
+        _logger.warning("a chunk failed", exc_info=True)
+        stop = StopReason.ERROR
+        reason = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+    chunk = Chunk(
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        logprobs=logprobs,
+        stop=stop,
+        carried=len(prompt_ids) - len(state.query_ids),
+        policy_version=version,
+        error=reason,
+        role=state.role,
+    )
+    return chunk, state.advance(output_ids, stop)
+
+
+class ReplayEnv(Protocol):
+    """Interface of a Gymnasium environment for ``replay_trace``."""
+
+    def reset(self, *, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Return the first observation and info of an episode."""
+        ...
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Return observation, reward, terminated, truncated and info."""
+        ...
+
+
 def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
-    """Takes a trace through an environment chunk by chunk and returns what it earns there.
+    """Step an environment through a trace and return the last reward.
 
     Raises:
-        RolloutError: the environment shows another prompt than the policy saw, or ends elsewhere.
+        RolloutError: a prompt or the end of the episode differs from the trace.
     """
     observation, _ = env.reset(options={"problem": problem})
     reward, ended = 0.0, False
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        if _shown(observation) != chunk.prompt_ids:
+        if _observed_ids(observation) != chunk.prompt_ids:
             raise RolloutError(
-                f"chunk {i} was sampled after another prompt than the environment shows: the "
-                "rollout and the environment do not follow one rule"
+                f"the environment's prompt differs from the prompt of chunk {i}: the rollout and "
+                "the environment use different chunking"
             )
         observation, reward, terminated, truncated, _ = env.step(chunk.output_ids)
         ended = terminated or truncated
     if not ended:
-        raise RolloutError("the environment goes on after the last chunk of the trace")
+        raise RolloutError("the environment has not ended after the last chunk of the trace")
     return float(reward)
 
 
-def _shown(observation: Any) -> TokenIds:
-    """The ids of an observation."""
-    if hasattr(observation, "tolist") and getattr(observation, "ndim", 0) != 1:
+def _observed_ids(observation: Any) -> TokenIds:
+    if hasattr(observation, "tolist") and getattr(observation, "ndim", 1) != 1:
         raise RolloutError(
-            f"an observation is a sequence of token ids, the environment gave {observation!r:.80}"
+            f"an observation must be a sequence of token ids, got {observation!r:.80}"
         )
     return token_array(observation)
 
 
 def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:
-    """The state that the chunks of a trace lead to.
+    """Return the state after the chunks of a trace.
 
     Raises:
-        RolloutError: a chunk was sampled after another prompt than the rule of ``spec`` makes, or
-            could not have been sampled under it at all.
+        RolloutError: a chunk or its prompt does not follow ``spec``.
     """
     state = start(spec, trace.query_ids)
     for i, chunk in enumerate(trace.chunks):
         if chunk.prompt_ids != state.prompt_ids or chunk.role is not state.role:
-            raise RolloutError(f"chunk {i} was sampled after another prompt than {spec} makes")
+            raise RolloutError(f"the prompt of chunk {i} does not follow {spec}")
         try:
             state = state.advance(chunk.output_ids, chunk.stop)
         except PolicyError as error:
@@ -155,14 +255,14 @@ def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:
 
 
 def cut_trace(trace: Trace, num_chunks: int) -> Trace:
-    """The first chunks of a trace, as one that ``extend_trace`` can go on with.
+    """Return the first chunks of a trace, which ``extend_trace`` can continue.
 
     Raises:
-        RolloutError: it has fewer chunks.
+        RolloutError: the trace has fewer chunks.
     """
     if not 0 <= num_chunks <= len(trace.chunks):
         raise RolloutError(
-            f"a trace of {len(trace.chunks)} chunks cannot be cut to {num_chunks}: 0 to "
+            f"cannot cut a trace of {len(trace.chunks)} chunks to {num_chunks}; allowed: 0 to "
             f"{len(trace.chunks)}"
         )
     return replace(trace, chunks=trace.chunks[:num_chunks], stop=TraceStop.CUT)
@@ -175,127 +275,19 @@ async def extend_trace(
     sampling: Sampling,
     max_model_tokens: int | None = None,
 ) -> Trace:
-    """Goes on from where a trace was cut or its budget was spent, to its end under ``spec``.
+    """Continue a cut trace to its end.
 
-    With a ``spec`` of more chunks than the trace was played with, it thinks on past its old budget.
+    A ``spec`` with more chunks also continues a trace beyond its old budget.
 
     Raises:
-        RolloutError: the trace does not follow ``spec``, or it has ended under it.
-        QueryTooLongError: the query leaves no room for a context of thinking.
+        RolloutError: the trace does not follow ``spec``, or has ended under it.
+        QueryTooLongError: the query leaves no room for a full context.
     """
-    start(spec, trace.query_ids, max_model_tokens)  # for its own checks
+    start(spec, trace.query_ids, max_model_tokens)  # checks the lengths
     state = retrace(spec, trace)
     if state.stop is not None:
         raise RolloutError(
-            f"the trace has ended ({state.stop.value}) under {spec}: cut it, or give it more chunks"
+            f"the trace has ended ({state.stop.value}) under {spec}; cut it with cut_trace, or "
+            "raise max_chunks"
         )
-    return await _play(policy, state, sampling, trace.chunks)
-
-
-@dataclass(frozen=True)
-class _Deadline:
-    """When traces are given up."""
-
-    at: float | None = None  # by the event loop's clock; None: never
-    seconds: float = 0.0  # that there were
-
-    @classmethod
-    def after(cls, seconds: float | None) -> _Deadline:
-        if seconds is None:
-            return cls()
-        return cls(asyncio.get_running_loop().time() + seconds, seconds)
-
-    async def bound(self, answer: Awaitable[Completion]) -> Completion:
-        """The answer, if it comes in time."""
-        limit = asyncio.timeout_at(self.at)
-        try:
-            async with limit:
-                return await answer
-        except TimeoutError:
-            if not limit.expired():
-                raise  # the policy's own
-            raise DeadlineError(f"the step was over after {self.seconds:g} s") from None
-
-
-_NEVER = _Deadline()
-
-
-async def _play(
-    policy: Policy,
-    state: ThinkingState,
-    sampling: Sampling,
-    played: tuple[Chunk, ...] = (),
-    deadline: _Deadline | None = None,
-) -> Trace:
-    chunks = list(played)
-    known, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
-    while state.stop is None:
-        progress = SchedulingHint(
-            query, state.num_chunks, state.spec.max_chunks, known.expected_chunks, known.batch
-        )
-        placed = Sampling(sampling.temperature, _seed(sampling, state), progress)
-        chunk, state = await _play_chunk(policy, state, placed, deadline or _NEVER)
-        chunks.append(chunk)
-    return Trace(state.query_ids, tuple(chunks), state.stop)
-
-
-def _seed(sampling: Sampling, state: ThinkingState) -> int | None:
-    if sampling.seed is None:
-        return None
-    thinking = state.role is ChunkRole.THINKING
-    parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
-    return derive_seed(sampling.seed, *parts)
-
-
-async def _play_chunk(
-    policy: Policy, state: ThinkingState, sampling: Sampling, deadline: _Deadline
-) -> tuple[Chunk, ThinkingState]:
-    """One chunk and the state after it; what the policy raises or breaks becomes data."""
-    prompt_ids = state.prompt_ids
-    try:
-        answer = policy.generate(prompt_ids, state.max_new_tokens, sampling)
-        done = await (answer if deadline.at is None else deadline.bound(answer))
-        output_ids, stop = state.cut(done.token_ids, done.stop)
-        state.check(output_ids, stop)
-    except (UserError, WorkersLostError):
-        raise
-    except DeadlineError as error:
-        return _failed_chunk(state, StopReason.ABORT, str(error))
-    except Exception as error:  # the boundary between the library and any engine
-        _logger.warning("a chunk failed", exc_info=True)
-        reason = f"{type(error).__name__}: {error}" if str(error) else repr(error)
-        return _failed_chunk(state, StopReason.ERROR, reason)
-    whole = output_ids is done.token_ids
-    chunk = Chunk(
-        prompt_ids=prompt_ids,
-        output_ids=output_ids,
-        logprobs=done.logprobs if whole else done.logprobs[: len(output_ids)],
-        stop=stop,
-        carried=len(prompt_ids) - len(state.query_ids),
-        policy_version=done.policy_version,
-        error=_FAILURES.get(stop),
-        role=state.role,
-    )
-    return chunk, state.advance(output_ids, stop, checked=True)
-
-
-_FAILURES = {
-    StopReason.ABORT: "the engine gave up the request",
-    StopReason.ERROR: "the engine reported an error and no reason",
-}
-
-
-def _failed_chunk(
-    state: ThinkingState, stop: StopReason, error: str
-) -> tuple[Chunk, ThinkingState]:
-    chunk = Chunk(
-        prompt_ids=state.prompt_ids,
-        output_ids=(),
-        logprobs=(),
-        stop=stop,
-        carried=len(state.prompt_ids) - len(state.query_ids),
-        policy_version=None,
-        error=error,
-        role=state.role,
-    )
-    return chunk, state.advance((), stop)
+    return await _sample(policy, state, sampling, trace.chunks)

@@ -1,9 +1,12 @@
-"""What the library knows of any task, and what it assumes where a task does not say.
+"""The task protocol, its optional methods, and the selection of problems.
 
-A task has ``problem(split, index)``, the same problem for ever for the same arguments; all else is
-optional. ``size(split)`` is how many different problems there are (``None``: no end), ``rewards``
-the rewards that score it and their weights, ``left_out`` how many problems each filter took away,
-``demonstrations(problem)`` a right and a wrong answer, for a check of the grader.
+A task has ``problem(split, index)``, which returns the same problem for the same arguments. These
+attributes are optional:
+
+- ``size(split)``: number of different problems (``None`` for unlimited);
+- ``rewards``: names and weights of its rewards;
+- ``left_out``: number of problems removed by each filter;
+- ``demonstrations(problem)``: a right and a wrong answer, to check the grader.
 """
 
 from __future__ import annotations
@@ -16,92 +19,93 @@ from delethink.errors import ConfigError
 from delethink.types import Problem
 
 SPLITS = ("train", "heldout")
-_MOST_TRIED = 50  # problems that are looked at for each one that is wanted, before giving up
+_MAX_TRIES = 50  # problems examined for each problem requested
 
 
 class Task(Protocol):
     """A stream of problems."""
 
     def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split`` (``"train"`` or ``"heldout"``)."""
+        """Return problem ``index`` of ``split`` (``"train"`` or ``"heldout"``)."""
         ...
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Problems of a split, and what was passed over for them."""
+class SelectedProblems:
+    """Problems of a split, and the number of overlong ones skipped."""
 
     problems: list[Problem]
-    overlong: int = 0  # whose query is longer than allowed
-    longest: int = 0  # tokens of the longest query passed over
+    overlong: int = 0  # skipped problems with too long a query
+    longest: int = 0  # tokens of the longest skipped query
 
 
-def size_of(task: Task, split: str) -> int | None:
-    """How many different problems a split has; ``None`` where it has no end."""
+def task_size(task: Task, split: str) -> int | None:
+    """Return the number of different problems in a split; ``None`` for unlimited."""
     size: Callable[[str], int | None] | None = getattr(task, "size", None)
     return None if size is None else size(split)
 
 
 def rewards_of(task: Task) -> dict[str, float]:
-    """The names and weights of the rewards that score a task; none where it names none."""
+    """Return the names and weights of a task's rewards; empty if it names none."""
     return dict(getattr(task, "rewards", {}))
 
 
 def left_out_of(task: Task) -> dict[str, int]:
-    """How many problems each filter of a task took away."""
+    """Return the number of problems removed by each filter of a task."""
     return dict(getattr(task, "left_out", {}))
 
 
 def demonstrations_of(task: Task, problem: Problem) -> tuple[str | None, str | None]:
-    """What a flawless and what a wrong answer look like; ``None`` where the task has none."""
+    """Return a right and a wrong answer; ``None`` where the task has none."""
     show: Callable[[Problem], tuple[str | None, str | None]] | None = getattr(
         task, "demonstrations", None
     )
     return (None, None) if show is None else show(problem)
 
 
-def take(
+def select_problems(
     task: Task,
     split: str,
     number: int,
     query_length: Callable[[Problem], int] | None = None,
-    most_tokens: int | None = None,
-) -> Taken:
-    """The first ``number`` problems of a split whose query has at most ``most_tokens`` tokens.
+    max_query_tokens: int | None = None,
+) -> SelectedProblems:
+    """Return the first ``number`` problems with a query of at most ``max_query_tokens`` tokens.
 
-    Longer ones are passed over and counted. Training problems come again, in another order, when
-    all have been seen; held-out problems do not.
+    Longer ones are skipped and counted. Training problems repeat in another order once all have
+    been returned; held-out problems do not repeat.
 
     Raises:
-        ConfigError: there are not that many.
+        ConfigError: the split has too few problems.
     """
-    size = size_of(task, split)
+    size = task_size(task, split)
     if size is not None and split == "heldout" and size < number:
         raise ConfigError(
-            f"{number} held-out problems are asked for and the task has {size}; set "
+            f"got a request for {number} held-out problems and the task has {size}; set "
             f"evaluation.num_problems={size}" + ("" if size else " or hold some out")
         )
-    taken: list[Problem] = []
+    selected: list[Problem] = []
     overlong = longest = index = 0
-    tries = number * _MOST_TRIED if size is None or split == "train" else size
-    while len(taken) < number and index < tries:
+    tries = number * _MAX_TRIES if size is None or split == "train" else size
+    while len(selected) < number and index < tries:
         problem = task.problem(split, index)
         index += 1
-        length = 0 if query_length is None or most_tokens is None else query_length(problem)
-        if most_tokens is not None and length > most_tokens:
+        if query_length is None or max_query_tokens is None:
+            selected.append(problem)
+        elif (length := query_length(problem)) > max_query_tokens:
             overlong, longest = overlong + 1, max(longest, length)
         else:
-            taken.append(problem)
-    if len(taken) < number:
+            selected.append(problem)
+    if len(selected) < number:
         raise ConfigError(
-            f"{number} problems are asked for of the split {split!r}, but only {len(taken)} of "
-            f"{index} have a query of at most {most_tokens} tokens (the longest has {longest}); "
-            "raise task.max_query_tokens or ask for fewer"
+            f"got a request for {number} problems of the split {split!r}, and only "
+            f"{len(selected)} of {index} have a query of at most {max_query_tokens} tokens (the "
+            f"longest has {longest}); raise task.max_query_tokens or request fewer problems"
         )
-    return Taken(taken, overlong, longest)
+    return SelectedProblems(selected, overlong, longest)
 
 
 def check_split(split: str) -> None:
-    """Raises a ``ConfigError`` unless ``split`` is one of the two."""
+    """Raise a ``ConfigError`` unless ``split`` is ``"train"`` or ``"heldout"``."""
     if split not in SPLITS:
         raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")

@@ -1,4 +1,4 @@
-"""From a problem to the token ids of its query, and from token ids back to text for rewards."""
+"""Conversion of problems to query token ids, and of token ids to the text that rewards read."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from delethink.types import END_OF_THINKING, Problem, TokenIds
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of ``transformers`` have it."""
+    """The tokenizer interface of the library, implemented by tokenizers of ``transformers``."""
 
     chat_template: Any
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """A mapping with the token ids of ``text`` under ``"input_ids"``."""
+        """Return a mapping with the token ids of ``text`` under ``"input_ids"``."""
         ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The token ids of a conversation."""
+        """Return the token ids of a conversation."""
         ...
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
-        """The text of token ids."""
+        """Return the text of token ids."""
         ...
 
 
 def query_ids(tokenizer: Tokenizer, problem: Problem) -> TokenIds:
-    """q, the ids of the templated prompt.
+    """Return q, the token ids of the templated prompt.
 
-    The tokenizer's chat template is used where it has one, also one that opens the thinking itself;
-    otherwise the messages are taken as they stand, with an empty line between.
+    The tokenizer's chat template may open the thinking. Without a template, the messages are joined
+    with an empty line between them.
     """
     if tokenizer.chat_template is None:
-        said = [message["content"] for message in problem.messages]
-        return tuple(tokenizer("\n\n".join(said))["input_ids"])
+        contents = [message["content"] for message in problem.messages]
+        return tuple(tokenizer("\n\n".join(contents))["input_ids"])
     encoded = tokenizer.apply_chat_template(
         problem.messages,
         add_generation_prompt=True,
@@ -47,45 +47,45 @@ def query_ids(tokenizer: Tokenizer, problem: Problem) -> TokenIds:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> TokenIds:
-    """The ids of a piece of text, without the special tokens that a tokenizer puts around a whole.
+    """Return the token ids of ``text`` without added special tokens.
 
-    Special tokens that are spelt out in the text, an end of sequence say, become their ids.
+    Special tokens spelled out in the text, such as EOS, become their ids.
     """
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None:
-    """Where the text of ``token_ids`` would be other tokens: the first such position, or ``None``.
+    """Return the first position at which decoding and encoding changes the ids, or ``None``.
 
-    Sampled ids need not be those that a tokenizer makes of their text. Who handles text alone would
-    go on from other ids than were sampled, from this position.
+    Sampled ids need not be the tokenizer's encoding of their text. From this position on, a client
+    of the text alone continues from other ids than the sampled ones.
     """
     again = encode(tokenizer, str(tokenizer.decode(as_list(token_ids))))
     pairs = enumerate(zip(token_ids, again, strict=False))
-    differs = next((i for i, (one, other) in pairs if one != other), None)
-    if differs is None and len(again) != len(token_ids):
+    position = next((i for i, (before, after) in pairs if before != after), None)
+    if position is None and len(again) != len(token_ids):
         return min(len(again), len(token_ids))
-    return differs
+    return position
 
 
 def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """What a reward reads: the stitched trace without special tokens."""
+    """Return the text of a trace for rewards, without special tokens."""
     return str(tokenizer.decode(as_list(token_ids), skip_special_tokens=True))
 
 
 def check_thinking_is_open(tokenizer: Tokenizer, problem: Problem) -> None:
-    """Rewards look for the end of thinking in what is sampled, so the query must not hold it.
+    """Check that the query does not end with the end of thinking, which rewards search later.
 
     Raises:
-        ModelError: the chat template closes the thinking itself, and every reward would be 0.
+        ModelError: the chat template closes the thinking, so every reward would be 0.
     """
     if tokenizer.chat_template is None:
         return
-    asked = problem.prompt + "".join(message["content"] for message in problem.before)
+    user_text = problem.prompt + "".join(message["content"] for message in problem.before)
     query = str(tokenizer.decode(list(query_ids(tokenizer, problem))))
-    if query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in asked:
+    if query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in user_text:
         raise ModelError(
             f"the tokenizer's chat template ends with {END_OF_THINKING}: it closes the thinking "
-            "before the model begins, and no answer after it would ever be found; use a template "
-            "that leaves it open"
+            "before the model begins, so no answer is ever found; use a template that leaves the "
+            "thinking open"
         )

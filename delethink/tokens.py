@@ -1,10 +1,9 @@
-"""Token ids and log-probs in one block of memory, for who handles thousands of them at a time.
+"""Immutable sequences of 64-bit numbers for token ids and log-probs.
 
-A tuple of 8,000 numbers is 8,000 objects, four times the memory, and taking one apart costs more
-than a step of an environment or a chunk of the driver may. ``token_array`` and ``logprob_array``
-give the same sequence as plain 64-bit numbers: slices and sums copy memory, and it equals, hashes
-and adds like the tuple that it stands for. Wherever the library has one, it may have the other;
-what knows lists and tuples alone, JSON for one, is given ``list(ids)``.
+A tuple of 8,000 ids is 8,000 Python objects. ``TokenArray`` and ``LogprobArray`` hold the same
+numbers in one ``array.array``, so slices, sums and transfers copy memory. Both compare, hash and
+add like the tuple of the same numbers, and NumPy reads them without visiting each number. JSON
+needs a list: ``as_list(ids)``.
 """
 
 from __future__ import annotations
@@ -13,53 +12,54 @@ import math
 import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
-from delethink.types import TokenIds
+Number = TypeVar("Number", int, float)
 
-_BYTES = 8  # of a number
+_ITEM_BYTES = 8
 
 
-class _Block(Sequence[Any]):
-    """An unchangeable sequence of 64-bit numbers, one after the other in ``memory``.
+class _NumberArray(Sequence[Number], Generic[Number]):
+    """Immutable sequence of 64-bit numbers."""
 
-    Bytes can be sent and received as they are, and Python's garbage collector has one object to
-    look at for thousands of numbers. Types are compared with ``is`` here: an abstract class answers
-    ``isinstance`` slowly.
-    """
+    __slots__ = ("_numbers",)
+    typecode: ClassVar[Literal["q", "d"]]
+    formats: ClassVar[str]  # buffer formats of the same numbers
 
-    __slots__ = ("memory",)
-    typecode: ClassVar[str]
-    formats: ClassVar[str]  # of the same numbers in the buffer protocol
-
-    def __init__(self, memory: bytes) -> None:
-        self.memory = memory
+    def __init__(self, numbers: array[Number]) -> None:
+        """Wrap ``numbers``. The caller must not change the array afterwards."""
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self.memory) // _BYTES
+        return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return self.view()[operator.index(index)]
-        start, stop, stride = index.indices(len(self.memory) // _BYTES)
-        if stride == 1:
-            return type(self)(self.memory[start * _BYTES : stop * _BYTES])
-        return type(self)(self.view()[index].tobytes())
+    @overload
+    def __getitem__(self, index: int) -> Number: ...
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.numbers())
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
 
-    def __add__(self, other: object) -> Self:
-        if type(other) is type(self):
-            return type(self)(self.memory + other.memory)
-        return type(self)(self.memory + self._of(other)) if self._adds(other) else NotImplemented
+    def __getitem__(self, index: int | slice) -> Number | Self:
+        if isinstance(index, slice):
+            return type(self)(self._numbers[index])
+        return self._numbers[operator.index(index)]
 
-    def __radd__(self, other: object) -> Self:
-        return type(self)(self._of(other) + self.memory) if self._adds(other) else NotImplemented
+    def __iter__(self) -> Iterator[Number]:
+        return iter(self._numbers)
+
+    def __add__(self, other: Self | tuple[Number, ...]) -> Self:
+        if not isinstance(other, (tuple, type(self))):
+            return NotImplemented
+        return type(self)(self._numbers + self.to_array(other))
+
+    def __radd__(self, other: tuple[Number, ...]) -> Self:
+        if not isinstance(other, tuple):
+            return NotImplemented
+        return type(self)(self.to_array(other) + self._numbers)
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is type(self):
-            return self._equals(other)
+        if isinstance(other, type(self)):
+            return self._numbers == other._numbers
         return tuple(self) == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
@@ -69,144 +69,139 @@ class _Block(Sequence[Any]):
         return repr(tuple(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.memory,)
+        return type(self), (self._numbers,)
+
+    def __copy__(self) -> Self:
+        return self
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
 
-    def __reversed__(self) -> Iterator[Any]:
-        yield from reversed(self.numbers())
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return a NumPy array of the numbers, which NumPy's conversions call."""
+        import numpy as np  # imported here because the core loads without NumPy
 
-    def index(self, value: Any, *bounds: int) -> int:
-        """See ``tuple.index``."""
-        return self.numbers().index(value, *bounds)
+        view = np.frombuffer(self._numbers, self.typecode)
+        view.flags.writeable = False
+        return view.astype(view.dtype if dtype is None else dtype, copy=bool(copy))
 
-    def view(self) -> memoryview:
-        """The numbers, without a copy."""
-        return memoryview(self.memory).cast(self.typecode)  # type: ignore[call-overload, no-any-return]
+    def tolist(self) -> list[Number]:
+        """Return the numbers as a list."""
+        return self._numbers.tolist()
 
-    def numbers(self) -> array[Any]:
-        """A copy of the numbers."""
-        return array(self.typecode, self.memory)
-
-    def _equals(self, other: _Block) -> bool:
-        return self.memory == other.memory
-
-    def _adds(self, other: object) -> bool:
-        return isinstance(other, tuple) or type(other) is type(self)
+    def tobytes(self) -> bytes:
+        """Return the numbers as native 64-bit values, one after the other."""
+        return self._numbers.tobytes()
 
     @classmethod
-    def _of(cls, values: Any) -> bytes:
-        if type(values) is cls:
-            return values.memory
-        if isinstance(values, bytes):
-            if len(values) % _BYTES:
-                raise ValueError(f"{len(values)} bytes are no whole number of 64-bit numbers")
-            return values
-        if isinstance(values, tuple):  # much faster than to extend an empty one
-            return array(cls.typecode, values).tobytes()
-        if (lies := _bytes_of(values, cls.formats)) is not None:
-            return lies
-        numbers: array[Any] = array(cls.typecode)
-        numbers.extend(iter(values))  # of an array of another kind, too
-        return numbers.tobytes()
+    def to_array(cls, values: Any) -> array[Number]:
+        """Return ``values`` as an ``array.array`` of this class's type.
+
+        Args:
+            values: a sequence of numbers, an array of any library, or the result of ``tobytes``.
+
+        Raises:
+            TypeError: a value has another type, or an array has more than one dimension.
+            ValueError: a length in bytes is no multiple of 8.
+        """
+        if isinstance(values, cls):
+            return values._numbers
+        if isinstance(values, bytes) and len(values) % _ITEM_BYTES:
+            raise ValueError(
+                f"got {len(values)} bytes, need a multiple of {_ITEM_BYTES}: each number takes "
+                f"{_ITEM_BYTES}"
+            )
+        content = values if isinstance(values, bytes) else _matching_buffer(values, cls.formats)
+        if content is not None:
+            return array(cls.typecode, content)
+        # `iter` makes `array` convert arrays of another type number by number.
+        return array(cls.typecode, values if isinstance(values, (list, tuple)) else iter(values))
 
 
-def _bytes_of(values: Any, formats: str) -> bytes | None:
-    """What lies in memory as a row of 64-bit numbers of these formats."""
+def _matching_buffer(values: Any, formats: str) -> bytes | None:
+    """Return the content of a one-dimensional array with these 64-bit formats, else ``None``."""
     try:
         view = memoryview(values)
     except TypeError:
         return None
-    fits = view.format in formats and view.itemsize == _BYTES and view.ndim == 1
-    return view.tobytes() if fits else None
+    matches = view.format in formats and view.itemsize == _ITEM_BYTES and view.ndim == 1
+    return view.tobytes() if matches else None
 
 
-class _TokenArray(_Block):
+class TokenArray(_NumberArray[int]):
+    """Immutable sequence of token ids."""
+
     __slots__ = ()
     typecode = "q"
     formats = "ql"
 
 
-class _LogprobArray(_Block):
+class LogprobArray(_NumberArray[float]):
+    """Immutable sequence of log-probs. As in a tuple, 0.0 equals -0.0 and NaN equals nothing."""
+
     __slots__ = ()
     typecode = "d"
     formats = "d"
 
-    def _equals(self, other: _Block) -> bool:
-        return self.view() == other.view()  # 0.0 is -0.0, and no NaN is another
+
+TokenIds = tuple[int, ...] | TokenArray
+Logprobs = tuple[float, ...] | LogprobArray
 
 
-def token_array(ids: Any) -> TokenIds:
-    """The same ids in one block of memory, as a sequence that behaves like their tuple.
-
-    Args:
-        ids: a sequence of ints; of bytes, each eight are one. An array of 64-bit ones is copied as
-            it lies in memory, any other number by number.
-    """
-    kept: Any = ids if type(ids) is _TokenArray else _TokenArray(_TokenArray._of(ids))
-    return kept  # type: ignore[no-any-return]
+def token_array(ids: Any) -> TokenArray:
+    """Return ``ids`` as a ``TokenArray``; see ``TokenArray.to_array`` for the accepted types."""
+    return ids if isinstance(ids, TokenArray) else TokenArray(TokenArray.to_array(ids))
 
 
-def logprob_array(logprobs: Any) -> tuple[float, ...]:
-    """The same log-probs in one block of memory, as a sequence that behaves like their tuple.
-
-    Args:
-        logprobs: a sequence of floats, as ``token_array`` takes ints.
-    """
-    is_one = type(logprobs) is _LogprobArray
-    kept: Any = logprobs if is_one else _LogprobArray(_LogprobArray._of(logprobs))
-    return kept  # type: ignore[no-any-return]
-
-
-def is_block(ids: Any) -> bool:
-    """Whether these are ids in one block of memory."""
-    return type(ids) is _TokenArray
-
-
-def joined(parts: Iterable[TokenIds]) -> TokenIds:
-    """All parts in one block of memory, in order."""
-    return cast("TokenIds", _TokenArray(b"".join(map(memory_of, parts))))
-
-
-def as_list(ids: Sequence[int]) -> list[int]:
-    """The ids as a list of ints, which other libraries' tokenizers take."""
-    return ids.numbers().tolist() if type(ids) is _TokenArray else list(ids)
-
-
-def memory_of(ids: Any) -> bytes:
-    """The 64-bit numbers of ``ids``, one after the other."""
-    return ids.memory if type(ids) is _TokenArray else _TokenArray._of(ids)
-
-
-def count_in(memory: bytes) -> int:
-    """How many 64-bit numbers lie there."""
-    return len(memory) // _BYTES
-
-
-def memory_of_logprobs(logprobs: tuple[float, ...]) -> bytes:
-    """The same of log-probs."""
-    return _LogprobArray._of(logprobs)
+def logprob_array(logprobs: Any) -> LogprobArray:
+    """Return ``logprobs`` as a ``LogprobArray``; see ``to_array`` for the accepted types."""
+    if isinstance(logprobs, LogprobArray):
+        return logprobs
+    return LogprobArray(LogprobArray.to_array(logprobs))
 
 
 def as_token_ids(ids: Sequence[int]) -> TokenIds:
-    """``ids`` as a tuple, or as they are where they behave like one."""
-    kept: Any = ids if type(ids) is _TokenArray or isinstance(ids, tuple) else tuple(ids)
-    return kept  # type: ignore[no-any-return]
+    """Return ``ids`` unchanged if they are immutable, else as a tuple."""
+    return ids if isinstance(ids, (tuple, TokenArray)) else tuple(ids)
 
 
-def as_logprobs(logprobs: Sequence[float]) -> tuple[float, ...]:
-    """``logprobs`` as a tuple, or as they are where they behave like one."""
-    is_one = type(logprobs) is _LogprobArray or isinstance(logprobs, tuple)
-    kept: Any = logprobs if is_one else tuple(logprobs)
-    return kept  # type: ignore[no-any-return]
+def as_logprobs(logprobs: Sequence[float]) -> Logprobs:
+    """Return ``logprobs`` unchanged if they are immutable, else as a tuple."""
+    return logprobs if isinstance(logprobs, (tuple, LogprobArray)) else tuple(logprobs)
 
 
-def all_finite(logprobs: Sequence[float]) -> bool:
-    """Whether each is a finite number."""
-    if type(logprobs) is not _LogprobArray:
+def as_list(ids: Sequence[int]) -> list[int]:
+    """Return ``ids`` as a list of ints, for tokenizers and JSON."""
+    return ids.tolist() if isinstance(ids, TokenArray) else list(ids)
+
+
+def joined(parts: Iterable[TokenIds]) -> TokenArray:
+    """Concatenate token ids."""
+    numbers: array[int] = array("q")
+    for part in parts:
+        numbers.extend(TokenArray.to_array(part))
+    return TokenArray(numbers)
+
+
+def memory_of(ids: TokenIds) -> bytes:
+    """Return the ids as native 64-bit integers, one after the other."""
+    return TokenArray.to_array(ids).tobytes()
+
+
+def memory_of_logprobs(logprobs: Logprobs) -> bytes:
+    """Return the log-probs as native doubles, one after the other."""
+    return LogprobArray.to_array(logprobs).tobytes()
+
+
+def count_in(memory: bytes) -> int:
+    """Return the number of 64-bit numbers in ``memory``."""
+    return len(memory) // _ITEM_BYTES
+
+
+def all_finite(logprobs: Logprobs) -> bool:
+    """Return whether every log-prob is finite."""
+    if not isinstance(logprobs, LogprobArray):
         return all(map(math.isfinite, logprobs))
-    import numpy as np  # not with this module, of which the core is made
+    import numpy as np  # imported here because the core loads without NumPy
 
-    # A byte for each, as all() takes three times as long for 48, and a third longer for 4,096.
-    return b"\0" not in np.isfinite(np.frombuffer(logprobs.memory)).tobytes()
+    return bool(np.isfinite(np.asarray(logprobs)).all())

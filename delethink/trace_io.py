@@ -1,8 +1,7 @@
-"""Traces on disk: a typed record that JSON lines and Parquet give back without loss.
+"""Traces on disk: typed records, stored without loss in JSON lines or Parquet.
 
-A line of a ``.jsonl`` file is one record; in Parquet, and in a ``datasets.Dataset``, it is one row.
-Each says its version. Files of version 0, which the first runs wrote without one, are read; files
-of a later version than this library's are refused.
+A record is one line of a ``.jsonl`` file, or one row of a Parquet file or a ``datasets.Dataset``.
+Each record has a version. Other versions than ``TRACE_VERSION`` are refused.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from typing import Any
 
 from delethink.errors import MissingExtraError, TraceFileError, did_you_mean
 from delethink.tokenization import Tokenizer, reward_text
+from delethink.tokens import as_list
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceStop
 
 TRACE_VERSION = 1
 _SUFFIXES = (".jsonl", ".parquet")
-_AS_JSON = ("before", "metadata", "rewards", "reward_errors")  # columns without a fixed shape
+_JSON_COLUMNS = ("before", "metadata", "rewards", "reward_errors")  # no fixed schema
 
 
 @dataclass(frozen=True)
 class TraceRecord:
-    """A trace with its problem and what became of it.
+    """A trace with its problem, rewards and advantage.
 
     Example: ``TraceRecord(problem, trace, rewards={"exact": 1.0}, advantage=0.7)``.
     """
@@ -32,25 +32,25 @@ class TraceRecord:
     problem: Problem
     trace: Trace
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # None: does not apply
-    advantage: float | None = None  # where it was trained on
-    text: str | None = None  # the trace in text, for people; nothing is read from it
-    reward: float | None = None  # their weighted sum; None: no reward applies, or one failed
-    reward_errors: Mapping[str, str] = field(default_factory=dict)  # by name: why there is none
+    advantage: float | None = None  # None for a trace without training
+    text: str | None = None  # the decoded trace, for people only
+    reward: float | None = None  # weighted sum of rewards; None: no reward applies, or one failed
+    reward_errors: Mapping[str, str] = field(default_factory=dict)  # cause of each failed reward
 
     def rescored(
         self, name: str, reward: Callable[[str, str], float], tokenizer: Tokenizer
     ) -> TraceRecord:
-        """The same trace with what another reward says of it, beside those that it has."""
+        """Return the record with the value of an additional reward."""
         text = reward_text(tokenizer, self.trace.output_ids)
         return replace(
             self, rewards={**self.rewards, name: float(reward(text, self.problem.answer))}
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON.
+        """Return plain values for JSON.
 
         Raises:
-            TraceFileError: the problem's metadata would not come back as it is.
+            TraceFileError: JSON would change the problem's metadata.
         """
         trace = self.trace
         return {
@@ -58,8 +58,8 @@ class TraceRecord:
             "before": [dict(message) for message in self.problem.before],
             "prompt": self.problem.prompt,
             "answer": self.problem.answer,
-            "metadata": _checked(self.problem.metadata),
-            "query_ids": list(trace.query_ids),
+            "metadata": _check_metadata(self.problem.metadata),
+            "query_ids": as_list(trace.query_ids),
             "stop": trace.stop.value,
             "length": trace.length,
             "reward": self.reward,
@@ -72,31 +72,31 @@ class TraceRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TraceRecord:
-        """The record that ``to_json`` made, of this version or an older one.
+        """Create a record from the values of ``to_json``.
 
         Raises:
-            TraceFileError: of a later version, or no record.
+            TraceFileError: the values have another version, or are no record.
         """
         if not isinstance(values, Mapping):
-            raise TraceFileError(f"a record of a trace is a mapping, got {values!r:.80}")
-        version = values.get("version", 0)
-        if version not in range(TRACE_VERSION + 1):
+            raise TraceFileError(f"a record of a trace must be a mapping, got {values!r:.80}")
+        version = values.get("version")
+        if version != TRACE_VERSION:
             raise TraceFileError(
-                f"the trace is of version {version!r}; this delethink reads versions up to "
-                f"{TRACE_VERSION}: install a newer one"
+                f"the trace has version {version!r}; this delethink reads version "
+                f"{TRACE_VERSION}: use the delethink release of the file"
             )
         try:
             record = cls._from_json(values)
         except KeyError as error:
             raise TraceFileError(
-                f"the trace has no {error.args[0]!r}, which version {version} has"
+                f"the trace has no {error.args[0]!r}, required in version {version}"
             ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise TraceFileError(f"the trace cannot be read: {error}") from None
         if record.trace.length != values["length"]:
             raise TraceFileError(
-                f"the trace says that it has {values['length']} sampled tokens and holds "
-                f"{record.trace.length}"
+                f"the trace has {record.trace.length} sampled tokens, and its length field is "
+                f"{values['length']}"
             )
         return record
 
@@ -107,25 +107,26 @@ class TraceRecord:
             problem=Problem(
                 values["prompt"],
                 values["answer"],
-                dict(values.get("metadata") or {}),
-                tuple(map(dict, values.get("before") or ())),
+                dict(values["metadata"]),
+                tuple(map(dict, values["before"])),
             ),
             trace=Trace(tuple(values["query_ids"]), chunks, TraceStop(values["stop"])),
             rewards=dict(values["rewards"]),
-            reward=values.get("reward"),
-            reward_errors=dict(values.get("reward_errors") or {}),
+            reward=values["reward"],
+            reward_errors=dict(values["reward_errors"]),
             advantage=values["advantage"],
             text=values["text"],
         )
 
 
 def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
-    """Writes a new ``.jsonl`` or ``.parquet`` file.
+    """Write a new ``.jsonl`` or ``.parquet`` file.
 
     Raises:
-        TraceFileError: another suffix, a record that would not come back, or no such place.
+        TraceFileError: the suffix is unknown, the file cannot be written, or JSON or Parquet would
+            change a record.
     """
-    path = _known(path)
+    path = _check_suffix(path)
     try:
         if path.suffix == ".parquet":
             _pyarrow("parquet").write_table(_table(records), path)
@@ -134,20 +135,20 @@ def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
             path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise TraceFileError(f"cannot write {path}: {error.strerror or error}") from None
-    except ValueError as error:  # a number that is none, or half a character in Parquet
+    except ValueError as error:  # NaN, or half a surrogate pair in Parquet
         if isinstance(error, TraceFileError):
             raise
         raise TraceFileError(f"a trace cannot be written to {path}: {error}") from None
 
 
 def read_traces(path: str | Path) -> Iterator[TraceRecord]:
-    """The records of a ``.jsonl`` or ``.parquet`` file, one after the other.
+    """Yield the records of a ``.jsonl`` or ``.parquet`` file.
 
     Raises:
-        TraceFileError: another suffix, no such file, or something in it that is no record; the text
-            says where.
+        TraceFileError: the suffix is unknown, the file cannot be read, or a record is invalid; the
+            text has its number.
     """
-    path = _known(path)
+    path = _check_suffix(path)
     try:
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
         for number, row in rows:
@@ -160,7 +161,7 @@ def read_traces(path: str | Path) -> Iterator[TraceRecord]:
 
 
 def to_dataset(records: Iterable[TraceRecord]) -> Any:
-    """A ``datasets.Dataset`` with one row for each record.
+    """Return a ``datasets.Dataset`` with one row for each record.
 
     Raises:
         MissingExtraError: ``datasets`` is not installed.
@@ -174,16 +175,16 @@ def to_dataset(records: Iterable[TraceRecord]) -> Any:
 
 
 def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> Iterator[TraceRecord]:
-    """The records of a dataset that ``to_dataset`` made, wherever it was stored meanwhile."""
+    """Yield the records of a dataset created by ``to_dataset``."""
     for row in dataset:
         yield TraceRecord.from_json(_from_row(row))
 
 
 def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
     values = {
-        "prompt_ids": list(chunk.prompt_ids),
+        "prompt_ids": as_list(chunk.prompt_ids),
         "carried": chunk.carried,
-        "output_ids": list(chunk.output_ids),
+        "output_ids": as_list(chunk.output_ids),
         "logprobs": list(chunk.logprobs),
         "stop": chunk.stop.value,
         "policy_version": chunk.policy_version,
@@ -201,18 +202,18 @@ def _chunk_from_json(values: Mapping[str, Any]) -> Chunk:
         carried=values["carried"],
         policy_version=values["policy_version"],
         error=values.get("error"),
-        role=ChunkRole(values.get("role", ChunkRole.THINKING)),
+        role=ChunkRole(values["role"]),
     )
 
 
 def json_like(value: Any) -> Any:
-    """The value as JSON would give it back: tuples become lists, what it does not know, text."""
+    """Return ``value`` after JSON: tuples become lists, and unknown types become text."""
     text = json.dumps(value, default=str, skipkeys=True)
     return json.loads(text, parse_constant=str)
 
 
-def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples and no keys but text: what it would change is refused, not changed."""
+def _check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse metadata that JSON would change, such as tuples and keys other than text."""
     for key, value in metadata.items():
         try:
             same = isinstance(key, str) and json.loads(_dump(value)) == value
@@ -220,8 +221,8 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
             same = False
         if not same:
             raise TraceFileError(
-                f"the problem's metadata {key!r} is {value!r:.80}, which JSON would not give back; "
-                "use text, numbers, lists and mappings of text"
+                f"the problem's metadata {key!r} is {value!r:.80}, which JSON would change; use "
+                "text, numbers, lists and mappings with text keys"
             )
     return dict(metadata)
 
@@ -238,8 +239,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError:
-                cut = "" if line.endswith("\n") else ": it was cut short"
-                raise TraceFileError(f"{path}, record {number} is not JSON{cut}") from None
+                why = "" if line.endswith("\n") else ": the line is incomplete"
+                raise TraceFileError(f"{path}, record {number} is not JSON{why}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -248,7 +249,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         file = _pyarrow("parquet").ParquetFile(path)
         columns = set(file.schema_arrow.names)
         if missing := sorted(set(_schema().names) - columns):
-            raise TraceFileError(f"{path} has no column {missing[0]!r}: it holds no traces")
+            raise TraceFileError(f"{path} has no column {missing[0]!r} and is no file of traces")
         rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield number, _from_row(row)
@@ -257,16 +258,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(record: TraceRecord) -> dict[str, Any]:
-    """One row: what has no fixed shape as JSON."""
+    """Return a Parquet row. Columns without a fixed schema hold JSON."""
     values = record.to_json()
-    for key in _AS_JSON:
+    for key in _JSON_COLUMNS:
         values[key] = _dump(values[key])
     values["chunks"] = [{"error": None, **chunk} for chunk in values["chunks"]]
     return values
 
 
 def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, **{key: json.loads(row[key]) for key in _AS_JSON}}
+    return {**row, **{key: json.loads(row[key]) for key in _JSON_COLUMNS}}
 
 
 def _table(records: Iterable[TraceRecord]) -> Any:
@@ -316,10 +317,10 @@ def _pyarrow(module: str = "") -> Any:
     return getattr(pyarrow, module) if module else pyarrow
 
 
-def _known(path: str | Path) -> Path:
+def _check_suffix(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise TraceFileError(
-            f"{path} ends in {path.suffix!r}.{did_you_mean(path.suffix, _SUFFIXES)}"
+            f"unknown suffix {path.suffix!r} of {path}.{did_you_mean(path.suffix, _SUFFIXES)}"
         )
     return path

@@ -1,4 +1,4 @@
-"""Thinking environments and the tasks they play (imported as ``delethink.envs``)."""
+"""Thinking environments and tasks (imported as ``delethink.envs``)."""
 
 import gymnasium
 

@@ -1,18 +1,18 @@
-"""The toy family: run a cellular automaton for a given number of steps.
+"""Toy tasks: run a cellular automaton for a given number of steps.
 
-A problem is a first state (a ring of ``width`` cells) and a number of steps. The solution is a
-chain with one line a step, each worked out from the line before it alone:
+A problem is an initial state (a ring of ``width`` cells) and a number of steps. The solution has
+one line per step, and each line depends on the previous line only:
 
     query     03:01101001101
-    thinking  02:11011001011        (what the rule makes of the line before, and a countdown)
+    thinking  02:11011001011        (a countdown, and the next state)
               01:00110001110
               00:10100101000
     answer    10100101000
 
-What makes it a test of thinking across resets: the query does not grow with the work, a line looks
-back one line only, the end is local (the countdown reads zero), and guessing is hopeless, because
-rule 45 on a ring of odd width is a bijection, so that over all first states every last state is
-equally likely (chance ``2 ** -width``).
+The task tests thinking across context resets. The query does not grow with the work, and a line
+depends on one line only. The end is local: the countdown reads zero. Guessing fails, because rule
+45 on a ring of odd width is a bijection. Over all initial states every final state is equally
+likely (probability ``2 ** -width``).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from delethink.errors import ConfigError
 from delethink.types import END_OF_THINKING, Problem
 
 MAX_STEPS = 99  # the countdown has two digits
-HELD_OUT_SHARE = 5  # one first state in five is held out
+HELD_OUT_ONE_IN = 5  # one initial state in five is held out
 
 
 def automaton_step(state: str, rule: int) -> str:
-    """One step of an elementary cellular automaton on a ring (Wolfram's numbering)."""
+    """Return the next state of an elementary cellular automaton on a ring (Wolfram's rules)."""
     width = len(state)
     return "".join(
         str(rule >> int(state[i - 1] + state[i] + state[(i + 1) % width], 2) & 1)
@@ -39,23 +39,30 @@ def automaton_step(state: str, rule: int) -> str:
 
 
 def solution_lines(state: str, steps: int, rule: int) -> Iterator[str]:
-    """The lines of a flawless solution, countdown first: ``steps`` of them."""
+    """Yield the ``steps`` lines of a correct solution."""
     for left in range(steps - 1, -1, -1):
         state = automaton_step(state, rule)
         yield solution_line(left, state)
 
 
 def solution_line(left: int, state: str) -> str:
-    """The line with ``left`` more to come: a countdown of two digits, and the state."""
+    """Return a line: a countdown of two digits, and the state."""
     return f"{left:02d}:{state}"
 
 
 @dataclass(frozen=True)
 class AutomatonTask:
-    """Problems of the family, indexable without end and split by first state.
+    """Unlimited problems, split by initial state.
 
-    A first state belongs to the held-out split or to the training split for good, whatever the
-    number of steps: no held-out first state is ever the start of a training problem.
+    An initial state belongs to one split for every number of steps, so no training problem starts
+    from a held-out state.
+
+    Args:
+        min_steps: minimum number of steps.
+        max_steps: maximum number of steps.
+        width: number of cells.
+        rule: Wolfram's number of the automaton.
+        seed: seed of all problems.
     """
 
     rewards: ClassVar[dict[str, float]] = {"exact": 1.0}
@@ -78,7 +85,7 @@ class AutomatonTask:
             )
 
     def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split`` (``"train"`` or ``"heldout"``); the same for ever."""
+        """Return problem ``index`` of ``split`` (``"train"`` or ``"heldout"``)."""
         if split not in ("train", "heldout"):
             raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")
         rng = random.Random(f"{self.seed}/{split}/{index}")
@@ -95,13 +102,13 @@ class AutomatonTask:
         )
 
     def demonstrations(self, problem: Problem) -> tuple[str, str]:
-        """A flawless solution, and the same one with its last cell turned."""
+        """Return a correct solution, and one with a wrong last cell."""
         state, steps = problem.metadata["state"], problem.metadata["steps"]
         thinking = "\n".join(solution_lines(state, steps, self.rule)) + END_OF_THINKING
-        turned = problem.answer[:-1] + ("1" if problem.answer[-1] == "0" else "0")
-        return thinking + problem.answer, thinking + turned
+        wrong = problem.answer[:-1] + ("1" if problem.answer[-1] == "0" else "0")
+        return thinking + problem.answer, thinking + wrong
 
 
 def is_held_out(state: str) -> bool:
-    """Whether problems that start from ``state`` are kept for evaluation alone."""
-    return random.Random(f"held out? {state}").randrange(HELD_OUT_SHARE) == 0
+    """Return whether an initial state belongs to the held-out split."""
+    return random.Random(f"held out? {state}").randrange(HELD_OUT_ONE_IN) == 0

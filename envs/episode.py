@@ -1,8 +1,8 @@
-"""What the thinking environments share: how they are made, drawn, scored, described and shown.
+"""Common base of the thinking environments: construction, episodes, rewards and rendering.
 
-A boundary between chunks is neither ``terminated`` nor ``truncated``: the context is thrown away
-and the next observation is the query and what the rule carries over. ``terminated`` means that the
-policy ended its answer, ``truncated`` that the budget is spent.
+A boundary between chunks is neither ``terminated`` nor ``truncated``: the context is discarded, and
+the next observation is the query and the carryover. ``terminated`` means the policy ended its
+answer, ``truncated`` means the budget is used up.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Protocol, SupportsFloat, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import gymnasium
-import numpy as np
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.envs.rendering import render_ansi, render_html
-from delethink.envs.spaces import CharacterTokenizer, Ids
+from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.registry import make, resolve
 from delethink.scoring.reward import Reward
+from delethink.tasks import Task
 from delethink.tokenization import Tokenizer, query_ids, reward_text
-from delethink.tokens import as_list, joined, memory_of, token_array
+from delethink.tokens import as_list, joined, token_array
 from delethink.types import (
     Attempt,
     Chunk,
@@ -36,7 +36,7 @@ from delethink.types import (
 
 Observation = TypeVar("Observation")
 Action = TypeVar("Action")
-_SHOWN = ("chunk", "num_sampled", "budget_left", "role", "stop")  # in HTML
+_HTML_FACTS = ("chunk", "num_sampled", "budget_left", "role", "stop")
 
 RewardFunction = Callable[[str, str], SupportsFloat]  # (text of a finished trace, gold answer)
 
@@ -44,36 +44,28 @@ DEFAULT_TASK = {"name": "automaton", "args": {"min_steps": 2, "max_steps": 6}}
 DEFAULT_SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=0)
 
 
-class Task(Protocol):
-    """A stream of problems, indexable without end."""
-
-    def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split``."""
-        ...
-
-
 class EpisodeEnv(gymnasium.Env[Observation, Action]):
-    """One episode is one trace. Not an environment yet: it has no spaces and no ``step``.
+    """Abstract base class. One episode is one trace. Subclasses add spaces and ``step``.
 
     Args:
-        task: where problems come from: a registered name, ``{"name": ..., "args": ...}``, or any
-            object with ``problem(split, index)``.
-        reward: scores the stitched text of a finished trace against the gold answer: a registered
-            name, or a function of both.
-        tokenizer: turns prompts into ids and traces into text; by default one of single characters.
-        chunk_spec: the chunk rule's sizes.
-        eos_ids: the tokens that end an answer; by default the tokenizer's.
+        task: source of problems: a registered name, ``{"name": ..., "args": ...}``, or any object
+            with ``problem(split, index)``.
+        reward: scores the text of a finished trace against the gold answer: a registered name, or a
+            function of both.
+        tokenizer: encodes prompts and decodes traces; by default one token per character.
+        chunk_spec: sizes and policies of the chunks.
+        eos_ids: tokens ending an answer; by default the tokenizer's.
         vocabulary: number of token ids; by default the tokenizer's.
-        split: the task's split to draw from.
-        max_query_tokens: bound of the observation space on the query.
+        split: split of the task to draw from.
+        max_query_tokens: maximum length of a query, for the observation space.
         render_mode: ``"ansi"`` or ``"html"``.
-        keep_trace: keep what was sampled, for ``trace`` and for the reward. Without it, memory does
-            not grow with the number of chunks, and the reward reads what the last context held.
-        sizes: single values of ``chunk_spec`` by their names, a carryover or boundary also by its
-            registered one: ``context_size=64, carryover="tail"``.
+        keep_trace: keep all sampled tokens, for ``trace`` and for the reward. If off, memory does
+            not grow with the number of chunks, and the reward reads the last context only.
+        sizes: fields of ``chunk_spec`` to replace, such as ``context_size=64``. A carryover or
+            boundary may be given by its registered name.
 
     Raises:
-        ConfigError: an unknown name or parameter, or values that cannot work together.
+        ConfigError: a name or parameter is unknown, or values contradict each other.
     """
 
     metadata = {"render_modes": ["ansi", "html"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's
@@ -93,30 +85,33 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         **sizes: Any,
     ) -> None:
         self.tokenizer: Any = CharacterTokenizer() if tokenizer is None else tokenizer
-        self.chunk_spec = self._spec(chunk_spec, sizes)  # not `spec`: that is Gymnasium's own
+        self.chunk_spec = self._make_spec(chunk_spec, sizes)  # `spec` is Gymnasium's own attribute
         self.task: Task = make("delethink.tasks", task)
         if not callable(getattr(self.task, "problem", None)):
-            raise ConfigError(f"a task has problem(split, index), got {task!r:.80}")
-        self.reward = _reward(reward)
-        self.vocabulary = self._size(vocabulary)
-        self.eos_ids = self._ends(eos_ids)
+            raise ConfigError(f"a task needs problem(split, index), got {task!r:.80}")
+        self.reward = _make_reward(reward)
+        self.vocabulary = self._vocabulary_size(vocabulary)
+        self.eos_ids = self._find_eos_ids(eos_ids)
         if max_query_tokens < 1:
             raise ConfigError(f"max_query_tokens must be at least 1, got {max_query_tokens}")
         self.split, self.max_query_tokens = split, max_query_tokens
-        self.render_mode, self.keep_trace = self._known_mode(render_mode), keep_trace
+        modes = self.metadata["render_modes"]
+        if render_mode is not None and render_mode not in modes:
+            raise ConfigError(
+                f"unknown render_mode {render_mode!r}.{did_you_mean(str(render_mode), modes)}"
+            )
+        self.render_mode, self.keep_trace = render_mode, keep_trace
         self.problem: Problem | None = None
         self._state: ThinkingState | None = None
-        self._taken: list[tuple[TokenIds, StopReason, ChunkRole]] = []  # all chunks, where kept
-        self._last: TokenIds = ()  # of the chunk before
+        self._chunks: list[tuple[TokenIds, StopReason, ChunkRole]] = []  # with keep_trace
+        self._last_output: TokenIds = ()
 
-    # -- making --------------------------------------------------------------------------------
-
-    def _spec(self, chunk_spec: ChunkSpec | None, sizes: dict[str, Any]) -> ChunkSpec:
-        known = {field.name for field in fields(ChunkSpec) if field.init}
+    def _make_spec(self, chunk_spec: ChunkSpec | None, sizes: dict[str, Any]) -> ChunkSpec:
+        known = {field.name for field in fields(ChunkSpec)}
         for name in sizes:
             if name not in known:
-                makers = (EpisodeEnv, type(self))
-                own = {p for maker in makers for p in inspect.signature(maker).parameters}
+                classes = (EpisodeEnv, type(self))
+                own = {p for each in classes for p in inspect.signature(each).parameters}
                 own -= {"args", "options", "sizes"}
                 raise ConfigError(
                     f"{type(self).__name__} has no parameter {name!r}."
@@ -128,50 +123,42 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         spec = DEFAULT_SPEC if chunk_spec is None else chunk_spec
         if not isinstance(spec, ChunkSpec):
             raise ConfigError(
-                f"chunk_spec must be a delethink.ChunkSpec, got {spec!r:.80}; its sizes may "
-                "also be given one by one: context_size=64"
+                f"chunk_spec must be a delethink.ChunkSpec, got {spec!r:.80}; or pass its fields "
+                "as parameters: context_size=64"
             )
         return replace(spec, **sizes).bind(self.tokenizer)
 
-    def _size(self, vocabulary: int | None) -> int:
+    def _vocabulary_size(self, vocabulary: int | None) -> int:
         if vocabulary is None:
             if not hasattr(self.tokenizer, "__len__"):
-                raise ConfigError("the tokenizer does not say how many tokens it has: vocabulary=")
+                raise ConfigError("the tokenizer has no length: pass vocabulary=NUMBER_OF_TOKENS")
             vocabulary = len(self.tokenizer)
         if vocabulary < 1:
             raise ConfigError(f"vocabulary must be at least 1, got {vocabulary}")
         return vocabulary
 
-    def _ends(self, eos_ids: Sequence[int] | None) -> frozenset[int]:
+    def _find_eos_ids(self, eos_ids: Sequence[int] | None) -> frozenset[int]:
         if eos_ids is None:
             eos_ids = [i for i in [getattr(self.tokenizer, "eos_token_id", None)] if i is not None]
-        ends = frozenset(int(i) for i in eos_ids)
-        if not ends or not all(0 <= i < self.vocabulary for i in ends):
+        found = frozenset(int(i) for i in eos_ids)
+        if not found or not all(0 <= i < self.vocabulary for i in found):
             raise ConfigError(
                 f"eos_ids must name at least one token below vocabulary={self.vocabulary}, or no "
-                f"answer could ever end; got {sorted(ends)}"
+                f"answer can end; got {sorted(found)}"
             )
-        return ends
-
-    def _known_mode(self, render_mode: str | None) -> str | None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ConfigError(
-                f"unknown render_mode {render_mode!r}."
-                f"{did_you_mean(render_mode, self.metadata['render_modes'])}"
-            )
-        return render_mode
+        return found
 
     @property
     def longest_context(self) -> int:
-        """The most tokens that are ever seen at once: query and thinking."""
+        """Return the maximum number of tokens in an observation: query and thinking."""
         return self.max_query_tokens + self.chunk_spec.max_thinking_context
 
-    # -- playing -------------------------------------------------------------------------------
+    # -- episodes ------------------------------------------------------------------------------
 
-    def _begin(self, seed: int | None, options: dict[str, Any] | None) -> ThinkingState:
-        """Draws a problem, or takes ``options["problem"]``."""
+    def _begin_episode(self, seed: int | None, options: dict[str, Any] | None) -> ThinkingState:
+        """Draw a problem, or use ``options["problem"]``, and return the first state."""
         super().reset(seed=seed)
-        self.problem = _problem_in(options or {}) or self.task.problem(
+        self.problem = _problem_from(options or {}) or self.task.problem(
             self.split, int(self.np_random.integers(2**31))
         )
         query = query_ids(self.tokenizer, self.problem)
@@ -180,7 +167,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
                 f"the query has the token {max(query)}, outside the vocabulary of {self.vocabulary}"
             )
         self._state = start(self.chunk_spec, token_array(query), self.longest_context)
-        self._taken, self._last = [], ()
+        self._chunks, self._last_output = [], ()
         return self._state
 
     def _running_state(self) -> ThinkingState:
@@ -190,21 +177,21 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             raise ActionError(f"the trace has ended ({self._state.stop.value}); call reset()")
         return self._state
 
-    def _take(self, output_ids: TokenIds, stop: StopReason) -> tuple[ThinkingState, float]:
-        """Ends a chunk; the state after it, and the reward."""
+    def _finish_chunk(self, output_ids: TokenIds, stop: StopReason) -> tuple[ThinkingState, float]:
+        """Return the state after a chunk, and the reward."""
         before = self._running_state()
         state = before.advance(output_ids, stop)
-        self._state, self._last = state, output_ids
+        self._state, self._last_output = state, output_ids
         if self.keep_trace:
-            self._taken.append((output_ids, stop, before.role))
+            self._chunks.append((output_ids, stop, before.role))
         return state, 0.0 if state.stop is None else self._score(before, state)
 
     def _score(self, before: ThinkingState, after: ThinkingState) -> float:
         assert self.problem is not None
         assert after.stop is not None
-        read = self._stitched() if self.keep_trace else before.carried + self._last
-        text = reward_text(self.tokenizer, read)
-        if not hasattr(self.reward, "arguments"):
+        ids = self._thinking() if self.keep_trace else before.carried + self._last_output
+        text = reward_text(self.tokenizer, ids)
+        if not isinstance(self.reward, Reward):
             return float(self.reward(text, self.problem.answer))
         attempt = Attempt(
             problem=self.problem,
@@ -214,34 +201,33 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             num_chunks=after.num_chunks,
             budget=self.chunk_spec.budget,
             max_chunks=self.chunk_spec.max_chunks,
-            output_ids=tuple(read),
+            output_ids=ids,
         )
         return float(self.reward.function(**self.reward.arguments(attempt)) or 0.0)
 
-    def _stitched(self) -> TokenIds:
-        """All tokens of thinking so far."""
-        return joined(ids for ids, _, role in self._taken if role is ChunkRole.THINKING)
+    def _thinking(self) -> TokenIds:
+        """Return all thinking tokens of the episode."""
+        return joined(ids for ids, _, role in self._chunks if role is ChunkRole.THINKING)
 
     @property
     def trace(self) -> Trace:
-        """What was sampled in this episode, chunk by chunk, without log-probs.
+        """Return the chunks of this episode, without log-probs.
 
         Raises:
-            ActionError: there is no episode, or traces are not kept.
+            ActionError: there is no episode, or ``keep_trace`` is off.
         """
         if self._state is None or not self.keep_trace:
-            why = "call reset() first" if self.keep_trace else "keep_trace is off"
-            raise ActionError(f"there is no trace: {why}")
+            why = "call reset() first" if self.keep_trace else "create it with keep_trace=True"
+            raise ActionError(f"the environment has no trace; {why}")
         state, chunks = start(self.chunk_spec, self._state.query_ids), []
-        for output_ids, stop, _ in self._taken:
-            carried = len(state.prompt_ids) - len(state.query_ids)
+        for output_ids, stop, _ in self._chunks:
             chunks.append(
                 Chunk(
                     prompt_ids=tuple(state.prompt_ids),
                     output_ids=tuple(output_ids),
                     logprobs=(),
                     stop=stop,
-                    carried=carried,
+                    carried=len(state.prompt_ids) - len(state.query_ids),
                     policy_version=None,
                     role=state.role,
                 )
@@ -249,7 +235,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             state = state.advance(output_ids, stop)
         return Trace(tuple(state.query_ids), tuple(chunks), state.stop or TraceStop.CUT)
 
-    # -- describing ----------------------------------------------------------------------------
+    # -- info and rendering --------------------------------------------------------------------
 
     def _facts(self, state: ThinkingState) -> dict[str, Any]:
         return {
@@ -263,65 +249,54 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         }
 
     def render(self) -> str | None:
-        """Query, carryover and new tokens apart, as ``render_mode`` says."""
+        """Return the query, the carryover and the new tokens in the format of ``render_mode``."""
         if self.render_mode is None or self._state is None:
             return None
         state = self._state
         query, carried = self._text(state.query_ids), self._text(state.carried)
         if self.render_mode == "ansi":
-            name, ids = self._sampled()
+            name, ids = self._all_output()
             return render_ansi({"query": query, "carried": carried, name: self._text(ids)})
         facts = self._facts(state)
-        name, ids = self._new()
+        name, ids = self._new_output()
         return render_html(
             [
                 ("query", "query", query),
                 ("carried", "carried over the last boundary", carried),
                 ("new", name, self._text(ids)),
             ],
-            {key.replace("_", " "): facts[key] for key in _SHOWN},
+            {key.replace("_", " "): facts[key] for key in _HTML_FACTS},
         )
 
-    def _sampled(self) -> tuple[str, TokenIds]:
-        return ("sampled so far", self._stitched()) if self.keep_trace else self._new()
+    def _all_output(self) -> tuple[str, TokenIds]:
+        return ("sampled so far", self._thinking()) if self.keep_trace else self._new_output()
 
-    def _new(self) -> tuple[str, TokenIds]:
-        return "last chunk", self._last
+    def _new_output(self) -> tuple[str, TokenIds]:
+        return "last chunk", self._last_output
 
     def _text(self, ids: TokenIds) -> str:
         return str(self.tokenizer.decode(as_list(ids)))
 
 
-def _reward(reward: RewardFunction | str) -> Any:
-    """A function of text and answer, or a registered reward with the parameters that it asks for.
-
-    A reward that does not apply (``None``) pays nothing here.
-    """
+def _make_reward(reward: RewardFunction | str) -> RewardFunction | Reward:
+    """Return the function, or the registered reward. A value of ``None`` counts as 0 here."""
     if callable(reward):
         return reward
     if not isinstance(reward, str):
-        raise ConfigError(f"a reward is a name or a function of text and answer, got {reward!r}")
+        raise ConfigError(
+            f"a reward must be a registered name or a function of text and answer, got {reward!r}"
+        )
     named = Reward(reward, resolve("delethink.rewards", reward))
     if named.kind in ("async", "trl") or named.needs_correctness:
         raise ConfigError(
-            f"the reward {reward!r} cannot be asked about one trace alone: name it in a recipe, or "
-            "give a function of text and answer"
+            f"the reward {reward!r} cannot score a single trace: use it in a recipe, or pass a "
+            "function of text and answer"
         )
     named.check()
     return named
 
 
-def as_array(ids: TokenIds) -> Ids:
-    """A new array of the ids."""
-    return as_view(ids).copy()
-
-
-def as_view(ids: TokenIds) -> Ids:
-    """The ids as an array that cannot be written to."""
-    return np.frombuffer(memory_of(ids), np.int64)
-
-
-def _problem_in(options: dict[str, Any]) -> Problem | None:
+def _problem_from(options: dict[str, Any]) -> Problem | None:
     for name in options:
         if name != "problem":
             raise ConfigError(f"reset has no option {name!r}.{did_you_mean(name, ['problem'])}")
@@ -330,7 +305,8 @@ def _problem_in(options: dict[str, Any]) -> Problem | None:
         unknown = set(problem) - {field.name for field in fields(Problem)}
         if unknown or not {"prompt", "answer"} <= set(problem):
             raise ConfigError(
-                f"a problem has a prompt, an answer and perhaps metadata; got {sorted(problem)}"
+                "options['problem'] needs a prompt and an answer, and may have metadata and "
+                f"before; got {sorted(problem)}"
             )
         problem = Problem(**problem)
     if problem is not None and not isinstance(problem, Problem):

@@ -1,4 +1,4 @@
-"""Every task of reasoning-gym (arXiv 2505.24760) by name: made here, scored by its own scorer."""
+"""Tasks of reasoning-gym (arXiv 2505.24760), scored by its own scorers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ TEMPLATE = (
     "{problem}\n\nThink step by step. Then write your final answer, and nothing else, between "
     "<answer> and </answer>."
 )
-_HELD_OUT_SHARE = 5  # one question in five is held out
-_MOST_TRIES = 200
+_HELD_OUT_ONE_IN = 5  # one question in five is held out
+_MAX_TRIES = 200
 
 
 @dataclass(frozen=True)
 class GymTask:
-    """A task of reasoning-gym, indexable without end and split by question.
+    """A task of reasoning-gym, unlimited and split by question.
 
-    A question belongs to the held-out split or to the training split for good. A task with few
-    different questions repeats them.
+    A question belongs to one split. A task with few different questions repeats them.
 
     Args:
         member: the name in reasoning-gym.
-        seed: of all problems.
-        config: the task's own settings.
-        template: how a question is asked; ``{problem}`` stands for it.
+        seed: seed of all problems.
+        config: settings of the task in reasoning-gym.
+        template: the prompt, with ``{problem}`` in place of the question.
     """
 
     member: str
@@ -42,37 +41,37 @@ class GymTask:
 
     def __post_init__(self) -> None:
         if "{problem}" not in self.template:
-            raise ConfigError(f"the template {self.template!r} has no {{problem}}")
+            raise ConfigError(f"the template {self.template!r} must contain {{problem}}")
         self._make(0)
 
     def problem(self, split: str, index: int) -> Problem:
-        """Problem ``index`` of ``split``; the same for ever.
+        """Return problem ``index`` of ``split``.
 
         Raises:
-            ConfigError: the task makes too few different questions for two splits.
+            ConfigError: the task has too few different questions for two splits.
         """
         check_split(split)
-        for attempt in range(_MOST_TRIES):
+        for attempt in range(_MAX_TRIES):
             entry = self._make(_hash(f"{self.seed}/{split}/{index}/{attempt}"))[0]
-            if (_hash(entry["question"]) % _HELD_OUT_SHARE == 0) == (split == "heldout"):
+            if (_hash(entry["question"]) % _HELD_OUT_ONE_IN == 0) == (split == "heldout"):
                 return Problem(
                     self.template.replace("{problem}", entry["question"]),
                     str(entry["answer"]),
                     {"dataset": self.member, "config": dict(self.config), "entry": entry},
                 )
         raise ConfigError(
-            f"reasoning_gym/{self.member} made no question of the split {split!r} in {_MOST_TRIES} "
-            "tries: it has too few different ones; widen its config"
+            f"reasoning_gym/{self.member} created no question of the split {split!r} in "
+            f"{_MAX_TRIES} tries: it has too few different questions; widen its config"
         )
 
     def demonstrations(self, problem: Problem) -> tuple[str | None, str]:
-        """The answer that the task gives for its own question, and one that is none."""
+        """Return the task's own answer to the question, and a wrong answer."""
         gold = problem.metadata["entry"]["answer"]
-        say = f"Let me see.{END_OF_THINKING}<answer>%s</answer>"
-        return (None if gold is None else say % gold), say % "certainly not this"
+        answer = f"Let me see.{END_OF_THINKING}<answer>%s</answer>"
+        return (None if gold is None else answer % gold), answer % "certainly not this"
 
     def _make(self, seed: int) -> Any:
-        """A data set of one question."""
+        """Return a data set of one question."""
         name, config = self.member, dict(self.config)
         try:
             return self._gym.create_dataset(name, **config, seed=seed, size=1)
@@ -81,7 +80,7 @@ class GymTask:
                 raise ConfigError(
                     f"reasoning-gym has no task {name!r}.{did_you_mean(name, self._names)}"
                 ) from None
-            raise ConfigError(f"the config of reasoning_gym/{name}: {error}") from None
+            raise ConfigError(f"invalid config of reasoning_gym/{name}: {error}") from None
 
     @cached_property
     def _gym(self) -> Any:

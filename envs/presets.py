@@ -1,7 +1,7 @@
-"""The data sets of the paper's training and evaluation, ready by name.
+"""Data sets of the paper's training and evaluation, as registered tasks.
 
-Each says where its problems are on the Hugging Face hub, which columns matter, how a problem is
-asked and what scores it. ``task.args.dataset`` points at a local copy instead.
+Each preset has its name on the Hugging Face hub, its columns, its prompt and its reward. Use
+``task.args.dataset`` for a local copy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zlib
 from typing import Any
 
 from delethink.envs.dataset import DatasetSpec
-from delethink.envs.sources import Row
+from delethink.envs.sources import SourceRow
 from delethink.errors import ConfigError
 from delethink.types import END_OF_THINKING, Problem
 
@@ -33,8 +33,8 @@ CROSSWORD = (
 )
 
 
-def convert_choices(spec: DatasetSpec, row: Row) -> Problem | None:
-    """A question, one right and three wrong answers: options A to D in an order of its own."""
+def convert_choices(spec: DatasetSpec, row: SourceRow) -> Problem | None:
+    """Convert a question with one right and three wrong answers to options A to D, shuffled."""
     question = spec.value(row, spec.problem_key)
     right = spec.value(row, spec.answer_key)
     wrong = [spec.value(row, f"Incorrect Answer {i}") for i in (1, 2, 3)]
@@ -45,38 +45,38 @@ def convert_choices(spec: DatasetSpec, row: Row) -> Problem | None:
     random.Random(f"choices of {question}").shuffle(order)  # the same on every machine
     shuffled = [choices[i] for i in order]
     listed = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", shuffled, strict=True))
-    asked = f"{str(question).strip()}\n\n{listed}"
-    return spec.ask(asked, "ABCD"[order.index(0)], {"choices": shuffled})
+    question = f"{str(question).strip()}\n\n{listed}"
+    return spec.make_problem(question, "ABCD"[order.index(0)], {"choices": shuffled})
 
 
 def demonstrate_choice(problem: Problem) -> tuple[str, str]:
-    """The right letter, and the next one."""
+    """Return the right letter and a wrong letter."""
     wrong = "ABCD"[("ABCD".index(problem.answer) + 1) % 4]
-    say = f"Let me see.{END_OF_THINKING}\\boxed{{%s}}"
-    return say % problem.answer, say % wrong
+    answer = f"Let me see.{END_OF_THINKING}\\boxed{{%s}}"
+    return answer % problem.answer, answer % wrong
 
 
-def convert_program(spec: DatasetSpec, row: Row) -> Problem | None:
-    """A programming contest's problem with its public and private tests."""
+def convert_program(spec: DatasetSpec, row: SourceRow) -> Problem | None:
+    """Convert a programming problem with its public and private tests."""
     statement = spec.value(row, spec.problem_key)
     tests = [*_tests(row.get("public_test_cases")), *_tests(row.get("private_test_cases"))]
     if not statement or not tests:
         return None
-    asked, starter = str(statement).strip(), str(row.get("starter_code") or "").strip()
+    question, starter = str(statement).strip(), str(row.get("starter_code") or "").strip()
     if starter:
-        asked += f"\n\nComplete this code:\n```python\n{starter}\n```"
-    about = json.loads(row.get("metadata") or "{}")
-    metadata: dict[str, Any] = {"tests": tests, "function": about.get("func_name")}
+        question += f"\n\nComplete this code:\n```python\n{starter}\n```"
+    details = json.loads(row.get("metadata") or "{}")
+    metadata: dict[str, Any] = {"tests": tests, "function": details.get("func_name")}
     metadata |= {
         key: row[key] for key in ("question_id", "difficulty", "contest_date") if key in row
     }
-    return spec.ask(asked, str(row.get("solution") or ""), metadata)
+    return spec.make_problem(question, str(row.get("solution") or ""), metadata)
 
 
 def demonstrate_program(problem: Problem) -> tuple[str | None, str]:
-    """The data set's solution where it has one, and a program that prints nothing."""
-    say = f"Let me see.{END_OF_THINKING}```python\n%s\n```"
-    return (say % problem.answer if problem.answer else None), say % "pass"
+    """Return the data set's solution, if any, and a program without output."""
+    answer = f"Let me see.{END_OF_THINKING}```python\n%s\n```"
+    return (answer % problem.answer if problem.answer else None), answer % "pass"
 
 
 def _tests(cases: Any) -> list[dict[str, Any]]:
@@ -89,48 +89,50 @@ def _tests(cases: Any) -> list[dict[str, Any]]:
     ]
 
 
-class _NothingButText(pickle.Unpickler):
-    """Reads a pickled string and refuses all that could run code."""
+class _TextUnpickler(pickle.Unpickler):
+    """Unpickles strings, and refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"a test names {module}.{name}")
+        raise pickle.UnpicklingError(f"the pickle of a test refers to {module}.{name}")
 
 
 def _unpack(packed: str) -> str:
-    """Private tests come as JSON, pickled, compressed and in base 64."""
+    """Decode private tests: JSON, pickled, compressed and in base 64."""
     try:
-        text = _NothingButText(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
-    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as exc:
-        raise ConfigError(f"private tests cannot be unpacked: {exc}") from None
+        text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
+    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
+        raise ConfigError(f"private tests cannot be unpacked: {error}") from None
     if not isinstance(text, str):
-        raise ConfigError(f"private tests are not a text but a {type(text).__name__}")
+        raise ConfigError(f"private tests must be text, got {type(text).__name__}")
     return text
 
 
-def convert_crossword(spec: DatasetSpec, row: Row) -> Problem | None:
-    """A grid and its clues; the answer is the key as JSON."""
+def convert_crossword(spec: DatasetSpec, row: SourceRow) -> Problem | None:
+    """Convert a grid and its clues. The answer is the solution as JSON."""
     entries = json.loads(row["reference_answer"])
     state = json.loads(row["puzzle_state"])
     if not entries:
         return None
-    place = {word: (int(y), int(x), int(down)) for word, _, y, x, down in state["wordlist"]}
+    positions = {word: (int(y), int(x), int(down)) for word, _, y, x, down in state["wordlist"]}
     lines = [
-        f"{e['direction'].capitalize()} (row {place[e['answer']][0] + 1}, column "
-        f"{place[e['answer']][1] + 1}, {len(e['answer'])} letters): {e['clue']}"
+        f"{e['direction'].capitalize()} (row {positions[e['answer']][0] + 1}, column "
+        f"{positions[e['answer']][1] + 1}, {len(e['answer'])} letters): {e['clue']}"
         for e in entries
     ]
-    asked = (
+    question = (
         "Solve this crossword. In the grid, '_' is a cell to fill and '#' is blocked.\n\n"
-        f"{_grid(state, place)}\n\n" + "\n".join(lines)
+        f"{_grid(state, positions)}\n\n" + "\n".join(lines)
     )
-    return spec.ask(asked, json.dumps({e["direction"]: e["answer"] for e in entries}), {})
+    return spec.make_problem(
+        question, json.dumps({e["direction"]: e["answer"] for e in entries}), {}
+    )
 
 
-def _grid(state: dict[str, Any], place: dict[str, tuple[int, int, int]]) -> str:
-    """A cell is open where a word crosses it, whatever sign the file has there."""
+def _grid(state: dict[str, Any], positions: dict[str, tuple[int, int, int]]) -> str:
+    """Return the grid as text. Cells of words are open, regardless of the file's characters."""
     cells = {
         (y + i * down, x + i * (1 - down))
-        for word, (y, x, down) in place.items()
+        for word, (y, x, down) in positions.items()
         for i in range(len(word))
     }
     rows = range(len(state["grid"]))
@@ -141,20 +143,20 @@ def _grid(state: dict[str, Any], place: dict[str, tuple[int, int, int]]) -> str:
 
 
 def demonstrate_crossword(problem: Problem) -> tuple[str, str]:
-    """The key, and the key with one word spelt backwards and a letter more."""
-    key = json.loads(problem.answer)
-    wrong = dict(key)
-    first = next(iter(key))
-    wrong[first] = key[first][::-1] + "x"
-    say = [
+    """Return the solution, and the solution with one wrong word."""
+    solution = json.loads(problem.answer)
+    wrong = dict(solution)
+    first = next(iter(solution))
+    wrong[first] = solution[first][::-1] + "x"
+    answers = [
         f"Let me see.{END_OF_THINKING}" + "\n".join(f"{k}: {v}" for k, v in words.items())
-        for words in (key, wrong)
+        for words in (solution, wrong)
     ]
-    return say[0], say[1]
+    return answers[0], answers[1]
 
 
 deepscaler = DatasetSpec("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset")
-# The set that the 96K run of the paper was trained on, filtered by its authors.
+# The training set of the paper's 96K run, filtered by its authors.
 openmath = DatasetSpec(
     "openmath", "McGill-NLP/openmath-filtered", answer_key="answer|expected_answer"
 )
@@ -178,7 +180,7 @@ livecodebench = DatasetSpec(
     "livecodebench",
     "livecodebench/code_generation_lite",
     split="test",
-    files="test*.jsonl",  # the hub has a script beside them, which the library no longer runs
+    files="test*.jsonl",  # the loading script on the hub is not supported by `datasets`
     problem_key="question_content",
     template=PROGRAM,
     rewards={"code": 1.0},

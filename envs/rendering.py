@@ -1,7 +1,7 @@
-"""A thinking environment as text for a terminal, and as HTML.
+"""Rendering of a thinking environment as terminal text and as HTML.
 
-What a model wrote is shown, never obeyed: control characters are spelt out, so that no output can
-move a terminal's cursor, and every character with a meaning in HTML is escaped.
+Model output is untrusted: control characters are spelled out, so they cannot move a terminal's
+cursor, and characters with a meaning in HTML are escaped.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode's classes of what shows as nothing
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode categories of invisible characters
 _STYLE = (
     ".delethink{font:14px/1.5 ui-monospace,monospace;max-width:60em}"
     ".delethink pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.5em;"
-    "boundary-left:4px solid}"
+    "border-left:4px solid}"
     ".delethink h2{font-size:1em;margin:1em 0 .2em}"
-    ".delethink .query{boundary-color:#5b6abf}"
-    ".delethink .carried{boundary-color:#c27c0e}"
-    ".delethink .new{boundary-color:#2e8b57}"
+    ".delethink .query{border-color:#5b6abf}"
+    ".delethink .carried{border-color:#c27c0e}"
+    ".delethink .new{border-color:#2e8b57}"
 )
 
 
 def render_ansi(parts: Mapping[str, str]) -> str:
-    """Each part under its name in brackets."""
+    """Return each part below its name in brackets."""
     return "\n".join(f"[{name}]\n{visible(text)}" for name, text in parts.items())
 
 
 def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, object]) -> str:
-    """A section for each part, which needs nothing from elsewhere and runs nothing.
+    """Return self-contained HTML without scripts, one section for each part.
 
     Args:
-        parts: (class, heading, text) of each.
-        facts: shown in a line on top.
+        parts: (CSS class, heading, text) of each part.
+        facts: names and values for the line on top.
     """
-    # A line break after <pre> is no part of its text, so that one there keeps those of the text.
+    # HTML drops one line break after <pre>. The extra one keeps a leading line break of the text.
     line = " · ".join(f"{name} {value}" for name, value in facts.items())
     sections = "".join(
         f'<section><h2>{_escape(heading)}</h2><pre class="{_escape(kind)}">\n{_escape(text)}</pre>'
@@ -45,15 +45,15 @@ def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, objec
 
 
 def visible(text: str) -> str:
-    """The text with characters that show as nothing, or do something, spelt out."""
-    return "".join(_spell(c) if _is_hidden(c) else c for c in text)
+    """Return the text with control and invisible characters spelled out."""
+    return "".join(_escape_code(c) if _is_invisible(c) else c for c in text)
 
 
-def _is_hidden(character: str) -> bool:
-    return character not in "\n\t" and unicodedata.category(character) in _HIDDEN
+def _is_invisible(character: str) -> bool:
+    return character not in "\n\t" and unicodedata.category(character) in _INVISIBLE
 
 
-def _spell(character: str) -> str:
+def _escape_code(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 

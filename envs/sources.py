@@ -1,4 +1,4 @@
-"""Rows of a data set: local files and folders, or the Hugging Face hub."""
+"""Rows of a data set in local files and folders or on the Hugging Face hub, and pass rates."""
 
 from __future__ import annotations
 
@@ -15,58 +15,60 @@ from typing import Any, ClassVar
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.types import Problem
 
-Row = dict[str, Any]
-_KINDS = (".jsonl", ".json", ".parquet", ".csv")
-_NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SourceRow = dict[str, Any]
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def read_rows(
     dataset: str, split: str, config: str | None = None, files: str | None = None
-) -> list[Row]:
-    """The rows of a split.
+) -> list[SourceRow]:
+    """Return the rows of a split.
 
     Args:
-        dataset: a file (JSON lines, JSON, Parquet, CSV), a folder that holds such files, as a
-            download of a data set does, or the name of a data set on the Hugging Face hub.
-        split: which part of a folder or of a data set on the hub; a file is taken whole.
-        config: the configuration of a data set that has several.
-        files: a pattern of the names of the files that hold the split, where they are not named
-            after it.
+        dataset: a file (JSON lines, JSON, Parquet, CSV), a folder of such files, or the name of a
+            data set on the Hugging Face hub.
+        split: the split of a folder or of a data set on the hub; a file has one split.
+        config: the configuration of a data set with several.
+        files: a pattern of the names of the split's files, if they are not named after the split.
 
     Raises:
-        ConfigError: no such file, split or data set, or one that cannot be read or fetched.
-        MissingExtraError: Parquet or the hub is asked for without the package for it.
+        ConfigError: the file, split or data set does not exist, or cannot be read.
+        MissingExtraError: the package for Parquet or the hub is not installed.
     """
     path = Path(dataset).expanduser()
     if path.is_file():
         return list(_read_file(path))
     if path.is_dir():
         return [row for file in _files(path, split, config, files) for row in _read_file(file)]
-    if path.suffix in _KINDS or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        raise ConfigError(f"there is no data set {path}: no such file or folder")
+    if path.suffix in _SUFFIXES or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        raise ConfigError(f"the data set {path} does not exist: no such file or folder")
     return _fetch(dataset, split, config, files)
 
 
 def _files(folder: Path, split: str, config: str | None, pattern: str | None) -> list[Path]:
-    there = sorted(
+    present = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix in _KINDS and file.name not in _NO_DATA and ".cache" not in file.parts
+        if file.suffix in _SUFFIXES
+        and file.name not in _METADATA_FILES
+        and ".cache" not in file.parts
     )
-    names = {file: file.relative_to(folder).as_posix() for file in there}
+    names = {file: file.relative_to(folder).as_posix() for file in present}
     if pattern is not None:
-        chosen = [f for f in there if fnmatch(f.name, pattern) or fnmatch(names[f], pattern)]
+        chosen = [f for f in present if fnmatch(f.name, pattern) or fnmatch(names[f], pattern)]
     else:
-        of_config = [f for f in there if config is not None and config in names[f]] or there
+        of_config = [f for f in present if config is not None and config in names[f]] or present
         chosen = [f for f in of_config if _is_of_split(f.relative_to(folder), split)]
         if not chosen and len(of_config) == 1:
             chosen = of_config
     if not chosen:
-        listed = ", ".join(list(names.values())[:10]) or "no file of these kinds"
-        what = f"like {pattern!r}" if pattern else f"of the split {split!r}"
+        listed = ", ".join(list(names.values())[:10]) or "no such file"
+        what = f"matching {pattern!r}" if pattern else f"of the split {split!r}"
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise ConfigError(
-            f"the folder {folder} has no file {what} ({', '.join(_KINDS)}); it has {listed}{more}"
+            f"the folder {folder} has no file {what} ({', '.join(_SUFFIXES)}); it has {listed}"
+            f"{more}"
         )
     return chosen
 
@@ -76,7 +78,7 @@ def _is_of_split(file: Path, split: str) -> bool:
     return stem == split or stem.startswith(f"{split}-") or split in file.parts[:-1]
 
 
-def _read_file(file: Path) -> Iterator[Row]:
+def _read_file(file: Path) -> Iterator[SourceRow]:
     try:
         if file.suffix == ".parquet":
             yield from _read_parquet(file)
@@ -85,18 +87,18 @@ def _read_file(file: Path) -> Iterator[Row]:
             with file.open(encoding="utf-8", newline="") as lines:
                 yield from csv.DictReader(lines)
         elif file.suffix == ".json" and (values := _whole_json(file)) is not None:
-            yield from _checked(values, file)
-        elif file.suffix in _KINDS:
+            yield from _check_rows(values, file)
+        elif file.suffix in _SUFFIXES:
             with file.open(encoding="utf-8") as lines:
-                yield from _checked(_json_lines(lines, file), file)
+                yield from _check_rows(_json_lines(lines, file), file)
         else:
-            raise ConfigError(f"{file} is none of {', '.join(_KINDS)}")
+            raise ConfigError(f"{file} has an unknown suffix; allowed: {', '.join(_SUFFIXES)}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None
 
 
 def _whole_json(file: Path) -> list[Any] | None:
-    """The list that a JSON file is or holds under ``data``; None where it has a value a line."""
+    """Return the list of a JSON file, or of its key ``data``; ``None`` for JSON lines."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
@@ -115,14 +117,16 @@ def _json_lines(lines: Iterable[str], file: Path) -> Iterator[Any]:
             raise ConfigError(f"{file}, line {number} is not JSON: {error.msg}") from None
 
 
-def _checked(values: Iterable[Any], file: Path) -> Iterator[Row]:
+def _check_rows(values: Iterable[Any], file: Path) -> Iterator[SourceRow]:
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise ConfigError(f"{file}: row {number} is no object but a {type(value).__name__}")
+            raise ConfigError(
+                f"row {number} of {file} must be an object, got {type(value).__name__}"
+            )
         yield value
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
+def _read_parquet(file: Path) -> Iterator[SourceRow]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -130,10 +134,10 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     try:
         yield from pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"{file} is no Parquet file: {error}") from None
+        raise ConfigError(f"{file} is not Parquet: {error}") from None
 
 
-def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> list[Row]:
+def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> list[SourceRow]:
     try:
         import datasets
     except ImportError:
@@ -146,49 +150,49 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
             where = f"hf://datasets/{dataset}/{files}"
             loaded = datasets.load_dataset(kind, data_files=where, split="train")
         return [dict(row) for row in loaded]
-    except Exception as error:  # the hub and its client fail in many ways; the reason is told
+    except Exception as error:  # the hub and its client raise many types; the text names the cause
         first = " ".join((str(error).strip() or repr(error)).split())[:300]
         only = f" --include '{files}'" if files else ""
         raise ConfigError(
             f"the data set {dataset} is not on this machine and cannot be fetched "
-            f"({type(error).__name__}: {first}). Where there is a network: hf download "
-            f"--repo-type dataset {dataset}{only} --local-dir FOLDER; then point at the copy with "
+            f"({type(error).__name__}: {first}). On a machine with a network, run: hf download "
+            f"--repo-type dataset {dataset}{only} --local-dir FOLDER; then set "
             "task.args.dataset=FOLDER. A private data set needs hf auth login"
         ) from None
 
 
 @dataclass(frozen=True)
 class PassRates:
-    """The range to keep, and the measured rates by prompt."""
+    """Range of pass rates for training problems, and measured rates by prompt."""
 
-    MARK: ClassVar[str] = "delethink_pass_rate"
+    MARK: ClassVar[str] = "delethink_pass_rate"  # metadata key of a problem's rate
 
-    key: str | None = None
+    key: str | None = None  # column with the rate
     by_prompt: Mapping[str, float] | None = None
-    least: float = 0.0
-    most: float = 1.0
+    minimum: float = 0.0
+    maximum: float = 1.0
 
     @classmethod
-    def read(cls, key: str | None, path: str | None, least: float, most: float) -> PassRates:
-        """What the settings say.
+    def read(cls, key: str | None, path: str | None, minimum: float, maximum: float) -> PassRates:
+        """Create the filter from its settings.
 
         Raises:
-            ConfigError: a range that is none, one without rates, or a file without rates.
+            ConfigError: the range is empty, or has no measured rates.
         """
-        if not 0 <= least <= most <= 1:
+        if not 0 <= minimum <= maximum <= 1:
             raise ConfigError(
-                f"pass rates must satisfy 0 <= min_pass_rate <= max_pass_rate <= 1, got {least} "
-                f"and {most}"
+                "pass rates must satisfy 0 <= min_pass_rate <= max_pass_rate <= 1, got "
+                f"{minimum} and {maximum}"
             )
-        if key is None and path is None and (least, most) != (0.0, 1.0):
+        if key is None and path is None and (minimum, maximum) != (0.0, 1.0):
             raise ConfigError(
-                "min_pass_rate and max_pass_rate need measured rates: name a column with "
-                "pass_rate_key, or a file with pass_rates"
+                "min_pass_rate and max_pass_rate need measured rates: set pass_rate_key to a "
+                "column, or pass_rates to a file"
             )
-        return cls(key, None if path is None else _read(path), least, most)
+        return cls(key, None if path is None else _read_rates(path), minimum, maximum)
 
-    def mark(self, problem: Problem, row: Row) -> Problem:
-        """The problem with its pass rate among its metadata, where one was measured."""
+    def mark(self, problem: Problem, row: SourceRow) -> Problem:
+        """Return the problem with its measured pass rate, if any, in its metadata."""
         if self.key is None and self.by_prompt is None:
             return problem
         rate = self.by_prompt.get(problem.prompt) if self.by_prompt is not None else None
@@ -203,29 +207,29 @@ class PassRates:
         return replace(problem, metadata={**problem.metadata, self.MARK: rate})
 
     def is_unknown(self, problem: Problem) -> bool:
-        """Whether rates are asked for and this problem has none."""
-        asked = self.key is not None or self.by_prompt is not None
-        return asked and self.MARK not in problem.metadata
+        """Return whether the filter needs a rate and the problem has none."""
+        is_needed = self.key is not None or self.by_prompt is not None
+        return is_needed and self.MARK not in problem.metadata
 
     def keeps(self, problem: Problem) -> bool:
-        """Whether the problem is of the right difficulty; one without a rate is not."""
+        """Return whether the rate of the problem is in the range. No rate means no."""
         if self.key is None and self.by_prompt is None:
             return True
         rate = problem.metadata.get(self.MARK)
-        return rate is not None and self.least <= rate <= self.most
+        return rate is not None and self.minimum <= rate <= self.maximum
 
 
-def _read(path: str) -> dict[str, float]:
+def _read_rates(path: str) -> dict[str, float]:
     files = sorted(glob.glob(str(Path(path).expanduser()))) or [path]
     seen: dict[str, list[float]] = {}
     for row in (row for file in files for row in read_rows(file, "train")):
         if "prompt" not in row or not ("pass_rate" in row or row.get("rewards")):
             raise ConfigError(
-                f"{path} is no file of pass rates: a line has a prompt, and a pass_rate or "
+                f"{path} is not a file of pass rates: each line needs a prompt, and a pass_rate or "
                 f"rewards; got the keys {', '.join(sorted(row)) or 'none'}"
             )
         rate = row["pass_rate"] if "pass_rate" in row else next(iter(row["rewards"].values()))
-        if rate is not None:  # a trace that failed says nothing
+        if rate is not None:  # None for a failed trace
             seen.setdefault(str(row["prompt"]), []).append(_number(rate))
     return {prompt: sum(rates) / len(rates) for prompt, rates in seen.items()}
 
@@ -234,4 +238,4 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"a pass rate is a number, got {value!r}") from None
+        raise ConfigError(f"a pass rate must be a number, got {value!r}") from None

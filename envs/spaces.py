@@ -1,7 +1,7 @@
-"""Spaces for token sequences and for text, which Gymnasium's own do not cover.
+"""Gymnasium spaces for token sequences and Unicode text, and a character tokenizer.
 
-``Sequence`` has no longest length, and ``Text`` takes the letters and digits of English. Both
-spaces here also work in ``AsyncVectorEnv`` with its default of shared memory.
+Gymnasium's ``Sequence`` has no maximum length, and its ``Text`` allows English letters and digits.
+Both spaces also work in ``AsyncVectorEnv`` with shared memory, its default.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from delethink.types import END_OF_THINKING
 
 Ids = NDArray[np.int64]
 
-_SURROGATES = range(0xD800, 0xE000)  # halves of characters; no text has them
+_SURROGATES = range(0xD800, 0xE000)  # halves of characters, invalid in text
 _SCRIPTS = (
     range(0x20, 0x7F),  # English
     range(0x09, 0x0B),  # tab and line break
     range(0xA1, 0x250),  # other Latin
     range(0x370, 0x530),  # Greek and Cyrillic
     range(0x590, 0x700),  # Hebrew and Arabic
-    range(0x900, 0xE00),  # of India
+    range(0x900, 0xE00),  # Indic
     range(0x2000, 0x2400),  # punctuation, and invisible marks
     range(0x4E00, 0xA000),  # Chinese
-    range(0x1F300, 0x1FAFF),  # pictures
+    range(0x1F300, 0x1FAFF),  # emoji
     range(0x1, 0x110000),  # any
 )
 
@@ -44,11 +44,11 @@ class TokenSequence(gymnasium.Space[Ids]):
 
     Args:
         vocabulary: number of token ids.
-        max_length: the longest sequence.
-        min_length: the shortest.
-        seed: of ``sample``.
-        sample_length: the longest sequence that ``sample`` draws by itself; by default any. An
-            action space draws such as every chunk can take.
+        max_length: maximum length.
+        min_length: minimum length.
+        seed: seed of ``sample``.
+        sample_length: maximum length of samples without a mask; by default ``max_length``. Action
+            spaces use a length legal in every chunk.
     """
 
     def __init__(
@@ -66,12 +66,11 @@ class TokenSequence(gymnasium.Space[Ids]):
         self.sample_length = max_length if sample_length is None else sample_length
 
     def sample(self, mask: Any = None, probability: Any = None) -> Ids:
-        """A sequence of random length and tokens.
+        """Return a sequence of random length and tokens.
 
         Args:
-            mask: the longest length to draw, ``info["max_new_tokens"]`` say, instead of
-                ``sample_length``.
-            probability: [vocabulary], of each token; by default all are alike.
+            mask: maximum length instead of ``sample_length``, such as ``info["max_new_tokens"]``.
+            probability: probability of each token [vocabulary]; by default uniform.
         """
         longest = self.sample_length if mask is None else min(int(mask), self.max_length)
         length = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
@@ -80,26 +79,26 @@ class TokenSequence(gymnasium.Space[Ids]):
         return self.np_random.integers(0, self.vocabulary, length)
 
     def contains(self, x: Any) -> bool:
-        """Whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
+        """Return whether ``x`` is a one-dimensional sequence of ids of allowed length and range."""
         try:
             ids = np.asarray(x)
-        except (TypeError, ValueError, RuntimeError):  # ragged; a tensor of another device
+        except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor on another device
             return False
         if ids.ndim != 1 or not self.min_length <= len(ids) <= self.max_length:
             return False
         if len(ids) == 0:
             return True
-        if ids.dtype == np.int64:  # a negative one is a very large one without a sign
+        if ids.dtype == np.int64:  # a negative id is too large when read as unsigned
             return bool(ids.view(np.uint64).max() < self.vocabulary)
         whole = np.issubdtype(ids.dtype, np.integer)
         return bool(whole and 0 <= ids.min() and ids.max() < self.vocabulary)
 
     def to_jsonable(self, sample_n: Iterable[Ids]) -> list[Any]:
-        """Plain lists of numbers."""
+        """Return lists of numbers."""
         return [np.asarray(ids).tolist() for ids in sample_n]
 
     def from_jsonable(self, sample_n: list[Any]) -> list[Any]:
-        """What ``to_jsonable`` was given."""
+        """Return the samples given to ``to_jsonable``."""
         return [np.asarray(ids, dtype=np.int64) for ids in sample_n]
 
     def __eq__(self, other: object) -> bool:
@@ -113,12 +112,12 @@ class UnicodeText(gymnasium.Space[str]):
     """Text of ``min_length`` to ``max_length`` characters.
 
     Args:
-        max_length: the longest text, in characters.
-        min_length: the shortest.
-        pieces: what texts are made of, where a tokenizer knows no others; by default anything in
+        max_length: maximum number of characters.
+        min_length: minimum number of characters.
+        pieces: the pieces of a text, for a tokenizer with a fixed alphabet; by default all of
             Unicode.
-        seed: of ``sample``.
-        sample_length: the most pieces, or characters, that ``sample`` draws; by default any number.
+        seed: seed of ``sample``.
+        sample_length: maximum number of pieces or characters in samples; by default ``max_length``.
     """
 
     def __init__(
@@ -134,17 +133,17 @@ class UnicodeText(gymnasium.Space[str]):
         self.min_length = min_length
         self.pieces = None if pieces is None else tuple(pieces)
         self.sample_length = max_length if sample_length is None else sample_length
-        self._made_of = None if self.pieces is None else piece_pattern(self.pieces, "*+")
+        self._pattern = None if self.pieces is None else piece_pattern(self.pieces, "*+")
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """A random text; ``mask`` is the most pieces or characters to draw."""
+        """Return a random text of at most ``mask`` pieces or characters."""
         longest = self.sample_length if mask is None else int(mask)
         count = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
         text = ""
         for piece in (self._draw() for _ in range(count)):
             if len(text) + len(piece) <= self.max_length:
                 text += piece
-        if len(text) < self.min_length:  # long pieces did not fit
+        if len(text) < self.min_length:  # pieces were too long for the rest
             shortest = min(self.pieces or "?", key=len)
             text += shortest * -(-(self.min_length - len(text)) // len(shortest))
         return text
@@ -158,14 +157,14 @@ class UnicodeText(gymnasium.Space[str]):
         return chr(code)
 
     def contains(self, x: Any) -> bool:
-        """Whether ``x`` is a text of allowed length, made of known pieces."""
+        """Return whether ``x`` is a text of allowed length and known pieces."""
         if not isinstance(x, str) or not self.min_length <= len(x) <= self.max_length:
             return False
-        if self._made_of is not None:
-            return self._made_of.fullmatch(x) is not None
+        if self._pattern is not None:
+            return self._pattern.fullmatch(x) is not None
         try:
             x.encode()
-        except UnicodeEncodeError:  # half a character
+        except UnicodeEncodeError:  # a lone surrogate
             return False
         return True
 
@@ -177,16 +176,16 @@ class UnicodeText(gymnasium.Space[str]):
 
 
 def piece_pattern(pieces: Iterable[str], times: str = "") -> re.Pattern[str]:
-    """A pattern that takes the longest piece at each place, and never goes back on it."""
+    """Return a pattern for pieces, longest first."""
     longest_first = sorted(pieces, key=len, reverse=True)
     return re.compile(f"(?:{'|'.join(map(re.escape, longest_first))}){times}")
 
 
 class _Rows(Sequence[Any]):
-    """Observations of all environments in shared memory, read when they are asked for.
+    """Observations of all environments in shared memory, read on access.
 
-    A vector environment reads shared memory once, when it starts, and expects what it got to stay
-    up to date. A copy of this is the observations as they are now.
+    A vector environment reads shared memory once, at its start, and expects the result to follow
+    later changes. A copy holds the current observations.
     """
 
     def __init__(self, space: TokenSequence | UnicodeText, memory: Any, count: int) -> None:
@@ -207,7 +206,7 @@ class _Rows(Sequence[Any]):
 
 
 def _row(space: TokenSequence | UnicodeText, memory: Any, index: int) -> Any:
-    """The numbers of one environment: how many there are, then they."""
+    """Return the memory of one environment: a count, then that many numbers."""
     dtype = np.int64 if isinstance(space, TokenSequence) else np.uint32
     width = 1 + space.max_length
     return np.frombuffer(memory.get_obj(), dtype=dtype)[index * width : (index + 1) * width]
@@ -245,14 +244,14 @@ MARKS = (PAD, EOS, THINK, END_OF_THINKING)
 
 
 class CharacterTokenizer:
-    """One token for each character of an alphabet, and one for each mark.
+    """Tokenizer with one token per special mark and per character of an alphabet.
 
-    Ids count the marks first: 0 is the padding, 1 the end of an answer. With its defaults the ids
-    and the query are those of the shipped toy reasoner.
+    Marks have the first ids: 0 is padding, 1 is EOS. The defaults match the toy reasoner shipped
+    with the library.
 
     Args:
-        alphabet: the characters, each once.
-        before_thinking: put after the prompt to make the query.
+        alphabet: the characters, without duplicates.
+        before_thinking: text between the prompt and the thinking.
     """
 
     pad_token_id = MARKS.index(PAD)
@@ -260,7 +259,7 @@ class CharacterTokenizer:
 
     def __init__(self, alphabet: str = "\n:0123456789", before_thinking: str = THINK) -> None:
         if len(set(alphabet)) < len(alphabet):
-            raise ConfigError(f"the alphabet {alphabet!r} has a character more than once")
+            raise ConfigError(f"the alphabet must not have duplicates, got {alphabet!r}")
         self.pieces = (*MARKS, *alphabet)
         self.chat_template = before_thinking or None
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
@@ -270,10 +269,10 @@ class CharacterTokenizer:
         return len(self.pieces)
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        """The ids of ``text`` under ``"input_ids"``.
+        """Return the ids of ``text`` under ``"input_ids"``.
 
         Raises:
-            ConfigError: a character that is not in the alphabet.
+            ConfigError: a character is not in the alphabet.
         """
         found = self._pattern.findall(text)
         if len("".join(found)) < len(text):
@@ -286,11 +285,11 @@ class CharacterTokenizer:
         return {"input_ids": [self._ids[piece] for piece in found]}
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> dict[str, list[int]]:
-        """The ids of the last message and what opens the thinking after it."""
+        """Return the ids of the last message and of ``before_thinking``."""
         return self(conversation[-1]["content"] + (self.chat_template or ""))
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
-        """The text of ids; ``skip_special_tokens`` leaves padding and end out."""
+        """Return the text of ids. ``skip_special_tokens`` removes padding and EOS."""
         skipped = {self.pad_token_id, self.eos_token_id}
         left_out = skipped if options.get("skip_special_tokens") else set()
         return "".join(self.pieces[i] for i in token_ids if i not in left_out)

@@ -1,8 +1,4 @@
-"""Plays traces and scores each as soon as it has ended, while the others are still being sampled.
-
-The rewards themselves are reached by name, through the registry; this is what is asked of whatever
-puts them together.
-"""
+"""Rollouts with scores: each trace is scored as soon as it ends, while others are sampled."""
 
 from __future__ import annotations
 
@@ -19,16 +15,16 @@ from delethink.tokenization import Tokenizer, reward_text
 from delethink.types import Attempt, Problem, Score, TokenIds, Trace, TraceStop
 
 
-class Played(NamedTuple):
-    """Traces, their scores, and the seconds for which only scores were waited for."""
+class RolloutResult(NamedTuple):
+    """Traces with their scores."""
 
     traces: list[Trace]
     scores: list[Score]
-    seconds_scoring: float
+    seconds_scoring: float  # time between the last sampled token and the last score
 
 
-def attempt_at(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: ChunkSpec) -> Attempt:
-    """A finished trace as rewards see it."""
+def make_attempt(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: ChunkSpec) -> Attempt:
+    """Return a finished trace as input of rewards."""
     return Attempt(
         problem=problem,
         text=reward_text(tokenizer, trace.output_ids),
@@ -41,10 +37,10 @@ def attempt_at(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: Chunk
     )
 
 
-def answer_of(
+def attempt_from_text(
     problem: Problem, text: str, length: int | None = None, budget: int = 0, max_chunks: int = 1
 ) -> Attempt:
-    """A text as if it had been sampled, to see what rewards make of it."""
+    """Return a text as if it had been sampled in one chunk, to test rewards on it."""
     length = len(text) if length is None else length
     return Attempt(
         problem, text, TraceStop.COMPLETED, length, 1, max(1, length, budget), max_chunks
@@ -61,30 +57,30 @@ async def run_scored_rollouts(
     scorer: Scorer,
     max_model_tokens: int | None = None,
     timeout: float | None = None,
-) -> Played:
-    """Plays one trace for each problem, and scores it, in the order given.
+) -> RolloutResult:
+    """Sample and score one trace for each problem, in the order of ``problems``.
 
-    After ``timeout`` seconds, traces that have not ended are aborted.
+    Unfinished traces are aborted after ``timeout`` seconds.
 
     Raises:
-        QueryTooLongError: a query leaves no room for thinking; nothing is played then.
-        UserError: the policy or a reward raised one; the other traces are given up.
+        QueryTooLongError: a query leaves no room for a full context; nothing is sampled.
+        UserError: raised by the policy or a reward; the other traces are cancelled.
     """
     attempts: dict[int, Attempt] = {}
     parts: dict[int, asyncio.Task[Any]] = {}
 
-    def begin(index: int, trace: Trace) -> None:
-        attempts[index] = attempt_at(problems[index], trace, tokenizer, spec)
+    def score(index: int, trace: Trace) -> None:
+        attempts[index] = make_attempt(problems[index], trace, tokenizer, spec)
         parts[index] = asyncio.ensure_future(scorer.parts(attempts[index]))
 
     try:
         traces = await run_rollouts(
-            policy, spec, queries, samplings, max_model_tokens, begin, timeout
+            policy, spec, queries, samplings, max_model_tokens, score, timeout
         )
-        played = time.perf_counter()
+        sampled = time.perf_counter()
         order = range(len(traces))
         scores = await scorer.finish([attempts[i] for i in order], [parts[i] for i in order])
-        return Played(traces, scores, time.perf_counter() - played)
+        return RolloutResult(traces, scores, time.perf_counter() - sampled)
     finally:
         for task in parts.values():
             task.cancel()

@@ -15,7 +15,7 @@ from delethink.errors import ConfigError
 from delethink.registry import make_task, names
 from delethink.rewards.reasoning_gym import gym_score
 from delethink.scoring.pool import VerifierPool, VerifierSettings
-from delethink.tasks import Task, demonstrations_of, rewards_of, size_of
+from delethink.tasks import Task, demonstrations_of, rewards_of, task_size
 from delethink.training.preflight import make_scorer
 from delethink.types import Attempt, Problem, TraceStop
 
@@ -66,7 +66,7 @@ def test_gold_scores_one_and_wrong_scores_zero(
     task = make_task(name, arguments(name, tmp_path, hub_copy), 0)
     problems = []
     for split in ("train", "heldout"):
-        size = size_of(task, split)
+        size = task_size(task, split)
         problems += [task.problem(split, i) for i in range(10 if size is None else min(size, 10))]
     found = scores(task, problems)
     assert {kind for kind, _ in found} == {"right", "wrong"}
@@ -129,7 +129,7 @@ def test_a_scorer_cannot_run_what_it_is_told(pool: VerifierPool, tmp_path: Path)
         ("reasoning_gym/chain_sum", {"config": {"min_term": 3}}, "min_term"),
         ("reasoning_gym/chain_sum", {"config": {"min_terms": -3}}, "config of"),
         ("reasoning_gym/composite", {}, "at least one dataset"),
-        ("automaton/chain_sum", {"min_steps": 1, "max_steps": 2}, "is no family"),
+        ("automaton/chain_sum", {"min_steps": 1, "max_steps": 2}, "has no members"),
     ],
 )
 def test_mistakes_are_explained(name: str, args: dict[str, Any], text: str) -> None:

@@ -88,9 +88,9 @@ def test_parquet_that_holds_no_traces_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceFileError, match="is not Parquet"):
         list(read_traces(path))
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), path)
-    with pytest.raises(TraceFileError, match="no column 'advantage': it holds no traces"):
+    with pytest.raises(TraceFileError, match="no column 'advantage' and is no file of traces"):
         list(read_traces(path))
     newer = to_dataset(records()).map(lambda row: {"version": 9})
     newer.to_parquet(str(path))
-    with pytest.raises(TraceFileError, match="record 1: the trace is of version 9"):
+    with pytest.raises(TraceFileError, match="record 1: the trace has version 9"):
         list(read_traces(path))

@@ -18,7 +18,7 @@ from delethink.policy import Sampling, ScriptedPolicy
 from delethink.rewards.exact import normalized_match
 from delethink.rollout import replay_trace, run_rollout
 from delethink.scoring.answer import extract_answer, last_box
-from delethink.scoring.rollouts import attempt_at
+from delethink.scoring.rollouts import make_attempt
 from delethink.tokenization import query_ids
 from delethink.types import Problem, Trace
 
@@ -66,7 +66,7 @@ def rewarded(text: str, spec: ChunkSpec, answer: str = "42", prompt: str = "6 x 
     task = {"name": "automaton", "args": {"min_steps": 1, "max_steps": 2}}
     env = ThinkingEnv(task, normalized_match, TOKENIZER, spec, [EOS], 2 + 0x110000)
     paid = replay_trace(env, problem, trace)
-    assert normalized_match(attempt_at(problem, trace, TOKENIZER, spec).text, answer) == paid
+    assert normalized_match(make_attempt(problem, trace, TOKENIZER, spec).text, answer) == paid
     return paid
 
 
@@ -120,7 +120,7 @@ def test_carried_tokens_are_not_read_twice() -> None:
     text = "</think>\\boxed{4" + "2}"
     spec = ChunkSpec(16, 8, 5, 0)
     problem = Problem("q", "42")
-    attempt = attempt_at(problem, play(text, spec, problem), TOKENIZER, spec)
+    attempt = make_attempt(problem, play(text, spec, problem), TOKENIZER, spec)
     assert attempt.text == text
     assert attempt.length == len(text) + 1  # and EOS
 

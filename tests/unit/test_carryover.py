@@ -69,7 +69,7 @@ def test_tail() -> None:
     assert boundaries(spec) == [(8, ()), (5, (6, 7, 8)), (5, (11, 12, 13))]
 
 
-def test_head_tail_is_the_rule_as_it_was() -> None:
+def test_head_tail_equals_the_sizes_of_the_spec() -> None:
     named = ChunkSpec(8, 4, 4, carryover=HeadTail(head_size=2))
     assert named == ChunkSpec(8, 4, 4, head_size=2)
     assert boundaries(named) == [
@@ -228,7 +228,7 @@ def test_nothing_is_asked_after_the_last_chunk_nor_in_one_chunk() -> None:
     assert replace(ASKING, max_chunks=1).budget == 8
 
 
-def test_a_rollout_plays_summaries_as_chunks_of_the_trace() -> None:
+def test_a_rollout_samples_summaries_as_chunks_of_the_trace() -> None:
     said = [
         Completion(ids("bcdefghi"), (-0.5,) * 8, StopReason.LENGTH, 3),
         Completion((*ids("jj"), EOS), (-1.0, -2.0, -3.0), StopReason.EOS, 4),
@@ -294,13 +294,13 @@ class Strange(Carryover):
         return window
 
 
-def test_a_policy_that_returns_more_than_it_promised_is_an_error_that_names_it() -> None:
+def test_a_policy_exceeding_its_bound_is_an_error_with_its_name() -> None:
     state = start(ChunkSpec(6, 2, 3, carryover=Greedy()), QUERY)
-    with pytest.raises(CarryoverError, match="'greedy' returned 3 tokens and promised 2 at most"):
+    with pytest.raises(CarryoverError, match="'greedy' returned 3 tokens; its bound is 2"):
         state.advance(span(1, 6), StopReason.LENGTH)
 
 
-def test_a_policy_that_returns_no_head_and_tail_is_an_error_that_names_it() -> None:
+def test_a_policy_without_head_and_tail_is_an_error_with_its_name() -> None:
     state = start(ChunkSpec(6, 2, 3, carryover=Strange()), QUERY)
     with pytest.raises(CarryoverError, match="'Strange' must return a head and a tail"):
         state.advance(span(1, 6), StopReason.LENGTH)
@@ -322,10 +322,35 @@ def test_a_bug_in_a_carryover_keeps_its_traceback() -> None:
         asyncio.run(run_rollout(policy, ChunkSpec(6, 2, 3, carryover=Buggy()), QUERY, Sampling()))
 
 
-@pytest.mark.parametrize("wrong", ["tail", Tail, {"name": "tail"}, lambda head, window, m: None])
-def test_what_is_no_policy_is_refused(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="carryover must be a delethink.carryover.Carryover"):
+class DuckTyped:
+    """All methods of a carryover policy without the base class."""
+
+    head_outside = False
+    carry, bound, ask, check, bind = Tail.carry, Tail.bound, Tail.ask, Tail.check, Tail.bind
+    unbound = False
+
+
+@pytest.mark.parametrize(
+    "wrong", ["tail", Tail, {"name": "tail"}, lambda head, window, m: None, DuckTyped()]
+)
+def test_anything_but_a_subclass_of_carryover_is_refused(wrong: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="carryover must be an instance of a subclass of delethink.Carryover"
+    ):
         ChunkSpec(6, 2, 3, carryover=wrong)
+
+
+def test_replacing_the_carryover_of_a_spec_keeps_no_default_head() -> None:
+    spec = ChunkSpec(8192, 4096, 5)
+    assert replace(spec, carryover=Tail()) == ChunkSpec(8192, 4096, 5, carryover=Tail())
+
+
+def test_the_example_of_head_and_window_in_the_docstring() -> None:
+    policy = HeadTail(head_size=1)
+    head, tail = policy.carry(None, ids("abcdef"), 3)
+    assert (text(head), text(tail)) == ("a", "ef")
+    head, tail = policy.carry(head, tail + ids("ghi"), 3)
+    assert (text(head), text(tail)) == ("a", "hi")
 
 
 def test_sizes_of_head_tail_beside_another_policy_are_refused() -> None:
@@ -373,7 +398,7 @@ def test_a_shipped_policy_keeps_its_promises(name: str) -> None:
             "'sink_window' has no parameter 'num_sink'. Did you mean 'num_sinks'?",
         ),
         ({"name": "tail", "args": {"size": 1}}, "'tail' has no parameter 'size'. It has none."),
-        ({"args": {}}, "a carryover is a name, or a mapping with name and args"),
+        ({"args": {}}, "a carryover must be a name, or a mapping with name and args"),
     ],
 )
 def test_wrong_names_and_parameters_are_told_the_nearest(value: Any, text: str) -> None:
@@ -382,7 +407,7 @@ def test_wrong_names_and_parameters_are_told_the_nearest(value: Any, text: str) 
     assert text in str(caught.value)
 
 
-def test_anybody_names_a_policy_in_their_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_registers_its_own_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._IN_PROCESS, "delethink.carryovers", {})
 
     @registry.register("delethink.carryovers", "every_other")
@@ -394,9 +419,7 @@ def test_anybody_names_a_policy_in_their_own_program(monkeypatch: pytest.MonkeyP
     assert boundaries(ChunkSpec(6, 2, 2, carryover=made))[1] == (4, (1, 3))
     assert "every_other" in registry.names("delethink.carryovers")
     registry.register("delethink.carryovers", "every_other")(EveryOther)  # the same one again
-    with pytest.raises(
-        ConfigError, match="'tail' is taken: it stands for delethink.carryover:Tail"
-    ):
+    with pytest.raises(ConfigError, match="'tail' is taken by delethink.carryover:Tail"):
         registry.register("delethink.carryovers", "tail")(EveryOther)
     with pytest.raises(ConfigError, match="Did you mean 'delethink.carryovers'"):
         registry.register("delethink.carryover", "x")
@@ -451,19 +474,19 @@ LINES = ChunkSpec(8, 4, 3, head_size=0, boundary=LineBreak(within=4).bind(TEXT))
     ],
 )
 def test_a_line_break_among_the_last_tokens_ends_a_chunk(wrote: str, kept: str) -> None:
-    output, stop = start(LINES, QUERY).cut(ids(wrote), StopReason.LENGTH)
+    output, stop = start(LINES, QUERY).truncate(ids(wrote), StopReason.LENGTH)
     assert (text(output), stop) == (kept, StopReason.LENGTH)
 
 
 def test_an_end_of_the_answer_beyond_a_boundary_was_never_sampled() -> None:
-    output, stop = start(LINES, QUERY).cut((*ids("abcd\nf"), EOS), StopReason.EOS)
+    output, stop = start(LINES, QUERY).truncate((*ids("abcd\nf"), EOS), StopReason.EOS)
     assert (text(output), stop) == ("abcd\n", StopReason.LENGTH)
-    output, stop = start(LINES, QUERY).cut((*ids("ab\nf"), EOS), StopReason.EOS)
+    output, stop = start(LINES, QUERY).truncate((*ids("ab\nf"), EOS), StopReason.EOS)
     assert (text(output), stop) == ("ab\nf<eos>", StopReason.EOS)
 
 
-def test_the_rule_takes_no_chunk_that_goes_on_beyond_a_boundary() -> None:
-    with pytest.raises(PolicyError, match=r"beyond a boundary; cut\(\)"):
+def test_a_chunk_beyond_a_boundary_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"beyond a boundary; shorten it with truncate\(\)"):
         start(LINES, QUERY).advance(ids("abcde\nab"), StopReason.LENGTH)
 
 
@@ -482,10 +505,10 @@ def test_the_last_chunk_has_no_boundary_so_that_no_budget_is_lost() -> None:
     state = start(LINES, QUERY).advance(ids("abcd\n"), StopReason.LENGTH)
     state = state.advance(ids("ab\n"), StopReason.LENGTH)
     assert state.num_chunks == LINES.max_chunks - 1
-    output, stop = state.cut(ids("a\nbc"), StopReason.LENGTH)
+    output, stop = state.truncate(ids("a\nbc"), StopReason.LENGTH)
     assert (text(output), stop) == ("a\nbc", StopReason.LENGTH)
     single = start(replace(LINES, max_chunks=1), QUERY)
-    assert single.cut(ids("abcde\nab"), StopReason.LENGTH)[0] == ids("abcde\nab")
+    assert single.truncate(ids("abcde\nab"), StopReason.LENGTH)[0] == ids("abcde\nab")
 
 
 def test_a_boundary_never_gives_a_chunk_more_than_its_room() -> None:

@@ -43,15 +43,15 @@ def set_to(key: str, value: Any) -> Callable[[Any, dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda env, info: info.pop("budget_left"), "info has no 'budget_left'"),
-        (set_to("chunk", None), "info\\['chunk'\\] is None"),
-        (set_to("role", "dreaming"), "'dreaming', none of"),
+        (lambda env, info: info.pop("budget_left"), "info must have 'budget_left'"),
+        (set_to("chunk", None), "info\\['chunk'\\] has a wrong type: None"),
+        (set_to("role", "dreaming"), "must be one of .* got 'dreaming'"),
         (set_to("stop", "budget"), "must be None after reset"),
-        (set_to("num_sampled", 0), "'num_sampled'\\] went from 0 to 0"),
+        (set_to("num_sampled", 0), "'num_sampled'\\] must grow by .* from 0, got 0"),
         (set_to("num_sampled", 3), "'num_sampled'\\] must be 0 after reset"),
-        (set_to("carried", 1), "nothing can be carried"),
-        (set_to("budget_left", 9), "must go down"),
-        (set_to("max_new_tokens", 5), "as long as the episode goes on|no more tokens than|went"),
+        (set_to("carried", 1), "must be 0 before the first boundary"),
+        (set_to("budget_left", 9), "must fall by at least"),
+        (set_to("max_new_tokens", 5), "must be 0 after the end only|must not exceed|must grow"),
     ],
 )
 def test_facts_that_are_wrong_are_found(kind: type, change: Any, text: str) -> None:
@@ -62,8 +62,8 @@ def test_facts_that_are_wrong_are_found(kind: type, change: Any, text: str) -> N
 class Forgetful(ThinkingEnv):
     """Shows another prompt than the rule makes."""
 
-    def _seen(self, state: Any, output_ids: Any, ignored: int) -> Any:
-        observation, info = super()._seen(state, output_ids, ignored)
+    def _observe(self, state: Any, output_ids: Any, ignored: int) -> Any:
+        observation, info = super()._observe(state, output_ids, ignored)
         if state.num_chunks and len(observation) > 15:
             observation = observation[:-1]
             info["prompt_ids"] = info["prompt_ids"][:-1]
@@ -73,7 +73,7 @@ class Forgetful(ThinkingEnv):
 class Deaf(ThinkingEnv):
     """Goes on past the end of an answer, as a boundary."""
 
-    def _end(self, ids: Any) -> None:
+    def _first_eos(self, numbers: Any) -> None:
         return None
 
 
@@ -106,8 +106,8 @@ class Moody(ThinkingEnv):
 class Wilful(ThinkingEnv):
     """Draws a problem whatever it is given."""
 
-    def _begin(self, seed: Any, options: Any) -> Any:
-        return super()._begin(seed, None)
+    def _begin_episode(self, seed: Any, options: Any) -> Any:
+        return super()._begin_episode(seed, None)
 
 
 class Both(ThinkingEnv):
@@ -121,8 +121,8 @@ class Both(ThinkingEnv):
 class Outside(ThinkingEnv):
     """Observations are lists of text."""
 
-    def _seen(self, state: Any, output_ids: Any, ignored: int) -> Any:
-        observation, info = super()._seen(state, output_ids, ignored)
+    def _observe(self, state: Any, output_ids: Any, ignored: int) -> Any:
+        observation, info = super()._observe(state, output_ids, ignored)
         return [str(i) for i in observation], info
 
 
@@ -130,24 +130,24 @@ class Stale(TokenThinkingEnv):
     """After a boundary the window shows what was there before."""
 
     def _open_chunk(self, state: Any) -> None:
-        before = self._places.copy()
+        before = self._buffer.copy()
         super()._open_chunk(state)
         if state.num_chunks:
-            self._places = before
+            self._buffer = before
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (Forgetful, "not the one that the rule makes"),
-        (Deaf, "an end of the answer must terminate|'stop'|rule"),
+        (Forgetful, "must be the one of chunk_spec"),
+        (Deaf, "an EOS token must terminate|'stop'|chunk_spec"),
         (Tireless, "a step after the end of the episode must be an error"),
         (Lenient, "more tokens than max_new_tokens must be an error"),
-        (Moody, "with the same seed and actions, something else came back"),
-        (Wilful, "must decide the problem"),
-        (Both, "terminated and truncated at once"),
-        (Outside, "an observation is outside"),
-        (Stale, "the window is not what the rule makes"),
+        (Moody, "equal seeds and actions must give equal results"),
+        (Wilful, "must determine the problem"),
+        (Both, "terminated and truncated must not both be true"),
+        (Outside, "an observation must be in"),
+        (Stale, "the window must have the prompt"),
     ],
 )
 def test_environments_that_break_the_rule_are_found(kind: Any, text: str) -> None:
@@ -202,13 +202,13 @@ class Unbounded(Carryover):
 @pytest.mark.parametrize(
     ("policy", "text"),
     [
-        (Promises(), "'Promises' returned .* tokens and promised"),
+        (Promises(), "'Promises' returned .* tokens; its bound is"),
         (Counts(), "'Counts' is not pure"),
         (Remembers(), "'Remembers' is not pure"),
-        (OnlyTuples(), "'OnlyTuples' is not pure: given tokens in one block of memory"),
-        (Words(), "'Words' returned 'token', which is no token id"),
-        (Bare(), "'Bare' returned 7, not a head and a tail"),
-        (Unbounded(), "the bound of 'Unbounded' for m=1 is -1"),
+        (OnlyTuples(), "'OnlyTuples' is not pure: a call with TokenArray"),
+        (Words(), "'Words' returned 'token', not a token id"),
+        (Bare(), "'Bare' must return a head and a tail, got 7"),
+        (Unbounded(), "the bound of 'Unbounded' for m=1 must be .* got -1"),
     ],
 )
 def test_policies_that_break_a_promise_are_found(policy: Carryover, text: str) -> None:
@@ -219,7 +219,7 @@ def test_policies_that_break_a_promise_are_found(policy: Carryover, text: str) -
 def test_a_policy_that_reads_text_needs_a_tokenizer_to_be_checked() -> None:
     from delethink.carryover import StateBlock
 
-    with pytest.raises(ConformanceError, match="give the check a tokenizer"):
+    with pytest.raises(ConformanceError, match="pass a tokenizer to the check"):
         check_carryover(StateBlock())
     check_carryover(Tail())
 
@@ -242,7 +242,7 @@ class Nowhere(Boundary):
 def test_boundaries_that_break_a_promise_are_found() -> None:
     with pytest.raises(ConformanceError, match="'Fickle' is not pure"):
         check_boundary(Fickle())
-    with pytest.raises(ConformanceError, match="within is 0"):
+    with pytest.raises(ConformanceError, match="got 0"):
         check_boundary(Nowhere())
 
 

@@ -17,7 +17,7 @@ from delethink.envs.dataset import BOXED, dataset_task
 from delethink.envs.sources import read_rows
 from delethink.errors import ConfigError
 from delethink.registry import make_task
-from delethink.tasks import demonstrations_of, left_out_of, rewards_of, size_of, take
+from delethink.tasks import demonstrations_of, left_out_of, rewards_of, select_problems, task_size
 from delethink.types import Problem
 
 HubCopy = Callable[[str], str]
@@ -158,22 +158,22 @@ def test_difficulty_by_the_traces_of_an_earlier_run(tmp_path: Path) -> None:
 
 def test_over_long_queries_are_counted(file: str) -> None:
     task = dataset_task(file, template="{problem}")
-    taken = take(task, "train", 20, lambda p: len(p.prompt), most_tokens=14)
+    taken = select_problems(task, "train", 20, lambda p: len(p.prompt), max_query_tokens=14)
     assert len(taken.problems) == 20
     assert taken.overlong > 0
     assert taken.longest > 14
     assert all(len(p.prompt) <= 14 for p in taken.problems)
     with pytest.raises(ConfigError, match="query of at most 3 tokens"):
-        take(task, "train", 20, lambda p: len(p.prompt), most_tokens=3)
+        select_problems(task, "train", 20, lambda p: len(p.prompt), max_query_tokens=3)
 
 
 def test_more_held_out_problems_than_there_are_is_refused(file: str) -> None:
     task = make_task("math_500", {"dataset": file}, 0)
-    assert len(take(task, "heldout", 200).problems) == 200
+    assert len(select_problems(task, "heldout", 200).problems) == 200
     with pytest.raises(ConfigError, match=r"evaluation\.num_problems=200"):
-        take(task, "heldout", 201)
+        select_problems(task, "heldout", 201)
     with pytest.raises(ConfigError, match="no training problems"):
-        take(task, "train", 1)
+        select_problems(task, "train", 1)
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
     assert read_rows(str(tmp_path), "train") == rows
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ConfigError, match="no Parquet file"):
+    with pytest.raises(ConfigError, match="is not Parquet"):
         read_rows(str(tmp_path / "bad.parquet"), "train")
 
 
@@ -229,21 +229,21 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
     ("make", "text"),
     [
         (broken_json, "line 2 is not JSON"),
-        (not_objects, "row 1 is no object but a list"),
+        (not_objects, "must be an object, got list"),
         (not_text, "cannot read"),
         (nothing_left, "no problem left: 1 without_problem_or_answer"),
-        (lambda f: {}, "'dataset' is missing"),
+        (lambda f: {}, "must have 'dataset'"),
         (lambda f: {"dataset": str(f / "none.jsonl")}, "no such file"),
         (lambda f: {"dataset": str(f)}, "no file of the split 'train'"),
         (lambda f: good(f, problem_key="problm"), "no column 'problm'. Did you mean 'problem'"),
         (lambda f: good(f, answer_key="x|y"), "no column 'x or y'"),
-        (lambda f: good(f, template="Solve."), "has no {problem}"),
+        (lambda f: good(f, template="Solve."), "must contain {problem}"),
         (lambda f: good(f, template="{problem}\\n\\nSolve."), "double quotes"),
         (lambda f: good(f, heldout_share=1.5), "heldout_share"),
         (lambda f: good(f, min_pass_rate=0.5), "need measured rates"),
         (lambda f: good(f, min_pass_rate=0.5, max_pass_rate=0.1), "0 <= min_pass_rate"),
         (lambda f: good(f, pass_rate_key="rat"), "no column 'rat'"),
-        (lambda f: good(f, pass_rates=str(f / "a.jsonl")), "no file of pass rates"),
+        (lambda f: good(f, pass_rates=str(f / "a.jsonl")), "is not a file of pass rates"),
         (lambda f: good(f, tempate="x"), "Did you mean 'template'"),
     ],
 )
@@ -287,8 +287,8 @@ def test_rows_of_the_hub_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_reads_a_local_copy_of_its_schema(name: str, hub_copy: HubCopy) -> None:
     task = make_task(name, {"dataset": hub_copy(name)}, 0)
-    split = "heldout" if size_of(task, "train") == 0 else "train"
-    problem = take(task, split, 1).problems[0]
+    split = "heldout" if task_size(task, "train") == 0 else "train"
+    problem = select_problems(task, split, 1).problems[0]
     assert problem.prompt
     assert rewards_of(task)
     right, wrong = demonstrations_of(task, problem)
@@ -327,7 +327,9 @@ def test_private_tests_that_would_run_code_are_refused(
     evil = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
     row = {"question_content": "Add.", "private_test_cases": evil, "metadata": "{}"}
     write_lines(tmp_path / "test.jsonl", [row])
-    with pytest.raises(ConfigError, match=r"cannot be unpacked: a test names [\w.]*print"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be unpacked: the pickle of a test refers to [\w.]*print"
+    ):
         make_task("livecodebench", {"dataset": str(tmp_path)}, 0)
     assert capsys.readouterr().out == ""
 

@@ -44,7 +44,7 @@ def test_results_of_a_ray_job_do_not_go_where_they_are_deleted(
     monkeypatch.chdir(tmp_path / JOB)
     if variable is not None:
         monkeypatch.setenv("DELETHINK_OUTPUT", variable)
-    with pytest.raises(ConfigError, match="set DELETHINK_OUTPUT to a folder that stays"):
+    with pytest.raises(ConfigError, match="set DELETHINK_OUTPUT to a permanent folder"):
         output_path("runs/a")
     with pytest.raises(ConfigError, match="absolute output path"):
         output_path(tmp_path / JOB / "a")

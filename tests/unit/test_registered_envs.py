@@ -98,14 +98,20 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"reward": "exakt"}, "unknown reward 'exakt'. Did you mean 'exact'?"),
         ({"carryover_size": 64}, "carryover_size=64 and context_size=64"),
         ({"eos_ids": [99]}, "at least one token below vocabulary=16"),
-        ({"eos_ids": []}, "or no answer could ever end"),
+        ({"eos_ids": []}, "or no answer can end"),
         ({"vocabulary": 0}, "vocabulary must be at least 1"),
         ({"context_size": "64"}, "context_size must be a whole number, got '64'"),
         ({"context_size": 64.5}, "context_size must be a whole number, got 64.5"),
         ({"chunk_spec": {"context_size": 64}}, "chunk_spec must be a delethink.ChunkSpec"),
-        ({"task": None}, "a task has problem(split, index), got None"),
-        ({"reward": 3}, "a reward is a name or a function of text and answer, got 3"),
-        ({"carryover": ["tail"]}, "carryover must be a delethink.carryover.Carryover"),
+        ({"task": None}, "a task needs problem(split, index), got None"),
+        (
+            {"reward": 3},
+            "a reward must be a registered name or a function of text and answer, got 3",
+        ),
+        (
+            {"carryover": ["tail"]},
+            "carryover must be an instance of a subclass of delethink.Carryover",
+        ),
         ({"max_query_tokens": 0}, "max_query_tokens must be at least 1"),
     ],
 )
@@ -127,7 +133,7 @@ def test_a_wrong_render_mode_names_the_nearest() -> None:
     [
         ({"problm": 1}, "no option 'problm'. Did you mean 'problem'?"),
         ({"problem": 3}, "must be a delethink.Problem, got 3"),
-        ({"problem": {"prompt": "1"}}, "a problem has a prompt, an answer"),
+        ({"problem": {"prompt": "1"}}, "needs a prompt and an answer"),
         ({"problem": Problem("what?", "1")}, "the character 'w' of 'what?"),
     ],
 )
@@ -150,9 +156,9 @@ def test_the_text_interface_refuses_what_the_tokenizer_does_not_know() -> None:
     env = make("delethink/TextThinking-v0")
     env.reset(seed=0)
     for wrong in ("", "hello", "<eo", "\ud800", 7, None, ["1"]):
-        with pytest.raises(ActionError, match="characters that the tokenizer knows"):
+        with pytest.raises(ActionError, match="characters known to the tokenizer"):
             env.step(wrong)
-    with pytest.raises(ActionError, match="takes 64 tokens at most, got 65"):
+    with pytest.raises(ActionError, match="may have at most 64 tokens, got 65"):
         env.step("0" * 65)
 
 

@@ -47,7 +47,7 @@ def test_a_task_gets_the_seed_it_takes() -> None:
         ("automaton", {"min_steps": 1}, "needs 'max_steps'"),
         ("automaton", {"widht": 3}, "Did you mean 'width'"),
         ("automaton", {"min_steps": "few", "max_steps": 3}, "the task 'automaton': '<='"),
-        ("automaton/x", {"min_steps": 1, "max_steps": 2}, "is no family"),
+        ("automaton/x", {"min_steps": 1, "max_steps": 2}, "has no members"),
     ],
 )
 def test_mistakes_are_explained(name: str, args: dict[str, Any], text: str) -> None:

@@ -56,6 +56,12 @@ def made(kind: str, mode: str, **options: Any) -> Any:
     return env
 
 
+def test_html_marks_each_part_with_a_coloured_border() -> None:
+    style = made("TextThinking", "html").render().partition("</style>")[0]
+    assert "border-left:4px solid" in style
+    assert style.count("{border-color:#") == 3
+
+
 def test_html_shows_query_carryover_and_new_tokens_apart() -> None:
     env = made("TextThinking", "html")
     env.step("00:111")

@@ -65,7 +65,7 @@ def test_carried_tokens_count_once_where_they_were_sampled() -> None:
     assert trace.query_ids == QUERY
 
 
-def test_a_chunk_keeps_what_the_policy_said_of_it() -> None:
+def test_a_chunk_keeps_the_results_of_the_policy() -> None:
     first, second = said(FIRST, policy_version=3), said((19, EOS), StopReason.EOS, policy_version=4)
     chunks = play(ScriptedPolicy([first, second])).chunks
     assert [chunk.output_ids for chunk in chunks] == [first.token_ids, second.token_ids]
@@ -74,7 +74,7 @@ def test_a_chunk_keeps_what_the_policy_said_of_it() -> None:
     assert [chunk.policy_version for chunk in chunks] == [3, 4]
 
 
-def test_an_engine_may_answer_in_blocks_of_memory_and_no_number_is_taken_out_of_them() -> None:
+def test_chunks_keep_token_and_log_prob_arrays() -> None:
     plain = [said(FIRST), said(SECOND), said((23, EOS), StopReason.EOS)]
     blocks = [
         replace(c, token_ids=token_array(c.token_ids), logprobs=logprob_array(c.logprobs))
@@ -292,7 +292,7 @@ class Slow:
         return said((prompt_ids[0], EOS), StopReason.EOS)
 
 
-def test_traces_are_played_at_the_same_time_and_come_back_in_order() -> None:
+def test_traces_are_sampled_concurrently_and_returned_in_order() -> None:
     policy = Slow()
     queries: list[TokenIds] = [(80,), (85,), (82,), (88,)]
     traces = asyncio.run(run_rollouts(policy, SPEC, queries, [Sampling()] * 4))
@@ -339,7 +339,7 @@ def test_each_chunk_has_a_seed_of_its_own() -> None:
     assert len(set(seeds)) == len(seeds) == 8
 
 
-def test_seeds_are_reproducible_and_independent_of_what_else_is_played() -> None:
+def test_seeds_are_reproducible_and_independent_of_other_traces() -> None:
     together = seeds_of({80: 5, 81: 6, 82: 7})
     assert seeds_of({82: 7, 81: 6, 80: 5}) == together
     assert seeds_of({81: 6})[81] == together[81]
@@ -375,7 +375,7 @@ def test_seeds_are_small_enough_for_any_engine() -> None:
     assert all(0 <= derive_seed(i) < 2**31 for i in range(1000))
 
 
-def test_nothing_is_played_where_one_query_does_not_fit() -> None:
+def test_nothing_is_sampled_if_one_query_does_not_fit() -> None:
     policy = ScriptedPolicy(lambda prompt, limit: (7,) * limit)
 
     async def play() -> None:
@@ -400,4 +400,4 @@ def test_a_failed_chunk_claims_no_policy_version_and_an_abort_has_a_reason() -> 
     assert trace.error == "RuntimeError()"
     aborted = ScriptedPolicy([Completion((), (), StopReason.ABORT)])
     trace = asyncio.run(run_rollout(aborted, ChunkSpec(4, 2, 2, 0), (1,), Sampling()))
-    assert trace.error == "the engine gave up the request"
+    assert trace.error == "the engine cancelled the request"

@@ -136,7 +136,7 @@ def test_a_later_chunk_is_shorter_than_the_action_space() -> None:
     env = make(ChunkSpec(6, 2, 3, 0))
     env.reset(seed=0)
     env.step(ids("000000"))
-    with pytest.raises(ActionError, match="takes 4 tokens at most, got 5"):
+    with pytest.raises(ActionError, match="may have at most 4 tokens, got 5"):
         env.step(ids("00000"))
 
 
@@ -146,7 +146,7 @@ def test_a_step_before_the_first_reset_is_refused() -> None:
 
 
 def test_a_query_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(QueryTooLongError, match="may have 4 at most"):
+    with pytest.raises(QueryTooLongError, match="may have at most 4"):
         make(max_query_tokens=4).reset(seed=0)
 
 
@@ -204,7 +204,7 @@ def test_a_trace_replayed_through_the_environment_earns_its_reward() -> None:
 
 def test_an_environment_with_another_rule_is_found_out() -> None:
     trace = played(ChunkSpec(16, 8, 4, 0), ids("0000:11111</thin"), [*ids("k>11111"), EOS])
-    with pytest.raises(RolloutError, match="chunk 1 .* another prompt"):
+    with pytest.raises(RolloutError, match="prompt differs from the prompt of chunk 1"):
         replay_trace(make(ChunkSpec(16, 7, 4, 0)), Problem("01:00000", "11111"), trace)
 
 
@@ -213,7 +213,7 @@ def test_an_environment_that_ends_elsewhere_is_found_out() -> None:
     trace = played(spec, ids("0000:11111</thin"), [*ids("k>11111"), EOS])
     deaf = make(spec)
     deaf.eos_ids = frozenset()
-    with pytest.raises(RolloutError, match="goes on after the last chunk"):
+    with pytest.raises(RolloutError, match="has not ended after the last chunk"):
         replay_trace(deaf, problem, trace)
     with pytest.raises(RolloutError, match="ended before chunk 1 of 2"):
         replay_trace(make(ChunkSpec(16, 8, 1, 0)), problem, trace)

@@ -241,7 +241,7 @@ def test_a_stop_reason_that_is_unknown_never_leads_to_a_next_chunk(stop: object)
         start(SMALL, QUERY).advance((1, 2, 3, 4), stop)  # type: ignore[arg-type]
 
 
-def test_longcot_is_the_rule_with_one_chunk() -> None:
+def test_longcot_is_chunking_with_one_chunk() -> None:
     spec = ChunkSpec.longcot(20)
     state = start(spec, QUERY)
     assert (spec.context_size, spec.max_chunks, spec.budget, spec.is_longcot) == (20, 1, 20, True)
@@ -323,6 +323,11 @@ def test_sizes_that_make_no_sense_are_refused_by_name(sizes: dict[str, Any], nam
     ChunkSpec(**sound)
     with pytest.raises(ConfigError, match=names):
         ChunkSpec(**(sound | sizes))
+
+
+@pytest.mark.parametrize(("carryover", "head"), [(4096, 100), (32, 8), (3, 0), (0, 0)])
+def test_an_unset_head_is_a_quarter_of_the_carryover_up_to_100(carryover: int, head: int) -> None:
+    assert ChunkSpec(2 * carryover + 1, carryover, 3).head_size == head
 
 
 # -- laws ------------------------------------------------------------------------------------------
