@@ -73,7 +73,8 @@ class TraceBatch:
         return fmean(condition(trace) for trace in self.traces)
 
 
-TokenFormula = Callable[["TokenBatch", "TokenLosses"], "torch.Tensor"]
+# None is an error when the metric is computed.
+TokenFormula = Callable[["TokenBatch", "TokenLosses"], "torch.Tensor | None"]
 
 
 @dataclass(frozen=True)

@@ -400,14 +400,14 @@ class RunState:
     def _trained_records(self) -> list[dict[str, Any]]:
         assert self.sampled is not None
         assert self.batch is not None
+        sampled = self.sampled
         rows = zip(
-            self.sampled.examples,
-            self.sampled.traces,
-            self.batch.scores,
-            self.sampled.advantages,
-            strict=True,
+            sampled.examples, sampled.traces, self.batch.scores, sampled.advantages, strict=True
         )
-        return [self._record(row["problem"], *rest) for row, *rest in rows]
+        return [
+            self._record(example["problem"], trace, score, advantage)
+            for example, trace, score, advantage in rows
+        ]
 
     def _record(
         self, problem: int, trace: Trace, score: Score, advantage: float | None = None

@@ -1,4 +1,4 @@
-"""``delethink train`` as a command: a small run of the quickstart's recipe."""
+"""The ``delethink train`` command on a small variant of the quickstart's recipe."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from delethink.training.metrics import EVERY_BATCH, EVERY_STEP, METRICS, find_metric
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart" / "recipe.yaml"
@@ -30,7 +33,7 @@ def command(*overrides: str) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of the tests, and a mark by which whatever a run starts is known."""
+    """Return the environment of the tests, with a mark that every process of the run inherits."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "DELETHINK_TEST_RUN": str(folder)}
 
 
@@ -53,3 +56,12 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> 
     assert last.startswith("delethink: ")
     for word in words:
         assert word in last
+
+
+def assert_metrics_are_in_the_table(lines: list[dict[str, Any]]) -> None:
+    """Compare the lines of ``metrics.jsonl`` with the table of metrics."""
+    for line in lines:
+        assert not [key for key in line if find_metric(key) is None]
+        rows = {row.key for key in line if (row := find_metric(key))}
+        whens = {EVERY_STEP, EVERY_BATCH} if "reward" in line else {EVERY_STEP}
+        assert not [row.key for row in METRICS if row.when in whens and row.key not in rows]

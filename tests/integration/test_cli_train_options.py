@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_command import assert_one_sentence, command, environment, run
+from train_command import (
+    assert_metrics_are_in_the_table,
+    assert_one_sentence,
+    command,
+    environment,
+    run,
+)
 
 from delethink.engines.loading import load_model
 
@@ -24,7 +30,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two optimizer steps on a batch, twice over; adapters; bfloat16; groups replaced."""
+    """A run of two passes over batches of two optimizer steps, with adapters, in bfloat16."""
     folder = tmp_path_factory.mktemp("options")
     done = run(
         "output=run",
@@ -48,6 +54,7 @@ def test_several_steps_on_a_batch(folder: Path) -> None:
     metrics = metrics_of(folder)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert ["sampled_tokens" in m for m in metrics] == [True, False, False, False, True, False]
+    assert_metrics_are_in_the_table(metrics)
     batch = metrics[:4]
     assert sum(m["trained_tokens"] for m in batch) == 2 * batch[0]["sampled_tokens"]
     assert batch[0]["importance_ratio"] == pytest.approx(1.0, abs=1e-2)
@@ -55,7 +62,7 @@ def test_several_steps_on_a_batch(folder: Path) -> None:
     assert all(0 <= m["padding"] <= 0.02 for m in metrics)
 
 
-def test_what_is_measured_by_place_of_the_chunk(folder: Path) -> None:
+def test_metrics_by_index_of_the_chunk(folder: Path) -> None:
     metrics = metrics_of(folder)
     for m in metrics:
         by_chunk = m["by_chunk"]
@@ -90,7 +97,7 @@ def test_adapters_are_merged_into_the_final_checkpoint(folder: Path) -> None:
     assert (final / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_metrics_are_reported_where_asked(folder: Path) -> None:
+def test_metrics_are_reported_to_tensorboard(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = (folder / "run").rglob("events.out.tfevents.*")
@@ -139,7 +146,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_an_engine_that_takes_no_weights_is_known_before_anything_is_sampled(
+def test_an_engine_that_takes_no_weights_fails_before_the_first_rollout(
     tmp_path: Path,
 ) -> None:
     _, _, _, *arguments = command("output=run")
@@ -157,8 +164,8 @@ def test_an_engine_that_takes_no_weights_is_known_before_anything_is_sampled(
     assert told == "delethink: worker 0 failed: such a model takes no new weights yet"
 
 
-def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
-    """At most one update old when begun; new weights enter at boundaries; the loss corrects."""
+def test_rollouts_are_prefetched_while_the_trainer_trains(tmp_path: Path) -> None:
+    """Batches are sampled one update ahead; new weights enter at boundaries; the loss corrects."""
     done = run(
         "output=run",
         "engine=vllm",
@@ -181,7 +188,7 @@ def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
         versions = [[c["policy_version"] for c in t["chunks"]] for t in traces]
         assert all(own == sorted(own) for own in versions)
         assert {v for own in versions for v in own} <= {step - 2, step - 1}
-    # Log-probs of older weights differ, and are corrected for.
+    # Log-probs of older weights differ, and the loss corrects for it.
     fresh = metrics[0]["logprob_difference"]
     assert fresh < 1e-5
     assert max(m["logprob_difference"] for m in metrics[1:]) > 10 * fresh
@@ -191,4 +198,4 @@ def test_sampling_goes_on_while_the_trainer_trains(tmp_path: Path) -> None:
         for step in range(1, 6)
         for line in (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").open()
     ]
-    assert len(set(problems)) == len(problems) // 8  # each problem once, a group of 8
+    assert len(set(problems)) == len(problems) // 8  # each problem has one group of 8

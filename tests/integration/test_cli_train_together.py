@@ -1,4 +1,4 @@
-"""``delethink train`` in several processes under Ray Train: the same run, and no process left."""
+"""``delethink train`` on several ranks under Ray Train: the same run, and no process left."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def texts(folder: Path) -> list[str]:
 
 
 def assert_nothing_is_left(folder: Path) -> None:
-    """Whatever a run started knows the folder, adopted by init or not; Ray's own take a moment."""
+    """Check that every process of the run has ended; Ray's processes end a moment later."""
 
     def left() -> list[psutil.Process]:
         mark = ("DELETHINK_TEST_RUN", str(folder))
@@ -89,7 +89,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
+def test_two_ranks_give_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
     code, printed, errors = run(tmp_path, "trainer.num_ranks=2", f"trainer.strategy={strategy}")
     assert code == 0, errors
     assert f"starting 2 processes that train together: {strategy}" in printed
@@ -109,12 +109,12 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path, strategy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strategy: str) -> None:
+def test_a_run_of_two_ranks_is_resumed(alone: Path, tmp_path: Path, strategy: str) -> None:
     together = ["trainer.num_ranks=2", f"trainer.strategy={strategy}"]
     for steps in (1, 2):
         code, printed, errors = run(tmp_path, *together, f"training.max_steps={steps}")
         assert code == 0, errors
-    assert "taking the run up after step 1" in printed
+    assert "resuming the run after step 1" in printed
     assert texts(tmp_path) == texts(alone)
     for one, two in zip(metrics(alone), metrics(tmp_path), strict=True):
         for key in CLOSE:
@@ -122,7 +122,7 @@ def test_a_run_of_two_processes_is_taken_up(alone: Path, tmp_path: Path, strateg
 
 
 @pytest.mark.slow
-def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
+def test_an_error_of_a_rank_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     broken = "rewards={exact: 1.0, broken: {reward: 'my_rewards:broken', isolated: false}}"
     code, _, errors = run(tmp_path, "trainer.num_ranks=2", broken, "preflight=warn")
@@ -134,7 +134,7 @@ def test_a_mistake_of_a_process_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     process = start(tmp_path, "trainer.num_ranks=2", "training.max_steps=500")
     written = tmp_path / "run" / "metrics.jsonl"
     try:
@@ -151,7 +151,7 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     assert_nothing_is_left(tmp_path)
 
 
-def test_more_processes_than_the_machine_has_cores_are_refused(tmp_path: Path) -> None:
+def test_more_ranks_than_cores_are_refused(tmp_path: Path) -> None:
     number = 2 ** (len(os.sched_getaffinity(0)) + 1).bit_length()
     sizes = [f"training.per_device_train_batch_size={number}", "training.num_generations=2"]
     code, _, errors = run(tmp_path, f"trainer.num_ranks={number}", *sizes)

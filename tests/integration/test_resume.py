@@ -1,4 +1,4 @@
-"""A run that is killed and started again with the same command is the run that was not killed."""
+"""A run that is killed and resumed with the same command equals the run that was not killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONSTANT = "training.lr_scheduler_type=constant"
 
 
 class Launcher:
-    """Starts ``delethink train`` in children of one process that has imported everything."""
+    """Start ``delethink train`` in children of one process that has imported everything."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -41,7 +41,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.log = ""  # of the last run
+        self.log = ""  # output of the last run
 
     def train(
         self,
@@ -51,7 +51,7 @@ class Launcher:
         die_at: Any = None,
         largest_file: int | None = None,
     ) -> int:
-        """The exit code; minus 9 for one that was killed."""
+        """Run the command and return its exit code; -9 if it was killed."""
         log = folder.parent / f"{folder.name}.log"
         settings = [*SMALL, f"output={folder}"] if recipe == RECIPE else []
         args = ["train", str(recipe), *settings, *overrides]
@@ -87,7 +87,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a run that does the same has alike."""
+    """Remove the metrics that differ between equal runs."""
     return [
         {key: value for key, value in line.items() if not re.search(r"seconds_|per_second", key)}
         for line in metrics
@@ -105,7 +105,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert (one / "traces" / name).read_bytes() == (other / "traces" / name).read_bytes()
 
 
-def test_killed_at_random_moments_and_taken_up(
+def test_killed_at_random_moments_and_resumed(
     launcher: Launcher, undisturbed: Path, tmp_path: Path
 ) -> None:
     rng, folder = random.Random(0), tmp_path / "run"
@@ -148,7 +148,7 @@ def test_killed_at_more_moments(
 
 
 @pytest.mark.slow
-def test_adapters_are_taken_up_too(launcher: Launcher, tmp_path: Path) -> None:
+def test_adapters_are_resumed_too(launcher: Launcher, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     options = ["training.lora={r: 4}", "training.max_steps=5", "training.learning_rate=1e-2"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -156,18 +156,18 @@ def test_adapters_are_taken_up_too(launcher: Launcher, tmp_path: Path) -> None:
     dies = {"path": "traces/step_000004", "count": 1, "delay": 0.0}
     assert launcher.train(folder, *options, die_at=dies) == -9, launcher.log
     assert launcher.train(folder, *options) == 0, launcher.log
-    assert "taking the run up after step 2" in launcher.log
+    assert "resuming the run after step 2" in launcher.log
     assert without_times(read_metrics(folder)) == without_times(read_metrics(whole))
 
 
 @pytest.fixture
 def copy(undisturbed: Path, tmp_path: Path) -> Path:
-    """Of the finished run, at another place."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(undisturbed, tmp_path / "run"))
 
 
 def unfinish(folder: Path) -> None:
-    """As it was before its table was whole."""
+    """Remove the last row of the table and the mark of a finished run."""
     (folder / "finished.json").unlink()
     rows = json.loads((folder / "table.json").read_text())
     (folder / "table.json").write_text(json.dumps(rows[:-1], indent=2) + "\n")
@@ -202,24 +202,27 @@ def test_a_run_killed_before_its_last_row_only_measures_that(
     unfinish(copy)
     shutil.rmtree(copy / "checkpoints" / "final")
     assert launcher.train(copy, CONSTANT) == 0, launcher.log
-    assert "taking the run up after step 9" in launcher.log
+    assert "resuming the run after step 9" in launcher.log
     assert "base, LongCoT: accuracy" not in launcher.log
     assert_same_run(copy, undisturbed)
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_an_incomplete_checkpoint_is_skipped(
     launcher: Launcher, copy: Path, undisturbed: Path
 ) -> None:
     unfinish(copy)
     with (copy / "checkpoints" / "checkpoint-9" / "optimizer.pt").open("ab") as file:
         file.truncate(1000)
     assert launcher.train(copy, CONSTANT) == 0, launcher.log
-    assert "not whole, and passed over: checkpoint-9 (optimizer.pt is not whole)" in launcher.log
-    assert "taking the run up after step 8" in launcher.log
+    assert (
+        "skipped an incomplete checkpoint: checkpoint-9 (optimizer.pt is incomplete)"
+        in launcher.log
+    )
+    assert "resuming the run after step 8" in launcher.log
     assert_same_run(copy, undisturbed)
 
 
-def test_a_full_disk_leaves_the_checkpoints_before(
+def test_a_full_disk_leaves_earlier_checkpoints(
     launcher: Launcher, copy: Path, undisturbed: Path
 ) -> None:
     unfinish(copy)
@@ -228,7 +231,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(
         assert launcher.train(copy, CONSTANT, largest_file=limit) == 2
         assert "cannot write the checkpoint" in last_line(launcher)
         assert "checkpoint-9: " in last_line(launcher)
-        assert "those before are whole" in last_line(launcher)
+        assert "earlier checkpoints are complete" in last_line(launcher)
         kept = sorted(entry.name for entry in (copy / "checkpoints").iterdir())
         assert kept == ["README.md", "checkpoint-8", "final"]
     assert launcher.train(copy, CONSTANT) == 0, launcher.log
@@ -241,7 +244,7 @@ def test_a_finished_run_may_be_given_more_steps(
     more = "training.max_steps=11"
     assert launcher.train(copy, more, recipe=copy) == 0, launcher.log
     assert "training.max_steps was 9 and is 11 from here on" in launcher.log
-    assert "taking the run up after step 9" in launcher.log
+    assert "resuming the run after step 9" in launcher.log
     assert json.loads((copy / "finished.json").read_text()) == {"step": 11}
     longer = tmp_path / "longer"
     assert launcher.train(longer, CONSTANT, more) == 0, launcher.log
@@ -249,23 +252,21 @@ def test_a_finished_run_may_be_given_more_steps(
     assert (copy / weights).read_bytes() == (longer / weights).read_bytes()
     assert (copy / "table.json").read_text() == (longer / "table.json").read_text()
     grown, straight = (without_times(read_metrics(each)) for each in (copy, longer))
-    assert grown[8].pop("heldout_accuracy") is None  # step 9 was the last: the table measures it
+    assert grown[8].pop("heldout_accuracy") is None  # after the last step, the table has it
     assert straight[8].pop("heldout_accuracy") is not None
     assert grown == straight
 
 
-def test_a_batch_for_several_steps_is_never_cut_by_a_checkpoint(
-    launcher: Launcher, tmp_path: Path
-) -> None:
+def test_checkpoints_are_written_between_batches_only(launcher: Launcher, tmp_path: Path) -> None:
     twice = ["training.num_iterations=2", "training.save_steps=3", "training.max_steps=8"]
-    twice += ["evaluation.every=50"]  # which takes newer weights to the engine within a batch
+    twice += ["evaluation.every=50"]  # an evaluation updates the engine within a batch
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert launcher.train(whole, *twice) == 0, launcher.log
     assert [line["policy_version"] for line in read_metrics(whole)] == [0, 0, 2, 2, 4, 4, 6, 6]
     dies = {"path": "traces/step_000007", "count": 1, "delay": 0.0}
     assert launcher.train(folder, *twice, die_at=dies) == -9, launcher.log
     kept = sorted(entry.name for entry in (folder / "checkpoints").glob("checkpoint-*"))
-    assert kept == ["checkpoint-4", "checkpoint-6"]  # due after 3 and 6
+    assert kept == ["checkpoint-4", "checkpoint-6"]  # due after steps 3 and 6
     assert launcher.train(folder, *twice) == 0, launcher.log
     assert_same_run(folder, whole)
 
@@ -282,7 +283,7 @@ def test_more_steps_without_a_checkpoint_are_refused(launcher: Launcher, copy: P
 def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    """A reward so large that the gradient's norm overflows, in every group that has a signal."""
+    """The reward is so large that the norm of the gradient overflows in groups with a signal."""
     folder, huge = tmp_path / "run", ["rewards={exact: 1.0e+30}", "training.scale_rewards=none"]
     assert launcher.train(folder, *huge) == 1, launcher.log
     said = last_line(launcher)
@@ -304,4 +305,4 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_skipped(
     numbers = {int(file.stem[-6:]) for file in (folder / "traces").glob("nonfinite_*")}
     assert numbers == {line["step"] for line in skipped}
     state = json.loads((folder / "checkpoints" / "checkpoint-9" / "delethink.json").read_text())
-    assert state["job"]["skipped_steps"] == sorted(numbers)
+    assert state["run"]["skipped_steps"] == sorted(numbers)
