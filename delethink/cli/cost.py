@@ -1,4 +1,4 @@
-"""``delethink cost``."""
+"""The command ``delethink cost``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
+import re
+from typing import Any
 
 import numpy as np
 
@@ -24,90 +24,84 @@ from delethink.cost.calibrate import (
     write_efficiency,
 )
 from delethink.cost.compare import cheapest_cuts, crossings, flops_polynomial, growth
-from delethink.cost.estimate import Job, Lengths, estimate, interval, longest_that_fits
-from delethink.cost.flops import LONGCOT, Accounting, Cut
+from delethink.cost.estimate import Cost, Lengths, Workload, estimate, interval, longest_that_fits
+from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
 from delethink.cost.models import known_models, model_shape
-from delethink.cost.paper_report import REPRODUCTIONS, accounting_text
-from delethink.cost.report import Answer, Comparison, as_text, table
+from delethink.cost.report import CostPair, CostReport, as_text, plot_costs, table
+from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError
+from delethink.registry import make
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answers the question."""
+    """Print the estimate, or the list, the reproduction or the fit asked for."""
     if arguments.models:
         print("\n".join(known_models()))
     elif arguments.reproduce:
-        print(REPRODUCTIONS[arguments.reproduce](arguments.json))
+        print(paper.REPRODUCTIONS[arguments.reproduce](arguments.json))
     elif arguments.calibrate:
         print(_calibrate(arguments))
-    elif arguments.accounting == Accounting.PAPER.value:
-        print(_as_the_paper_counts(arguments))
+    elif arguments.accounting == "paper":
+        shape, cut = _shape(arguments), _cut(arguments)
+        means = [float(lengths.mean) for lengths in _lengths(arguments, cut, 1)]
+        print(paper.accounting_text(shape, cut, means, arguments.json))
     else:
-        answer = _answer(arguments)
+        report = _report(arguments)
         if arguments.plot:
-            _plot(answer, arguments.plot)
-        print(json.dumps(answer.as_dict(), indent=2) if arguments.json else as_text(answer))
+            plot_costs(report, arguments.plot)
+        print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
     return 0
 
 
-def _answer(arguments: argparse.Namespace) -> Answer:
-    shape, device = model_shape(arguments.model), accelerator(arguments.gpu)
-    efficiency, job, cut = _efficiency(arguments), _job(arguments), _cut(arguments)
-    if arguments.price is not None and not 0 <= arguments.price < math.inf:
-        raise ConfigError(f"--price must be a number of at least 0, got {arguments.price}")
-    batch = -(-job.traces // job.gpus)
-    asked = _lengths(arguments, cut, batch)
+def _report(arguments: argparse.Namespace) -> CostReport:
+    shape, device = _shape(arguments), accelerator(arguments.gpu)
+    efficiency, workload, cut = _efficiency(arguments), _workload(arguments), _cut(arguments)
+    _check_numbers(arguments)
 
-    def compare(lengths: Lengths) -> Comparison:
-        def hours(way: Cut) -> tuple[float, float]:
-            return interval(shape, lengths, way, device, efficiency, job, seed=arguments.seed)
+    def cost(lengths: Lengths, method: Cut) -> Cost:
+        return estimate(shape, lengths, method, device, efficiency, workload)
 
-        a, b = (estimate(shape, lengths, w, device, efficiency, job) for w in (LONGCOT, cut))
-        return Comparison(a, b, hours(LONGCOT), hours(cut))
+    def hours(lengths: Lengths, method: Cut) -> tuple[float, float]:
+        seed = arguments.seed
+        return interval(shape, lengths, method, device, efficiency, workload, seed=seed)
 
-    last = asked[-1]
+    lengths = _lengths(arguments, cut, -(-workload.traces // workload.gpus))
+    last = lengths[-1]
     twice = Lengths(last.values * 2, last.longest * 2)
-    pair = [estimate(shape, n, LONGCOT, device, efficiency, job).flops for n in (last, twice)]
-    ways = {"LongCoT": LONGCOT, "Delethink": cut}
-    base = float(cut.context_size)
-    return Answer(
+    report = CostReport(
         shape=shape,
         cut=cut,
         device=device,
         efficiency=efficiency,
-        job=job,
+        workload=workload,
         price=arguments.price,
-        comparisons=[compare(lengths) for lengths in asked],
-        crossings=crossings(shape, cut, device, efficiency, job),
-        longest_that_fits=longest_that_fits(shape, device, efficiency, job),
-        doubling=float(pair[1] / pair[0]),
-        growth={
-            name: growth(shape, way, device, efficiency, job, base) for name, way in ways.items()
-        }
-        if arguments.growth
-        else {},
-        polynomials={name: flops_polynomial(shape, way, job.query) for name, way in ways.items()}
-        if arguments.growth
-        else {},
-        choices=cheapest_cuts(shape, last, device, efficiency, job, head=int(cut.fixed_head))
-        if arguments.best
-        else (),
+        pairs=[
+            CostPair(cost(n, LONGCOT), cost(n, cut), hours(n, LONGCOT), hours(n, cut))
+            for n in lengths
+        ],
+        crossings=crossings(shape, cut, device, efficiency, workload),
+        longest_that_fits=longest_that_fits(shape, device, efficiency, workload),
+        doubling=float(cost(twice, LONGCOT).flops / cost(last, LONGCOT).flops),
     )
-
-
-def _as_the_paper_counts(arguments: argparse.Namespace) -> str:
-    shape, cut = model_shape(arguments.model), _cut(arguments)
-    means = [float(lengths.mean) for lengths in _lengths(arguments, cut, 1)]
-    return accounting_text(shape, cut, means, arguments.json)
+    if arguments.growth:
+        base = float(cut.context_size)
+        for name, method in (("LongCoT", LONGCOT), ("Delethink", cut)):
+            report.growth[name] = growth(shape, method, device, efficiency, workload, base)
+            report.polynomials[name] = flops_polynomial(shape, method, workload.query)
+    if arguments.best:
+        head = int(cut.fixed_head)
+        choices = cheapest_cuts(shape, last, device, efficiency, workload, head=head)
+        report = dataclasses.replace(report, choices=choices)
+    return report
 
 
 def _calibrate(arguments: argparse.Namespace) -> str:
     runs, device = arguments.calibrate, accelerator(arguments.gpu)
-    name = read_model(runs[0]) if arguments.model == paper.MODEL else arguments.model
     measured = [measurement for path in runs for measurement in read_steps(path)]
+    shape = _shape(arguments, default=read_model(runs[0]))
     source = f"{len(measured) // 2} steps of {', '.join(path.name for path in runs)}"
-    found = fit(measured, model_shape(name), device, _efficiency(arguments), source)
+    found = fit(measured, shape, device, _efficiency(arguments), source)
     if arguments.save_efficiency:
         write_efficiency(found.efficiency, arguments.save_efficiency)
     return _fit_json(found) if arguments.json else _fit_text(found, device)
@@ -127,8 +121,8 @@ def _fit_text(found: Fit, device: Accelerator) -> str:
     ):
         if errors.size:
             parts.append(
-                f"{name}: predicted time is off by {np.median(np.abs(errors)):.1%} (median) and "
-                f"{np.abs(errors).max():.1%} (most) over {errors.size} steps"
+                f"{name}: error of the predicted time {np.median(np.abs(errors)):.1%} (median), "
+                f"{np.abs(errors).max():.1%} (maximum) over {errors.size} steps"
             )
     return "\n".join(parts)
 
@@ -145,21 +139,33 @@ def _fit_json(found: Fit) -> str:
     )
 
 
-def _plot(answer: Answer, path: Path) -> None:
-    from delethink.cost.report import plot_costs
+def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelShape:
+    model = arguments.model
+    if model is not None and _is_number(model):
+        raise ConfigError(
+            f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
+            "carryover size"
+        )
+    return model_shape(default if model is None else model)
 
-    longest = max(float(one.longcot.thinking) for one in answer.comparisons)
-    plot_costs(
-        answer.shape, answer.cut, answer.device, answer.efficiency, answer.job, longest, path
-    )
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[\d.,]+[kKmM]?", text) is not None
 
 
 def _efficiency(arguments: argparse.Namespace) -> Efficiency:
     return read_efficiency(arguments.efficiency) if arguments.efficiency else Efficiency()
 
 
-def _job(arguments: argparse.Namespace) -> Job:
-    return Job(
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ConfigError(f"--price must be a number of at least 0, got {arguments.price}")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, got {arguments.seed}")
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    return Workload(
         query=size(arguments.query, "--query"),
         group=arguments.group,
         prompts=arguments.prompts,
@@ -170,18 +176,20 @@ def _job(arguments: argparse.Namespace) -> Job:
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
+    name, head_size = arguments.carryover, arguments.head_size
+    if name is not None and _is_number(name):
+        raise ConfigError(
+            f"--carryover is the name of a carryover policy, got the number {name!r}: write "
+            f"--carryover-size {name} for the carryover size"
+        )
     context = size(arguments.context_size, "-C")
-    carry = context // 2 if arguments.carryover is None else size(arguments.carryover, "-m", 0)
-    head = _head(arguments, carry)
-    # The rule itself refuses sizes that make no sense.
-    return Cut.of(ChunkSpec(context, carry, 2, head, arguments.head_outside))
-
-
-def _head(arguments: argparse.Namespace, carry: int) -> int:
-    """The paper's head of 100, or all that is carried where that is less."""
-    if arguments.head_size is None:
-        return min(100, carry)
-    return size(arguments.head_size, "--head-size", 0)
+    carried = arguments.carryover_size
+    carried = context // 2 if carried is None else size(carried, "--carryover-size", 0)
+    head: Any = None if head_size is None else size(head_size, "--head-size", 0)
+    # A spec describes head_tail by head_size and head_outside.
+    policy = None if name in (None, "head_tail") else make("delethink.carryovers", name)
+    outside = arguments.head_outside
+    return Cut.of(ChunkSpec(context, carried, 2, head, outside, policy))
 
 
 def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Lengths]:
@@ -193,12 +201,11 @@ def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Length
         if mean < cut.context_size:
             raise ConfigError(
                 f"{mean:,} thinking tokens fit in the first context of C = "
-                f"{cut.context_size:,.0f}, so there is nothing to compare: LongCoT and Delethink "
-                "are the same; ask for longer thinking, or lower -C"
+                f"{cut.context_size:,.0f}, so LongCoT and Delethink are the same; use a longer "
+                "--thinking or a smaller -C"
             )
     if seen is None:
         return [Lengths.constant(mean) for mean in sorted(means)]
-    stretch: Callable[[int], Lengths] = lambda mean: Lengths.empirical(  # noqa: E731
-        np.maximum(1, seen * mean / seen.mean()), batch
-    )
-    return [stretch(mean) for mean in sorted(means)]
+    return [
+        Lengths.empirical(np.maximum(1, seen * mean / seen.mean()), batch) for mean in sorted(means)
+    ]

@@ -1,10 +1,13 @@
-"""What thinking costs: FLOPs, memory, time and money, by arithmetic alone.
+"""Cost of thinking: FLOPs, memory, time and money, by arithmetic alone.
 
-``estimate(model_shape("Qwen/Qwen2.5-1.5B"), Lengths.constant(98_304), Cut(8192, 4096),
-accelerator("h100"))`` says what a run with Delethink costs; with ``LONGCOT`` for the cut, without.
+Example::
+
+    shape, device = model_shape("Qwen/Qwen2.5-1.5B"), accelerator("h100")
+    delethink = estimate(shape, Lengths.constant(98_304), Cut(8192, 4096), device)
+    longcot = estimate(shape, Lengths.constant(98_304), LONGCOT, device)
 """
 
-from delethink.cost.estimate import Cost, Job, Lengths, estimate
+from delethink.cost.estimate import Cost, Lengths, Workload, estimate
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
 from delethink.cost.models import model_shape
@@ -16,9 +19,9 @@ __all__ = [
     "Cost",
     "Cut",
     "Efficiency",
-    "Job",
     "Lengths",
     "ModelShape",
+    "Workload",
     "accelerator",
     "estimate",
     "model_shape",

@@ -1,4 +1,4 @@
-"""Fits efficiencies to measured times, and says how well they fit."""
+"""Calibration: fit efficiencies to measured times, and read times and lengths of runs."""
 
 from __future__ import annotations
 
@@ -8,55 +8,58 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from delethink.chunking import ChunkSpec
-from delethink.cost.estimate import Job, Lengths, estimate
-from delethink.cost.flops import Cut, Floats
+from delethink.cost.estimate import Lengths, Workload, estimate
+from delethink.cost.flops import Cut, FloatArray
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 
-SAMPLING = ("bandwidth", "decode", "prefill", "step_seconds", "token_seconds")
-TRAINING = ("training", "pass_seconds")
-# Where the search begins for a figure that is 0: from nearly nothing it would not move.
-_FIRST = {"step_seconds": 1e-3, "token_seconds": 1e-5, "pass_seconds": 1e-3}
+if TYPE_CHECKING:
+    from delethink.config import Recipe
+
+_SAMPLING_FIGURES = ("bandwidth", "decode", "prefill", "step_seconds", "token_seconds")
+_TRAINING_FIGURES = ("training", "pass_seconds")
+# Start of the search for figures that are 0: the search uses logarithms.
+_INITIAL_SECONDS = {"step_seconds": 1e-3, "token_seconds": 1e-5, "pass_seconds": 1e-3}
+_WARM_UP_STEPS = 1  # the first step includes one-time costs
 
 
 class Measurement(NamedTuple):
-    """A step that was timed.
+    """A timed training step.
 
     Args:
         lengths: sampled tokens of its traces.
-        cut: how thinking was cut.
-        job: what a step was.
-        sampling_seconds: of the step, or ``None`` if it was not timed.
-        training_seconds: likewise.
+        cut: chunk sizes.
+        workload: queries, traces and devices of the step.
+        sampling_seconds: time of sampling; ``None``: not timed.
+        training_seconds: time of training; ``None``: not timed.
     """
 
     lengths: Lengths
     cut: Cut
-    job: Job
+    workload: Workload
     sampling_seconds: float | None
     training_seconds: float | None
 
 
 class Fit(NamedTuple):
-    """Efficiencies and how far they are from what was measured.
+    """Fitted efficiencies and their errors.
 
     Args:
-        efficiency: fitted; its ``spread`` is that of the errors.
-        fitted: names of the figures that the measurements could tell.
-        sampling_errors: predicted / measured - 1, for each measurement that was timed.
-        training_errors: likewise.
+        efficiency: fitted efficiencies; ``spread`` is that of the errors.
+        fitted: names of the figures that the measurements determine.
+        sampling_errors: predicted / measured - 1 for each timed measurement.
+        training_errors: predicted / measured - 1 for each timed measurement.
     """
 
     efficiency: Efficiency
     fitted: tuple[str, ...]
-    sampling_errors: Floats
-    training_errors: Floats
+    sampling_errors: FloatArray
+    training_errors: FloatArray
 
 
 def fit(
@@ -66,43 +69,44 @@ def fit(
     start: Efficiency,
     source: str,
 ) -> Fit:
-    """Efficiencies that predict the measurements best, by least squares of the logarithms.
+    """Fit efficiencies to measurements by least squares of the logarithms.
 
-    As few figures as possible are let go: one that the measurements cannot tell from another keeps
-    the value of ``start``.
+    As few figures as possible are fitted. A figure that the measurements do not determine keeps its
+    value in ``start``.
 
     Raises:
-        ConfigError: nothing was timed.
+        ConfigError: no measurement has a time.
     """
     efficiency, fitted = start, []
-    for names, field in ((SAMPLING, "sampling_seconds"), (TRAINING, "training_seconds")):
+    curves: list[Errors] = []
+    for names, field in (
+        (_SAMPLING_FIGURES, "sampling_seconds"),
+        (_TRAINING_FIGURES, "training_seconds"),
+    ):
         timed = [m for m in measurements if getattr(m, field)]
+        curves.append(_log_errors(timed, field, shape, device))
         if timed:
-            errors = _errors(timed, field, shape, device)
-            efficiency, found = _select(errors, efficiency, names, len(timed))
+            efficiency, found = _select(curves[-1], efficiency, names, len(timed))
             fitted += found
     if not fitted:
         raise ConfigError("nothing to calibrate on: no measurement has a time")
-    sampling, training = (
-        np.expm1(_errors([m for m in measurements if getattr(m, f)], f, shape, device)(efficiency))
-        for f in ("sampling_seconds", "training_seconds")
-    )
-    spread = float(np.sqrt(np.mean(np.log1p(np.concatenate([sampling, training])) ** 2)))
+    sampling, training = (errors(efficiency) for errors in curves)
+    spread = float(np.sqrt(np.mean(np.concatenate([sampling, training]) ** 2)))
     efficiency = dataclasses.replace(efficiency, spread=spread, source=source)
-    return Fit(efficiency, tuple(fitted), sampling, training)
+    return Fit(efficiency, tuple(fitted), np.expm1(sampling), np.expm1(training))
 
 
-Errors = Callable[[Efficiency], Floats]
+Errors = Callable[[Efficiency], FloatArray]
 
 
-def _errors(
+def _log_errors(
     measurements: Sequence[Measurement], field: str, shape: ModelShape, device: Accelerator
 ) -> Errors:
-    """The logarithm of predicted over measured, for each measurement."""
+    """Return a function for the log of predicted over measured time of each measurement."""
 
-    def errors(efficiency: Efficiency) -> Floats:
+    def errors(efficiency: Efficiency) -> FloatArray:
         predicted = [
-            float(getattr(estimate(shape, m.lengths, m.cut, device, efficiency, m.job), field))
+            float(getattr(estimate(shape, m.lengths, m.cut, device, efficiency, m.workload), field))
             for m in measurements
         ]
         measured = [getattr(m, field) for m in measurements]
@@ -114,14 +118,15 @@ def _errors(
 def _select(
     errors: Errors, start: Efficiency, names: Sequence[str], points: int
 ) -> tuple[Efficiency, list[str]]:
-    """Lets as few figures go as explain the times.
+    """Fit as few figures as explain the times.
 
-    One alone may explain little where two together explain all: so every pair is tried, and from
-    the best one on a figure more at a time, as long as each lowers the squared error by a tenth.
+    One figure alone may explain little when two together explain everything. So all pairs are
+    tried, and further figures are added one at a time while each reduces the squared error by a
+    tenth.
     """
 
     def fitted(chosen: Sequence[str]) -> tuple[float, Efficiency, list[str]]:
-        efficiency = _minimise(errors, start, chosen)
+        efficiency = _minimize(errors, start, chosen)
         return float(np.sum(errors(efficiency) ** 2)), efficiency, list(chosen)
 
     def best(choices: Iterable[Sequence[str]]) -> tuple[float, Efficiency, list[str]]:
@@ -140,47 +145,32 @@ def _select(
     return found[1], found[2]
 
 
-def _minimise(errors: Errors, start: Efficiency, names: Sequence[str]) -> Efficiency:
-    """Levenberg and Marquardt's method on the logarithms of the named figures."""
-    most = np.array([np.inf if name.endswith("_seconds") else 0.0 for name in names])  # of shares
+def _minimize(errors: Errors, start: Efficiency, names: Sequence[str]) -> Efficiency:
+    """Minimize the squared errors over the logarithms of the named figures."""
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise MissingExtraError("scipy", "eval") from None
 
-    def at(logs: Floats) -> Efficiency:
+    def at(logs: FloatArray) -> Efficiency:
         values: dict[str, Any] = dict(zip(names, np.exp(logs).tolist(), strict=True))
         return dataclasses.replace(start, **values)
 
-    logs = np.log([getattr(start, n) or _FIRST[n] for n in names])
-    now, damping = errors(at(logs)), 1e-2
-    for _ in range(60):
-        columns = [(errors(at(logs + 1e-4 * unit)) - now) / 1e-4 for unit in np.eye(len(names))]
-        jacobian = np.stack(columns, axis=1)
-        normal = jacobian.T @ jacobian
-        normal += damping * np.diag(np.diag(normal) + 1e-9)
-        step = np.clip(np.linalg.solve(normal, -jacobian.T @ now), -2, 2)
-        step = np.minimum(logs + step, most) - logs
-        tried = errors(at(logs + step))
-        if tried @ tried < now @ now:
-            close = now @ now - tried @ tried < 1e-10 * (now @ now)
-            logs, now, damping = logs + step, tried, damping / 3
-            if close:
-                break
-        else:
-            damping *= 4
-            if damping > 1e9:
-                break
-    return at(logs)
+    logs = np.log([getattr(start, n) or _INITIAL_SECONDS[n] for n in names])
+    # Fractions of a peak are at most 1; the margin keeps a start of 1 feasible.
+    upper = [np.inf if name.endswith("_seconds") else 1e-9 for name in names]
+    found = least_squares(lambda x: errors(at(x)), logs, bounds=(-np.inf, upper), xtol=1e-10)
+    return at(np.minimum(found.x, np.where(np.isinf(upper), np.inf, 0.0)))
 
 
-WARM_UP = 1  # steps that are left out: the first one pays for what is made once
-
-
-def read_lengths(path: Path) -> Floats:
-    """Thinking lengths of traces, in tokens.
+def read_lengths(path: Path) -> FloatArray:
+    """Read the thinking lengths of traces, in tokens.
 
     Args:
-        path: a run directory, or a text file with a length on each line, or ``length,count``.
+        path: a run directory, or a text file with ``length`` or ``length,count`` on each line.
 
     Raises:
-        ConfigError: it holds none.
+        ConfigError: there are no lengths, or a line has another form.
     """
     if path.is_dir():
         seen = [record["length"] for records in _traces(path).values() for record in records]
@@ -208,91 +198,74 @@ def _histogram(path: Path) -> list[float]:
             seen += [float(length)] * times
         except (ValueError, OverflowError):
             raise ConfigError(
-                f"{path}, line {number}: a length of at least 1, or length,count: got {line!r}"
+                f"{path}, line {number}: expected a length of at least 1, or length,count; "
+                f"got {line!r}"
             ) from None
     return seen
 
 
 def read_model(path: Path) -> str:
-    """The model of a run."""
-    return str(_config(path)["model"])
+    """Return the model of a run directory."""
+    return _recipe(path).model
 
 
 def read_steps(path: Path) -> list[Measurement]:
-    """The timed steps of a run directory, the first one left out.
+    """Read the timed steps of a run directory, without the first one.
 
     Sampling and training are separate measurements, because they may run on different devices.
 
     Raises:
-        ConfigError: it is no run directory, or no step was timed.
+        ConfigError: the path is no run directory, or no step was timed.
         MissingExtraError: the YAML reader is not installed.
     """
-    config, traces = _config(path), _traces(path)
+    recipe, traces = _recipe(path), _traces(path)
     metrics = {m["step"]: m for m in _lines(path / "metrics.jsonl")}
-    timed = sorted(step for step in metrics if step in traces)[WARM_UP:]
+    timed = sorted(step for step in metrics if step in traces)[_WARM_UP_STEPS:]
     if not timed:
         raise ConfigError(
-            f"{path} has no step to calibrate on: {len(metrics)} steps in metrics.jsonl, the first "
-            "of which is left out"
+            f"{path} has no step to calibrate on: metrics.jsonl has {len(metrics)} steps, and the "
+            "first one is left out"
         )
-    return [m for step in timed for m in _measurements(config, traces[step], metrics[step])]
+    return [m for step in timed for m in _measurements(recipe, traces[step], metrics[step])]
 
 
 def _measurements(
-    config: dict[str, Any], traces: list[dict[str, Any]], metrics: dict[str, Any]
+    recipe: Recipe, traces: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> Iterator[Measurement]:
-    training, cut = config["training"], Cut.of(_spec(config["thinking"]))
-    if training.get("num_iterations", 1) > 1 or training.get("steps_per_generation"):
+    training, cut = recipe.training, Cut.of(recipe.thinking.spec())
+    if training.num_iterations > 1 or training.steps_per_generation:
         raise ConfigError(
-            "a run with several optimizer steps for each batch of traces cannot be calibrated on: "
-            "its steps are not alike"
+            "a run with several optimizer steps per batch of traces cannot be calibrated on: set "
+            "training.num_iterations=1 and leave out training.steps_per_generation"
         )
     lengths = np.array([trace["length"] for trace in traces], float)
-    group = training["num_generations"]
-    engines = max(1, round(config["num_workers"] * config["gpus_per_worker"]))
-    job = Job(
+    gpus = recipe.engine.gpus_per_engine
+    engines = max(1, round(recipe.engine.num_engines * gpus))
+    workload = Workload(
         query=round(np.mean([len(trace["query_ids"]) for trace in traces])),
-        group=group,
-        prompts=max(1, len(traces) // group),
+        group=training.num_generations,
+        prompts=max(1, len(traces) // training.num_generations),
         steps=1,
         gpus=engines,
-        extra_passes=float(training.get("gradient_checkpointing", False)),
-        prefix_cache=config["engine"] == "vllm",
+        extra_passes=float(training.gradient_checkpointing),
+        prefix_cache=recipe.engine.name == "vllm" or gpus > 0,  # only vLLM has GPUs per engine
     )
     seen = Lengths.empirical(lengths, -(-len(lengths) // engines))
-    seconds = metrics["seconds_sampling"], metrics["seconds_training"]
-    yield Measurement(seen, cut, job, seconds[0], None)
-    alone = Job(**{**job.__dict__, "gpus": 1})
-    yield Measurement(seen, cut, alone, None, seconds[1])
+    yield Measurement(seen, cut, workload, metrics["seconds_sampling"], None)
+    alone = dataclasses.replace(workload, gpus=1)
+    yield Measurement(seen, cut, alone, None, metrics["seconds_training"])
 
 
-def _spec(thinking: dict[str, Any]) -> ChunkSpec:
-    for key in ("carryover", "boundary"):
-        if thinking.get(key) is not None:
-            raise ConfigError(
-                f"a run with a {key} of its own ({thinking[key]['name']}) cannot be calibrated on: "
-                "the estimate covers heads and tails"
-            )
-    return ChunkSpec(**thinking)
+def _recipe(path: Path) -> Recipe:
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} is not a run directory: it has no config.yaml")
+    from delethink.config import load_recipe  # imported here because estimates need no YAML
 
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingExtraError("yaml", "train") from None
-    file = path / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not a run directory: {error}") from None
-    if not isinstance(config, dict) or not {"model", "thinking", "training"} <= config.keys():
-        raise ConfigError(f"{file} is not the recipe of a run")
-    return config
+    return load_recipe(path / "config.yaml")
 
 
 def _traces(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """Records of traces by step."""
+    """Return the trace records of a run directory by step."""
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for file in sorted((path / "traces").glob("step_*.jsonl")):
         found[int(file.stem.removeprefix("step_"))] += _lines(file)
@@ -300,7 +273,7 @@ def _traces(path: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; one cut short by a crash is left out."""
+    """Return the records of a JSONL file, without a last line that a crash cut short."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -309,7 +282,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_efficiency(efficiency: Efficiency, path: Path) -> None:
-    """Writes JSON."""
+    """Write efficiencies as JSON."""
     try:
         path.write_text(json.dumps(dataclasses.asdict(efficiency), indent=2) + "\n", "utf-8")
     except OSError as error:
@@ -317,10 +290,10 @@ def write_efficiency(efficiency: Efficiency, path: Path) -> None:
 
 
 def read_efficiency(path: Path) -> Efficiency:
-    """Reads what ``write_efficiency`` wrote; a figure that is left out keeps its default.
+    """Read the efficiencies in a file of ``write_efficiency``; missing figures keep their default.
 
     Raises:
-        ConfigError: no such file, an unknown figure, or one that is not positive.
+        ConfigError: the file cannot be read, or a figure is unknown or not positive.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -328,7 +301,7 @@ def read_efficiency(path: Path) -> Efficiency:
         raise ConfigError(f"cannot read efficiencies from {path}: {error}") from None
     known = {field.name for field in dataclasses.fields(Efficiency)}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no efficiencies: a JSON object is needed")
+        raise ConfigError(f"{path} holds no efficiencies: expected a JSON object")
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown figure {name!r}.{did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""LongCoT against Delethink: how each grows, where they cross, which cut is cheapest."""
+"""LongCoT against Delethink: growth, crossings, and the cheapest chunk sizes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from delethink.cost.estimate import Cost, Job, Lengths, estimate
-from delethink.cost.flops import LONGCOT, Cut, Floats, cut_traces, sampling_flops, training_flops
+from delethink.cost.estimate import Cost, Lengths, Workload, estimate
+from delethink.cost.flops import (
+    LONGCOT,
+    Cut,
+    FloatArray,
+    cut_traces,
+    sampling_flops,
+    training_flops,
+)
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
 
-FARTHEST = 10_000_000  # tokens: where the search for a crossing ends
+MAX_CROSSING_TOKENS = 10_000_000
 
-Curve = Callable[[Floats], Floats]  # thinking tokens -> cost
+Curve = Callable[[FloatArray], FloatArray]  # thinking tokens -> cost
 
 
-def crossing(longcot: Curve, delethink: Curve, start: int, stop: int = FARTHEST) -> int | None:
-    """The length beyond which Delethink is cheaper for good, in tokens.
+def crossing(
+    longcot: Curve, delethink: Curve, start: int, stop: int = MAX_CROSSING_TOKENS
+) -> int | None:
+    """Return the length in tokens beyond which Delethink is always cheaper.
 
-    Delethink's cost has a step at each boundary, so the curves may cross several times: the last
-    one counts.
+    Delethink's cost has a step at each boundary, so the curves may cross several times. The last
+    crossing counts.
 
     Returns:
-        The last length at which it is not cheaper; ``start`` where it is cheaper from there on;
-        ``None`` where it is not by ``stop``.
+        The last length at which Delethink is not cheaper; ``start`` if it is cheaper everywhere;
+        ``None`` if it is not cheaper at ``stop``.
     """
     grid = np.unique(np.geomspace(start, stop, 4000).round())
     behind = np.flatnonzero(longcot(grid) <= delethink(grid))
@@ -40,7 +49,7 @@ def crossing(longcot: Curve, delethink: Curve, start: int, stop: int = FARTHEST)
 
 
 class Crossings(NamedTuple):
-    """Thinking tokens beyond which Delethink is cheaper for good, by what is counted."""
+    """Thinking tokens beyond which Delethink is always cheaper, for each quantity."""
 
     sampling_flops: int | None
     training_flops: int | None
@@ -48,21 +57,22 @@ class Crossings(NamedTuple):
 
 
 def crossings(
-    shape: ModelShape, cut: Cut, device: Accelerator, efficiency: Efficiency, job: Job
+    shape: ModelShape, cut: Cut, device: Accelerator, efficiency: Efficiency, workload: Workload
 ) -> Crossings:
-    """Where the curves of LongCoT and Delethink cross; from C on."""
-    start = int(cut.context_size)
+    """Return the crossings of LongCoT and Delethink from C tokens on."""
 
-    def flops(work: Callable[..., Floats], way: Cut) -> Curve:
-        return lambda n: work(shape, cut_traces(n, job.query, way, job.group, job.prefix_cache))
+    def flops(count: Callable[..., FloatArray], method: Cut) -> Curve:
+        query, group, cached = workload.query, workload.group, workload.prefix_cache
+        return lambda n: count(shape, cut_traces(n, query, method, group, cached))
 
-    def seconds(way: Cut) -> Curve:
-        def curve(n: Floats) -> Floats:
-            cost = estimate(shape, Lengths.constant(n), way, device, efficiency, job)
-            return np.nan_to_num(cost.step_seconds, nan=np.inf)  # does not fit
+    def seconds(method: Cut) -> Curve:
+        def curve(n: FloatArray) -> FloatArray:
+            cost = estimate(shape, Lengths.constant(n), method, device, efficiency, workload)
+            return np.nan_to_num(cost.step_seconds, nan=np.inf)  # NaN: does not fit
 
         return curve
 
+    start = int(cut.context_size)
     return Crossings(
         crossing(flops(sampling_flops, LONGCOT), flops(sampling_flops, cut), start),
         crossing(flops(training_flops, LONGCOT), flops(training_flops, cut), start),
@@ -71,7 +81,7 @@ def crossings(
 
 
 class Polynomial(NamedTuple):
-    """FLOPs as a polynomial of the thinking length n, exactly: constant, n, n^2."""
+    """FLOPs as an exact polynomial of the thinking length n: constant, n, n^2."""
 
     constant: Fraction
     linear: Fraction
@@ -87,23 +97,23 @@ class Polynomial(NamedTuple):
 
 
 def flops_polynomial(shape: ModelShape, cut: Cut, query: int) -> Polynomial:
-    """Training FLOPs (three passes) of a trace, as a polynomial of its length at full chunks.
+    """Return the training FLOPs of a trace as a polynomial of its length, at full chunks.
 
-    The exact sum is a polynomial of degree two at most, once every window is full: its coefficients
-    follow from three lengths, and a fourth one proves the degree.
+    Once every window is full, the exact sum is a polynomial of degree two at most. Three lengths
+    determine the coefficients, and a fourth one verifies the degree.
 
     Raises:
-        ArithmeticError: it is none, which would be a mistake in the sums.
+        ArithmeticError: the fourth length disagrees, which means a bug in the sums.
     """
-    whole = np.isinf(cut.context_size)
+    longcot = np.isinf(cut.context_size)
     windows = [mixer.window or 0 for mixer, _ in shape.mixers]
-    first = max(windows) + 1 if whole else int(cut.context_size)
-    step = 1024 if whole else int(cut.context_size - cut.carryover_size)
+    first = max(windows) + 1 if longcot else int(cut.context_size)
+    step = 1024 if longcot else int(cut.context_size - cut.carryover_size)
     lengths = [first + i * step for i in range(4)]
     chunks = cut_traces(np.array(lengths, float), query, cut)
     costs = [Fraction(int(value)) for value in training_flops(shape, chunks)]
     third = costs[3] - 3 * costs[2] + 3 * costs[1] - costs[0]
-    if abs(third) > costs[3] * Fraction(1, 10**12):  # the sums are rounded to 53 bits
+    if abs(third) > costs[3] * Fraction(1, 10**12):  # float64 rounds to 53 bits
         raise ArithmeticError(f"FLOPs of {shape.name} are no polynomial of the length")
     second = (costs[2] - 2 * costs[1] + costs[0]) / 2
     quadratic = Fraction(second, step * step) if abs(second) * 10**12 > costs[2] else Fraction(0)
@@ -114,7 +124,7 @@ def flops_polynomial(shape: ModelShape, cut: Cut, query: int) -> Polynomial:
 
 
 class Growth(NamedTuple):
-    """What happens to a method's costs when thinking grows from n to n S: cost(n S) / cost(n)."""
+    """Cost at S n thinking tokens, relative to n tokens."""
 
     factor: int
     thinking: float
@@ -129,16 +139,16 @@ def growth(
     cut: Cut,
     device: Accelerator,
     efficiency: Efficiency,
-    job: Job,
+    workload: Workload,
     base: float,
     factors: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
 ) -> list[Growth]:
-    """The table of section 4.3 of the paper in numbers, for a model; ``base`` is its n, in tokens.
+    """Return the growth of a method's costs (the table in section 4.3 of the paper).
 
-    Memory is that of a trace's cache.
+    ``base`` is n in tokens. Memory is the KV cache of a trace.
     """
     lengths = Lengths.constant(base * np.array(factors, float))
-    cost = estimate(shape, lengths, cut, device, efficiency, job)
+    cost = estimate(shape, lengths, cut, device, efficiency, workload)
     columns = (cost.flops, cost.cache_bytes, cost.training_seconds, cost.sampling_seconds)
     ratios = [column / column[0] for column in columns]
     return [
@@ -147,16 +157,16 @@ def growth(
     ]
 
 
-class Choice(NamedTuple):
-    """A cut and what it costs."""
+class SizeChoice(NamedTuple):
+    """Chunk sizes and their cost."""
 
     context_size: int
     carryover_size: int
     cost: Cost
 
 
-# Below these the paper's own ablations lose accuracy or were not tried (sections 6.4 and E).
-SMALLEST_CONTEXT, SMALLEST_CARRYOVER = 4096, 1024
+# The paper's ablations lose accuracy below these sizes or did not try them (sections 6.4 and E).
+MIN_CONTEXT_TOKENS, MIN_CARRYOVER_TOKENS = 4096, 1024
 
 
 def cheapest_cuts(
@@ -164,34 +174,32 @@ def cheapest_cuts(
     lengths: Lengths,
     device: Accelerator,
     efficiency: Efficiency,
-    job: Job,
-    smallest_context: int = SMALLEST_CONTEXT,
-    smallest_carryover: int = SMALLEST_CARRYOVER,
+    workload: Workload,
     head: int = 0,
     keep: int = 5,
-) -> list[Choice]:
-    """The cuts with the shortest steps, cheapest first: C from a grid up to the mean length.
+) -> list[SizeChoice]:
+    """Return the chunk sizes with the shortest steps, cheapest first.
 
-    It knows nothing of accuracy: what a model can do with a context and a carryover of a size has
-    to be measured. So it keeps to at least the sizes at which the paper saw no loss.
+    C comes from a grid up to the mean length. Accuracy is not estimated and has to be measured, so
+    sizes below the smallest ones in the paper's ablations are left out.
     """
     mean = float(lengths.mean)
     sizes = [int(b * 2**i) for i in range(21) for b in (1024, 1536) if b * 2**i <= mean]
-    contexts = [c for c in sizes if c >= smallest_context]
+    contexts = [c for c in sizes if c >= MIN_CONTEXT_TOKENS]
     pairs = [
         (context, carry)
         for context, eighth in product(contexts, range(1, 8))
-        if (carry := context * eighth // 8) >= max(smallest_carryover, head, 1)
+        if (carry := context * eighth // 8) >= max(MIN_CARRYOVER_TOKENS, head)
     ]
     if not pairs:
         return []
     grid = np.array(pairs, float)
     cut = Cut(grid[:, 0], grid[:, 1], 0, head)
     many = Lengths(lengths.values[None, :], np.full(len(pairs), float(lengths.longest)))
-    seconds = estimate(shape, many, cut, device, efficiency, job).step_seconds
+    seconds = estimate(shape, many, cut, device, efficiency, workload).step_seconds
     order = np.argsort(np.nan_to_num(seconds, nan=np.inf))[:keep]
     found = []
     for context, carry in (pairs[i] for i in order if np.isfinite(seconds[i])):
-        cost = estimate(shape, lengths, Cut(context, carry, 0, head), device, efficiency, job)
-        found.append(Choice(context, carry, cost))
+        cost = estimate(shape, lengths, Cut(context, carry, 0, head), device, efficiency, workload)
+        found.append(SizeChoice(context, carry, cost))
     return found

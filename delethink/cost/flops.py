@@ -1,4 +1,4 @@
-"""The work of a trace: FLOPs of sampling and of training, by chunk sizes."""
+"""FLOPs of sampling and training, from the sizes of a trace's chunks."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from numpy.typing import NDArray
 from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec
 from delethink.cost.shape import Mixer, ModelShape
-from delethink.errors import ConfigError, UserError
+from delethink.errors import ConfigError
 
-Floats = NDArray[np.float64]
-Numbers = Any  # what numpy broadcasts: a number or an array of them
+FloatArray = NDArray[np.float64]
+Numbers = Any  # a number or an array of numbers, broadcast by NumPy
+
+CACHE_BLOCK_TOKENS = 16  # vLLM's default block; a prefix cache holds whole blocks
 
 
 class Accounting(str, Enum):
-    """What is counted as work."""
+    """Query-key pairs counted as work."""
 
-    TRUE = "true"  # causal: a query works with the keys that it may see, and no others
-    MASKED = "masked"  # every query with every key, as kernels that mask and torch's counter do
-    PAPER = "paper"  # the paper's: verl's counter, 6 N s + 12 L d s^2, embedding and mask counted
+    TRUE = "true"  # causal: a query attends to the keys that it may see
+    MASKED = "masked"  # all pairs, as kernels with a mask and FlopCounterMode of torch count
 
 
-def visible_pairs(start: Numbers, stop: Numbers, window: int | None) -> Floats:
-    """Pairs of a query at a position in ``start..stop-1`` and a key that it may look at.
+def visible_pairs(start: Numbers, stop: Numbers, window: int | None) -> FloatArray:
+    """Return the number of query-key pairs under a causal mask and a window W.
 
-    The sum over positions p of min(p + 1, W): a query sees itself, what went before, and no more
-    than its window.
+    The queries are at positions ``start`` to ``stop - 1``: the sum over p of min(p + 1, W).
     """
     return np.asarray(_pairs_before(stop, window) - _pairs_before(start, window))
 
 
-def _pairs_before(stop: Numbers, window: int | None) -> Floats:
-    """The sum over positions p < stop of min(p + 1, W)."""
+def _pairs_before(stop: Numbers, window: int | None) -> FloatArray:
+    """Return the sum over positions p < stop of min(p + 1, W)."""
     stop = np.asarray(stop, float)
     ramp = stop if window is None else np.minimum(stop, window)
     full = 0 if window is None else (stop - ramp) * window
@@ -49,18 +49,18 @@ def forward_flops(
     stop: Numbers,
     heads: Numbers,
     accounting: Accounting = Accounting.TRUE,
-) -> Floats:
-    """FLOPs of one pass over the tokens ``start..stop-1``, as prefill and training do it.
+) -> FloatArray:
+    """Return the FLOPs of one forward pass over positions ``start`` to ``stop - 1``.
 
-    2 N (b - a) for the weights, pairs times the FLOPs of a pair for attention, and 2 V d for each
-    of the ``heads`` positions that logits are made for.
+    2 N (stop - start) for the weights, pairs times FLOPs per pair for attention, and 2 V d for each
+    position with logits.
 
     Args:
-        shape: the model.
-        start: tokens that are cached already.
-        stop: the length of the context after the pass.
-        heads: positions whose logits are needed.
-        accounting: whether pairs that the mask hides are counted.
+        shape: model.
+        start: tokens already in the cache.
+        stop: length of the context after the pass.
+        heads: number of positions with logits.
+        accounting: pairs to count.
     """
     tokens = np.asarray(stop, float) - start
     total = 2.0 * shape.token_weights * tokens + 2.0 * shape.head_weights * np.asarray(heads)
@@ -70,17 +70,17 @@ def forward_flops(
     return np.asarray(total, float)
 
 
-def _pairs(mixer: Mixer, start: Numbers, stop: Numbers, accounting: Accounting) -> Floats:
+def _pairs(mixer: Mixer, start: Numbers, stop: Numbers, accounting: Accounting) -> FloatArray:
     if accounting is Accounting.MASKED:
         return np.asarray((np.asarray(stop, float) - start) * stop)
     return visible_pairs(start, stop, mixer.window)
 
 
-def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> Floats:
-    """FLOPs of decoding one token after another at the positions ``start..stop-1``.
+def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> FloatArray:
+    """Return the FLOPs of decoding the positions ``start`` to ``stop - 1`` one by one.
 
-    Each is a pass over one token, with logits. One query at a time hides no pair, so the accounting
-    makes no difference; latent attention works in its latent space.
+    Each step is a pass over one token with logits. Latent attention works in its latent space. A
+    single query has no masked pair, so both ways of accounting agree.
     """
     tokens = np.asarray(stop, float) - start
     total = 2.0 * (shape.token_weights + shape.head_weights) * tokens
@@ -91,14 +91,13 @@ def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> Floats:
 
 
 class Cut(NamedTuple):
-    """How thinking is cut, as numbers or arrays of them: what decides the cost of a rule.
+    """Sizes of the chunks that thinking is cut into, as numbers or arrays.
 
     Args:
-        context_size: thinking tokens that a context holds (C); infinite for LongCoT.
-        carryover_size: thinking tokens carried over a boundary (m).
-        outside: tokens of the head that come on top of both (the variant ``head_outside``).
-        fixed_head: tokens at the start of every later context that never change (the head), so
-            that a cache of prefixes has them.
+        context_size: thinking tokens per context (C); infinite for LongCoT.
+        carryover_size: thinking tokens carried over a boundary, within C (m).
+        outside: carried tokens on top of C (``head_outside``).
+        fixed_head: leading carried tokens that never change, so that a prefix cache holds them.
     """
 
     context_size: Numbers
@@ -108,10 +107,10 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, spec: ChunkSpec) -> Cut:
-        """The cut of a rule; one with a single chunk never carries.
+        """Return the sizes for a spec; ``LONGCOT`` for a spec with one chunk.
 
         Raises:
-            ConfigError: a carryover or a boundary that the closed form does not cover.
+            ConfigError: the number of carried tokens varies, or chunks may end early.
         """
         if spec.is_longcot:
             return LONGCOT
@@ -142,47 +141,44 @@ LONGCOT = Cut(np.inf, 0)
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of traces, those of one size together.
+    """Chunks of traces, grouped by size.
 
-    The last axis is: the first chunk of the trace that comes first in its group, that of the
-    others, full later chunks, the last one.
+    The last axis has four entries: the first chunk of the first trace in a group, the first chunk
+    of the other traces, full later chunks, and the last chunk.
 
     Args:
-        count: how many chunks of a size a trace has, on average over its group.
-        prompt: tokens of the context before its first new token.
-        new: tokens sampled in it.
-        cached: tokens of the prompt that a cache of prefixes has.
+        count: chunks of each size per trace, averaged over the group.
+        prompt: prompt tokens.
+        new: sampled tokens.
+        cached: prompt tokens found in the prefix cache.
     """
 
-    count: Floats
-    prompt: Floats
-    new: Floats
-    cached: Floats
+    count: FloatArray
+    prompt: FloatArray
+    new: FloatArray
+    cached: FloatArray
 
     @property
-    def per_trace(self) -> Floats:
-        """Chunks of a trace."""
+    def per_trace(self) -> FloatArray:
+        """Chunks per trace."""
         return np.asarray(self.count.sum(-1))
-
-
-CACHE_BLOCK = 16  # tokens: prefixes are found in whole blocks of the cache (vLLM's default size)
 
 
 def cut_traces(
     thinking: Numbers, query: Numbers, cut: Cut, group: Numbers = 1, prefix_cache: bool = True
 ) -> Chunks:
-    """The chunks of traces with ``thinking`` sampled tokens each.
+    """Return the chunks of traces with ``thinking`` sampled tokens each.
 
-    The first chunk has up to C new tokens after the query, a later one C - m after query and
-    carryover; the last one has what is left.
+    The first chunk has up to C new tokens after the query. Later chunks have C - m after query and
+    carryover, and the last one has the rest.
 
     Args:
-        thinking: sampled tokens of a trace, at least 1.
+        thinking: sampled tokens per trace, at least 1.
         query: tokens of the query (|q|).
-        cut: how thinking is cut.
-        group: traces of the same query (G): all but one find it in the cache, and every later chunk
-            finds query and head there.
-        prefix_cache: whether there is such a cache.
+        cut: chunk sizes.
+        group: traces per query (G). All but the first find the query in the prefix cache, and all
+            later chunks find query and head there.
+        prefix_cache: whether the engine has a prefix cache.
     """
     parts = np.broadcast_arrays(thinking, query, *cut, group)
     thinking, query, context, carry, outside, head, group = (np.asarray(p, float) for p in parts)
@@ -192,39 +188,34 @@ def cut_traces(
     full = np.floor(rest / step)
     last = rest - full * step
     later = query + carry + outside
-    shared, kept = (query - 1, query + head) if prefix_cache else (0 * query, 0 * query)
-    nothing, in_blocks = 0 * query, CACHE_BLOCK * np.floor(kept / CACHE_BLOCK)
+    none = np.zeros_like(query)
+    in_first = _whole_blocks(query - 1) if prefix_cache else none
+    in_later = _whole_blocks(query + head) if prefix_cache else none
     return Chunks(
         count=np.stack([1 / group, 1 - 1 / group, full, (last > 0).astype(float)], -1),
         prompt=np.stack([query, query, later, later], -1),
         new=np.stack([first, first, step, np.maximum(last, 1.0)], -1),
-        cached=np.stack(
-            [nothing, CACHE_BLOCK * np.floor(shared / CACHE_BLOCK), in_blocks, in_blocks], -1
-        ),
+        cached=np.stack([none, in_first, in_later, in_later], -1),
     )
 
 
-def prefill_flops(shape: ModelShape, chunks: Chunks) -> Floats:
-    """FLOPs of a trace's prefills: queries, and what is carried over each boundary, encoded again.
+def _whole_blocks(tokens: FloatArray) -> FloatArray:
+    return np.asarray(CACHE_BLOCK_TOKENS * np.floor(tokens / CACHE_BLOCK_TOKENS))
 
-    Each makes the logits of one position, those of the chunk's first new token.
+
+def prefill_flops(shape: ModelShape, chunks: Chunks) -> FloatArray:
+    """Return the prefill FLOPs per trace: queries, and the carryover at each boundary.
+
+    Each prefill computes the logits of one position, for the first new token of the chunk.
     """
     each = forward_flops(shape, chunks.cached, chunks.prompt, 1)
     return np.asarray((chunks.count * each).sum(-1))
 
 
-def sampling_flops(shape: ModelShape, chunks: Chunks) -> Floats:
-    """FLOPs of sampling a trace: its prefills, and a pass for each token but a chunk's last."""
+def sampling_flops(shape: ModelShape, chunks: Chunks) -> FloatArray:
+    """Return the FLOPs of sampling a trace: prefills, and a pass per token but a chunk's last."""
     each = decode_flops(shape, chunks.prompt, chunks.prompt + chunks.new - 1)
     return np.asarray(prefill_flops(shape, chunks) + (chunks.count * each).sum(-1))
-
-
-def scoring_flops(
-    shape: ModelShape, chunks: Chunks, accounting: Accounting = Accounting.TRUE
-) -> Floats:
-    """FLOPs of one forward pass over a trace's chunks, with logits for the sampled tokens."""
-    each = forward_flops(shape, 0, chunks.prompt + chunks.new, chunks.new, accounting)
-    return np.asarray((chunks.count * each).sum(-1))
 
 
 def training_flops(
@@ -232,61 +223,17 @@ def training_flops(
     chunks: Chunks,
     accounting: Accounting = Accounting.TRUE,
     extra_passes: float = 0.0,
-) -> Floats:
-    """FLOPs of training on a trace: forward, and twice that backward.
+) -> FloatArray:
+    """Return the FLOPs of training on a trace: the forward pass, and twice as many backward.
 
-    A product of two matrices has two gradients, each a product of the same size.
+    Logits are computed for the sampled tokens only.
 
     Args:
-        shape: the model.
-        chunks: the trace.
-        accounting: whether pairs that the mask hides are counted.
-        extra_passes: forward passes beyond the one: 1 for activations that are computed again, 1
-            for log-probs under the old weights.
+        shape: model.
+        chunks: chunks of the trace.
+        accounting: pairs to count.
+        extra_passes: forward passes beyond the first: 1 for recomputed activations, 1 for log-probs
+            under the old weights.
     """
-    return np.asarray((3.0 + extra_passes) * scoring_flops(shape, chunks, accounting))
-
-
-def paper_training_flops(
-    shape: ModelShape,
-    thinking: Numbers,
-    cut: Cut,
-    *,
-    masked_pairs: bool = True,
-    embedding: bool = True,
-) -> Floats:
-    """Training FLOPs of a trace as the paper counts them (verl's counter; its section 4.3).
-
-    A sequence of s tokens takes 6 N s + 12 L d s^2, with N all weights, the embedding's as well
-    (although looking up multiplies nothing), d the query heads' width, and twice the pairs that a
-    causal mask leaves. LongCoT is one sequence; Delethink is 1 + (n - C)/(C - m) of C tokens, which
-    need not be a whole number. Queries are left out. Without ``masked_pairs`` and ``embedding`` the
-    two overcounts go, one by one; every position still has its logits.
-
-    Raises:
-        UserError: a model or lengths that this formula does not cover.
-    """
-    if any(mixer.window is not None or mixer.state_numbers for mixer, _ in shape.mixers) or any(
-        mixer.pair_flops != mixer.decode_pair_flops for mixer, _ in shape.mixers
-    ):
-        raise UserError(
-            f"{shape.name}: the paper's accounting covers models of plain softmax attention only; "
-            "use --accounting true"
-        )
-    weights = shape.token_weights + (2 if embedding else 1) * shape.head_weights
-    squares = sum(3.0 * count * mixer.pair_flops for mixer, count in shape.mixers)
-    squares = squares if masked_pairs else squares / 2
-
-    def sequence(tokens: Numbers) -> Numbers:
-        return 6.0 * weights * tokens + squares * np.square(np.asarray(tokens, float))
-
-    thinking, context, carry = (
-        np.asarray(x, float)
-        for x in np.broadcast_arrays(thinking, cut.context_size, cut.carryover_size)
-    )
-    if np.any(np.isfinite(context) & (thinking < context)):
-        raise UserError("the paper's accounting covers thinking of at least C tokens only")
-    whole = np.isinf(context)
-    size = np.where(whole, thinking, context)
-    count = np.where(whole, 1.0, 1 + (thinking - size) / np.where(whole, 1.0, size - carry))
-    return np.asarray(count * sequence(size), float)
+    each = forward_flops(shape, 0, chunks.prompt + chunks.new, chunks.new, accounting)
+    return np.asarray((3.0 + extra_passes) * (chunks.count * each).sum(-1))

@@ -1,4 +1,4 @@
-"""Accelerators: peak rates, bandwidth and memory as their makers state them."""
+"""Accelerators: peak rate, bandwidth and memory from the manufacturers' data sheets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from delethink.errors import ConfigError, did_you_mean
 
-GIB = 2**30
-GB = 10**9
-TERA = 10**12
+_GB = 10**9
+_TERA = 10**12
 
 
 @dataclass(frozen=True)
@@ -16,13 +15,13 @@ class Accelerator:
     """One device.
 
     Args:
-        name: for tables.
-        peak_flops: FLOPs a second in dense products of matrices, in numbers of ``dtype_bytes``.
-        bandwidth: bytes a second between memory and the units that compute.
-        memory: bytes.
-        link: bytes a second to the other devices, for new weights.
-        dtype_bytes: bytes of a weight, an activation and a cached number.
-        source: where the figures are from.
+        name: name in tables.
+        peak_flops: dense matrix FLOPs per second at ``dtype_bytes``.
+        bandwidth: memory bandwidth, bytes per second.
+        memory: memory, bytes.
+        link: bandwidth to other devices for new weights, bytes per second.
+        dtype_bytes: bytes per weight, activation and cached value.
+        source: origin of the figures.
     """
 
     name: str
@@ -37,11 +36,13 @@ class Accelerator:
 def _gpu(
     name: str, teraflops: float, bandwidth: float, memory: float, link: float, source: str
 ) -> Accelerator:
-    """Bandwidth and link in GB/s, memory in GB."""
-    return Accelerator(name, teraflops * TERA, bandwidth * GB, memory * GB, link * GB, 2, source)
+    """Return a GPU. Bandwidth and link are in GB/s, memory is in GB."""
+    return Accelerator(
+        name, teraflops * _TERA, bandwidth * _GB, memory * _GB, link * _GB, 2, source
+    )
 
 
-# Dense bfloat16 summed in float32; sheets that state a rate with sparsity state twice it.
+# Dense bfloat16 with float32 accumulation. Some data sheets state rates with sparsity, twice these.
 ACCELERATORS = {
     "a100": _gpu("A100 SXM 80 GB", 312, 2039, 80, 300, "NVIDIA A100 datasheet"),
     "h100": _gpu("H100 SXM", 989, 3350, 80, 450, "NVIDIA H100 datasheet"),
@@ -50,44 +51,47 @@ ACCELERATORS = {
     "mi300x": _gpu("MI300X", 1307, 5300, 192, 448, "AMD Instinct MI300X data sheet"),
     "l40s": _gpu("L40S", 362, 864, 48, 32, "NVIDIA L40S datasheet"),
     "rtx4090": _gpu("RTX 4090", 165, 1008, 24, 32, "NVIDIA Ada GPU architecture whitepaper"),
-    # float32; measured by benchmarks/bench_cost.py on two cores with AVX-512
+    # float32, measured by benchmarks/bench_cost.py on two cores with AVX-512
     "cpu": Accelerator(
-        "2 CPU cores", 0.19 * TERA, 23 * GB, 24 * GIB, 5 * GB, 4, "docs/benchmarks/cost.md"
+        "2 CPU cores", 0.19 * _TERA, 23 * _GB, 24 * 2**30, 5 * _GB, 4, "docs/benchmarks/cost.md"
     ),
 }
 
 
 def accelerator(name: str) -> Accelerator:
-    """The accelerator of that name; spaces and dashes do not matter.
+    """Return the accelerator with this name; case, spaces, dashes and underscores are ignored.
 
     Raises:
-        ConfigError: no such accelerator; the text names the nearest one.
+        ConfigError: there is no such accelerator; the text names the nearest one.
     """
     key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if key not in ACCELERATORS:
-        raise ConfigError(f"unknown GPU {name!r}.{did_you_mean(key, ACCELERATORS)}")
+        raise ConfigError(
+            f"unknown GPU {name!r}.{did_you_mean(key, ACCELERATORS)} "
+            f"Known: {', '.join(ACCELERATORS)}"
+        )
     return ACCELERATORS[key]
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """How much of a device's peak is reached. Every figure is a measurement, not a law.
+    """Reached fraction of a device's peak. Every figure is a measurement.
 
     Args:
-        bandwidth: share of the peak bandwidth that decoding reaches.
-        decode: share of the peak rate that decoding reaches where it is bound by compute.
-        prefill: share of the peak rate in prefills.
-        training: share of the peak rate in training.
-        step_seconds: seconds that a decoding step takes beside its work.
-        token_seconds: seconds that a sampled token takes beside its work, in its engine.
-        pass_seconds: seconds that training on a chunk takes beside its work.
-        cache_share: share of a device's memory that weights and caches may fill.
+        bandwidth: fraction of the peak bandwidth in decoding.
+        decode: fraction of the peak rate in decoding bound by compute.
+        prefill: fraction of the peak rate in prefills.
+        training: fraction of the peak rate in training.
+        step_seconds: overhead of a decoding step.
+        token_seconds: overhead of a sampled token in its engine.
+        pass_seconds: overhead of training on a chunk.
+        cache_share: fraction of device memory for weights and caches.
         spread: standard deviation of the logarithm of a predicted time.
-        source: what they were measured on.
+        source: origin of the figures.
 
-    The defaults of ``bandwidth``, ``token_seconds`` and ``training`` are fitted to what the paper's
-    authors report of 8 H100 with an engine of their time (``delethink cost --reproduce figure2c``).
-    Those times do not tell ``decode`` and ``prefill``: their defaults are assumptions.
+    The defaults of ``bandwidth``, ``token_seconds`` and ``training`` are fitted to times that the
+    paper's authors report for 8 H100 (``delethink cost --reproduce figure2c``). Those times do not
+    determine ``decode`` and ``prefill``, whose defaults are assumptions.
     """
 
     bandwidth: float = 0.808
@@ -99,4 +103,4 @@ class Efficiency:
     pass_seconds: float = 0.0
     cache_share: float = 0.8
     spread: float = 0.2
-    source: str = "what the paper reports of 8 H100"
+    source: str = "the paper's times on 8 H100"

@@ -1,26 +1,27 @@
-"""Bytes: weights, caches, and what training holds."""
+"""Memory in bytes: weights, KV cache, and the peak of training."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from delethink.cost.flops import Cut, Floats, Numbers
+from delethink.cost.flops import Cut, FloatArray, Numbers
 from delethink.cost.shape import ModelShape
 
-HEAD_TILE = (4096, 32_768)  # tokens and words of TRL's fused head (trl.kernels.chunked_logprob)
+_HEAD_TILE_TOKENS, _HEAD_TILE_WORDS = 4096, 32_768  # trl.kernels.chunked_logprob
 
 
-def cache_bytes(shape: ModelShape, tokens: Numbers, dtype_bytes: int = 2, block: int = 1) -> Floats:
-    """Bytes that an engine keeps for a sequence of ``tokens``.
+def cache_bytes(
+    shape: ModelShape, tokens: Numbers, dtype_bytes: int = 2, block: int = 1
+) -> FloatArray:
+    """Return the bytes of the KV cache of a sequence.
 
-    For each layer: the numbers it keeps for a token, for all tokens or for those in its window, and
-    its state.
+    Each layer holds its values for every token, or for those in its window, and its state.
 
     Args:
-        shape: the model.
+        shape: model.
         tokens: length of the sequence.
-        dtype_bytes: bytes of a cached number.
-        block: tokens that are kept together; a block that is begun takes its whole place.
+        dtype_bytes: bytes per cached value.
+        block: tokens per cache block; a partly filled block takes the space of a full one.
     """
     total = np.zeros_like(np.asarray(tokens, float))
     for mixer, count in shape.mixers:
@@ -31,12 +32,12 @@ def cache_bytes(shape: ModelShape, tokens: Numbers, dtype_bytes: int = 2, block:
 
 
 def weight_bytes(shape: ModelShape, dtype_bytes: int = 2) -> float:
-    """Bytes of the weights."""
+    """Return the bytes of the weights."""
     return float(shape.parameters * dtype_bytes)
 
 
-def longest_context(thinking: Numbers, query: Numbers, cut: Cut) -> Floats:
-    """The longest context that thinking of that length ever needs, in tokens."""
+def longest_context(thinking: Numbers, query: Numbers, cut: Cut) -> FloatArray:
+    """Return the longest context of a trace with ``thinking`` sampled tokens, in tokens."""
     parts = np.broadcast_arrays(thinking, query, cut.context_size, cut.carryover_size, cut.outside)
     thinking, query, context, carry, outside = (np.asarray(part, float) for part in parts)
     first = np.minimum(thinking, context)
@@ -45,12 +46,11 @@ def longest_context(thinking: Numbers, query: Numbers, cut: Cut) -> Floats:
 
 
 def longest_thinking(shape: ModelShape, query: int, room: float, dtype_bytes: int = 2) -> float:
-    """The longest thinking in one context whose cache fits in ``room`` bytes.
-
-    Infinite where the cache does not grow (every layer has a window or a state).
+    """Return the longest thinking in one context whose cache fits in ``room`` bytes.
 
     Returns:
-        Tokens; 0 where not even the query fits.
+        Tokens; 0 if not even the query fits; infinity if the cache does not grow (every layer has a
+        window or a state).
     """
     fits, too_long = query, 2**60
     if cache_bytes(shape, too_long, dtype_bytes) <= room:
@@ -70,22 +70,21 @@ def training_bytes(
     devices: int = 1,
     dtype_bytes: int = 2,
     by_layer: bool = True,
-) -> Floats:
-    """The most that a training device holds while it works on ``tokens`` in one pass.
+) -> FloatArray:
+    """Return the peak memory of a training device for a pass over ``tokens``, in bytes.
 
-    Weights, gradients and Adam's state, spread over the devices: 16 bytes a parameter (mixed
-    precision: 2 + 2 + 4 + 4 + 4; in float32: 4 + 4 + 4 + 4). Then what the backward pass needs of
-    each token: in a layer, the six streams around its two norms, what the mixer keeps, and four
-    times the width of the feed-forward part (gate, its activation, up, their product). On top
-    comes the larger of what passes between two layers' gradients and a tile of the head, which TRL
-    works through 4,096 tokens and 32,768 words at a time.
+    Weights, gradients and Adam's state take 16 bytes per parameter, sharded over the devices: 2 + 2
+    + 4 + 4 + 4 in mixed precision, 4 + 4 + 4 + 4 in float32. The backward pass keeps per token and
+    layer the six streams around the two norms, the mixer's values, and four times the feed-forward
+    width (gate, its activation, up, product). The larger of two terms comes on top: the gradient
+    between two layers, or a tile of TRL's fused head (4,096 tokens by 32,768 words).
 
     Args:
-        shape: the model.
-        tokens: of a pass, padding included.
-        devices: that weights and states are spread over.
-        dtype_bytes: bytes of an activation.
-        by_layer: whether only each layer's input is kept, and the rest computed again.
+        shape: model.
+        tokens: tokens per pass, padding included.
+        devices: number of devices that share weights and states.
+        dtype_bytes: bytes per activation.
+        by_layer: keep only the input of each layer and recompute the rest (gradient checkpointing).
     """
     tokens, hidden = np.asarray(tokens, float), shape.hidden_size
     layers = [
@@ -94,6 +93,6 @@ def training_bytes(
     ]
     kept = len(layers) * hidden + max(layers) if by_layer else sum(layers)
     passing = tokens * max(layer.feed_forward.width for layer in shape.layers)
-    tile = np.minimum(tokens, HEAD_TILE[0]) * HEAD_TILE[1]
+    tile = np.minimum(tokens, _HEAD_TILE_TOKENS) * _HEAD_TILE_WORDS
     activations = tokens * (kept + 4 * hidden) + np.maximum(passing, tile)
     return np.asarray(16.0 * shape.parameters / devices + dtype_bytes * activations)

@@ -1,26 +1,34 @@
-"""What the paper reports (arXiv 2510.06557), and what comes out here for the same question."""
+"""Figures reported in The Markovian Thinker (arXiv 2510.06557), next to this estimate's.
+
+``delethink cost --reproduce`` prints them. ``--accounting paper`` applies the paper's FLOP count to
+any model with full softmax attention.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from delethink.cost.calibrate import Measurement
 from delethink.cost.compare import Curve, crossing
-from delethink.cost.estimate import Job, Lengths, estimate
-from delethink.cost.flops import LONGCOT, Cut, cut_traces, paper_training_flops, training_flops
+from delethink.cost.estimate import Cost, Lengths, Workload, estimate
+from delethink.cost.flops import LONGCOT, Cut, FloatArray, Numbers, cut_traces, training_flops
 from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.models import model_shape
+from delethink.cost.report import table
 from delethink.cost.shape import ModelShape
+from delethink.errors import UserError
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 DELETHINK = Cut(8192, 4096, 0, 100)
-JOB = Job(query=150, group=8, prompts=128, steps=1000, gpus=8)
+WORKLOAD = Workload(query=150, group=8, prompts=128, steps=1000, gpus=8)
 CUTS = {"LongCoT": LONGCOT, "Delethink": DELETHINK}
 
-# H100-hours of 1000 steps, rollout and total, read off the bars of figure 2(c), to about 1 % of the
+# H100-hours of 1000 steps, rollout and total, read off the bars of figure 2(c) to about 1 % of the
 # axis; mean thinking in units of 1024 tokens.
 FIGURE_2C = {
     "LongCoT": {
@@ -39,60 +47,166 @@ FIGURE_2C = {
     },
 }
 
-# Section 6.3: the runs with a budget of 24,576 tokens. Tokens a second and GPU while sampling, and
-# seconds of sampling: their product over 1024 traces is the mean length.
+# Section 6.3, runs with a budget of 24,576 tokens: tokens per second and GPU in sampling, and
+# seconds of sampling. Their product over 1024 traces is the mean length.
 MEASURED_24K = {"LongCoT": (6000, 170), "Delethink": (8500, 130)}
 BUDGET_24K = 24_576
 
+RATIO_LENGTHS = (24_576, 98_304, 1_000_000)
+
 
 def shape() -> ModelShape:
-    """The paper's model."""
+    """Return the shape of the paper's model."""
     return model_shape(MODEL)
 
 
+def _estimate(lengths: Lengths, cut: Cut, efficiency: Efficiency | None) -> Cost:
+    return estimate(shape(), lengths, cut, accelerator("h100"), efficiency, WORKLOAD)
+
+
+# -- FLOPs: section 4.3 and figure 3 -----------------------------------------------------------
+
+
+def paper_training_flops(
+    model: ModelShape,
+    thinking: Numbers,
+    cut: Cut,
+    *,
+    masked_pairs: bool = True,
+    embedding: bool = True,
+) -> FloatArray:
+    """Return the training FLOPs of a trace as the paper counts them (verl's counter, section 4.3).
+
+    A sequence of s tokens takes 6 N s + 12 L d s^2, with the embedding in N and twice the pairs
+    under a causal mask; d is the width of the query heads. LongCoT is one sequence. Delethink is
+    1 + (n - C)/(C - m) sequences of C tokens, a number that may be fractional. Queries are left
+    out, and every position has logits.
+
+    Args:
+        model: model with full softmax attention.
+        thinking: sampled tokens per trace, at least C.
+        cut: chunk sizes.
+        masked_pairs: count the pairs hidden by the causal mask.
+        embedding: count the embedding, which multiplies nothing.
+
+    Raises:
+        UserError: the formula does not cover the model or a length.
+    """
+    if any(
+        mixer.window is not None
+        or mixer.state_numbers
+        or mixer.pair_flops != mixer.decode_pair_flops
+        for mixer, _ in model.mixers
+    ):
+        raise UserError(
+            f"{model.name}: the paper's accounting covers plain softmax attention only; use "
+            "--accounting true"
+        )
+    weights = model.token_weights + (2 if embedding else 1) * model.head_weights
+    squares = sum(3.0 * count * mixer.pair_flops for mixer, count in model.mixers)
+    squares = squares if masked_pairs else squares / 2
+    thinking, context, carry = (
+        np.asarray(x, float)
+        for x in np.broadcast_arrays(thinking, cut.context_size, cut.carryover_size)
+    )
+    if np.any(np.isfinite(context) & (thinking < context)):
+        raise UserError(
+            f"the paper's accounting covers thinking of at least C = {np.max(context):,.0f} tokens"
+        )
+    longcot = np.isinf(context)
+    size = np.where(longcot, thinking, context)
+    count = np.where(longcot, 1.0, 1 + (thinking - size) / np.where(longcot, 1.0, size - carry))
+    return np.asarray(count * (6.0 * weights * size + squares * np.square(size)), float)
+
+
 class FlopsRow(NamedTuple):
-    """A way of counting: where the curves cross, and LongCoT / Delethink at three lengths."""
+    """Crossing, and LongCoT / Delethink at three lengths, under one way of counting."""
 
     accounting: str
     crossing: int | None
     ratios: tuple[float, float, float]
 
 
-RATIO_LENGTHS = (24_576, 98_304, 1_000_000)
-
-
 def flops_rows() -> list[FlopsRow]:
-    """Training FLOPs by every way of counting (section 4.3 and figure 3; no query, no head)."""
+    """Return the training FLOPs under each way of counting, without query and head."""
     model, cut = shape(), Cut(8192, 4096)
 
-    def row(name: str, longcot: Curve, delethink: Curve) -> FlopsRow:
-        lengths = np.array(RATIO_LENGTHS, float)
-        ratios = longcot(lengths) / delethink(lengths)
-        found = crossing(longcot, delethink, 8192)
-        return FlopsRow(name, found, (float(ratios[0]), float(ratios[1]), float(ratios[2])))
+    def row(name: str, curve: Callable[[Cut], Curve]) -> FlopsRow:
+        longcot, delethink = curve(LONGCOT), curve(cut)
+        a, b, c = (longcot(lengths) / delethink(lengths)).tolist()
+        return FlopsRow(name, crossing(longcot, delethink, 8192), (a, b, c))
 
-    def counted(name: str, masked: bool, embedding: bool) -> FlopsRow:
-        def curve(way: Cut) -> Curve:
-            return lambda n: paper_training_flops(
-                model, n, way, masked_pairs=masked, embedding=embedding
+    def paper(masked: bool, embedding: bool) -> Callable[[Cut], Curve]:
+        return lambda method: (
+            lambda n: paper_training_flops(
+                model, n, method, masked_pairs=masked, embedding=embedding
             )
+        )
 
-        return row(name, curve(LONGCOT), curve(cut))
+    def exact(method: Cut) -> Curve:
+        return lambda n: training_flops(model, cut_traces(n, 1, method))
 
-    def exact(way: Cut) -> Curve:
-        return lambda n: training_flops(model, cut_traces(n, 1, way))
-
+    lengths = np.array(RATIO_LENGTHS, float)
     return [
-        counted("paper: masked pairs and the embedding counted", True, True),
-        counted("masked pairs counted", True, False),
-        counted("the embedding counted", False, True),
-        counted("neither, logits at every position", False, False),
-        row("true: logits of sampled tokens only, whole chunks", exact(LONGCOT), exact(cut)),
+        row("paper: masked pairs and the embedding counted", paper(True, True)),
+        row("masked pairs counted", paper(True, False)),
+        row("the embedding counted", paper(False, True)),
+        row("neither, logits at every position", paper(False, False)),
+        row("true: logits of sampled tokens only, whole chunks", exact),
     ]
 
 
+def flops_text(as_json: bool) -> str:
+    """Return the crossing and the ratios of training FLOPs."""
+    rows = flops_rows()
+    if as_json:
+        return _json(rows)
+    lines = [
+        [row.accounting, _length(row.crossing), *(f"{ratio:.2f}" for ratio in row.ratios)]
+        for row in rows
+    ]
+    heads = ["training FLOPs, LongCoT / Delethink", "crossing", "24K", "96K", "1,000,000"]
+    return _annotated(
+        table(heads, lines),
+        "The paper reports about 30K and 17 times. Both follow from counting the pairs hidden by "
+        "the causal mask, which doubles attention, and the embedding, which multiplies nothing.",
+        "DeepSeek-R1-Distill-Qwen-1.5B, C = 8,192, m = 4,096; queries and heads are left out.",
+        "In all rows but the last a chunk counts as C tokens, and the number of chunks may be "
+        "fractional.",
+    )
+
+
+def accounting_text(model: ModelShape, cut: Cut, thinking: Sequence[float], as_json: bool) -> str:
+    """Return the training FLOPs of any model in the paper's accounting, and the crossing."""
+    found = crossing(
+        lambda n: paper_training_flops(model, n, LONGCOT),
+        lambda n: paper_training_flops(model, n, cut),
+        int(cut.context_size),
+    )
+    lengths = np.array(thinking, float)
+    longcot = paper_training_flops(model, lengths, LONGCOT)
+    delethink = paper_training_flops(model, lengths, cut)
+    rows = list(zip(thinking, longcot.tolist(), delethink.tolist(), strict=True))
+    if as_json:
+        keys = ("thinking", "longcot", "delethink")
+        traces = [dict(zip(keys, row, strict=True)) for row in rows]
+        return json.dumps({"crossing": found, "training_flops": traces}, indent=2)
+    lines = [[f"{n:,.0f}", f"{a:.3e}", f"{b:.3e}", f"{a / b:.2f}"] for n, a, b in rows]
+    return _annotated(
+        table(["training FLOPs of a trace", "LongCoT", "Delethink", "ratio"], lines),
+        "Delethink is never cheaper."
+        if found is None
+        else f"Delethink is always cheaper beyond {found:,} tokens.",
+        "The paper's accounting: 6 N s + 12 L d s^2 for a sequence of s tokens, which counts the "
+        "embedding and the pairs hidden by the mask; --accounting true counts neither.",
+    )
+
+
+# -- time: figure 2(c), section 6.3, the abstract ----------------------------------------------
+
+
 class Bar(NamedTuple):
-    """A bar of figure 2(c): H100-hours as read off and as predicted."""
+    """A bar of figure 2(c): H100-hours in the paper and in this estimate."""
 
     method: str
     thinking: int
@@ -102,55 +216,81 @@ class Bar(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Predicted over read off, less one."""
+        """Relative error of the estimate."""
         return self.ours / self.paper - 1
 
 
 def figure_2c(efficiency: Efficiency | None = None) -> list[Bar]:
-    """Every bar of figure 2(c); every trace is as long as the mean says."""
+    """Return every bar of figure 2(c), with all traces as long as the mean."""
     bars = []
     for method, heights in FIGURE_2C.items():
         for units, (rollout, total) in heights.items():
-            lengths = Lengths.constant(units * 1024)
-            cost = estimate(shape(), lengths, CUTS[method], accelerator("h100"), efficiency, JOB)
-            sampling = float(cost.sampling_seconds) * JOB.steps * JOB.gpus / 3600
+            cost = _estimate(Lengths.constant(units * 1024), CUTS[method], efficiency)
+            sampling = float(cost.sampling_seconds) * WORKLOAD.steps * WORKLOAD.gpus / 3600
             bars.append(Bar(method, units * 1024, "rollout", rollout, sampling))
             bars.append(Bar(method, units * 1024, "total", total, float(cost.gpu_hours)))
     return bars
 
 
+def figure_2c_text(as_json: bool) -> str:
+    """Return the H100-hours of figure 2(c)."""
+    bars = figure_2c()
+    if as_json:
+        return json.dumps([bar._asdict() | {"error": bar.error} for bar in bars], indent=2)
+    lines = [
+        [
+            f"{bar.method}, {bar.thinking // 1024}K, {bar.part}",
+            f"{bar.paper:,}",
+            f"{bar.ours:,.0f}",
+            f"{bar.error:+.1%}",
+        ]
+        for bar in bars
+    ]
+    worst = max(abs(bar.error) for bar in bars)
+    return _annotated(
+        table(["H100-hours of 1000 steps", "paper", "ours", "error"], lines),
+        f"The largest error is {worst:.1%}. Three efficiencies are fitted to these 20 bars and "
+        "the two measured throughputs: bandwidth, seconds per token, training.",
+        "Assumptions: 8 H100; 1000 steps of 1024 traces, all as long as the mean (in units of "
+        "1,024 tokens); a query of 150 tokens; recomputed activations and one more pass for old "
+        "log-probs.",
+        "The bars are read off the figure, to about 1 % of its axis.",
+    )
+
+
 def measurements() -> list[Measurement]:
-    """Figure 2(c) and the measured runs as timed steps, for fitting the default efficiencies."""
-    hours = 3600 / JOB.steps / JOB.gpus  # seconds of a step for an H100-hour of the run
+    """Return figure 2(c) and section 6.3 as timed steps, to fit the default efficiencies."""
+    step_seconds = 3600 / WORKLOAD.steps / WORKLOAD.gpus  # step seconds per H100-hour of the run
     timed = [
         Measurement(
             Lengths.constant(units * 1024),
             CUTS[method],
-            JOB,
-            rollout * hours,
-            (total - rollout) * hours,
+            WORKLOAD,
+            rollout * step_seconds,
+            (total - rollout) * step_seconds,
         )
         for method, heights in FIGURE_2C.items()
         for units, (rollout, total) in heights.items()
     ]
     return timed + [
-        Measurement(lengths_24k(method), CUTS[method], JOB, float(seconds), None)
+        Measurement(lengths_24k(method), CUTS[method], WORKLOAD, float(seconds), None)
         for method, (_, seconds) in MEASURED_24K.items()
     ]
 
 
 def lengths_24k(method: str) -> Lengths:
-    """Lengths of the 24K runs: their mean is known, their distribution is assumed.
+    """Return the lengths of a 24K run: a known mean with an assumed distribution.
 
-    Exponential, cut at the budget: the paper gives no histogram. An eighth of a step's traces goes
-    to each of eight engines.
+    The paper gives no histogram; the lengths are exponential, capped at the budget. Each of the
+    eight engines samples an eighth of the traces.
     """
     rate, seconds = MEASURED_24K[method]
-    return capped_exponential(rate * seconds * JOB.gpus / JOB.traces, BUDGET_24K, 128)
+    mean = rate * seconds * WORKLOAD.gpus / WORKLOAD.traces
+    return capped_exponential(mean, BUDGET_24K, WORKLOAD.traces // WORKLOAD.gpus)
 
 
 def capped_exponential(mean: float, cap: int, batch: int) -> Lengths:
-    """Lengths with that mean whose excess over the cap is cut off: E[min(X, cap)] = mean."""
+    """Return exponential lengths, capped so that E[min(X, cap)] = mean."""
     low, high = mean / 2, 1e3 * cap
     while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
@@ -164,7 +304,7 @@ def capped_exponential(mean: float, cap: int, batch: int) -> Lengths:
 
 
 class Throughput(NamedTuple):
-    """Sampled tokens a second and GPU in the 24K runs, measured by the authors and predicted."""
+    """Sampled tokens per second and GPU in the 24K runs, in the paper and in this estimate."""
 
     method: str
     mean: float
@@ -173,33 +313,104 @@ class Throughput(NamedTuple):
 
 
 def throughput_24k(efficiency: Efficiency | None = None) -> list[Throughput]:
-    """The measured 8,500 against 6,000 tokens a second and GPU."""
+    """Return the throughputs of section 6.3: 8,500 against 6,000 tokens per second and GPU."""
     rows = []
     for method, (rate, _) in MEASURED_24K.items():
         lengths = lengths_24k(method)
-        cost = estimate(shape(), lengths, CUTS[method], accelerator("h100"), efficiency, JOB)
+        cost = _estimate(lengths, CUTS[method], efficiency)
         rows.append(Throughput(method, float(lengths.mean), rate, float(cost.tokens_per_second)))
     return rows
 
 
-class Months(NamedTuple):
-    """H100-months of the run at a mean length, by how long a month is taken to be."""
+def throughput_text(as_json: bool) -> str:
+    """Return the measured throughputs of section 6.3."""
+    rows = throughput_24k()
+    if as_json:
+        return _json(rows)
+    lines = [
+        [
+            r.method,
+            f"{r.mean:,.0f}",
+            f"{r.paper:,}",
+            f"{r.ours:,.0f}",
+            f"{r.ours / r.paper - 1:+.1%}",
+        ]
+        for r in rows
+    ]
+    return _annotated(
+        table(["24K runs, tokens/s per GPU", "mean length", "paper", "ours", "error"], lines),
+        "Measured by the paper's authors. The mean lengths follow from their 130 and 170 seconds "
+        "of sampling.",
+        "Assumption: lengths are exponential, capped at the budget of 24,576. The paper gives no "
+        "distribution, and the result depends on it: with equal lengths LongCoT would be faster "
+        "at these means.",
+    )
+
+
+class GpuMonths(NamedTuple):
+    """H100-months of the run at a mean length, for months of ``days`` days.
+
+    ``bars`` follows from figure 2(c), or is ``None`` if the figure has no bar at this length.
+    """
 
     method: str
     tokens: int
     days: float
-    bars: float | None  # from the bars of figure 2(c), where there is one at this length
+    bars: float | None
     ours: float
 
 
-def months(efficiency: Efficiency | None = None) -> list[Months]:
-    """H100-months at 96K (the abstract) and at 94K tokens (the introduction)."""
+def gpu_months(efficiency: Efficiency | None = None) -> list[GpuMonths]:
+    """Return the H100-months at 96K (the abstract) and at 94K tokens (the introduction)."""
     rows = []
     for method, cut in CUTS.items():
         for tokens, days in ((98_304, 730 / 24), (94_000, 31.0)):
-            cost = estimate(
-                shape(), Lengths.constant(tokens), cut, accelerator("h100"), efficiency, JOB
-            )
+            cost = _estimate(Lengths.constant(tokens), cut, efficiency)
             bar = FIGURE_2C[method][96][1] / (24 * days) if tokens == 98_304 else None
-            rows.append(Months(method, tokens, days, bar, float(cost.gpu_hours) / (24 * days)))
+            rows.append(GpuMonths(method, tokens, days, bar, float(cost.gpu_hours) / (24 * days)))
     return rows
+
+
+def gpu_months_text(as_json: bool) -> str:
+    """Return the 27 against 7 H100-months of the abstract."""
+    rows = gpu_months()
+    if as_json:
+        return _json(rows)
+    lines = [
+        [
+            f"{r.method}, {r.tokens:,} tokens, {24 * r.days:.0f} h per month",
+            "-" if r.bars is None else f"{r.bars:.1f}",
+            f"{r.ours:.1f}",
+        ]
+        for r in rows
+    ]
+    return _annotated(
+        table(["H100-months of 1000 steps", "bars of figure 2(c)", "ours"], lines),
+        "The abstract reports 27 against 7 at 96K. This does not reproduce: the paper's own bars "
+        "at 96K are 30.3 and 8.4 months of 730 hours.",
+        "27 follows for LongCoT from the introduction's 94,000 tokens and months of 31 days; 7 "
+        "for Delethink does not. It would follow from scaling the measured 24K run: 215 s x 8 "
+        "GPUs x 1000 steps is 478 hours at 8,630 tokens, so 7.3 months at 96K.",
+        "The ratio is 3.6 in the figure, 3.9 in the text and "
+        f"{rows[0].ours / rows[2].ours:.1f} in this estimate.",
+    )
+
+
+REPRODUCTIONS: dict[str, Callable[[bool], str]] = {
+    "flops": flops_text,
+    "figure2c": figure_2c_text,
+    "throughput": throughput_text,
+    "months": gpu_months_text,
+}
+
+
+def _json(rows: Sequence[FlopsRow] | Sequence[Throughput] | Sequence[GpuMonths]) -> str:
+    return json.dumps([row._asdict() for row in rows], indent=2)
+
+
+def _length(tokens: int | None) -> str:
+    return "never" if tokens is None else f"{tokens:,}"
+
+
+def _annotated(text: str, *notes: str) -> str:
+    return "\n".join([text, *notes])

@@ -1,4 +1,4 @@
-"""The estimate as text: tables that line up, and a sentence in plain words."""
+"""The report of ``delethink cost``: tables, a summary in one or two sentences, JSON, a plot."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from delethink.cost.compare import Choice, Crossings, Growth, Polynomial, crossings
-from delethink.cost.estimate import Cost, Job, Lengths, estimate
+from delethink.cost.compare import Crossings, Growth, Polynomial, SizeChoice
+from delethink.cost.estimate import Cost, Lengths, Workload, estimate
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
@@ -20,14 +20,14 @@ from delethink.errors import ConfigError, MissingExtraError
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """LongCoT and Delethink at one length of thinking.
+class CostPair:
+    """Costs of LongCoT and Delethink at one thinking length.
 
     Args:
-        longcot: its cost.
-        delethink: its cost.
-        longcot_hours: 5 % and 95 % quantiles of its GPU-hours.
-        delethink_hours: likewise.
+        longcot: cost of LongCoT.
+        delethink: cost of Delethink.
+        longcot_hours: 5 % and 95 % quantiles of LongCoT's GPU-hours.
+        delethink_hours: 5 % and 95 % quantiles of Delethink's GPU-hours.
     """
 
     longcot: Cost
@@ -37,25 +37,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Everything that was asked, answered."""
+class CostReport:
+    """All results of one ``delethink cost`` command, with its settings."""
 
     shape: ModelShape
     cut: Cut
     device: Accelerator
     efficiency: Efficiency
-    job: Job
+    workload: Workload
     price: float | None
-    comparisons: Sequence[Comparison]
+    pairs: Sequence[CostPair]
     crossings: Crossings
     longest_that_fits: float
-    doubling: float  # LongCoT's FLOPs at twice the last length over those at it
+    doubling: float  # LongCoT's FLOPs at twice the last length, relative to the last length
     growth: dict[str, Sequence[Growth]] = field(default_factory=dict)
     polynomials: dict[str, Polynomial] = field(default_factory=dict)
-    choices: Sequence[Choice] = ()
+    choices: Sequence[SizeChoice] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for programs; what is not finite becomes ``None``."""
+        """Return the report as JSON values; infinity and NaN become ``None``."""
         return {
             "model": {
                 "name": self.shape.name,
@@ -64,23 +64,21 @@ class Answer:
                 "layers": len(self.shape.layers),
                 "unbounded_layers": self.shape.unbounded_layers,
             },
-            "context_size": _plain(self.cut.context_size),
-            "carryover_size": _plain(self.cut.carryover_size),
+            "context_size": _json_value(self.cut.context_size),
+            "carryover_size": _json_value(self.cut.carryover_size),
             "device": self.device.__dict__,
             "efficiency": self.efficiency.__dict__,
-            "job": self.job.__dict__,
+            "workload": self.workload.__dict__,
             "thinking": [
                 {
-                    "longcot": {k: _plain(v) for k, v in one.longcot.as_dict().items()}
-                    | {"gpu_hours_5_95": [_plain(h) for h in one.longcot_hours]},
-                    "delethink": {k: _plain(v) for k, v in one.delethink.as_dict().items()}
-                    | {"gpu_hours_5_95": [_plain(h) for h in one.delethink_hours]},
+                    "longcot": _cost_json(pair.longcot, pair.longcot_hours),
+                    "delethink": _cost_json(pair.delethink, pair.delethink_hours),
                 }
-                for one in self.comparisons
+                for pair in self.pairs
             ],
             "crossings": self.crossings._asdict(),
-            "longest_longcot_that_fits": _plain(self.longest_that_fits),
-            "longcot_flops_of_a_doubling": _plain(self.doubling),
+            "longest_longcot_that_fits": _json_value(self.longest_that_fits),
+            "longcot_flops_of_a_doubling": _json_value(self.doubling),
             "growth": {name: [g._asdict() for g in rows] for name, rows in self.growth.items()},
             "training_flops_polynomial": {
                 name: [float(c) for c in polynomial]
@@ -90,149 +88,143 @@ class Answer:
                 {
                     "context_size": choice.context_size,
                     "carryover_size": choice.carryover_size,
-                    "gpu_hours": _plain(choice.cost.gpu_hours),
+                    "gpu_hours": _json_value(choice.cost.gpu_hours),
                 }
                 for choice in self.choices
             ],
-            "in_words": in_words(self),
+            "in_words": summary(self),
         }
 
 
-def as_text(answer: Answer) -> str:
-    """The whole answer for a person."""
-    parts = [_heading(answer)]
-    parts += [_comparison(answer, one) for one in answer.comparisons]
-    parts.append(_crossings(answer))
-    if answer.growth:
-        parts.append(_growth(answer))
-    if answer.choices:
-        parts.append(_choices(answer))
-    parts.append(in_words(answer))
+def _cost_json(cost: Cost, hours: tuple[float, float]) -> dict[str, Any]:
+    values = cost.as_dict() | {"gpu_hours_5_95": list(hours)}
+    return {name: _json_value(value) for name, value in values.items()}
+
+
+def as_text(report: CostReport) -> str:
+    """Return the whole report as text."""
+    parts = [_heading(report)]
+    parts += [_pair_table(report, pair) for pair in report.pairs]
+    parts.append(_crossings_table(report))
+    if report.growth:
+        parts.append(_growth_tables(report))
+    if report.choices:
+        parts.append(_choices_table(report))
+    parts.append(summary(report))
     return "\n\n".join(parts)
 
 
-def in_words(answer: Answer) -> str:
-    """One sentence or two: is it worth it?"""
-    last = answer.comparisons[-1]
-    tokens = _tokens(float(last.longcot.thinking))
-    ours = float(last.delethink.gpu_hours)
-    if not math.isfinite(float(last.longcot.gpu_hours)):
+def summary(report: CostReport) -> str:
+    """Return the comparison at the last length in one or two sentences."""
+    last = report.pairs[-1]
+    tokens = _tokens(last.longcot.thinking)
+    longcot, delethink = float(last.longcot.gpu_hours), float(last.delethink.gpu_hours)
+    if not math.isfinite(longcot):
         verdict = (
             f"Thinking for {tokens} tokens in one context does not fit on this hardware; with "
-            f"Delethink it takes {_figure(ours)} GPU-hours."
+            f"Delethink it takes {_figure(delethink)} GPU-hours."
         )
     else:
-        theirs = float(last.longcot.gpu_hours)
-        ratio = theirs / ours
+        ratio = longcot / delethink
         better = f"{ratio:.1f} times fewer" if ratio > 1 else f"{1 / ratio:.2f} times as many"
         than = "than" if ratio > 1 else "as"
-        low, high = _ratios(last)
-        unsure = ", but what is not known could turn that round" if low < 1 < high else ""
+        low = last.longcot_hours[0] / last.delethink_hours[1]
+        high = last.longcot_hours[1] / last.delethink_hours[0]
+        unsure = ", but the uncertainty covers the opposite" if low < 1 < high else ""
         verdict = (
             f"At {tokens} thinking tokens Delethink takes {better} GPU-hours {than} LongCoT: "
-            f"{_figure(ours)} against {_figure(theirs)}{unsure}."
+            f"{_figure(delethink)} against {_figure(longcot)}{unsure}."
         )
-    return f"{verdict} {_architecture(answer)}".strip()
+    return f"{verdict} {_layers_note(report)}".strip()
 
 
-def _ratios(one: Comparison) -> tuple[float, float]:
-    """LongCoT / Delethink at its least and at its most, errors going against each other."""
-    low = one.longcot_hours[0] / one.delethink_hours[1]
-    return low, one.longcot_hours[1] / one.delethink_hours[0]
-
-
-def _architecture(answer: Answer) -> str:
-    """What the layers say about how LongCoT grows, where it is not simply quadratic."""
-    shape = answer.shape
-    bounded = len(shape.layers) - shape.unbounded_layers
-    if not bounded:
+def _layers_note(report: CostReport) -> str:
+    """Return a note on the growth of LongCoT, if some layers have bounded cost per token."""
+    layers, unbounded = len(report.shape.layers), report.shape.unbounded_layers
+    if unbounded == layers:
         return ""
-    if not shape.unbounded_layers:
+    if not unbounded:
         return (
-            "Every layer of this model looks back a bounded distance or keeps a state of fixed "
-            "size, so LongCoT is linear already: a reset saves no compute in the long run."
+            "Every layer of this model has a window or a state of fixed size, so LongCoT is linear "
+            "already: a reset saves no compute in the long run."
         )
-    last = answer.comparisons[-1].longcot
     return (
-        f"Only {shape.unbounded_layers} of {len(shape.layers)} layers look at everything before "
-        "them, so LongCoT with this model is far from quadratic: from "
-        f"{_tokens(float(last.thinking))} tokens on, twice the thinking takes "
-        f"{answer.doubling:.2f} times the FLOPs."
+        f"Only {unbounded} of {layers} layers have full attention, so LongCoT with this model is "
+        f"far from quadratic: from {_tokens(report.pairs[-1].longcot.thinking)} tokens on, twice "
+        f"the thinking takes {report.doubling:.2f} times the FLOPs."
     )
 
 
-def _heading(answer: Answer) -> str:
-    shape, device, job, cut = answer.shape, answer.device, answer.job, answer.cut
+def _heading(report: CostReport) -> str:
+    shape, workload, cut = report.shape, report.workload, report.cut
     billions = f"{shape.parameters / 1e9:.3g} B parameters"
     if shape.active_parameters != shape.parameters:
         billions += f", {shape.active_parameters / 1e9:.3g} B active"
     return "\n".join(
         [
             f"{shape.name}: {billions}, {len(shape.layers)} layers",
-            f"C = {cut.context_size:,.0f}, m = {cut.carryover_size:,.0f}, query {job.query}; "
-            f"{job.prompts} prompts x {job.group} traces, {job.steps:,} steps on "
-            f"{job.gpus} x {device.name}",
-            f"efficiencies from {answer.efficiency.source}: times are known to a factor of about "
-            f"{math.exp(answer.efficiency.spread):.2f}",
+            f"C = {cut.context_size:,.0f}, m = {cut.carryover_size:,.0f}, query "
+            f"{workload.query}; {workload.prompts} prompts x {workload.group} traces, "
+            f"{workload.steps:,} steps on {workload.gpus} x {report.device.name}",
+            f"efficiencies from {report.efficiency.source}: times are accurate to a factor of "
+            f"about {math.exp(report.efficiency.spread):.2f}",
         ]
     )
 
 
-def _comparison(answer: Answer, one: Comparison) -> str:
-    a, b = one.longcot, one.delethink
+def _pair_table(report: CostReport, pair: CostPair) -> str:
+    a, b = pair.longcot, pair.delethink
     rows: list[tuple[str, Any, Any]] = [
         ("chunks", a.chunks, b.chunks),
-        ("FLOPs of a trace, sampling", a.sampling_flops, b.sampling_flops),
-        ("FLOPs of a trace, training", a.training_flops, b.training_flops),
-        ("cache of the longest trace, GB", a.cache_bytes / 1e9, b.cache_bytes / 1e9),
+        ("FLOPs per trace, sampling", a.sampling_flops, b.sampling_flops),
+        ("FLOPs per trace, training", a.training_flops, b.training_flops),
+        ("KV cache of the longest trace, GB", a.cache_bytes / 1e9, b.cache_bytes / 1e9),
         ("memory of a training GPU, GB", a.training_bytes / 1e9, b.training_bytes / 1e9),
-        ("traces side by side in an engine", a.concurrent, b.concurrent),
-        ("sampled tokens/s and GPU", a.tokens_per_second, b.tokens_per_second),
-        ("seconds a step, sampling", a.sampling_seconds, b.sampling_seconds),
-        ("seconds a step, training", a.training_seconds, b.training_seconds),
+        ("concurrent traces per engine", a.concurrent, b.concurrent),
+        ("sampled tokens/s per GPU", a.tokens_per_second, b.tokens_per_second),
+        ("seconds per step, sampling", a.sampling_seconds, b.sampling_seconds),
+        ("seconds per step, training", a.training_seconds, b.training_seconds),
         ("GPU-hours of the run", a.gpu_hours, b.gpu_hours),
-        ("  5 % to 95 %", _range(one.longcot_hours), _range(one.delethink_hours)),
+        ("  5 % to 95 %", _range(pair.longcot_hours), _range(pair.delethink_hours)),
     ]
-    if answer.price is not None:
-        rows.append(("price of the run", a.gpu_hours * answer.price, b.gpu_hours * answer.price))
+    if report.price is not None:
+        rows.append(("price of the run", a.gpu_hours * report.price, b.gpu_hours * report.price))
     lines = [[name, _cell(left), _cell(right), _ratio(left, right)] for name, left, right in rows]
-    title = f"{_tokens(float(a.thinking))} thinking tokens a trace"
-    notes = [
-        _too_large(name, cost, answer.device) for name, cost in (("LongCoT", a), ("Delethink", b))
-    ]
+    title = f"{_tokens(a.thinking)} thinking tokens per trace"
+    notes = [_memory_note("LongCoT", a, report.device), _memory_note("Delethink", b, report.device)]
     return table([title, "LongCoT", "Delethink", "ratio"], lines) + "".join(notes)
 
 
-def _too_large(name: str, cost: Cost, device: Accelerator) -> str:
+def _memory_note(method: str, cost: Cost, device: Accelerator) -> str:
     needed = float(cost.training_bytes)
     if needed <= device.memory:
         return ""
     return (
-        f"\n{name}: training needs {needed / 1e9:,.0f} GB on a GPU that has "
-        f"{device.memory / 1e9:,.0f}; its times hold only where a trace is split over GPUs."
+        f"\n{method}: training needs {needed / 1e9:,.0f} GB per GPU, and a GPU has "
+        f"{device.memory / 1e9:,.0f} GB; the times hold only if each trace is split over GPUs."
     )
 
 
-def _crossings(answer: Answer) -> str:
+def _crossings_table(report: CostReport) -> str:
     names = {
         "sampling_flops": "FLOPs of sampling",
         "training_flops": "FLOPs of training",
-        "step_seconds": "seconds of a step",
+        "step_seconds": "seconds per step",
     }
     lines = [
         [names[key], "never" if value is None else f"{value:,} tokens"]
-        for key, value in answer.crossings._asdict().items()
+        for key, value in report.crossings._asdict().items()
     ]
-    longest = answer.longest_that_fits
+    longest = report.longest_that_fits
     fits = "any length" if math.isinf(longest) else f"{longest:,.0f} tokens"
     lines.append(["longest thinking in one context that fits an engine", fits])
     lines.append(["longest thinking with Delethink that fits", "any length"])
-    return table(["Delethink is cheaper for good, beyond", ""], lines)
+    return table(["Delethink is always cheaper beyond", ""], lines)
 
 
-def _growth(answer: Answer) -> str:
+def _growth_tables(report: CostReport) -> str:
     tables = []
-    for name, rows in answer.growth.items():
+    for name, rows in report.growth.items():
         lines = [
             [
                 f"{g.factor} n = {g.thinking:,.0f}",
@@ -244,27 +236,27 @@ def _growth(answer: Answer) -> str:
         tables.append(table(heads, lines))
     formulas = [
         f"training FLOPs of a trace of n tokens, {name}: {formula}"
-        for name, formula in answer.polynomials.items()
+        for name, formula in report.polynomials.items()
     ]
     return "\n\n".join([*tables, "\n".join(formulas)])
 
 
-def _choices(answer: Answer) -> str:
+def _choices_table(report: CostReport) -> str:
     lines = [
         [
             f"C = {c.context_size:,}, m = {c.carryover_size:,}",
             _figure(float(c.cost.gpu_hours)),
             f"{float(c.cost.cache_bytes) / 1e9:.3g}",
         ]
-        for c in answer.choices
+        for c in report.choices
     ]
-    note = "This counts time alone: what a model can do with such a context has to be measured."
-    heads = ["cheapest cuts at the last length", "GPU-hours", "cache, GB"]
+    note = "This compares time alone: accuracy at these sizes has to be measured."
+    heads = ["cheapest sizes at the last length", "GPU-hours", "cache, GB"]
     return table(heads, lines) + "\n" + note
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines that line up: the first column to the left, the others to the right."""
+    """Return aligned columns: the first one to the left, the others to the right."""
     everything = [list(heads), *map(list, rows)]
     widths = [max(len(row[i]) for row in everything) for i in range(len(heads))]
     lines = [
@@ -277,15 +269,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_json_value(v) for v in value]
     value = value if isinstance(value, int) else float(value)
     return value if math.isfinite(value) else None
 
 
-def _tokens(value: float) -> str:
-    return f"{value:,.0f}"
+def _tokens(value: Any) -> str:
+    return f"{float(value):,.0f}"
 
 
 def _cell(value: Any) -> str:
@@ -293,7 +285,7 @@ def _cell(value: Any) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three digits at least; a power of ten where there are many."""
+    """Return at least three significant digits, with an exponent for very large or small values."""
     if not math.isfinite(value):
         return "does not fit"
     if value == 0:
@@ -314,43 +306,41 @@ def _ratio(left: Any, right: Any) -> str:
     return f"{ratio:.3g}" if math.isfinite(ratio) else ""
 
 
-def plot_costs(
-    shape: ModelShape,
-    cut: Cut,
-    device: Accelerator,
-    efficiency: Efficiency,
-    job: Job,
-    longest: float,
-    path: Path,
-) -> None:
-    """Draws FLOPs of training and GPU-hours of the run over thinking length, both log-log.
+def plot_costs(report: CostReport, path: Path) -> None:
+    """Plot training FLOPs and GPU-hours over the thinking length, on logarithmic axes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: the picture cannot be written, or not in that format.
+        ConfigError: the file cannot be written, or its format is unknown.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "eval")
     from matplotlib.figure import Figure
 
-    found = crossings(shape, cut, device, efficiency, job)
+    shape, cut, workload, device = report.shape, report.cut, report.workload, report.device
     context = float(cut.context_size)
+    longest = max(float(pair.longcot.thinking) for pair in report.pairs)
     lengths = np.geomspace(context / 4, max(longest, 4 * context), 400).round()
+    costs = {
+        name: estimate(
+            shape, Lengths.constant(lengths), method, device, report.efficiency, workload
+        )
+        for name, method in (("LongCoT", LONGCOT), ("Delethink", cut))
+    }
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(
         f"{shape.name}, C = {context:,.0f}, m = {cut.carryover_size:,.0f}, "
-        f"{job.gpus} x {device.name}"
+        f"{workload.gpus} x {device.name}"
     )
     panels = (
-        ("FLOPs of training on a trace", "training_flops", found.training_flops),
-        (f"GPU-hours of {job.steps:,} steps", "gpu_hours", found.step_seconds),
+        ("FLOPs of training on a trace", "training_flops", report.crossings.training_flops),
+        (f"GPU-hours of {workload.steps:,} steps", "gpu_hours", report.crossings.step_seconds),
     )
     for axes, (label, key, cross) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name, way in (("LongCoT", LONGCOT), ("Delethink", cut)):
-            cost = estimate(shape, Lengths.constant(lengths), way, device, efficiency, job)
+        for name, cost in costs.items():
             axes.loglog(lengths, getattr(cost, key), label=name)
         if cross is not None and cross > context:
-            axes.axvline(cross, color="grey", linestyle=":", label=f"they cross at {cross:,}")
+            axes.axvline(cross, color="grey", linestyle=":", label=f"crossing at {cross:,}")
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("thinking tokens of a trace")
         axes.grid(alpha=0.3, which="both")
@@ -358,4 +348,4 @@ def plot_costs(
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture to {path}: {error}") from None
+        raise ConfigError(f"cannot write the plot to {path}: {error}") from None

@@ -1,10 +1,9 @@
-"""The shape of a model: the few numbers that decide what thinking with it costs.
+"""Model shapes: the figures that decide the cost of sampling and training.
 
-A layer is a mixer, which looks at other tokens, and a feed-forward part, which does not. Mixers of
-every architecture come down to the same figures: weights that a token is multiplied with, FLOPs for
-each key it looks at, numbers kept for each token, how far back it looks, and a state that does not
-grow. A multiplication and its addition are two FLOPs; norms, activations, rotations and the softmax
-are left out, as torch's counter leaves them out.
+A layer is a mixer (attention), which reads other tokens, and a feed-forward part, which does not.
+The mixers of every architecture reduce to the same figures: weights, FLOPs per query-key pair,
+cached values per token, a window, and a state of constant size. A multiply-add is two FLOPs. Norms,
+activations, rotary embeddings and the softmax are not counted, as in ``FlopCounterMode`` of torch.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from delethink.errors import ModelError
 
 @dataclass(frozen=True)
 class Mixer:
-    """How a layer looks at other tokens.
+    """The attention part of a layer.
 
     Args:
-        weights: numbers that a token is multiplied with (the projections).
-        pair_flops: FLOPs for a query and a key where many queries are worked on at once.
-        decode_pair_flops: the same where one token is decoded; latent attention differs.
-        cache_numbers: numbers kept for each token.
-        window: how many keys a query looks at, itself included, or ``None`` for all before it.
-        state_numbers: numbers kept however long the sequence is.
-        token_flops: FLOPs for a token that are neither projections nor pairs.
-        kept_numbers: numbers that training keeps of a token for the backward pass.
-        other_parameters: norms and biases.
+        weights: parameters of the projections.
+        pair_flops: FLOPs per query-key pair in prefill and training.
+        decode_pair_flops: FLOPs per query-key pair in decoding; latent attention differs.
+        cache_numbers: cached values per token.
+        window: maximum keys per query, its own included; ``None`` for full attention.
+        state_numbers: values of the recurrent state, at any sequence length.
+        token_flops: FLOPs per token beside projections and pairs.
+        kept_numbers: values per token kept for the backward pass.
+        other_parameters: parameters of norms and biases.
     """
 
     weights: int
@@ -45,16 +44,15 @@ class Mixer:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What a layer does with each token by itself.
+    """The feed-forward part of a layer.
 
     Args:
-        weights: numbers that every token is multiplied with: the dense part, shared experts, the
-            router.
-        expert_weights: those of one expert.
-        experts: how many there are.
-        experts_per_token: how many of them a token goes through.
-        width: numbers between its projections, of all that a token goes through.
-        other_parameters: norms and biases.
+        weights: parameters used by every token: the dense part, shared experts, the router.
+        expert_weights: parameters of one expert.
+        experts: number of experts.
+        experts_per_token: number of experts that a token is routed to.
+        width: intermediate size, summed over the experts of a token.
+        other_parameters: parameters of norms and biases.
     """
 
     weights: int
@@ -66,13 +64,13 @@ class FeedForward:
 
     @property
     def active_weights(self) -> int:
-        """Numbers that one token is multiplied with."""
+        """Parameters used by one token."""
         return self.weights + self.experts_per_token * self.expert_weights
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A mixer and a feed-forward part."""
+    """One layer of a model."""
 
     mixer: Mixer
     feed_forward: FeedForward
@@ -80,15 +78,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal language model, as far as its cost goes.
+    """A causal language model, reduced to the figures that decide its cost.
 
     Args:
-        name: for tables.
+        name: name in tables and errors.
         hidden_size: width of the residual stream (d).
         vocabulary_size: entries of the embedding (V).
-        layers: in order.
-        tied_embeddings: the head's weights are the embedding's.
-        max_position: the longest sequence that the model was made for, if known.
+        layers: layers in order.
+        tied_embeddings: the head shares the weights of the embedding.
     """
 
     name: str
@@ -96,7 +93,6 @@ class ModelShape:
     vocabulary_size: int
     layers: tuple[Layer, ...]
     tied_embeddings: bool = False
-    max_position: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1 or self.vocabulary_size < 1 or not self.layers:
@@ -107,33 +103,33 @@ class ModelShape:
 
     @cached_property
     def mixers(self) -> tuple[tuple[Mixer, int], ...]:
-        """The different mixers, and how many layers have each."""
+        """Distinct mixers, each with its number of layers."""
         return tuple(Counter(layer.mixer for layer in self.layers).items())
 
     @cached_property
     def feed_forwards(self) -> tuple[tuple[FeedForward, int], ...]:
-        """The different feed-forward parts, and how many layers have each."""
+        """Distinct feed-forward parts, each with its number of layers."""
         return tuple(Counter(layer.feed_forward for layer in self.layers).items())
 
     @cached_property
     def token_weights(self) -> int:
-        """Numbers that a token is multiplied with in all layers; without the head."""
+        """Parameters used by one token in all layers (N), without embedding and head."""
         return sum(layer.mixer.weights + layer.feed_forward.active_weights for layer in self.layers)
 
     @cached_property
     def head_weights(self) -> int:
-        """Numbers that a token is multiplied with to be given its logits: V d."""
+        """Parameters of the head: V d."""
         return self.vocabulary_size * self.hidden_size
 
     @cached_property
     def expert_weights(self) -> int:
-        """Numbers in all experts of all layers."""
+        """Parameters of all experts in all layers."""
         parts = (layer.feed_forward for layer in self.layers)
         return sum(part.experts * part.expert_weights for part in parts)
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of parameters."""
         embeddings = self.head_weights * (1 if self.tied_embeddings else 2)
         dense = sum(
             layer.mixer.weights
@@ -142,11 +138,11 @@ class ModelShape:
             + layer.feed_forward.other_parameters
             for layer in self.layers
         )
-        return embeddings + dense + self.expert_weights + self.hidden_size  # the last norm
+        return embeddings + dense + self.expert_weights + self.hidden_size  # final norm
 
     @cached_property
     def active_parameters(self) -> int:
-        """Parameters that take part in one token, as model cards count them: with the embedding."""
+        """Parameters used by one token, the embedding included, as model cards count them."""
         idle = sum(
             (part.experts - part.experts_per_token) * part.expert_weights * count
             for part, count in self.feed_forwards
@@ -155,7 +151,7 @@ class ModelShape:
 
     @cached_property
     def unbounded_layers(self) -> int:
-        """Layers whose attention and cache grow with all that went before."""
+        """Number of layers with full attention, whose cache grows with the context."""
         return sum(
             count for mixer, count in self.mixers if mixer.pair_flops and mixer.window is None
         )
@@ -170,11 +166,11 @@ def softmax_attention(
     gated: bool = False,
     other_parameters: int = 0,
 ) -> Mixer:
-    """Multi-head, grouped-query or multi-query attention, over all tokens or a sliding window.
+    """Return multi-head, grouped-query or multi-query attention, full or with a sliding window.
 
-    Scores take 2 H d_h FLOPs a pair and the weighted sum of values as many. Keys and values keep
-    2 H_kv d_h numbers a token; a backward pass needs queries, keys, values and the outcome. Gated:
-    queries come with a gate of the same size (Qwen3-Next).
+    Scores take 2 H d_h FLOPs per pair, and so does the weighted sum of values. The cache holds
+    2 H_kv d_h values per token. The backward pass needs queries, keys, values and the output.
+    ``gated`` adds an output gate of the size of the queries (Qwen3-Next).
     """
     query = heads * head_dim
     weights = hidden_size * (query * (3 if gated else 2) + 2 * kv_heads * head_dim)
@@ -199,12 +195,12 @@ def latent_attention(
     query_rank: int | None,
     other_parameters: int = 0,
 ) -> Mixer:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+    """Return multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    A token keeps its latent and one rotated key: r + d_rope numbers. Over many queries at once the
-    latents are expanded into keys and values, 2 H (d_nope + d_rope + d_v) FLOPs a pair. In decoding
-    the expansion is absorbed into query and output, which takes as many weights, and the pairs are
-    made in the latent space: 2 H (2 r + d_rope).
+    The cache holds the latent and one rotary key per token: r + d_rope values. Prefill and training
+    expand the latents into keys and values: 2 H (d_nope + d_rope + d_v) FLOPs per pair. Decoding
+    absorbs the expansion into query and output, with as many weights, and works in the latent
+    space: 2 H (2 r + d_rope) FLOPs per pair.
     """
     query_dim = heads * (nope_dim + rope_dim)
     query = (
@@ -225,12 +221,12 @@ def latent_attention(
 def delta_attention(
     projections: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, kernel: int
 ) -> Mixer:
-    """Linear attention with the gated delta rule (arXiv 2412.06464; Kimi Linear, 2510.26692).
+    """Return linear attention with the gated delta rule (arXiv 2412.06464; Kimi, 2510.26692).
 
-    A token reads the state with its key, writes the correction and reads with its query: three
-    products of 2 d_k d_v FLOPs a value head, counted in the recurrent form; forms that work on many
-    tokens at once do somewhat more. Then the short convolution. The state has d_k d_v numbers a
-    value head, beside the last ``kernel - 1`` inputs of the convolution.
+    Each token reads the state with its key, writes the correction and reads with its query: three
+    products of 2 d_k d_v FLOPs per value head in the recurrent form. Chunk-parallel kernels do
+    somewhat more. A short convolution follows. The state holds d_k d_v values per value head, and
+    the last ``kernel - 1`` inputs of the convolution.
     """
     channels = 2 * key_heads * key_dim + value_heads * value_dim
     return Mixer(

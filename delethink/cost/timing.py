@@ -1,8 +1,8 @@
-"""Seconds: sampling, training, new weights. A roofline with measured efficiencies.
+"""Time in seconds: sampling, optimizer updates, weight transfer. A roofline with efficiencies.
 
-One decoding step moves the weights and the batch's caches and computes a token for each sequence:
-it takes the longer of the two, and a constant. A batch lasts as long as its longest trace; where
-its caches do not fit side by side, traces wait for a place.
+A decoding step moves the weights and the batch's caches and computes one token per sequence. It
+takes the longer of the two, plus a constant. A batch lasts as long as its longest trace. If not all
+caches fit in memory, traces wait for a free slot.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-from delethink.cost.flops import Chunks, Floats, Numbers, decode_flops, prefill_flops
+from delethink.cost.flops import Chunks, FloatArray, Numbers, decode_flops, prefill_flops
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.memory import cache_bytes, weight_bytes
 from delethink.cost.shape import ModelShape
 
-_POINTS = (np.arange(8) + 0.5) / 8  # where a chunk's decoding is looked at
+_POINTS = (np.arange(8) + 0.5) / 8  # positions within a chunk at which decoding is evaluated
 
 
-class Sampling(NamedTuple):
-    """Seconds of sampling one engine's share of a batch, and what bounds them.
+class SamplingTime(NamedTuple):
+    """Time for an engine to sample its part of a batch.
 
     Args:
-        seconds: in all.
-        prefill: of them, for prefills.
+        seconds: total, prefills included.
+        prefill: seconds of prefills.
         steps: decoding steps.
-        concurrent: traces side by side.
-        compute_bound: share of the decoded tokens whose step computes longer than it moves.
+        concurrent: traces sampled at once.
+        compute_bound: fraction of the decoded tokens in steps bound by compute.
     """
 
-    seconds: Floats
-    prefill: Floats
-    steps: Floats
-    concurrent: Floats
-    compute_bound: Floats
+    seconds: FloatArray
+    prefill: FloatArray
+    steps: FloatArray
+    concurrent: FloatArray
+    compute_bound: FloatArray
 
 
-def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> Floats:
-    """Bytes of the weights that a decoding step reads: of the experts, those that a token chose.
+def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> FloatArray:
+    """Return the bytes of weights that a decoding step reads.
 
-    With E experts and k a token, each is chosen by a batch of b with probability 1 - (1 - k/E)^b,
-    if choices are independent and even.
+    Of E experts with k per token, a batch of b tokens reads each one with probability
+    1 - (1 - k/E)^b, if the router's choices are independent and uniform.
     """
-    embedding = 0 if shape.tied_embeddings else shape.head_weights  # rows are looked up
+    embedding = 0 if shape.tied_embeddings else shape.head_weights  # only single rows are read
     total = np.full_like(
         np.asarray(batch, float), shape.parameters - shape.expert_weights - embedding
     )
@@ -54,26 +54,28 @@ def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> F
     return total * dtype_bytes
 
 
-def mean_cache_bytes(shape: ModelShape, chunks: Chunks, dtype_bytes: int) -> Floats:
-    """Bytes that a trace keeps in the cache, on average over its tokens."""
+def mean_cache_bytes(shape: ModelShape, chunks: Chunks, dtype_bytes: int) -> FloatArray:
+    """Return the cache of a trace in bytes, averaged over its tokens."""
     middle = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
     tokens = chunks.count * chunks.new
     kept = cache_bytes(shape, middle, dtype_bytes).mean(-1)
     return np.asarray((tokens * kept).sum(-1) / tokens.sum(-1))
 
 
-def decode_steps(mean: Numbers, longest: Numbers, traces: Numbers, concurrent: Numbers) -> Floats:
-    """Decoding steps until the last trace of an engine's share has ended.
+def decode_steps(
+    mean: Numbers, longest: Numbers, traces: Numbers, concurrent: Numbers
+) -> FloatArray:
+    """Return the decoding steps until the last trace of an engine has ended.
 
-    All side by side: as many as the longest trace has tokens. Else places are refilled as they come
-    free, and the drain at the end is about as long as the longest trace is longer than the mean.
+    With all traces at once: the tokens of the longest. Otherwise free slots are refilled, and the
+    drain at the end takes about the difference between the longest and the mean trace.
     """
     waiting = traces * np.asarray(mean) / concurrent
     drain = (np.asarray(longest) - mean) * (1 - 1 / np.asarray(concurrent, float))
     return np.where(concurrent >= traces, longest, np.maximum(longest, waiting + drain))
 
 
-def sampling_seconds(
+def sampling_time(
     shape: ModelShape,
     chunks: Chunks,
     longest: Numbers,
@@ -82,18 +84,18 @@ def sampling_seconds(
     device: Accelerator,
     efficiency: Efficiency,
     parallel: int = 1,
-) -> Sampling:
-    """Seconds until one engine has sampled its traces.
+) -> SamplingTime:
+    """Return the time for one engine to sample its traces.
 
     Args:
-        shape: the model.
-        chunks: the chunks of a trace; axis -2 is the traces of a distribution, equally likely.
-        longest: tokens that the longest of the traces is expected to have.
-        traces: how many traces the engine samples.
+        shape: model.
+        chunks: chunks of a trace; axis -2 holds the equally likely traces of a distribution.
+        longest: expected tokens of the longest trace.
+        traces: number of traces that the engine samples.
         room: bytes for caches.
-        device: what it runs on.
-        efficiency: how much of the device it reaches.
-        parallel: devices that an engine is spread over; what they say to each other is left out.
+        device: hardware of the engine.
+        efficiency: reached fraction of the hardware's peak.
+        parallel: devices per engine; communication between them is not counted.
     """
     size = device.dtype_bytes
     tokens = (chunks.count * chunks.new).sum(-1)
@@ -101,7 +103,7 @@ def sampling_seconds(
     per_trace = (mean_cache_bytes(shape, chunks, size) * tokens).mean(-1) / mean
     concurrent = np.clip(np.floor(room / per_trace), 1, traces)
     steps = decode_steps(mean, longest, traces, concurrent)
-    batch = traces * mean / steps  # traces in a step, on average
+    batch = traces * mean / steps  # average traces per step
     weights = moved_weight_bytes(shape, batch, size) / batch
     context = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
     moved = weights[..., None, None, None] + cache_bytes(shape, context, size)
@@ -114,14 +116,14 @@ def sampling_seconds(
     rate = device.peak_flops * parallel * efficiency.prefill
     prefill = prefill_flops(shape, chunks).mean(-1) * traces / rate
     overhead = steps * efficiency.step_seconds + traces * mean * efficiency.token_seconds
-    return Sampling(decode + prefill + overhead, prefill, steps, concurrent, bound)
+    return SamplingTime(decode + prefill + overhead, prefill, steps, concurrent, bound)
 
 
 def update_seconds(shape: ModelShape, device: Accelerator, devices: int) -> float:
-    """Seconds of Adam's update: it reads and writes 16 bytes a weight."""
+    """Return the seconds of an Adam update, which reads and writes 16 bytes per parameter."""
     return 2 * 16 * shape.parameters / (device.bandwidth * devices)
 
 
-def new_weights_seconds(shape: ModelShape, device: Accelerator) -> float:
-    """Seconds until an engine has the new weights over the link."""
+def weight_transfer_seconds(shape: ModelShape, device: Accelerator) -> float:
+    """Return the seconds to send new weights to an engine over the link."""
     return weight_bytes(shape, device.dtype_bytes) / device.link

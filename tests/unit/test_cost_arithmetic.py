@@ -26,7 +26,7 @@ from delethink.carryover import (
 )
 from delethink.cost.compare import crossing, flops_polynomial
 from delethink.cost.flops import (
-    CACHE_BLOCK,
+    CACHE_BLOCK_TOKENS,
     LONGCOT,
     Accounting,
     Cut,
@@ -144,7 +144,7 @@ def test_what_a_cache_of_prefixes_finds() -> None:
     chunks = cut_traces(100, 40, Cut(32, 16, 0, 10), group=4)
     assert chunks.count.tolist() == [0.25, 0.75, 4, 1]
     assert chunks.cached.tolist() == [0, 32, 48, 48]  # whole blocks of 39, 50 and 50 tokens
-    assert CACHE_BLOCK == 16
+    assert CACHE_BLOCK_TOKENS == 16
     nothing = cut_traces(100, 40, Cut(32, 16, 0, 10), group=4, prefix_cache=False)
     assert nothing.cached.tolist() == [0, 0, 0, 0]
 

@@ -11,7 +11,7 @@ import pytest
 
 from delethink.cli.main import main
 from delethink.cost.calibrate import read_efficiency
-from delethink.cost.estimate import Job, Lengths, estimate
+from delethink.cost.estimate import Lengths, Workload, estimate
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.models import model_shape
@@ -44,17 +44,17 @@ def refuse(capsys: pytest.CaptureFixture[str], words: str) -> str:
 def test_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
     text = ask(
         capsys,
-        f"{QWEN} --thinking 24k,96k,1M -C 8192 --carryover 4096 --gpu h100 --gpus 8 --group 8 "
-        "--prompts 128 --steps 1000 --price 2 --growth --best",
+        f"{QWEN} --thinking 24k,96k,1M -C 8192 --carryover-size 4096 --gpu h100 --gpus 8 "
+        "--group 8 --prompts 128 --steps 1000 --price 2 --growth --best",
     )
     for part in (
         "Qwen/Qwen2.5-1.5B: 1.54 B parameters, 28 layers",
-        "1,048,576 thinking tokens a trace",
+        "1,048,576 thinking tokens per trace",
         "price of the run",
-        "Delethink is cheaper for good, beyond",
+        "Delethink is always cheaper beyond",
         "LongCoT, times its cost at n",
         "training FLOPs of a trace of n tokens, Delethink:",
-        "cheapest cuts",
+        "cheapest sizes",
         "times fewer GPU-hours than LongCoT",
     ):
         assert part in text
@@ -63,13 +63,15 @@ def test_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_holds_what_the_library_says(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask_json(capsys, f"{QWEN} --thinking 96k -C 8k -m 2k --gpu a100 --query 300")
+    answer = ask_json(
+        capsys, f"{QWEN} --thinking 96k -C 8k --carryover-size 2k --gpu a100 --query 300"
+    )
     cost = estimate(
         model_shape("Qwen/Qwen2.5-1.5B"),
         Lengths.constant(96 * 1024),
         Cut(8192, 2048, 0, 100),
         accelerator("a100"),
-        job=Job(query=300),
+        workload=Workload(query=300),
     )
     (row,) = answer["thinking"]
     assert row["delethink"]["gpu_hours"] == pytest.approx(float(cost.gpu_hours))
@@ -115,13 +117,24 @@ def test_the_papers_numbers(capsys: pytest.CaptureFixture[str], name: str) -> No
 
 
 def test_the_papers_accounting_for_any_model(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask_json(capsys, "--accounting paper --thinking 1000000 -C 8192 -m 4096")
+    answer = ask_json(capsys, "--accounting paper --thinking 1000000 -C 8192 --carryover-size 4096")
     (row,) = answer["training_flops"]
     assert answer["crossing"] == 28_850
     assert row["longcot"] / row["delethink"] == pytest.approx(17.76, abs=0.005)
     assert "5.27e+17" in ask(capsys, "--accounting paper --thinking 1000000").replace(
         "5.268", "5.27"
     )
+
+
+def test_a_carryover_policy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{QWEN} --thinking 96k -C 8k --carryover-size 4k"
+    hours = {
+        name: ask_json(capsys, f"{words} --carryover {name}")["thinking"][0]["delethink"]
+        for name in ("head_tail", "tail", "none")
+    }
+    assert hours["none"]["gpu_hours"] < hours["tail"]["gpu_hours"]
+    assert hours["head_tail"]["chunks"] == hours["tail"]["chunks"] > hours["none"]["chunks"]
+    assert hours["head_tail"] == ask_json(capsys, words)["thinking"][0]["delethink"]
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,14 +161,23 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--thinking -5", "got '-5'"),
         ("-C 0", "-C: a whole number of tokens, at least 1"),
         ("-C 1.5", "got '1.5'"),
-        ("-C 8k -m 8k", "carryover_size must be at least 0 and less than context_size"),
         (
-            "-C 8k -m 50 --head-size 60",
+            "-C 8k --carryover-size 8k",
+            "carryover_size must be at least 0 and less than context_size",
+        ),
+        (
+            "-C 8k --carryover-size 50 --head-size 60",
             "head_size must be at most carryover_size=50, got 60",
         ),
         ("--gpu h10", "unknown GPU 'h10'. Did you mean 'h100'?"),
         ("--gpus 0", "gpus must be at least 1, got 0"),
-        ("--parallel 9", "an engine can be spread over 1 to 8 GPUs, got 9"),
+        ("--parallel 9", "parallel must be from 1 to 8 GPUs, got 9"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("-m 4096", "write --carryover-size 4096 for the carryover size"),
+        ("--carryover 4k", "write --carryover-size 4k for the carryover size"),
+        ("--carryover tial", "unknown carryover 'tial'. Did you mean 'tail'?"),
+        ("--carryover full", "the length of 'full' varies or is unknown"),
+        ("--carryover none --head-size 9", "head_size and head_outside belong to"),
         ("--price nan", "--price must be a number of at least 0"),
         ("--model hidden_size=64", "num_hidden_layers is missing"),
         ("--model deepseek-ai/DeepSeek-V3", "does not fit: its weights take 1342 GB"),
@@ -163,8 +185,11 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--lengths nowhere.csv", "cannot read lengths from nowhere.csv"),
         ("--efficiency nowhere.json", "cannot read efficiencies from nowhere.json"),
         ("--calibrate nowhere", "nowhere is not a run directory"),
-        ("--plot nowhere/out.png", "cannot write the picture to nowhere/out.png"),
-        ("--head-outside -C 8k -m 8100", "at most context_size=8192 tokens: 'head_tail' carries 8200"),
+        ("--plot nowhere/out.png", "cannot write the plot to nowhere/out.png"),
+        (
+            "--head-outside -C 8k --carryover-size 8100",
+            "at most context_size=8192 tokens: 'head_tail' carries 8200",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -184,7 +209,7 @@ def test_bad_input_is_one_sentence(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("5000,3\nmany\n", "line 2: a length of at least 1, or length,count: got 'many'"),
+        ("5000,3\nmany\n", "line 2: expected a length of at least 1, or length,count; got 'many'"),
         ("5000,-1\n", "line 1"),
         ("0\n", "line 1"),
         ("", "holds no lengths"),
@@ -203,7 +228,7 @@ def test_a_broken_histogram(
         ('{"bandwith": 0.5}', "unknown figure 'bandwith'. Did you mean 'bandwidth'?"),
         ('{"bandwidth": 0}', "bandwidth must be a positive number, got 0"),
         ('{"training": "fast"}', "training must be a positive number"),
-        ("[]", "a JSON object is needed"),
+        ("[]", "expected a JSON object"),
         ("{", "cannot read"),
     ],
 )
@@ -231,9 +256,9 @@ def write_run(path: Path, context: int, carry: int, chunks: int, length: int) ->
     (path / "traces").mkdir(parents=True)
     config = {
         "model": "toy",
-        "engine": "transformers",
-        "num_workers": 1,
-        "gpus_per_worker": 0.0,
+        "name": "calibration",
+        "task": {"name": "automaton", "args": {"min_steps": 2, "max_steps": 4}},
+        "engine": {"name": "transformers"},
         "thinking": {
             "context_size": context,
             "carryover_size": carry,
@@ -244,6 +269,7 @@ def write_run(path: Path, context: int, carry: int, chunks: int, length: int) ->
             "num_generations": 4,
             "per_device_train_batch_size": 8,
             "forward_tokens": 100_000,
+            "max_steps": 3,
         },
     }
     (path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -254,14 +280,14 @@ def write_run(path: Path, context: int, carry: int, chunks: int, length: int) ->
         lines = [json.dumps({**record, "length": n}) + "\n" for n in lengths]
         (path / "traces" / f"step_{step:06d}.jsonl").write_text("".join(lines))
         cut = LONGCOT if chunks == 1 else Cut(context, carry)
-        job = Job(15, 4, 2, 1, 1, extra_passes=0.0, prefix_cache=False)
+        workload = Workload(15, 4, 2, 1, 1, extra_passes=0.0, prefix_cache=False)
         cost = estimate(
             model_shape("toy"),
             Lengths.empirical(np.array(lengths), 8),
             cut,
             accelerator("cpu"),
             TRUTH,
-            job,
+            workload,
         )
         slow = 100.0 if step == 1 else 1.0  # the first step pays for what is made once
         metrics.append(
@@ -289,18 +315,18 @@ def test_calibrating_on_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert {"step_seconds", "training"} <= set(found["fitted"])
     assert read_efficiency(saved).spread < 0.02
     text = ask(capsys, words)
-    assert "predicted time is off by" in text
+    assert "error of the predicted time" in text
     assert "over 4 steps" in text
     assert "4 steps of delethink, longcot" in ask(
         capsys,
-        f"--model toy --gpu cpu --gpus 1 --efficiency {saved} -C 90 -m 45 "
+        f"--model toy --gpu cpu --gpus 1 --efficiency {saved} -C 90 --carryover-size 45 "
         "--thinking 450 --query 15",
     )
 
 
 def test_lengths_from_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 90, 45, 60, 400)
-    words = f"--model toy --gpu cpu --gpus 1 --lengths {run} -C 90 -m 45 --query 15"
+    words = f"--model toy --gpu cpu --gpus 1 --lengths {run} -C 90 --carryover-size 45 --query 15"
     answer = ask_json(capsys, words)
     assert answer["thinking"][0]["longcot"]["thinking"] == pytest.approx(796.5)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from delethink.cost import paper
 from delethink.cost.calibrate import Measurement, fit
 from delethink.cost.compare import cheapest_cuts, crossings, growth
-from delethink.cost.estimate import Job, Lengths, estimate, interval, longest_that_fits
+from delethink.cost.estimate import Lengths, Workload, estimate, interval, longest_that_fits
 from delethink.cost.flops import LONGCOT, Cut, cut_traces
 from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.memory import cache_bytes, weight_bytes
@@ -38,7 +38,7 @@ def test_up_to_the_first_boundary_both_are_the_same() -> None:
 
 def test_delethink_is_linear_and_flat_and_longcot_is_neither() -> None:
     rows = {
-        name: growth(DENSE, cut, H100, Efficiency(), Job(), base=8192 * 8, factors=(1, 16))[-1]
+        name: growth(DENSE, cut, H100, Efficiency(), Workload(), base=8192 * 8, factors=(1, 16))[-1]
         for name, cut in (("longcot", LONGCOT), ("delethink", CUT))
     }
     assert rows["delethink"].flops == pytest.approx(16, rel=0.1)
@@ -51,10 +51,10 @@ def test_delethink_is_linear_and_flat_and_longcot_is_neither() -> None:
 
 def test_where_every_layer_is_bounded_longcot_is_linear_too() -> None:
     windows = model_shape("mistralai/Mistral-7B-v0.1")
-    row = growth(windows, LONGCOT, H100, Efficiency(), Job(), base=2**17, factors=(1, 8))[-1]
+    row = growth(windows, LONGCOT, H100, Efficiency(), Workload(), base=2**17, factors=(1, 8))[-1]
     assert row.flops == pytest.approx(8, rel=0.01)
     assert row.memory == 1
-    assert crossings(windows, CUT, H100, Efficiency(), Job()).training_flops is None
+    assert crossings(windows, CUT, H100, Efficiency(), Workload()).training_flops is None
 
 
 @settings(max_examples=25)
@@ -112,7 +112,8 @@ def test_a_step_reads_the_experts_that_were_chosen(batch: int) -> None:
 
 def test_more_devices_take_fewer_seconds_and_no_fewer_hours() -> None:
     eight, sixteen = (
-        estimate(DENSE, Lengths.constant(98_304), CUT, H100, job=Job(gpus=n)) for n in (8, 16)
+        estimate(DENSE, Lengths.constant(98_304), CUT, H100, workload=Workload(gpus=n))
+        for n in (8, 16)
     )
     assert sixteen.step_seconds < eight.step_seconds
     assert sixteen.gpu_hours > eight.gpu_hours * 0.999
@@ -120,7 +121,7 @@ def test_more_devices_take_fewer_seconds_and_no_fewer_hours() -> None:
 
 def test_a_trace_that_does_not_fit_has_no_time() -> None:
     small = accelerator("rtx4090")
-    longest = longest_that_fits(DENSE, small, Efficiency(), Job())
+    longest = longest_that_fits(DENSE, small, Efficiency(), Workload())
     fits, does_not = (
         estimate(DENSE, Lengths.constant(longest + more), LONGCOT, small) for more in (0, 1)
     )
@@ -140,13 +141,13 @@ def test_a_large_model_is_spread_over_devices() -> None:
     cost = estimate(model_shape("Qwen/Qwen2.5-72B"), Lengths.constant(9000), CUT, H100)
     assert cost.concurrent >= 1
     with pytest.raises(ConfigError, match="1 to 8 GPUs, got 9"):
-        Job(parallel=9)
+        Workload(parallel=9)
 
 
 @pytest.mark.parametrize("name", ["query", "group", "prompts", "steps", "gpus"])
 def test_a_job_has_at_least_one_of_each(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
-        Job(**{name: 0})
+        Workload(**{name: 0})
 
 
 def test_arrays_give_what_numbers_give() -> None:
@@ -172,15 +173,15 @@ def test_uncertainty_surrounds_the_estimate_and_is_seeded() -> None:
 
 
 def test_the_cheapest_cut_is_the_cheapest_of_all() -> None:
-    lengths, job = Lengths.constant(98_304), Job()
-    best = cheapest_cuts(DENSE, lengths, H100, Efficiency(), job, head=100)
+    lengths, workload = Lengths.constant(98_304), Workload()
+    best = cheapest_cuts(DENSE, lengths, H100, Efficiency(), workload, head=100)
     seconds = [float(choice.cost.step_seconds) for choice in best]
     assert seconds == sorted(seconds)
     for context in (4096, 8192, 16_384):
         for carry in (1024, 2048, context // 2):
             cut = Cut(context, carry, 0, 100)
             assert seconds[0] <= estimate(DENSE, lengths, cut, H100).step_seconds
-    assert cheapest_cuts(DENSE, Lengths.constant(2000), H100, Efficiency(), job) == []
+    assert cheapest_cuts(DENSE, Lengths.constant(2000), H100, Efficiency(), workload) == []
 
 
 # -- the paper --------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_the_default_efficiencies_are_the_fit_to_the_paper() -> None:
 
 
 def test_months_do_not_reproduce_and_say_so() -> None:
-    rows = {(row.method, row.tokens): row for row in paper.months()}
+    rows = {(row.method, row.tokens): row for row in paper.gpu_months()}
     assert rows["LongCoT", 98_304].bars == pytest.approx(30.3, abs=0.05)
     assert rows["LongCoT", 94_000].ours == pytest.approx(27, abs=0.5)
     assert rows["Delethink", 94_000].ours > 8
@@ -247,10 +248,10 @@ def test_fitting_finds_the_efficiencies_that_made_the_times() -> None:
     measured = []
     for length in (10_000, 30_000, 90_000):
         for cut in (LONGCOT, CUT):
-            lengths, job = Lengths.constant(length), Job(gpus=2, prompts=8)
-            cost = estimate(DENSE, lengths, cut, H100, truth, job)
+            lengths, workload = Lengths.constant(length), Workload(gpus=2, prompts=8)
+            cost = estimate(DENSE, lengths, cut, H100, truth, workload)
             times = float(cost.sampling_seconds), float(cost.training_seconds)
-            measured.append(Measurement(lengths, cut, job, *times))
+            measured.append(Measurement(lengths, cut, workload, *times))
     found = fit(measured, DENSE, H100, Efficiency(), "made up")
     assert found.sampling_errors == pytest.approx(np.zeros(6), abs=1e-3)
     assert found.training_errors == pytest.approx(np.zeros(6), abs=1e-3)
@@ -262,7 +263,7 @@ def test_fitting_finds_the_efficiencies_that_made_the_times() -> None:
 def test_nothing_timed_is_nothing_to_fit() -> None:
     with pytest.raises(ConfigError, match="no measurement has a time"):
         fit(
-            [Measurement(Lengths.constant(9000), CUT, Job(), None, None)],
+            [Measurement(Lengths.constant(9000), CUT, Workload(), None, None)],
             DENSE,
             H100,
             Efficiency(),
