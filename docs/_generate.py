@@ -148,7 +148,10 @@ def commands() -> str:
     for name, parser in subparsers.choices.items():
         lines += [f"## delethink {name}", paragraph(parser.description or "")]
         for group in parser._action_groups:
-            rows = [option_row(action) for action in group._group_actions if action.dest != "help"]
+            shown = [
+                a for a in group._group_actions if argparse.SUPPRESS not in (a.help, a.default)
+            ]
+            rows = [option_row(action) for action in shown]
             if not rows:
                 continue
             if group.title not in ("positional arguments", "options"):
