@@ -1,11 +1,20 @@
-"""What training and evaluation need of an engine beyond the policy protocol."""
+"""Interfaces of engines, and of the workers that hold an engine in the Ray pool.
+
+Two ways to add an engine. One that runs in this process, or behind HTTP, implements ``Engine``. One
+that runs in Ray workers needs only a class with the methods of ``Worker`` and a subclass of
+``delethink.engines.ray.RayPool`` that names it; the pool brings dispatch, retries, health checks,
+restarts and weight updates. Either class is then registered in the group ``delethink.engines``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from delethink.policy import Policy
+from delethink.config import EngineConfig
+from delethink.policy import Completion, Policy, Sampling
+from delethink.types import TokenIds
 
 if TYPE_CHECKING:
     import torch
@@ -15,34 +24,187 @@ class Engine(Policy, Protocol):
     """A policy with weights that can be replaced.
 
     Attributes:
-        max_model_tokens: the longest sequence (prompt and new tokens) that it takes.
+        max_model_tokens: longest sequence (prompt and new tokens) that the engine takes.
     """
 
     max_model_tokens: int
 
-    def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Take up new weights; when it returns, every later token is sampled from them.
+    @classmethod
+    def create(
+        cls,
+        config: EngineConfig,
+        model_path: str,
+        model: Any,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool,
+        seed: int,
+        is_trained: bool,
+    ) -> Self:
+        """Make the engine that ``config`` describes.
 
         Args:
-            weights: the whole state of the model under the names of its checkpoint.
+            config: the section ``engine:`` of a recipe.
+            model_path: folder or Hugging Face id of the checkpoint.
+            model: the model of the trainer, in this process; ``None`` if nothing is trained, and
+                the engine loads what it needs.
+            tokenizer: tokenizer of the model.
+            trust_remote_code: run code from the model's repository.
+            seed: seed of requests without a seed of their own.
+            is_trained: the trainer updates ``model`` itself.
+
+        Raises:
+            UserError: the settings or the checkpoint cannot be used.
+        """
+        ...
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Load new weights; every token sampled after the return comes from them.
+
+        Args:
+            weights: whole state of the model under the names of its checkpoint.
             version: number of weight updates so far; completions carry it as ``policy_version``.
 
         Raises:
-            WeightSyncError: a worker did not take them up in time, or runs others afterwards.
+            WeightSyncError: the engine refused the weights, or computes with others afterwards.
         """
         ...
 
     def take_metrics(self) -> dict[str, float]:
-        """What the engine has done since this was last asked, by ``engine/<name>``.
-
-        Whatever it can say: the keys are the engine's own.
-        """
+        """Return the metrics since the last call, under keys ``engine/<name>``."""
         ...
 
     def sleep(self) -> None:
-        """Frees the GPU for the trainer, if the engine was made to; the next request wakes it."""
+        """Free the GPU for the trainer, if configured; the next request wakes the engine."""
         ...
 
     def close(self) -> None:
-        """Release what the engine holds, worker processes included. Safe to call twice."""
+        """Release everything, worker processes included. Safe to call twice."""
+        ...
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything that a worker needs to start its engine."""
+
+    model: str  # folder or Hugging Face id
+    config: EngineConfig
+    eos_ids: TokenIds  # the only tokens that end an answer
+    max_model_tokens: int | None  # None: the model's own limit
+    trust_remote_code: bool
+    seed: int
+    threads: int  # CPU threads of the engine, where it has no GPU
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """Properties of an engine that has started."""
+
+    pid: int
+    max_model_tokens: int
+    batch_size: int  # chunks that the engine samples at once
+
+
+@dataclass(frozen=True)
+class EngineCounts:
+    """Counters of an engine since its start."""
+
+    steps: int = 0  # forward passes
+    tokens: int = 0  # sampled tokens
+    running: int = 0  # sum over steps of the chunks in the batch
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # prompt tokens found there
+
+
+class Worker(Protocol):
+    """Duties of a worker: an engine in the Ray pool is a class with these methods.
+
+    The pool makes the class an asynchronous Ray actor with one argument, a ``WorkerSpec``, and
+    calls ``start`` first. Calls of ``generate`` and ``health`` overlap; the pool calls the other
+    methods only while it waits for no ``generate``. An exception ends the attempt at a chunk:
+
+    - ``ConnectionError``: the engine is gone, and the pool restarts the worker.
+    - ``UserError`` (``ConfigError``, say): the request is at fault, and its caller gets the error.
+    - any other: the chunk goes to another worker. The pool restarts a worker that does nothing but
+      raise.
+    """
+
+    async def start(self) -> WorkerState:
+        """Start the engine and return once it can sample."""
+        ...
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """Sample a chunk, as ``Policy.generate`` does.
+
+        The tokens must depend on the prompt, the seed and the weights alone, so that any worker can
+        repeat the chunk. ``policy_version`` is the version of the last ``update_weights``. A
+        cancelled call frees its place in the batch.
+        """
+        ...
+
+    async def health(self) -> EngineCounts:
+        """Return the counters of the engine, without waiting for it.
+
+        The pool asks every two seconds. A worker that has chunks and whose ``steps`` stay the same
+        counts as hung.
+        """
+        ...
+
+    async def update_weights(self, weights: Any, version: int) -> int:
+        """Load new weights and drop what was cached under the old ones.
+
+        Args:
+            weights: result of ``delethink.engines.weight_sync.pack``: a mapping from the name of a
+                parameter to its bytes, dtype and shape.
+            version: number of the update.
+
+        Returns:
+            The version that the engine runs now.
+
+        Raises:
+            WeightSyncError: the weights do not fit the model. The worker then samples nothing until
+                an update succeeds.
+        """
+        ...
+
+    async def sleep(self) -> None:
+        """Free the memory of the GPU; only called with ``engine.sleep=true``."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory of the GPU back."""
+        ...
+
+    async def stop(self) -> None:
+        """Shut the engine down; the pool kills the actor afterwards."""
+        ...
+
+
+class WorkerHandle(Worker, Protocol):
+    """A running worker as the pool holds it, from one start to the next."""
+
+    def kill(self) -> None:
+        """End the worker and its engine at once, whatever they do."""
+        ...
+
+
+class WeightSender(Protocol):
+    """Path of weights from the trainer's GPU into one worker, for ``weight_transfer`` nccl or ipc.
+
+    Only an engine that supports these needs one: see ``RayPool.make_sender``. The calls block, and
+    the pool makes each in a thread.
+    """
+
+    def connect(self) -> None:
+        """Set up the connection, once, after the worker has started."""
+        ...
+
+    def send(self, snapshot: Any, version: int) -> int:
+        """Send the weights of a ``weight_sync.Snapshot``; return the version the engine runs."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection, also while ``connect`` or ``send`` waits in another thread."""
         ...

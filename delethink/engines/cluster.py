@@ -1,4 +1,4 @@
-"""What the pool needs of Ray: a cluster, and errors without wrapping."""
+"""Joins or starts a Ray cluster, and unwraps Ray's errors."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from delethink.errors import ConfigError
 
 try:
     import ray
-except ImportError:  # the pool says so when one is made
+except ImportError:  # RayPool raises MissingExtraError
     ray = None
 
 
 def connect(num_cpus: int) -> bool:
-    """Joins the Ray cluster that there is, or starts one on this machine.
+    """Join the running Ray cluster, or start one on this machine.
 
     Args:
-        num_cpus: how many cores a cluster that is started may give away.
+        num_cpus: CPUs of a cluster that is started.
 
     Returns:
-        Whether this process had not been connected before, so that it is ours to disconnect.
+        ``True`` if this call made the connection, so that the caller has to end it.
 
     Raises:
-        ConfigError: there is a cluster, but it does not answer.
+        ConfigError: the cluster does not answer.
     """
     if ray.is_initialized():
         return False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with _own_sigterm():
+        with _keep_sigterm_handler():
             _init(num_cpus, quiet)
     except ConnectionError as error:
-        raise ConfigError(f"the Ray cluster cannot be joined: {error}") from None
+        raise ConfigError(f"cannot join the Ray cluster: {error}") from None
     return True
 
 
@@ -45,15 +45,15 @@ def _init(num_cpus: int, quiet: dict[str, Any]) -> None:
     try:
         with _loopback():
             ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
-    except ValueError:  # there is a cluster, and its size is not for us to set
+    except ValueError:  # Ray refuses num_cpus for a cluster that is running
         ray.init(**quiet)
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in place of the program's, which knows how to end a run."""
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the program's handler of SIGTERM, which Ray replaces by its own."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's affair, for Ray too
+        yield  # Ray sets handlers in the main thread only
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -64,7 +64,7 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """Without this, even a Ray for one machine listens to the whole network."""
+    """Let Ray listen on loopback; by default, it listens to the whole network."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -75,24 +75,8 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def address_for(peer: str) -> str:
-    """An address of this node, in an actor on it, at which another node finds it.
-
-    Args:
-        peer: Ray's id of the other node. On the same one, nobody else needs to reach it.
-    """
-    if ray.get_runtime_context().get_node_id() == peer:
-        return "127.0.0.1"
-    address: str = ray.util.get_node_ip_address()
-    return address
-
-
 def cause(error: Exception) -> Exception:
-    """What went wrong in an actor, without Ray's account of it.
-
-    Returns:
-        What the actor raised; ``ConnectionError`` where it is dead.
-    """
+    """Return the exception that an actor raised, or ``ConnectionError`` if it is dead."""
     if isinstance(error, ray.exceptions.RayTaskError):
         return error.cause if isinstance(error.cause, Exception) else error
     if isinstance(error, ray.exceptions.RayActorError):

@@ -1,102 +1,61 @@
-"""Makes the engine that a recipe asks for."""
+"""Makes the engine that the section ``engine:`` of a recipe describes.
+
+The group ``delethink.engines`` of the registry maps names to classes: a further engine is a class
+with ``Engine.create`` and one row there.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from delethink.config import EngineConfig
 from delethink.engines.base import Engine
-from delethink.engines.loading import (
-    eos_ids,
-    load_model,
-    load_shell,
-    locate,
-    longest_sequence,
-)
 from delethink.errors import MissingExtraError
+from delethink.registry import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PACKAGES = {"vllm": ("vllm", "ray")}  # needed by an engine, beside transformers
 
-def choose_engine(name: str) -> Literal["transformers", "vllm"]:
-    """What ``"auto"`` stands for here: vLLM in Ray workers where both can be imported.
+
+def choose_engine(name: str) -> str:
+    """Return the name of the engine: "auto" becomes "vllm" if vLLM and Ray are installed.
 
     Raises:
-        MissingExtraError: vLLM is asked for and cannot be imported.
+        MissingExtraError: a package of the engine is not installed.
     """
-    if name == "transformers":
-        return "transformers"
-    for package in ("vllm", "ray"):
-        if importlib.util.find_spec(package) is None:
-            if name == "auto":
-                return "transformers"
+    missing = [package for package in _PACKAGES["vllm"] if not _is_installed(package)]
+    if name == "auto":
+        return "transformers" if missing else "vllm"
+    for package in _PACKAGES.get(name, ()):
+        if package in missing:
             raise MissingExtraError(package, package)
-    return "vllm"
+    return name
 
 
 def make_engine(
     config: EngineConfig,
     model_path: str,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     trust_remote_code: bool = False,
     seed: int = 0,
     is_trained: bool = True,
 ) -> Engine:
-    """Return the engine that the settings name, with the weights of ``model``.
-
-    ``"transformers"`` samples from ``model`` itself, which a trainer may change if ``is_trained``;
-    ``"vllm"`` loads ``model_path`` in each of its Ray workers.
-    """
-    ends = eos_ids(model, tokenizer)
-    if choose_engine(config.name) == "transformers":
-        from delethink.engines.transformers import TransformersEngine
-
-        pad = int(tokenizer.pad_token_id)
-        return TransformersEngine(model, ends, pad, seed=seed, is_trained=is_trained)
-    from delethink.engines.ray import RayPool
-
-    return RayPool(
-        locate(model_path),
-        num_workers=config.num_engines,
-        gpus_per_worker=config.gpus_per_engine,
-        cpus_per_worker=config.cpus_per_engine,
-        max_model_tokens=longest_sequence(model),
-        dtype=config.engine_dtype,
-        eos_ids=ends,
-        seed=seed,
+    """Make an engine with the weights of a model; see ``Engine.create``."""
+    engine_class: type[Engine] = resolve("delethink.engines", choose_engine(config.name))
+    return engine_class.create(
+        config,
+        model_path,
+        model,
+        tokenizer,
         trust_remote_code=trust_remote_code,
-        **pool_options(config),
+        seed=seed,
+        is_trained=is_trained,
     )
-
-
-def pool_options(config: EngineConfig) -> dict[str, Any]:
-    """Return the arguments of ``RayPool`` that the settings decide."""
-    from delethink.engines.pool_settings import PoolSettings
-
-    renamed = {"chunks_per_worker": "chunks_per_engine", "silence_timeout": "heartbeat_timeout"}
-    settings = PoolSettings(
-        **{
-            field.name: getattr(config, renamed.get(field.name, field.name))
-            for field in dataclasses.fields(PoolSettings)
-        }
-    )
-    return {
-        "settings": settings,
-        "weight_sync_timeout_s": config.weight_sync_timeout,
-        "startup_timeout_s": config.startup_timeout,
-        "can_sleep": config.sleep,
-        "placement": config.node_placement,
-        "kv_cache_gib": config.kv_cache_gib,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "max_batch_size": config.max_batch_size,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "weight_transfer": config.weight_transfer,
-    }
 
 
 def make_evaluation_engine(
@@ -108,33 +67,28 @@ def make_evaluation_engine(
     max_batch_size: int = 256,
     seed: int = 0,
 ) -> Engine:
-    """Return the engine that the settings name, for a model that is not trained.
+    """Make an engine for a model that is not trained; only the engine loads its weights.
 
     Args:
         config: settings of the engine.
-        model_path: folder, hub id, or ``"toy"``.
+        model_path: folder, Hugging Face id, or ``"toy"``.
         tokenizer: tokenizer of the model.
         trust_remote_code: run code from the model's repository.
-        max_batch_size: chunks decoded at once by ``"transformers"``.
+        max_batch_size: chunks decoded at once by an engine in this process, unless ``config`` says.
         seed: seed of requests without a seed of their own.
     """
-    if choose_engine(config.name) == "transformers":
-        import torch
-
-        from delethink.engines.transformers import TransformersEngine
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        used = config.dtype or ("bfloat16" if device == "cuda" else "float32")
-        model: Any = load_model(model_path, used, trust_remote_code)
-        model.to(device)
-        ends = eos_ids(model, tokenizer)
-        pad = int(tokenizer.pad_token_id)
-        return TransformersEngine(model, ends, pad, max_batch_size, seed)
+    if choose_engine(config.name) == "transformers" and config.max_batch_size is None:
+        config = config.model_copy(update={"max_batch_size": max_batch_size})
     return make_engine(
         config,
         model_path,
-        load_shell(model_path, trust_remote_code),
+        None,
         tokenizer,
         trust_remote_code=trust_remote_code,
         seed=seed,
+        is_trained=False,
     )
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,4 +1,4 @@
-"""Loads models and tokenizers, and says in a sentence what is wrong with them."""
+"""Loads models and tokenizers, and reports broken ones in a sentence."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOY = "toy"
-_ENDS = 2**20  # bytes at each end of a file that its digest reads
+_DIGEST_BYTES = 2**20  # read by a digest at each end of a file
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 
 
 def locate(model: str) -> str:
-    """Where the weights are: a folder, a Hugging Face id, or ``"toy"`` for the shipped reasoner.
+    """Return the folder or Hugging Face id of a model; ``"toy"`` is the shipped reasoner.
 
     Raises:
-        ModelError: a folder that does not exist or holds no model.
+        ModelError: the folder does not exist or has no model.
     """
     path = _SHIPPED_TOY if model == TOY else Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"the folder {path} holds no model: it has no config.json")
+            raise ModelError(f"the folder {path} has no config.json, so it is no model folder")
         return str(path)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(
-            f"there is no model folder {path}; give a folder with config.json, safetensors weights "
-            f"and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
+            f"the model folder {path} does not exist; give a folder with config.json, safetensors "
+            f"weights and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
         )
     return model
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        ModelError: there is none, or it has no end-of-sequence token.
+        ModelError: it cannot be loaded, or has no end-of-sequence token.
     """
     _require_transformers()
     from transformers import AutoTokenizer
@@ -50,8 +50,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     tokenizer: Any = _load(AutoTokenizer, "tokenizer", model, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of {model} has no end-of-sequence token, so a trace could never end "
-            "its answer; set eos_token in its tokenizer_config.json"
+            f"the tokenizer of {model} has no end-of-sequence token, so no answer could end; set "
+            "eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -60,24 +60,24 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 
 
 def check_end_of_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rewards look for the mark in text without special tokens.
+    """Check that the end-of-thinking mark survives decoding without special tokens.
 
     Raises:
-        ModelError: it would be gone there, and every reward 0.
+        ModelError: it does not, so rewards would never find an answer.
     """
     ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
     if END_OF_THINKING not in reward_text(tokenizer, ids):
         raise ModelError(
-            f"the tokenizer loses {END_OF_THINKING}, by which rewards find the answer: make it an "
-            "added token that is not special"
+            f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; make "
+            "it an added token that is not special"
         )
 
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a checkpoint, its weights from safetensors.
+    """Load the causal language model of a checkpoint, with weights from safetensors.
 
     Raises:
-        ModelError: there is none.
+        ModelError: it cannot be loaded.
     """
     _require_transformers()
     from transformers import AutoModelForCausalLM
@@ -94,7 +94,7 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
 
 
 def digest(model: str) -> str | None:
-    """What tells the weights of a local checkpoint from others: sizes, and both ends of each file.
+    """Return a digest of a local checkpoint's weights: file sizes, and both ends of each file.
 
     Returns:
         ``None`` for a model on the hub.
@@ -102,29 +102,29 @@ def digest(model: str) -> str | None:
     folder = Path(locate(model))
     if not folder.is_dir():
         return None
-    mark = hashlib.blake2b(digest_size=8)
+    hasher = hashlib.blake2b(digest_size=8)
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
-        mark.update(f"{file.name} {size} ".encode())
+        hasher.update(f"{file.name} {size} ".encode())
         with file.open("rb") as weights:
-            mark.update(weights.read(_ENDS))
-            weights.seek(max(0, size - _ENDS))
-            mark.update(weights.read(_ENDS))
-    return mark.hexdigest()
+            hasher.update(weights.read(_DIGEST_BYTES))
+            weights.seek(max(0, size - _DIGEST_BYTES))
+            hasher.update(weights.read(_DIGEST_BYTES))
+    return hasher.hexdigest()
 
 
 class Shell(NamedTuple):
-    """What a checkpoint says of its model, without the weights."""
+    """Settings of a model, without the weights."""
 
     config: Any
     generation_config: Any
 
 
 def load_shell(model: str, trust_remote_code: bool = False) -> Any:
-    """A stand-in for the model of a checkpoint wherever only its settings are read.
+    """Load the settings of a model, for code that does not need the weights.
 
     Raises:
-        ModelError: there is no model.
+        ModelError: they cannot be loaded.
     """
     _require_transformers()
     from transformers import AutoConfig, GenerationConfig
@@ -132,23 +132,23 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
     config = _load(AutoConfig, "configuration", model, trust_remote_code)
     try:
         settings = GenerationConfig.from_pretrained(locate(model))
-    except OSError:  # a checkpoint need not have any
+    except OSError:  # generation settings are optional
         settings = None
     return Shell(config, settings)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, and those of the generation settings.
+    """Return the tokens that end an answer: the tokenizer's and those of the generation settings.
 
     Raises:
-        ModelError: the tokenizer's is none that the model could ever sample. ``transformers`` makes
-            one up where a tokenizer names none.
+        ModelError: the tokenizer's token is outside the model's vocabulary. transformers invents
+            one for a tokenizer without.
     """
     own, vocabulary = int(tokenizer.eos_token_id), vocabulary_size(model)
     if own >= vocabulary:
         raise ModelError(
             f"the tokenizer's end-of-sequence token {tokenizer.eos_token!r} has the id {own}, "
-            f"outside the model's vocabulary of {vocabulary}, so a trace could never end; "
+            f"outside the model's vocabulary of {vocabulary}, so no answer could end; "
             "set eos_token in its tokenizer_config.json"
         )
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -157,19 +157,19 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of token ids of a model.
+    """Return the vocabulary size of a model.
 
     Raises:
-        ModelError: its configuration does not say.
+        ModelError: its configuration has none.
     """
     return _from_config(model, "vocab_size")
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """The most tokens that a model takes, prompt and new ones together.
+    """Return the longest sequence (prompt and new tokens) that a model takes.
 
     Raises:
-        ModelError: its configuration does not say.
+        ModelError: its configuration has no limit.
     """
     return _from_config(model, "max_position_embeddings")
 
@@ -181,13 +181,13 @@ def _from_config(model: PreTrainedModel, key: str) -> int:
     return int(value)
 
 
-def _load(kind: Any, what: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
+def _load(loader: Any, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
     where = locate(model)
     try:
-        return kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # a checkpoint can be broken in any way; the reason is told
+        return loader.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # a checkpoint can be broken in any way
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ModelError(f"cannot load the {what} of {model}: {first}") from error
+        raise ModelError(f"cannot load the {part} of {model}: {first}") from error
 
 
 def _require_transformers() -> None:

@@ -1,207 +1,493 @@
-"""Keeps workers at work: gives chunks to them, notices when one fails, and brings it back.
+"""Samples chunks on workers that may fail: dispatch, retries, health checks, restarts and weights.
 
-This is asyncio alone. What a worker is (``WorkerHandle``) is handed in, so that every fault can be
-played against fakes in virtual time; ``ray_pool`` hands in Ray actors. All of a pool runs in one
-event loop.
+A chunk's way through the pool is ``WorkerPool.generate``: it waits until the scheduler assigns a
+worker, awaits ``worker.generate``, and on an error tries again elsewhere.
+
+The pool uses asyncio only, and all of it runs in one event loop. The function that launches workers
+is passed in: ``delethink.engines.ray`` launches Ray actors, and tests launch fakes that fail in
+virtual time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import dataclasses
 import logging
-from collections.abc import Callable, Hashable
-from functools import partial
-from typing import Any
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar, cast
 
-from delethink.config import Order
-from delethink.engines.exchange import Answer, EngineCounts, Job, Report, WorkerHandle, WorkerState
-from delethink.engines.pool_settings import PoolSettings
-from delethink.engines.pool_sleep import PoolSleep
-from delethink.engines.pool_watch import PoolWatch
-from delethink.engines.pool_weights import PoolWeights
-from delethink.engines.pool_worker import Chunk, Counts, Outcome, PoolWorker, say
-from delethink.engines.scheduler import Lease, Rank, Request, Scheduler
+from delethink.config import EngineConfig
+from delethink.engines.base import EngineCounts, WorkerHandle, WorkerState
+from delethink.engines.scheduler import Request, Scheduler, rank
 from delethink.errors import (
     ConfigError,
     DeadlineError,
     PolicyError,
     UserError,
+    WeightSyncError,
     WorkersLostError,
 )
 from delethink.policy import Completion, Sampling, SchedulingHint
 from delethink.types import TokenIds
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
-_GATHER_S = 0.002  # for which chunks are collected before they are given out
-_TICK_S = 1.0  # between two looks at deadlines
-_MOST_FAILING_REPORTS = 3  # in a row, before a worker that only raises is restarted
-_PAUSE_S = 1.0  # after a worker raised: others get the chunk
-_FIRST_BACKOFF_S = 1.0  # doubles from the second restart in a row without a chunk in between
-_LAST_BACKOFF_S = 60.0
+_DISPATCH_DELAY_S = 0.002  # lets the chunks of one moment be assigned together, by rank
+_HEALTH_INTERVAL_S = 2.0
+_CHECK_INTERVAL_S = 1.0  # between two checks of timeouts
+_ERROR_PAUSE_S = 1.0  # rest of a worker after an error; others take the chunks
+_MAX_ERROR_ROUNDS = 3  # rests in a row, after which a worker that only raises is restarted
+_FIRST_BACKOFF_S = 1.0  # doubles with each restart in a row after the first
+_MAX_BACKOFF_S = 60.0
 _STOP_TIMEOUT_S = 10.0
-_PACED_CHUNKS = 32  # of a worker, over which its pace is smoothed
+_METRICS_TIMEOUT_S = 1.0
+_PACE_WINDOW_CHUNKS = 32  # over which the pace of a worker is smoothed
+_MIN_PACE_CHUNKS = 8  # sampled by a worker before its pace counts
+_SLOT_MARGIN = 4  # a worker has slots for its batch and 1/4 more
+
+
+class _RetryError(Exception):
+    """An attempt at a chunk failed, and another worker may take the chunk."""
+
+
+class _WorkerError(Exception):
+    """A worker is of no use any more."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Chunk(Request):
+    """A chunk that a caller of ``generate`` waits for."""
+
+    prompt_ids: TokenIds
+    max_new_tokens: int
+    sampling: Sampling
+    task: asyncio.Task[Any]  # the caller's
+    attempts: int = 0
+    assigned: asyncio.Future[None] | None = None
+    worker: PoolWorker | None = None  # while it is in flight
+    started: float = 0.0  # time at which the worker got it
+    interruption: Exception | None = None
+
+    def interrupt(self, error: Exception) -> None:
+        """End the present attempt with an error, in the way of ``asyncio.timeout``."""
+        if self.interruption is None:
+            self.task.cancel()
+        self.interruption = error
+
+
+@dataclass
+class FaultCounts:
+    """Faults since metrics were last taken."""
+
+    restarts: int = 0
+    chunks_rescheduled: int = 0
+    tokens_lost: int = 0  # sampled by workers that were then lost, an estimate from below
+    chunk_timeouts: int = 0
+    chunks_failed: int = 0
+
+
+@dataclass(eq=False)
+class PoolWorker:
+    """A worker over all its restarts."""
+
+    index: int
+    name: str
+    handle: WorkerHandle | None = None  # of the present life, from one start to the next
+    pid: int = 0  # 0 while there is no process
+    in_service: bool = False
+    missed_heartbeat: bool = False  # its chunks went to other workers
+    given_up: bool = False  # not restarted again
+    reason: str = ""  # for the last loss
+    restarts: int = 0
+    completions: int = 0
+
+    lost: asyncio.Future[str] | None = None  # ends the present life, with the reason
+    failures: int = 0  # lives in a row without a chunk sampled
+    error_rounds: int = 0  # rests in a row
+    resting: bool = False  # after an error
+    chunks: dict[_Chunk, None] = field(default_factory=dict)  # in flight, the oldest first
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    health: asyncio.Task[None] | None = None
+    heard: float = 0.0  # time of the last answer
+    progressed: float = 0.0  # time of the last step of the engine, or without chunks
+    pace: float = 0.0  # seconds per sampled token of a chunk, smoothed
+    paced_chunks: int = 0
+    returned_tokens: int = 0  # in the present life
+    counts: EngineCounts = field(default_factory=EngineCounts)
+    taken: EngineCounts = field(default_factory=EngineCounts)  # counts when metrics were taken
+    taken_completions: int = 0
+    busy_since: float | None = None
+    busy_seconds: float = 0.0  # with a chunk in flight, since metrics were taken
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the worker takes no chunks: it restarts, or was given up."""
+        return not self.in_service
+
+    @property
+    def tokens_in_flight(self) -> int:
+        """Return the tokens of its chunks: of prompts, and the limits of new ones."""
+        return sum(chunk.tokens for chunk in self.chunks)
+
+    def start_life(self, state: WorkerState, now: float) -> None:
+        """Reset everything about the previous life."""
+        self.pid, self.in_service, self.missed_heartbeat = state.pid, True, False
+        self.lost = asyncio.get_running_loop().create_future()
+        self.error_rounds, self.resting = 0, False
+        self.heard = self.progressed = now
+        self.counts = self.taken = EngineCounts()
+        self.returned_tokens = self.paced_chunks = 0
+        self.pace = 0.0
+        self.idle.set()
+
+    def add(self, chunk: _Chunk, now: float) -> None:
+        """Record a chunk as in flight."""
+        chunk.worker, chunk.started = self, now
+        self.chunks[chunk] = None
+        if self.idle.is_set():
+            self.idle.clear()
+            self.progressed = self.busy_since = now
+
+    def remove(self, chunk: _Chunk, now: float) -> None:
+        """Record the end of a chunk in flight."""
+        chunk.worker = None
+        del self.chunks[chunk]
+        if not self.chunks:
+            self.busy_seconds = self.busy_seconds_at(now)
+            self.busy_since = None
+            self.idle.set()
+
+    def busy_seconds_at(self, now: float) -> float:
+        """Return the seconds with a chunk in flight since metrics were taken."""
+        return self.busy_seconds + (0.0 if self.busy_since is None else now - self.busy_since)
+
+    def update_health(self, counts: EngineCounts, now: float) -> None:
+        """Record an answer to ``health``."""
+        self.heard = now
+        if counts.steps != self.counts.steps or self.idle.is_set():
+            self.progressed = now
+        self.counts = counts
+
+    def record_completion(self, chunk: _Chunk, num_tokens: int, now: float) -> None:
+        """Record a chunk that was sampled."""
+        self.heard = now
+        self.completions += 1
+        self.returned_tokens += num_tokens
+        self.failures = self.error_rounds = 0
+        self.paced_chunks += 1
+        pace = (now - chunk.started) / max(1, num_tokens)
+        self.pace += (pace - self.pace) / min(self.paced_chunks, _PACE_WINDOW_CHUNKS)
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.pid})" if self.pid else self.name
 
 
 class WorkerPool:
-    """Samples chunks on workers that may fail.
+    """Samples chunks on workers, retries those that fail, and restarts workers.
 
     Args:
-        launch: begins a life of the worker of an index.
-        num_workers: how many there are.
-        settings: how they are treated.
+        launch: launches the worker of an index; ``WorkerHandle.start`` starts its engine.
+        config: number of workers, order of chunks and timeouts.
 
-    Raises:
-        ConfigError: an impossible setting.
+    Attributes:
+        workers: the workers, until the pool is closed.
+        max_model_tokens: longest sequence (prompt and new tokens) that the workers take.
     """
 
-    def __init__(
-        self, launch: Callable[[int], WorkerHandle], num_workers: int, settings: PoolSettings
-    ) -> None:
-        if num_workers < 1:
-            raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
-        self.workers = [PoolWorker(i, f"worker {i}") for i in range(num_workers)]
+    def __init__(self, launch: Callable[[int], WorkerHandle], config: EngineConfig) -> None:
+        self.workers = [PoolWorker(i, f"worker {i}") for i in range(config.num_engines)]
         self.max_model_tokens = 0
-        self.counts = Counts()
-        self._launch, self._settings = launch, settings
+        self.faults = FaultCounts()
+        self._launch, self._config = launch, config
         self._scheduler = Scheduler()
-        self._chunks: dict[Hashable, Chunk] = {}  # by key
-        self._keys = itertools.count(1)
-        self._by_life: dict[Hashable, PoolWorker] = {}
-        self._weights = PoolWeights(self, settings.weight_sync_timeout)
-        self.ended: Exception | None = None  # why nothing is sampled ever again
-        self._gone_since: float | None = None
-        self._assigning = False
-        self._watch, self._sleep = PoolWatch(self, settings), PoolSleep(self)
-        self.changed = asyncio.Event()  # a worker came into service, or was given up
+        self._chunks: set[_Chunk] = set()
+        self._dispatch_scheduled = False
+        self._closed_by: Exception | None = None  # reason why the pool samples nothing ever again
+        self._unsound: Exception | None = None  # reason to sample nothing before the next weights
+        self._all_lost_since: float | None = None
+        self._service_changed = asyncio.Event()  # a worker came into service, or was given up
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._sleep_lock, self._update_lock = asyncio.Lock(), asyncio.Lock()
+        self._weights: tuple[Any, int] | None = None  # the latest weights and their version
+        self._outdated: set[PoolWorker] = set()  # workers without the weights of a running update
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    # -- life ----------------------------------------------------------------------------------
+    # -- chunks --------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Starts all workers.
+    @property
+    def num_waiting(self) -> int:
+        """Return the number of chunks that wait for a worker."""
+        return self._scheduler.num_waiting
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """Sample a chunk on any worker; see ``Policy.generate``.
 
         Raises:
-            UserError: of a worker, as it is.
-            ConfigError: one did not start; the text is what it said.
+            PolicyError: ``max_attempts`` attempts failed; the text is the last one's error.
+            DeadlineError: a worker had the chunk for longer than ``chunk_timeout``.
+            WorkersLostError: no worker is left.
         """
-        states = await asyncio.gather(
-            *[self._begin(worker) for worker in self.workers], return_exceptions=True
+        hint = sampling.hint or SchedulingHint()
+        chunk = _Chunk(
+            tokens=len(prompt_ids) + max_new_tokens,
+            query=hint.query,
+            rank=rank(hint, self._config.order),
+            prompt_ids=prompt_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            task=cast("asyncio.Task[Any]", asyncio.current_task()),
         )
-        for worker, problem in zip(self.workers, states, strict=True):
-            if isinstance(problem, UserError):
-                raise problem
-            if isinstance(problem, BaseException):
-                raise ConfigError(f"{worker} did not start: {say(problem)}") from None
+        self._chunks.add(chunk)
+        try:
+            while True:
+                self._check_can_sample()
+                try:
+                    worker = await self._wait_for_worker(chunk)
+                    return await self._sample(worker, chunk)
+                except _RetryError as error:
+                    self._count_attempt(chunk, error)
+                except asyncio.CancelledError:
+                    reason, chunk.interruption = chunk.interruption, None
+                    if reason is None or chunk.task.uncancel():
+                        raise  # the caller cancelled
+                    if not isinstance(reason, _RetryError):
+                        raise reason from None
+                    self._count_attempt(chunk, reason)
+                finally:
+                    self._release(chunk)
+        finally:
+            self._chunks.discard(chunk)
+
+    async def _wait_for_worker(self, chunk: _Chunk) -> PoolWorker:
+        """Wait until the scheduler has assigned a worker."""
+        chunk.assigned = asyncio.get_running_loop().create_future()
+        self._scheduler.submit(chunk, first=chunk.attempts > 0)
+        self._dispatch_soon()
+        await chunk.assigned
+        return cast(PoolWorker, chunk.worker)
+
+    def _dispatch_soon(self) -> None:
+        if not self._dispatch_scheduled:
+            self._dispatch_scheduled = True
+            asyncio.get_running_loop().call_later(_DISPATCH_DELAY_S, self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Assign waiting chunks to workers with free slots."""
+        self._dispatch_scheduled = False
+        now = asyncio.get_running_loop().time()
+        for worker, chunk in self._scheduler.assign():
+            assert isinstance(worker, PoolWorker)
+            assert isinstance(chunk, _Chunk)
+            assert chunk.assigned is not None
+            worker.add(chunk, now)
+            if not chunk.assigned.done():  # else the caller has just cancelled
+                chunk.assigned.set_result(None)
+
+    async def _sample(self, worker: PoolWorker, chunk: _Chunk) -> Completion:
+        """Sample a chunk on a worker.
+
+        Raises:
+            UserError: the request is at fault.
+            _RetryError: the worker is.
+        """
+        handle, name = worker.handle, str(worker)
+        assert handle is not None
+        try:
+            completion = await handle.generate(
+                chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a worker can fail in any way
+            self._release(chunk)
+            if worker.handle is handle:
+                self._handle_worker_error(worker, error)
+            raise _RetryError(f"{name} {_text(error)}") from None
+        now = asyncio.get_running_loop().time()
+        worker.record_completion(chunk, len(completion.token_ids), now)
+        return completion
+
+    def _release(self, chunk: _Chunk) -> None:
+        """Take a chunk from its worker, or out of the queue."""
+        if (worker := chunk.worker) is None:
+            self._scheduler.withdraw(chunk)
+            return
+        worker.remove(chunk, asyncio.get_running_loop().time())
+        self._scheduler.release(worker, chunk)
+        self._dispatch_soon()
+
+    def _count_attempt(self, chunk: _Chunk, error: _RetryError) -> None:
+        """Count a failed attempt, and raise ``PolicyError`` after the last one."""
+        chunk.attempts += 1
+        if chunk.attempts < self._config.max_attempts:
+            self.faults.chunks_rescheduled += 1
+            return
+        self.faults.chunks_failed += 1
+        suffix = f" (attempt {chunk.attempts}, the last)" if chunk.attempts > 1 else ""
+        raise PolicyError(f"{error}{suffix}") from None
+
+    def _handle_worker_error(self, worker: PoolWorker, error: Exception) -> None:
+        """Pause a worker that raised; restart one that is dead, or does nothing but raise."""
+        if not worker.in_service:
+            return
+        if isinstance(error, ConnectionError):
+            self._mark_lost(worker, _text(error))
+            return
+        if worker.resting:
+            return
+        worker.error_rounds += 1
+        has_others = any(other.in_service and other is not worker for other in self.workers)
+        if has_others and worker.error_rounds >= _MAX_ERROR_ROUNDS:
+            self._mark_lost(worker, f"only raised, {worker.error_rounds} times in a row")
+            return
+        worker.resting = True
+        self._pause(worker)
+        asyncio.get_running_loop().call_later(_ERROR_PAUSE_S, self._end_rest, worker, worker.handle)
+
+    def _end_rest(self, worker: PoolWorker, handle: WorkerHandle | None) -> None:
+        if worker.handle is handle:
+            worker.resting = False
+            self._resume(worker)
+
+    def _check_can_sample(self) -> None:
+        if (error := self._closed_by or self._unsound) is not None:
+            raise error
+        if not self._awake.is_set():
+            self._spawn(self.wake())
+
+    def _fail_all(self, error: Exception) -> None:
+        for chunk in self._chunks:
+            chunk.interrupt(error)
+
+    def _pause(self, worker: PoolWorker) -> None:
+        """Assign nothing more to a worker; the chunks it has continue."""
+        if worker.in_service:
+            self._scheduler.pause(worker)
+
+    def _resume(self, worker: PoolWorker) -> None:
+        """Assign chunks to a worker again, unless something else still holds it back."""
+        outdated = self._unsound is not None or worker in self._outdated
+        held_back = outdated or worker.resting or worker.missed_heartbeat
+        if worker.in_service and self._awake.is_set() and not held_back:
+            self._scheduler.resume(worker)
+            self._dispatch_soon()
+
+    # -- start, restart, close -----------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start all workers.
+
+        Raises:
+            UserError: raised by a worker.
+            ConfigError: a worker did not start; the text says why.
+        """
+        results = await asyncio.gather(
+            *[self._start_worker(worker) for worker in self.workers], return_exceptions=True
+        )
+        for worker, result in zip(self.workers, results, strict=True):
+            if isinstance(result, UserError):
+                raise result
+            if isinstance(result, BaseException):
+                raise ConfigError(f"{worker} did not start: {_text(result)}") from None
         for worker in self.workers:
-            self._spawn(self._keep(worker))
-        self._spawn(self._watch_over_all())
+            self._spawn(self._supervise(worker))
+        self._spawn(self._check_timeouts())
 
     async def close(self) -> None:
-        """Ends all workers; who still waits is told so."""
+        """Stop all workers and fail the chunks in flight."""
         self._end(PolicyError("the pool is closed"))
-        for task in list(self._tasks):
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        handles = [worker.handle for worker in self.workers if worker.handle is not None]
-        with contextlib.suppress(TimeoutError):  # in time or not, they are killed next
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # workers that are late are killed below
             async with asyncio.timeout(_STOP_TIMEOUT_S):
-                stops = [handle.stop() for handle in handles]
+                stops = [worker.handle.stop() for worker in self.workers if worker.handle]
                 await asyncio.gather(*stops, return_exceptions=True)
-        self.abandon()
+        self.kill_workers()
 
-    def abandon(self) -> None:
-        """Kills the workers that there are. For when its event loop runs no more, too."""
+    def kill_workers(self) -> None:
+        """Kill all workers; works also after the event loop has stopped."""
         for worker in self.workers:
-            self._forget(worker)
+            self._kill(worker)
         self.workers = []
 
-    async def _keep(self, worker: PoolWorker) -> None:
-        """Sees a worker that has begun through all its lives."""
+    async def _supervise(self, worker: PoolWorker) -> None:
+        """Restart a worker each time it is lost, up to ``max_restarts`` times in a row."""
         while True:
             assert worker.lost is not None
-            reason = await worker.lost
-            self._bury(worker, reason)
+            self._record_failure(worker, await worker.lost)
             while not worker.in_service:
-                if self.ended is not None:
+                if self._closed_by is not None:
                     return
-                if worker.fruitless > self._settings.max_restarts:
+                if worker.failures > self._config.max_restarts:
                     self._give_up(worker)
                     return
-                await asyncio.sleep(_backoff(worker.fruitless))
-                self.counts.restarts += 1
+                await asyncio.sleep(_backoff_s(worker.failures))
+                self.faults.restarts += 1
                 worker.restarts += 1
                 try:
-                    await self._begin(worker)
-                except Exception as error:  # whatever keeps an engine from starting
-                    self._bury(worker, f"did not start: {say(error)}")
+                    await self._start_worker(worker)
+                except Exception as error:  # an engine can fail to start in any way
+                    self._record_failure(worker, f"did not start: {_text(error)}")
 
-    async def _begin(self, worker: PoolWorker) -> None:
-        """A new life: an engine with the current weights, in service when this returns."""
-        await self._sleep.awake.wait()  # while it sleeps, its GPU is somebody else's
-        worker.life += 1
+    async def _start_worker(self, worker: PoolWorker) -> None:
+        """Start an engine, load the current weights, and put the worker into service."""
+        await self._awake.wait()  # while the pool sleeps, the trainer has the GPU
         worker.handle = handle = self._launch(worker.index)
         state = await handle.start()
-        await self._weights.catch_up(worker)
-        self._serve(worker, state)
-
-    def _serve(self, worker: PoolWorker, state: WorkerState) -> None:
-        loop = asyncio.get_running_loop()
-        worker.pid = state.pid
-        worker.lost = loop.create_future()
-        worker.heard = worker.progressed = loop.time()
-        worker.counts = worker.taken = EngineCounts()
-        worker.jobs, worker.dropped = [], []
-        worker.returned_tokens = worker.failing_reports = 0
-        worker.pace, worker.paced = 0.0, 0
-        worker.rest(loop.time())
-        worker.in_service, worker.silent = True, False
+        await self._load_current_weights(handle)
+        worker.start_life(state, asyncio.get_running_loop().time())
         self.max_model_tokens = state.max_model_tokens
-        self._scheduler.add_worker(worker.key, *self._settings.room(state.batch_size))
-        self._by_life[worker.key] = worker
-        if self._weights.unsound or not self._sleep.awake.is_set():
-            self.hold(worker)
-        self._gone_since = None
-        self.changed.set()
-        assert worker.handle is not None
-        worker.handle.attend(
-            partial(self._hear, worker, worker.life), partial(self._fall, worker, worker.life)
-        )
-        self._assign_soon()
+        slots = state.batch_size + max(1, state.batch_size // _SLOT_MARGIN)
+        self._scheduler.add_worker(worker, self._config.chunks_per_engine or slots)
+        if self._unsound or not self._awake.is_set():
+            self._pause(worker)
+        worker.health = self._spawn(self._check_health(worker, handle))
+        self._all_lost_since = None
+        self._service_changed.set()
+        self._dispatch_soon()
 
-    def lose(self, worker: PoolWorker, reason: str) -> None:
-        """Ends the present life of a worker; its chunks go to others at once."""
-        if worker.lost is None or worker.lost.done():
+    def _mark_lost(self, worker: PoolWorker, reason: str) -> None:
+        """End the life of a worker: its chunks go to others now, ``_supervise`` restarts it."""
+        if not worker.in_service:
             return
-        worker.lost.set_result(reason)
-        self._take_back(worker, reason)
-
-    def _take_back(self, worker: PoolWorker, reason: str) -> None:
+        assert worker.lost is not None
+        assert worker.health is not None
+        now = asyncio.get_running_loop().time()
+        most = sum(chunk.max_new_tokens for chunk in worker.chunks)
+        self.faults.tokens_lost += min(most, max(0, worker.counts.tokens - worker.returned_tokens))
+        self._retry_chunks(worker, reason)
         worker.in_service = False
-        ended = self._scheduler.remove_worker(worker.key)
-        self._by_life.pop(worker.key, None)
-        worker.tokens_in_flight = 0
-        worker.rest(asyncio.get_running_loop().time())
-        self.counts.chunks_rescheduled += len(ended)
-        # What was dropped was never returned either: so no more than these could have sampled.
-        most = sum(self._chunks[lease.request.key].max_new_tokens for lease in ended)
-        sampled = max(0, worker.counts.tokens - worker.returned_tokens)
-        self.counts.tokens_lost += min(most, sampled)
-        for lease in ended:
-            self._count_attempt(lease, f"{worker} {reason}")
+        self._scheduler.remove_worker(worker)
+        worker.health.cancel()
         if not any(other.in_service for other in self.workers):
-            self._gone_since = asyncio.get_running_loop().time()
-        self._assign_soon()
+            self._all_lost_since = now
+        if not worker.lost.done():  # else the pool is being closed
+            worker.lost.set_result(reason)
 
-    def _bury(self, worker: PoolWorker, reason: str) -> None:
+    def _retry_chunks(self, worker: PoolWorker, reason: str) -> None:
+        """Let other workers sample the chunks of a worker, the oldest first."""
+        error = _RetryError(f"{worker} {reason}")
+        for chunk in reversed(list(worker.chunks)):  # each goes to the front of the queue
+            self._release(chunk)
+            chunk.interrupt(error)
+
+    def _record_failure(self, worker: PoolWorker, reason: str) -> None:
         _logger.warning("%s %s", worker, reason)
         worker.reason = reason
-        worker.fruitless += 1
-        self._forget(worker)
+        worker.failures += 1
+        self._kill(worker)
 
-    def _forget(self, worker: PoolWorker) -> None:
+    def _kill(self, worker: PoolWorker) -> None:
         handle, worker.handle = worker.handle, None
         worker.pid = 0
         worker.in_service = False
@@ -210,343 +496,325 @@ class WorkerPool:
 
     def _give_up(self, worker: PoolWorker) -> None:
         worker.given_up = True
-        self.changed.set()
+        self._service_changed.set()
         if all(other.given_up for other in self.workers):
-            self._end_without_workers(f"each was restarted {self._settings.max_restarts} times")
+            self._end_without_workers(f"each was restarted {self._config.max_restarts} times")
 
     def _end_without_workers(self, why: str) -> None:
-        said = "; ".join(f"{worker.name} {worker.reason}" for worker in self.workers)
+        last = "; ".join(f"{worker.name} {worker.reason}" for worker in self.workers)
         self._end(
-            WorkersLostError(f"all {len(self.workers)} workers are lost ({why}). Last: {said}")
+            WorkersLostError(f"all {len(self.workers)} workers are lost ({why}); last: {last}")
         )
 
-    def _end(self, why: Exception) -> None:
-        self.ended = self.ended or why
-        self.changed.set()
-        self.fail_all(self.ended)
+    def _end(self, error: Exception) -> None:
+        """Sample nothing ever again."""
+        self._closed_by = self._closed_by or error
+        self._service_changed.set()
+        self._fail_all(self._closed_by)
 
-    def fail_all(self, why: Exception) -> None:
-        """Tells all who wait for a chunk that none will come."""
-        for key in list(self._chunks):
-            if (lease := self._scheduler.withdraw(key)) is not None:
-                self._drop(lease)
-            self._chunks.pop(key).deliver(why)
+    # -- health --------------------------------------------------------------------------------
 
-    # -- chunks --------------------------------------------------------------------------------
-
-    def submit(self, chunk: Chunk) -> None:
-        """Lets a chunk be sampled; ``chunk.deliver`` is told what came out, once."""
-        if (why := self.ended or self._weights.unsound) is not None:
-            chunk.deliver(why)
-            return
-        if not self._sleep.awake.is_set():
-            self._spawn(self.wake())
-        chunk.key = next(self._keys)
-        self._chunks[chunk.key] = chunk
-        progress = chunk.sampling.hint or SchedulingHint()
-        self._scheduler.submit(
-            Request(
-                chunk.key,
-                len(chunk.prompt_ids) + chunk.max_new_tokens,
-                progress.query,
-                rank_of(progress, self._settings.order),
-            )
-        )
-        self._assign_soon()
-
-    def withdraw(self, chunk: Chunk) -> None:
-        """Nobody waits for a chunk any more."""
-        if self._chunks.pop(chunk.key, None) is not None:
-            lease = self._scheduler.withdraw(chunk.key)
-            if lease is not None:
-                self._drop(lease)
-
-    async def sample(
-        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Completion:
-        """The policy protocol, for callers in the pool's own event loop."""
-        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-
-        def deliver(outcome: Outcome) -> None:
-            settle(answer, outcome)
-
-        chunk = Chunk(prompt_ids, max_new_tokens, sampling, deliver)
-        self.submit(chunk)
-        try:
-            return await answer
-        finally:
-            self.withdraw(chunk)
-
-    def _assign_soon(self) -> None:
-        if not self._assigning:
-            self._assigning = True
-            asyncio.get_running_loop().call_later(_GATHER_S, self._assign)
-
-    def _assign(self) -> None:
-        self._assigning = False
-        now = asyncio.get_running_loop().time()
-        for lease in self._scheduler.assign(now):
-            worker, chunk = self._by_life[lease.worker], self._chunks[lease.request.key]
-            worker.jobs.append(
-                Job.pack(lease.number, chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling)
-            )
-            worker.tokens_in_flight += lease.request.tokens
-            worker.begin(now)
-        for worker in self.workers:
-            if worker.in_service and (worker.jobs or worker.dropped):
-                self._send(worker)
-
-    def _send(self, worker: PoolWorker) -> None:
-        assert worker.handle is not None
-        jobs, worker.jobs = worker.jobs, []
-        dropped, worker.dropped = worker.dropped, []
-        try:
-            worker.handle.send(jobs, dropped)
-        except Exception as error:  # however a worker fails, it is lost
-            self.lose(worker, say(error))
-
-    def _drop(self, lease: Lease) -> None:
-        """Takes a chunk back from a worker whose lease of it has ended."""
-        worker = self._by_life.get(lease.worker)
-        if worker is not None:
-            worker.dropped.append(lease.number)
-            self._freed(worker)
-
-    def _freed(self, worker: PoolWorker) -> None:
-        """A worker has fewer chunks."""
-        worker.tokens_in_flight = self._scheduler.tokens(worker.key)
-        if not worker.tokens_in_flight:
-            worker.rest(asyncio.get_running_loop().time())
-        self._assign_soon()
-
-    # -- reports -------------------------------------------------------------------------------
-
-    def _fall(self, worker: PoolWorker, life: int, problem: Exception) -> None:
-        """However a worker fails, it is lost."""
-        if worker.life == life:
-            self.lose(worker, say(problem))
-
-    def _hear(self, worker: PoolWorker, life: int, report: Report) -> None:
-        if worker.life != life or worker.is_dead:
-            self.counts.late_answers += len(report.answers)
-            return
-        try:
-            self._take_in(worker, report)
-        except Exception as error:  # else the event loop would only log it, and the pool go on
-            self._has_a_bug(error)
-
-    def _take_in(self, worker: PoolWorker, report: Report) -> None:
-        now = asyncio.get_running_loop().time()
-        worker.heard = now
-        if worker.silent:
-            worker.silent = False
-            self.release(worker)
-        if report.counts.steps != worker.counts.steps or worker.idle.is_set():
-            worker.progressed = now
-        worker.counts = report.counts
-        raised = []
-        for answer in report.answers:
-            if answer.error is not None and not isinstance(answer.error, UserError):
-                raised.append(answer)
-            elif (lease := self._scheduler.finish(answer.number)) is None:
-                self.counts.late_answers += 1
-            else:
-                self._deliver(worker, lease, answer, now)
-        # It may be the end of the worker, but not of what it has done.
-        failed = sum(self._fail(worker, answer) for answer in raised)
-        if report.answers and not worker.is_dead:
-            self._freed(worker)
-            self._judge(worker, failed, len(report.answers))
-
-    def _deliver(self, worker: PoolWorker, lease: Lease, answer: Answer, now: float) -> None:
-        num_tokens = answer.num_tokens
-        worker.completions += 1
-        worker.given_chunks += 1
-        worker.fruitless = 0
-        worker.returned_tokens += num_tokens
-        pace = (now - lease.given) / max(1, num_tokens)
-        worker.paced += 1
-        worker.pace += (pace - worker.pace) / min(worker.paced, _PACED_CHUNKS)
-        chunk = self._chunks.pop(lease.request.key)
-        try:
-            outcome: Outcome = answer.error or answer.completion()
-        except PolicyError as error:  # what the engine returned makes no completion
-            outcome = error
-        chunk.deliver(outcome)
-
-    def _fail(self, worker: PoolWorker, answer: Answer) -> int:
-        """A worker raised over a chunk, which others may try."""
-        lease = self._scheduler.give_back(answer.number)
-        if lease is None:
-            self.counts.late_answers += 1
-            return 0
-        assert answer.error is not None
-        if isinstance(answer.error, ConnectionError):
-            self.lose(worker, say(answer.error))
-        else:
-            self.counts.chunks_rescheduled += 1
-        self._count_attempt(lease, f"{worker} {say(answer.error)}")
-        return 1
-
-    def _count_attempt(self, lease: Lease, reason: str) -> None:
-        """A chunk was not sampled; where that has happened too often, it is data."""
-        chunk = self._chunks.get(lease.request.key)
-        if chunk is None:
-            return
-        chunk.attempts += 1
-        if chunk.attempts >= self._settings.max_attempts:
-            self.counts.chunks_failed += 1
-            self._scheduler.withdraw(chunk.key)
-            del self._chunks[chunk.key]
-            tries = f" (attempt {chunk.attempts}, the last)" if chunk.attempts > 1 else ""
-            chunk.deliver(PolicyError(f"{reason}{tries}"))
-
-    def _judge(self, worker: PoolWorker, failed: int, answers: int) -> None:
-        """Who raises is left alone for a moment, and restarted if it does nothing else."""
-        if not failed:
-            worker.failing_reports = 0
-            return
-        worker.failing_reports = worker.failing_reports + 1 if failed == answers else 0
-        others = any(other.in_service and other is not worker for other in self.workers)
-        if others and worker.failing_reports >= _MOST_FAILING_REPORTS:
-            self.lose(worker, f"only raised, {worker.failing_reports} times in a row")
-            return
-        self.hold(worker)
-        asyncio.get_running_loop().call_later(_PAUSE_S, self._resume, worker, worker.life)
-
-    def _resume(self, worker: PoolWorker, life: int) -> None:
-        if worker.life == life:
-            self.release(worker)
-
-    # -- deadlines -----------------------------------------------------------------------------
-
-    async def _watch_over_all(self) -> None:
+    async def _check_health(self, worker: PoolWorker, handle: WorkerHandle) -> None:
+        """Ask a worker for its health at intervals; an exception means that it is lost."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(_TICK_S)
-            self._watch.look(loop.time())
-            if self._gone_since is not None and self.ended is None:
-                gone = loop.time() - self._gone_since
-                if gone > self._settings.lost_timeout:
-                    self._end_without_workers(f"for {gone:.0f} s")
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+            try:
+                counts = await handle.health()
+            except Exception as error:  # a worker can fail in any way
+                self._mark_lost(worker, _text(error))
+                return
+            worker.update_health(counts, loop.time())
+            if worker.missed_heartbeat:
+                worker.missed_heartbeat = False
+                self._resume(worker)
 
-    def held_by(self, worker: PoolWorker) -> list[tuple[Lease, Chunk]]:
-        """The chunks that a worker has, the oldest first."""
-        leases = self._scheduler.leases(worker.key)
-        return [(lease, self._chunks[lease.request.key]) for lease in leases]
+    async def _check_timeouts(self) -> None:
+        """Act on every timeout that has passed, at intervals."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_CHECK_INTERVAL_S)
+            now = loop.time()
+            for worker in self.workers:
+                if worker.in_service:
+                    self._check_worker(worker, now)
+                if worker.in_service:
+                    self._check_chunks(worker, now)
+            since = self._all_lost_since
+            if since is not None and now - since > self._config.lost_timeout:
+                self._end_without_workers(f"for {now - since:.0f} s")
 
-    def suspect(self, worker: PoolWorker, silence: float) -> None:
-        """Gives the chunks of a silent worker to others, who may be done before it is given up."""
-        worker.silent = True
-        self.hold(worker)
-        for lease in reversed(self._scheduler.leases(worker.key)):  # the oldest is to be the first
-            self._scheduler.give_back(lease.number)
-            self._drop(lease)
-            self.counts.chunks_rescheduled += 1
-            self._count_attempt(lease, f"{worker} gave no sign of life for {silence:.0f} s")
+    def _check_worker(self, worker: PoolWorker, now: float) -> None:
+        """Apply ``heartbeat_timeout`` and ``hang_timeout``."""
+        silent, stalled = now - worker.heard, now - worker.progressed
+        if silent > self._config.hang_timeout:
+            self._mark_lost(worker, f"hangs: no heartbeat for {silent:.0f} s")
+        elif stalled > self._config.hang_timeout and worker.chunks:
+            self._mark_lost(worker, f"hangs: its engine made no step for {stalled:.0f} s")
+        elif silent > self._config.heartbeat_timeout and not worker.missed_heartbeat:
+            others = (other for other in self.workers if other is not worker)
+            if any(other.in_service and not other.missed_heartbeat for other in others):
+                worker.missed_heartbeat = True
+                self._pause(worker)
+                self._retry_chunks(worker, f"had no heartbeat for {silent:.0f} s")
 
-    def time_out(self, worker: PoolWorker, lease: Lease, seconds: float) -> None:
-        """Gives a chunk up for good: its trace is data."""
-        self._scheduler.finish(lease.number)
-        self._drop(lease)
-        self.counts.chunk_timeouts += 1
-        chunk = self._chunks.pop(lease.request.key)
-        chunk.deliver(
-            DeadlineError(f"the chunk was not done after {seconds:g} s (chunk_timeout) at {worker}")
-        )
+    def _check_chunks(self, worker: PoolWorker, now: float) -> None:
+        """Apply ``chunk_timeout`` and ``slow_factor``."""
+        timeout, hang_timeout = self._config.chunk_timeout, self._config.hang_timeout
+        pace = self._pace_of_others(worker)
+        for chunk in list(worker.chunks):  # the oldest first
+            age = now - chunk.started
+            if age <= min(hang_timeout, timeout or hang_timeout):
+                return
+            if timeout is not None and age > timeout:
+                self.faults.chunk_timeouts += 1
+                chunk.interrupt(
+                    DeadlineError(
+                        f"the chunk was not done after {timeout:g} s (chunk_timeout) on {worker}"
+                    )
+                )
+                continue
+            expected = self._config.slow_factor * chunk.max_new_tokens * pace
+            if pace and age > max(expected, hang_timeout):
+                reason = f"is slow: {age:.0f} s for a chunk, and the others need {expected:.0f} s"
+                self._mark_lost(worker, reason)
+                return
 
-    # -- weights and sleep -------------------------------------------------------------------------
+    def _pace_of_others(self, worker: PoolWorker) -> float:
+        """Return the median seconds per token of the other workers; 0 if nothing is known."""
+        known = [
+            other.pace
+            for other in self.workers
+            if other is not worker and other.in_service and other.paced_chunks >= _MIN_PACE_CHUNKS
+        ]
+        return statistics.median(known) if known else 0.0
+
+    # -- weights -------------------------------------------------------------------------------
 
     async def update_weights(self, weights: Any, version: int) -> None:
-        """Gives weights to all workers, each as soon as it has no chunk in flight.
+        """Load weights into all workers, each as soon as it has no chunk in flight.
 
-        Returns when all that are in service run them. A worker that fails over it is restarted with
-        the new weights; it is enough that one runs them.
+        A worker that fails is restarted with the new weights; one that runs them is enough.
 
         Raises:
-            WeightSyncError: all workers refused them; no chunk is sampled until others come.
-            WorkersLostError: there is no worker.
+            WeightSyncError: all workers refused the weights; nothing is sampled before others come.
+            WorkersLostError: no worker is left.
         """
         await self.wake()
-        await self._weights.update(weights, version)
+        async with self._update_lock:
+            previous, self._weights = self._weights, (weights, version)
+            self._outdated = set(self.workers)
+            try:
+                refusals = await self._update_until_one_runs(weights, version)
+                if refusals:
+                    self._weights = previous
+                    self._refuse(refusals, version)
+                self._unsound = None
+            finally:
+                self._outdated.clear()
+                for worker in self.workers:
+                    self._resume(worker)
 
-    def hold(self, worker: PoolWorker) -> None:
-        """Gives a worker no further chunk; those that it has go on."""
-        if worker.in_service:
-            self._scheduler.pause(worker.key)
+    def _refuse(self, refusals: Sequence[tuple[PoolWorker, str]], version: int) -> NoReturn:
+        reason = refusals[0][1]
+        self._unsound = PolicyError(f"takes no requests since an update of weights {reason}")
+        self._fail_all(self._unsound)
+        texts = "; ".join(f"{worker} {text}" for worker, text in refusals)
+        raise WeightSyncError(
+            f"{len(refusals)} of {len(self.workers)} workers did not load the weights of version "
+            f"{version}: {texts}"
+        )
 
-    def release(self, worker: PoolWorker) -> None:
-        """Gives a worker chunks again, where nothing else speaks against it."""
-        held = self._weights.holds(worker) or not self._sleep.awake.is_set()
-        if worker.in_service and not (held or worker.silent):
-            self._scheduler.resume(worker.key)
-            self._assign_soon()
+    async def _update_until_one_runs(
+        self, weights: Any, version: int
+    ) -> list[tuple[PoolWorker, str]]:
+        """Update workers until one runs the weights; return the refusals if none took them."""
+        while True:
+            self._service_changed.clear()
+            if self._closed_by is not None:
+                raise self._closed_by
+            updated = [(w, w.handle) for w in self.workers if w.in_service]
+            results = await asyncio.gather(
+                *[self._update_worker(worker, weights, version) for worker, _ in updated]
+            )
+            refusals = [
+                (worker, result)
+                for (worker, handle), result in zip(updated, results, strict=True)
+                if isinstance(result, str) and worker.in_service and worker.handle is handle
+            ]
+            if True in results:
+                for worker, reason in refusals:
+                    self._mark_lost(worker, reason)
+                return []
+            if refusals:
+                return refusals
+            await self._service_changed.wait()  # a restarted worker has loaded the weights
+
+    async def _update_worker(self, worker: PoolWorker, weights: Any, version: int) -> str | bool:
+        """Return whether a worker runs the weights; a text says why it refused them."""
+        handle = worker.handle
+        self._pause(worker)
+        await worker.idle.wait()
+        if handle is None or worker.handle is not handle or not worker.in_service:
+            return False  # after a restart, it has loaded them
+        try:
+            await self._load_weights(handle, weights, version)
+        except WeightSyncError as error:
+            return str(error)
+        except Exception as error:  # a worker can fail in any way
+            if worker.handle is handle:
+                self._mark_lost(worker, _text(error))
+            return False
+        worker.heard = worker.progressed = asyncio.get_running_loop().time()
+        self._outdated.discard(worker)
+        self._resume(worker)
+        return worker.in_service
+
+    async def _load_current_weights(self, handle: WorkerHandle) -> None:
+        """Load the current weights into an engine that has just started, if there are any."""
+        loaded = None
+        while self._unsound is None and self._weights is not None and loaded != self._weights[1]:
+            weights, loaded = self._weights
+            await self._load_weights(handle, weights, loaded)
+
+    async def _load_weights(self, handle: WorkerHandle, weights: Any, version: int) -> None:
+        timeout = self._config.weight_sync_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await handle.update_weights(weights, version)
+        except TimeoutError:
+            raise _WorkerError(
+                f"did not load the weights of version {version} within {timeout:g} s"
+            ) from None
+        if answer != version:
+            raise _WorkerError(f"runs version {answer} of the weights instead of {version}")
+
+    # -- sleep ---------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
-        """Frees the GPUs of all workers, once no chunk is in flight.
-
-        The next chunk, or new weights, wake them.
-        """
-        await self._sleep.begin()
+        """Free the GPUs once no chunk is in flight; the next chunk or update wakes them."""
+        async with self._sleep_lock:
+            self._awake.clear()
+            await self._for_each_in_service(self._put_to_sleep)
 
     async def wake(self) -> None:
-        """Ends sleep."""
-        await self._sleep.end()
+        """Take the GPUs back; does nothing while the workers are awake."""
+        async with self._sleep_lock:
+            if self._awake.is_set():
+                return
+            await self._for_each_in_service(self._wake_worker)
+            self._awake.set()
+        for worker in self.workers:
+            self._resume(worker)
 
-    # -- inside --------------------------------------------------------------------------------
+    async def _put_to_sleep(self, worker: PoolWorker) -> None:
+        self._pause(worker)
+        await worker.idle.wait()
+        if worker.in_service and worker.handle is not None:
+            await worker.handle.sleep()
 
-    @property
-    def num_waiting(self) -> int:
-        """Chunks that no worker has."""
-        return self._scheduler.num_waiting
+    async def _wake_worker(self, worker: PoolWorker) -> None:
+        if worker.handle is not None:
+            await worker.handle.wake()
 
-    def chunks_at(self, worker: PoolWorker) -> int:
-        """Chunks that a worker has."""
-        return len(self._scheduler.leases(worker.key))
+    async def _for_each_in_service(self, call: Callable[[PoolWorker], Awaitable[None]]) -> None:
+        workers = [(worker, worker.handle) for worker in self.workers if worker.in_service]
+        results = await asyncio.gather(*[call(w) for w, _ in workers], return_exceptions=True)
+        for (worker, handle), result in zip(workers, results, strict=True):
+            if isinstance(result, BaseException) and worker.handle is handle:
+                self._mark_lost(worker, _text(result))
 
-    def _spawn(self, work: Any) -> None:
+    # -- metrics -------------------------------------------------------------------------------
+
+    async def take_metrics(self) -> dict[str, float]:
+        """Return the metrics since the last call.
+
+        Keys are ``<name>`` for the pool and ``worker <i>/<name>`` for a worker: ``queue`` (chunks
+        that wait, or that a worker has, now), ``workers`` (in service), ``batch_occupancy`` (mean
+        chunks per forward pass), ``tokens_per_second``, ``prefix_cache_hit_rate`` (share of prompt
+        tokens), ``chunks``, ``restarts`` and the names of ``FaultCounts``. Rates are over the time
+        with chunks in flight, and left out if there was none; ``restarts`` of a worker counts from
+        the beginning.
+        """
+        await self._refresh_counts()
+        now = asyncio.get_running_loop().time()
+        faults, self.faults = self.faults, FaultCounts()
+        metrics: dict[str, float] = {
+            "queue": self.num_waiting,
+            "workers": sum(worker.in_service for worker in self.workers),
+            **dataclasses.asdict(faults),
+        }
+        totals, longest = [EngineCounts()], 0.0
+        for worker in self.workers:
+            counts, worker.taken = _difference(worker.counts, worker.taken), worker.counts
+            seconds, worker.busy_seconds = worker.busy_seconds_at(now), 0.0
+            worker.busy_since = None if worker.busy_since is None else now
+            totals.append(counts)
+            longest = max(longest, seconds)
+            own = {
+                "queue": len(worker.chunks),
+                "chunks": worker.completions - worker.taken_completions,
+                "restarts": worker.restarts,
+                **_rates(counts, seconds),
+            }
+            worker.taken_completions = worker.completions
+            metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
+        total = EngineCounts(*map(sum, zip(*map(dataclasses.astuple, totals), strict=True)))
+        return metrics | _rates(total, longest)
+
+    async def _refresh_counts(self) -> None:
+        """Ask all workers for their counters now; a late answer is not waited for."""
+
+        async def refresh(worker: PoolWorker, handle: WorkerHandle) -> None:
+            counts = await handle.health()
+            if worker.in_service and worker.handle is handle:
+                worker.update_health(counts, asyncio.get_running_loop().time())
+
+        calls = [refresh(w, w.handle) for w in self.workers if w.in_service and w.handle]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_METRICS_TIMEOUT_S):
+                await asyncio.gather(*calls, return_exceptions=True)
+
+    # -- tasks ---------------------------------------------------------------------------------
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._on_task_done)
+        return task
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (problem := task.exception()) is not None:
-            self._has_a_bug(problem)
-
-    def _has_a_bug(self, problem: BaseException) -> None:
-        _logger.error("the pool has a bug", exc_info=problem)
-        self._end(problem if isinstance(problem, Exception) else RuntimeError(repr(problem)))
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            _logger.error("the pool has a bug", exc_info=error)
+            self._end(error)
 
 
-def rank_of(progress: SchedulingHint, order: Order) -> Rank:
-    """What is sampled first: a lower batch, then the longest rest of a trace where it is known.
-
-    Where it is not, "breadth" takes the trace with the fewest chunks, whose rest may be the
-    longest, and "depth" the one with the most.
-    """
-    if progress.expected_chunks is not None:
-        rest = max(1.0, progress.expected_chunks - progress.num_chunks)
-    else:
-        rest = progress.max_chunks - progress.num_chunks
-        if order == "depth":
-            rest = progress.num_chunks
-    return progress.batch, -float(round(rest))
+def _rates(counts: EngineCounts, seconds: float) -> dict[str, float]:
+    rates = {}
+    if seconds:
+        rates["tokens_per_second"] = counts.tokens / seconds
+    if counts.steps:
+        rates["batch_occupancy"] = counts.running / counts.steps
+    if counts.prefix_queries:
+        rates["prefix_cache_hit_rate"] = counts.prefix_hits / counts.prefix_queries
+    return rates
 
 
-def settle(answer: asyncio.Future[Completion], outcome: Outcome) -> None:
-    """Gives an outcome to who waits for it, if anybody still does."""
-    if answer.done():
-        return
-    if isinstance(outcome, Exception):
-        answer.set_exception(outcome)
-    else:
-        answer.set_result(outcome)
+def _difference(now: EngineCounts, before: EngineCounts) -> EngineCounts:
+    """Return the counts in between; all of them if the engine was restarted."""
+    if now.steps < before.steps:
+        return now
+    pairs = zip(dataclasses.astuple(now), dataclasses.astuple(before), strict=True)
+    return EngineCounts(*(a - b for a, b in pairs))
 
 
-def _backoff(fruitless: int) -> float:
-    """Seconds before a start: none after a life that was of use."""
-    if fruitless <= 1:
+def _backoff_s(failures: int) -> float:
+    """Return the seconds before a restart: none after a life that sampled a chunk."""
+    if failures <= 1:
         return 0.0
-    seconds: float = _FIRST_BACKOFF_S * 2 ** (fruitless - 2)
-    return min(_LAST_BACKOFF_S, seconds)
+    return float(min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (failures - 2)))
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or repr(error)

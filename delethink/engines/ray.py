@@ -1,256 +1,458 @@
-"""vLLM engines in Ray actors: one machine or many, behind the same protocol.
+"""Engines in Ray workers, on one machine or many, behind the ``Engine`` protocol.
 
-    with contextlib.closing(RayPool("Qwen/Qwen2.5-1.5B", num_workers=2, eos_ids=(151643,))) as pool:
+    config = EngineConfig(num_engines=2)
+    with contextlib.closing(VllmPool("Qwen/Qwen2.5-1.5B", config, eos_ids=(151643,))) as pool:
         traces = asyncio.run(run_rollouts(pool, spec, queries, samplings))
         pool.update_weights(model.state_dict(), version=1)
 
-The pool joins the Ray cluster that it finds (``RAY_ADDRESS``, ``ray start``, or a submitted job);
-where there is none, it starts one that this machine alone can reach.
+A chunk takes this way: ``RayPool.generate`` -> ``WorkerPool.generate`` in the thread of the pool ->
+``_RayWorker.generate``, a plain call of a Ray actor -> ``generate`` of the worker class.
+
+The pool joins the Ray cluster that is running (``RAY_ADDRESS``, ``ray start``, or a submitted job).
+Without one, it starts Ray on this machine, reachable from this machine alone.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from delethink.config import WeightTransfer
-from delethink.engines.cluster import connect
-from delethink.engines.exchange import WorkerHandle
-from delethink.engines.pool import WorkerPool
-from delethink.engines.pool_metrics import PoolMetrics
-from delethink.engines.pool_settings import PoolSettings
-from delethink.engines.pool_thread import PoolThread
-from delethink.engines.pool_worker import PoolWorker
-from delethink.engines.ray_worker import Room
-from delethink.engines.vllm import WorkerConfig
-from delethink.engines.vllm_weights import pack
+from delethink.config import EngineConfig
+from delethink.engines.base import (
+    EngineCounts,
+    WeightSender,
+    Worker,
+    WorkerHandle,
+    WorkerSpec,
+    WorkerState,
+)
+from delethink.engines.cluster import cause, connect
+from delethink.engines.pool import FaultCounts, PoolWorker, WorkerPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
+from delethink.tokens import token_array
 from delethink.types import TokenIds
 
 try:
     import ray
-except ImportError:  # the constructor says so
+except ImportError:  # the constructor raises MissingExtraError
     ray = None
 
 if TYPE_CHECKING:
     import torch
 
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
+T = TypeVar("T")
+
+_MAX_CALLS = 10_000  # that a worker takes at once; the pool's slots are the real limit
+_CLOSE_TIMEOUT_S = 60.0
+_METRIC_PREFIX = "engine/"
 
 
 class RayPool:
-    """An engine over vLLM workers in Ray actors.
+    """An engine over workers in Ray actors.
+
+    Subclasses set ``worker_class``; see ``delethink.engines.vllm.VllmPool``.
 
     Args:
-        model: folder or hub id of the checkpoint.
-        num_workers: how many engines.
-        eos_ids: the tokens that end an answer; the model's own configuration is not asked.
-        max_model_tokens: the longest sequence; ``None`` takes the model's own limit.
-        dtype: of weights and computation in vLLM, say ``"float32"`` or ``"bfloat16"``.
-        seed: of the engines' own streams, from which requests without a seed are drawn.
-        kv_cache_gib: GiB for the KV cache of each worker, on the CPU.
-        gpus_per_worker: GPUs that Ray sets aside for each worker; 0 runs vLLM on the CPU, and a
-            fraction shares a GPU, say with the trainer.
-        cpus_per_worker: cores that Ray sets aside, and on the CPU the threads of an engine;
-            ``None`` is an equal share of all but one core of this machine on the CPU, 1 on GPUs.
+        model: folder or Hugging Face id of the checkpoint.
+        config: the section ``engine:`` of a recipe.
+        eos_ids: tokens that end an answer; the model's own configuration is not read.
+        max_model_tokens: longest sequence; ``None`` takes the model's own limit.
         trust_remote_code: run code from the model's repository.
-        weight_sync_timeout_s: seconds that a worker has to take up new weights.
-        startup_timeout_s: seconds that a worker has to start.
-        gpu_memory_utilization: share of a GPU's memory for vLLM, on GPUs.
-        max_batch_size: chunks that an engine samples side by side; ``None`` takes vLLM's own.
-        tensor_parallel_size: GPUs over which vLLM spreads each engine.
-        can_sleep: lets ``sleep`` free the GPUs while somebody else uses them.
-        placement: "pack" or "spread" puts the workers on as few, or as many, nodes as there are.
-        weight_transfer: "store" sends new weights through Ray's object store; "nccl" and "ipc" by
-            vLLM's own weight transfer from this process's GPU, "ipc" where workers share it.
-        settings: how workers that fail, hang or are slow are treated, and how chunks are ordered.
+        seed: seed of the engines' own streams, for requests without a seed.
 
     Raises:
-        MissingExtraError: Ray, or vLLM on a worker, is not installed.
-        ConfigError: an impossible setting, or a worker did not start; the text is what it said.
+        MissingExtraError: Ray, or the engine's package on a worker, is not installed.
+        ConfigError: Ray cannot provide the resources, or a worker did not start; the text says why.
 
     Attributes:
-        max_model_tokens: the longest sequence (prompt and new tokens) that the workers take.
-        workers: the workers, until the pool is closed.
+        max_model_tokens: longest sequence (prompt and new tokens) that the workers take.
 
-    Chunks wait in this process until a worker has room (``delethink.engines.scheduler``). Those of
-    a worker that dies or hangs go to others, and it is restarted with the current weights
-    (``delethink.engines.pool``). The pool has a thread of its own and is bound to no event
-    loop: each training step may bring its own.
+    Chunks wait in this process until a worker has a free slot (``delethink.engines.scheduler``).
+    The chunks of a worker that dies or hangs go to others, and the worker restarts with the current
+    weights (``delethink.engines.pool``). The pool has a thread of its own and is bound to no event
+    loop: each training step may bring another one.
     """
+
+    worker_class: ClassVar[type[Worker]]
 
     def __init__(
         self,
         model: str | os.PathLike[str],
+        config: EngineConfig,
         *,
         eos_ids: TokenIds,
-        num_workers: int = 1,
         max_model_tokens: int | None = None,
-        dtype: str = "float32",
-        seed: int = 0,
-        kv_cache_gib: float = 1.0,
-        gpus_per_worker: float = 0.0,
-        cpus_per_worker: float | None = None,
         trust_remote_code: bool = False,
-        weight_sync_timeout_s: float = 60.0,
-        startup_timeout_s: float = 300.0,
-        gpu_memory_utilization: float = 0.9,
-        max_batch_size: int | None = None,
-        tensor_parallel_size: int = 1,
-        can_sleep: bool = False,
-        placement: str | None = None,
-        weight_transfer: WeightTransfer = "store",
-        settings: PoolSettings | None = None,
+        seed: int = 0,
     ) -> None:
         if ray is None:
             raise MissingExtraError("ray", "ray")
-        if num_workers < 1:
-            raise ConfigError(f"num_workers must be at least 1, got {num_workers}")
-        settings = settings or PoolSettings()
-        settings = dataclasses.replace(settings, weight_sync_timeout=weight_sync_timeout_s)
-        cpus = _cpus(cpus_per_worker, num_workers, on_gpu=gpus_per_worker > 0)
-        self._config = WorkerConfig(
+        self.config = config
+        self.max_model_tokens = 0
+        cpus = _cpus_per_engine(config)
+        self._spec = WorkerSpec(
             model=os.fspath(model),
+            config=config,
             eos_ids=tuple(eos_ids),
             max_model_tokens=max_model_tokens,
-            dtype=dtype,
-            seed=seed,
-            on_gpu=gpus_per_worker > 0,
-            threads=max(1, int(cpus)),
-            kv_cache_gib=kv_cache_gib,
-            gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
-            max_batch_size=max_batch_size,
-            tensor_parallel_size=tensor_parallel_size,
-            can_sleep=can_sleep,
-            weight_transfer=weight_transfer,
+            seed=seed,
+            threads=max(1, int(cpus)),
         )
-        self.max_model_tokens = 0
-        self._can_sleep = can_sleep
-        self._room: Room | None = None
-        self._sends_from = _sends_from(weight_transfer)
-        self._pool = WorkerPool(self._launch, num_workers, settings)
-        self._metrics = PoolMetrics(self._pool)
-        self._thread = PoolThread(self._pool)
-        self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * num_workers)))
+        self._resources = {"num_cpus": cpus, "num_gpus": config.gpus_per_engine}
+        self._placement_group: Any = None
+        self._metrics = _RayMetrics()
+        self._pool = WorkerPool(self._launch, config)
+        self._thread = _LoopThread()
+        self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * config.num_engines)))
         try:
-            resources = {"num_cpus": cpus, "num_gpus": gpus_per_worker}
-            self._room = Room(
-                resources, num_workers, placement, startup_timeout_s, self._sends_from
-            )
-            self._thread.start()
+            self._placement_group = _reserve(config, self._resources)
             self._thread.run(self._pool.start())
         except BaseException:
             self.close()
             raise
         self.max_model_tokens = self._pool.max_model_tokens
 
+    @classmethod
+    def create(
+        cls,
+        config: EngineConfig,
+        model_path: str,
+        model: Any,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool,
+        seed: int,
+        is_trained: bool,
+    ) -> Self:
+        """Make the engine that ``config`` describes; see ``Engine.create``."""
+        from delethink.engines.loading import eos_ids, load_shell, locate, longest_sequence
+
+        shell = load_shell(model_path, trust_remote_code) if model is None else model
+        return cls(
+            locate(model_path),
+            config,
+            eos_ids=eos_ids(shell, tokenizer),
+            max_model_tokens=longest_sequence(shell),
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+
     @property
     def workers(self) -> list[PoolWorker]:
-        """The workers, until the pool is closed."""
+        """Return the workers; none after ``close``."""
         return self._pool.workers
-
-    def _launch(self, index: int) -> WorkerHandle:
-        assert self._room is not None
-        seed = self._config.seed + index  # else requests without one are drawn alike on all workers
-        return self._room.launch(index, dataclasses.replace(self._config, seed=seed))
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Samples at most ``max_new_tokens`` tokens after ``prompt_ids``.
+        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``.
 
         Raises:
-            ConfigError: the request is longer than ``max_model_tokens``, or its temperature is
-                between 0 and the lowest that vLLM takes.
-            PolicyError: several workers failed over it; the text names the last one and says what
-                it said.
-            DeadlineError: a worker had it for longer than ``chunk_timeout``.
+            ConfigError: the request is longer than ``max_model_tokens``, or the engine refuses it.
+            PolicyError: all attempts failed; the text names the last worker and its error.
+            DeadlineError: a worker had the chunk for longer than ``chunk_timeout``.
             WorkersLostError: no worker came back in time.
         """
-        self._check(len(prompt_ids) + max_new_tokens, sampling.temperature)
-        return await self._thread.sample(prompt_ids, max_new_tokens, sampling)
-
-    def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Gives new weights to all workers, each as soon as it has finished its chunks in flight.
-
-        A worker that fails over it is restarted with the new weights; it is enough that one worker
-        runs them when this returns, and no chunk is sampled with others from then on.
-
-        Args:
-            weights: the whole state of the model under the names of its checkpoint, on any device.
-            version: number of weight updates so far; completions carry it as ``policy_version``.
-
-        Raises:
-            WeightSyncError: all workers refused them; the text is what each said.
-            WorkersLostError: no worker came back in time.
-        """
-        self._thread.run(self._pool.update_weights(self._copy(weights), version))
-
-    def _copy(self, weights: Mapping[str, torch.Tensor]) -> Any:
-        """A copy from which workers take weights up, now or when they restart."""
-        if self._sends_from is None:
-            return ray.put(pack(weights))
-        from delethink.engines.weight_sync import Snapshot
-
-        return Snapshot(weights, self._sends_from)
-
-    def sleep(self) -> None:
-        """Frees the GPUs until the next request or weights, if the pool was made to."""
-        if self._can_sleep:
-            self._thread.run(self._pool.sleep())
-
-    def wake(self) -> None:
-        """Takes the GPUs again."""
-        self._thread.run(self._pool.wake())
-
-    def take_metrics(self) -> dict[str, float]:
-        """What the workers have done and what went wrong since this was last asked."""
-        return self._thread.run(self._metrics.take()) if self._thread.is_open else {}
-
-    def close(self) -> None:
-        """Ends the workers, and the local Ray if the pool started it. Safe to call twice."""
-        self._thread.close()
-        if self._room is not None:
-            self._room.give_up()
-        if self._owns_ray:
-            ray.shutdown()
-        self._owns_ray = False
-
-    def _check(self, needed: int, temperature: float) -> None:
-        if not self._thread.is_open:
-            raise PolicyError("the pool is closed")
-        if needed > self.max_model_tokens:
+        needed = len(prompt_ids) + max_new_tokens
+        if self._thread.is_open and needed > self.max_model_tokens:
             raise ConfigError(
                 f"a request of {needed} tokens, prompt and new ones together, is longer than "
                 f"max_model_tokens={self.max_model_tokens}"
             )
-        if temperature < 0 or 0 < temperature < _LOWEST_TEMPERATURE:
-            raise ConfigError(
-                f"temperature must be 0 or at least {_LOWEST_TEMPERATURE}, got {temperature}"
+        call = self._thread.submit(self._pool.generate(prompt_ids, max_new_tokens, sampling))
+        return await asyncio.wrap_future(call)
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Load new weights into all workers, each as soon as its chunks in flight are done.
+
+        A worker that fails is restarted with the new weights. One worker that runs them is enough,
+        and from then on no chunk is sampled with other weights.
+
+        Args:
+            weights: whole state of the model under the names of its checkpoint, on any device.
+            version: number of weight updates so far; completions carry it as ``policy_version``.
+
+        Raises:
+            WeightSyncError: all workers refused the weights; the text has the reason of each.
+            WorkersLostError: no worker came back in time.
+        """
+        from delethink.engines.weight_sync import Snapshot, local_device, pack
+
+        if self.config.weight_transfer == "store":
+            copy = ray.put(pack(weights))
+        else:
+            copy = Snapshot(weights, local_device())
+        self._thread.run(self._pool.update_weights(copy, version))
+
+    def sleep(self) -> None:
+        """Free the GPUs until the next request or update, if ``config.sleep`` is set."""
+        if self.config.sleep:
+            self._thread.run(self._pool.sleep())
+
+    def wake(self) -> None:
+        """Take the GPUs back."""
+        self._thread.run(self._pool.wake())
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the metrics of ``WorkerPool.take_metrics``, and export them to Ray."""
+        if not self._thread.is_open:
+            return {}
+        metrics = self._thread.run(self._pool.take_metrics())
+        self._metrics.export(metrics)
+        return {_METRIC_PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def close(self) -> None:
+        """Stop the workers, and Ray if this pool started it. Safe to call twice."""
+        if self._thread.is_open:
+            with contextlib.suppress(TimeoutError, PolicyError):
+                self._thread.run(self._pool.close(), _CLOSE_TIMEOUT_S)
+            self._thread.close()
+            self._pool.kill_workers()  # those that did not stop in time
+        if self._placement_group is not None and ray.is_initialized():
+            ray.util.remove_placement_group(self._placement_group)
+        self._placement_group = None
+        if self._owns_ray:
+            ray.shutdown()
+        self._owns_ray = False
+
+    def make_sender(self, actor: Any) -> WeightSender:
+        """Make the path of weights from this process's GPU into one worker (nccl, ipc).
+
+        Raises:
+            ConfigError: the engine has none.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not support weight_transfer="
+            f"{self.config.weight_transfer}; use weight_transfer=store"
+        )
+
+    def _launch(self, index: int) -> WorkerHandle:
+        options: dict[str, Any] = dict(self._resources)
+        if self._placement_group is not None:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._placement_group, placement_group_bundle_index=index
             )
+        # Each engine has its own seed, else all would draw alike for requests without one.
+        spec = dataclasses.replace(self._spec, seed=self._spec.seed + index)
+        remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(self.worker_class)
+        actor = remote.remote(spec)
+        uses_store = self.config.weight_transfer == "store"
+        sender = None if uses_store else self.make_sender(actor)
+        return _RayWorker(actor, self.config.startup_timeout, self._resources, sender)
 
 
-def _sends_from(weight_transfer: WeightTransfer) -> torch.device | None:
-    """The GPU from which weights go to workers; ``None`` where they go by Ray."""
-    if weight_transfer == "store":
-        return None
+class _RayWorker:
+    """``WorkerHandle`` of a Ray actor."""
+
+    def __init__(
+        self,
+        actor: Any,
+        startup_timeout_s: float,
+        resources: Mapping[str, float],
+        sender: WeightSender | None,
+    ) -> None:
+        self.actor = actor
+        self._startup_timeout_s, self._resources = startup_timeout_s, resources
+        self._sender = sender
+
+    async def start(self) -> WorkerState:
+        state: WorkerState | None = None
+        limit = asyncio.timeout(self._startup_timeout_s)
+        try:
+            async with limit:
+                state = await _result(self.actor.start.remote())
+                if self._sender is not None:
+                    await _run_in_thread(self._sender.connect)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # raised by the engine or Ray
+            raise TimeoutError(self._startup_error(has_engine=state is not None)) from None
+        return state
+
+    def _startup_error(self, has_engine: bool) -> str:
+        within = f"within {self._startup_timeout_s:g} s (startup_timeout)"
+        if has_engine:
+            return f"its engine is up, but the weight transfer did not connect {within}"
+        free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+        return f"gave no answer {within}; it needs {dict(self._resources)}, and Ray has {free} free"
+
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        call = self.actor.generate.remote(
+            token_array(prompt_ids),  # pickled as one block of bytes
+            max_new_tokens,
+            Sampling(sampling.temperature, sampling.seed),  # the hint is for the scheduler alone
+        )
+        try:
+            completion: Completion = await _result(call)
+        except asyncio.CancelledError:
+            if ray.is_initialized():
+                ray.cancel(call)
+            raise
+        return completion
+
+    async def health(self) -> EngineCounts:
+        counts: EngineCounts = await _result(self.actor.health.remote())
+        return counts
+
+    async def update_weights(self, weights: Any, version: int) -> int:
+        if (sender := self._sender) is not None:
+            return await _run_in_thread(lambda: sender.send(weights, version))
+        answer: int = await _result(self.actor.update_weights.remote(weights, version))
+        return answer
+
+    async def sleep(self) -> None:
+        await _result(self.actor.sleep.remote())
+
+    async def wake(self) -> None:
+        await _result(self.actor.wake.remote())
+
+    async def stop(self) -> None:
+        await _result(self.actor.stop.remote())
+
+    def kill(self) -> None:
+        if ray.is_initialized():
+            ray.kill(self.actor)
+        if self._sender is not None:  # in a thread, because it may wait for the worker
+            threading.Thread(target=self._sender.close, daemon=True).start()
+
+
+class _LoopThread:
+    """An event loop in a daemon thread, for callers from any thread or event loop."""
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="delethink-pool", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start a coroutine in the thread."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            if self.is_open:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise PolicyError("the pool is closed")
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine in the thread and return its result."""
+        try:
+            return self.submit(work).result(timeout_s)
+        except concurrent.futures.CancelledError:
+            raise PolicyError("the pool is closed") from None
+
+    def close(self) -> None:
+        """Cancel all coroutines and end the thread."""
+        self.is_open = False
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(_CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        if not self._loop.is_running():
+            self._loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _RayMetrics:
+    """Exports the metrics of a pool as Ray's own: gauges, and counters of faults."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Any] = {}
+
+    def export(self, metrics: Mapping[str, float]) -> None:
+        """Set ``delethink_<name>`` and ``delethink_worker_<name>``, tagged with the worker."""
+        from ray.util.metrics import Counter, Gauge
+
+        faults = {field.name for field in dataclasses.fields(FaultCounts)}
+        for name, value in metrics.items():
+            worker, _, metric = name.rpartition("/")
+            if worker:
+                key = f"delethink_worker_{metric}"
+                gauge = self._get(Gauge, key, metric, ("worker",))
+                gauge.set(value, tags={"worker": worker})
+            elif metric not in faults:
+                self._get(Gauge, f"delethink_{metric}", metric, ()).set(value)
+            else:
+                counter = self._get(Counter, f"delethink_{metric}", metric, ())
+                if value > 0:
+                    counter.inc(value)
+
+    def _get(self, kind: Any, key: str, metric: str, tags: tuple[str, ...]) -> Any:
+        if key not in self._metrics:
+            self._metrics[key] = kind(key, description=f"{metric} of the pool", tag_keys=tags)
+        return self._metrics[key]
+
+
+async def _result(call: Awaitable[Any]) -> Any:
+    """Await a call of an actor; raise what the actor raised, without Ray's wrapping."""
     try:
-        from delethink.engines.weight_sync import this_device
-    except ImportError as error:
-        raise MissingExtraError("vllm", "vllm") from error
-    return this_device()
+        return await call
+    except ray.exceptions.RayError as error:
+        raise cause(error) from None
 
 
-def _cpus(asked: float | None, num_workers: int, on_gpu: bool) -> float:
-    if asked is not None:
-        return asked
-    # One core is left to the rest: threads of an engine that must share theirs wait for each other.
-    return 1.0 if on_gpu else max(1.0, (_num_cores() - 1) // num_workers)
+async def _run_in_thread(work: Callable[[], T]) -> T:
+    """Run a blocking call in a daemon thread, because it may never return."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:  # raised by Ray, the engine or CUDA; the pool handles all
+            done.set_exception(cause(error))
+        else:
+            done.set_result(result)
+
+    done.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="delethink-weights", daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+
+def _reserve(config: EngineConfig, resources: Mapping[str, float]) -> Any:
+    """Return a placement group with one bundle per worker, or ``None`` if none is configured."""
+    if config.node_placement is None:
+        return None
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    bundle = {names[name]: amount for name, amount in resources.items() if amount}
+    group = ray.util.placement_group(
+        [bundle] * config.num_engines, strategy=config.node_placement.upper()
+    )
+    if not group.wait(config.startup_timeout):
+        ray.util.remove_placement_group(group)
+        free = {name: ray.available_resources().get(name, 0) for name in bundle}
+        raise ConfigError(
+            f"Ray has no room for {config.num_engines} workers of {bundle} each; {free} is free"
+        )
+    return group
+
+
+def _cpus_per_engine(config: EngineConfig) -> float:
+    if config.cpus_per_engine is not None:
+        return config.cpus_per_engine
+    if config.gpus_per_engine > 0:
+        return 1.0
+    # One core is left to the driver: threads of an engine that share a core wait for each other.
+    return max(1.0, (_num_cores() - 1) // config.num_engines)
 
 
 def _num_cores() -> int:

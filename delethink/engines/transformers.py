@@ -1,8 +1,8 @@
-"""The in-process engine: ``transformers``' own ``generate`` over batches of chunks.
+"""Engine in this process: ``generate`` of transformers over batches of chunks.
 
-It needs no other install, runs wherever torch does, and can share its weights with a trainer.
-Chunks of unequal prompts and limits go into one batch: prompts are padded on the left, and each row
-stops at its own limit.
+The engine needs no further package, runs wherever torch does, and can share its weights with a
+trainer. Chunks with different prompt lengths and limits share a batch: prompts are padded on the
+left, and each row stops at its own limit.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from delethink.engines.loading import longest_sequence
+from delethink.config import EngineConfig
+from delethink.engines.loading import eos_ids, load_model, longest_sequence
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
 from delethink.types import StopReason, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_DEFAULT_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,19 @@ class _Request:
 
 
 class TransformersEngine:
-    """Implements ``Engine`` with a model in this process.
+    """``Engine`` with a model in this process.
 
     Args:
         model: a causal language model.
-        eos_ids: the tokens that end an answer.
-        pad_id: what fills rows up; any id of the vocabulary will do.
-        max_batch_size: the most chunks decoded side by side.
-        seed: of the stream that requests without a seed of their own draw from.
-        is_trained: a trainer updates this very model, adapters included: new weights are in force
-            at once, and ``update_weights`` only counts.
+        eos_ids: tokens that end an answer.
+        pad_id: token for padding; any id of the vocabulary will do.
+        max_batch_size: maximum number of chunks decoded at once.
+        seed: seed of the stream for requests without a seed of their own.
+        is_trained: a trainer updates this very model, adapters included. New weights then take
+            effect at once, and ``update_weights`` only counts.
+
+    Attributes:
+        max_model_tokens: longest sequence (prompt and new tokens) that the model takes.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class TransformersEngine:
         model: PreTrainedModel,
         eos_ids: Sequence[int],
         pad_id: int,
-        max_batch_size: int = 256,
+        max_batch_size: int = _DEFAULT_BATCH_SIZE,
         seed: int = 0,
         is_trained: bool = False,
     ) -> None:
@@ -66,10 +72,40 @@ class TransformersEngine:
         self._version = 0
         self._done = (0, 0, 0, 0.0)  # chunks, batches, tokens, seconds since metrics were taken
 
+    @classmethod
+    def create(
+        cls,
+        config: EngineConfig,
+        model_path: str,
+        model: Any,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool,
+        seed: int,
+        is_trained: bool,
+    ) -> Self:
+        """Make the engine that ``config`` describes; see ``Engine.create``.
+
+        Without a ``model``, the engine loads the checkpoint onto the GPU, if there is one.
+        """
+        if model is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = config.dtype or ("bfloat16" if device == "cuda" else "float32")
+            model = load_model(model_path, dtype, trust_remote_code)
+            model.to(device)
+        return cls(
+            model,
+            eos_ids(model, tokenizer),
+            int(tokenizer.pad_token_id),
+            config.max_batch_size or _DEFAULT_BATCH_SIZE,
+            seed,
+            is_trained,
+        )
+
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Joins the next batch: all requests made before the event loop comes to rest."""
+        """Sample in the next batch, with all requests made before the event loop is idle."""
         loop = asyncio.get_running_loop()
         request = _Request(prompt_ids, max_new_tokens, sampling, loop.create_future())
         self._waiting.append(request)
@@ -78,16 +114,16 @@ class TransformersEngine:
         return await request.answer
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Loads weights, unless they are the model's own, and counts the version."""
+        """Load weights, unless the trainer updates the model itself, and set the version."""
         if not self._is_trained:
             try:
                 self.model.load_state_dict(dict(weights))
             except RuntimeError as error:
-                raise WeightSyncError(f"the engine refused new weights: {error}") from None
+                raise WeightSyncError(f"the engine refused the new weights: {error}") from None
         self._version = version
 
     def take_metrics(self) -> dict[str, float]:
-        """Chunks, tokens a second of decoding and chunks in a batch, since it was last asked."""
+        """Return chunks, tokens per second and chunks per batch since the last call."""
         (chunks, batches, tokens, seconds), self._done = self._done, (0, 0, 0, 0.0)
         metrics = {"engine/chunks": float(chunks)}
         if batches:
@@ -96,18 +132,18 @@ class TransformersEngine:
         return metrics
 
     def sleep(self) -> None:
-        """Nothing to free: the model is the trainer's own."""
+        """Do nothing: the model belongs to the caller."""
 
     def close(self) -> None:
-        """Nothing to release: the model belongs to the caller."""
+        """Do nothing: the model belongs to the caller."""
 
     def _run_when_quiet(self, seen: int) -> None:
-        """Waits as long as a turn of the event loop brings more requests, then runs them all."""
+        """Wait until an iteration of the event loop brings no more requests, then run them all."""
         if len(self._waiting) > seen:
             asyncio.get_running_loop().call_soon(self._run_when_quiet, len(self._waiting))
             return
         waiting, self._waiting = self._waiting, []
-        # Chunks of like length side by side: a batch decodes as long as its longest row.
+        # Chunks of similar length share a batch, which decodes as long as its longest row.
         waiting.sort(key=lambda request: request.max_new_tokens)
         for i in range(0, len(waiting), self._max_batch_size):
             self._answer(waiting[i : i + self._max_batch_size])
@@ -121,10 +157,10 @@ class TransformersEngine:
         try:
             answers = decoded = self._decode(batch)
             self._count(decoded, time.perf_counter() - started)
-        except Exception as error:  # the callers' affair: each request fails with it
+        except Exception as error:  # each request of the batch fails with it
             answers = [error] * len(batch)
         for request, answer in zip(batch, answers, strict=True):
-            if request.answer.done():  # given up meanwhile
+            if request.answer.done():  # the caller has cancelled
                 continue
             if isinstance(answer, Exception):
                 request.answer.set_exception(answer)
@@ -139,32 +175,32 @@ class TransformersEngine:
     def _decode(self, batch: list[_Request]) -> list[Completion]:
         input_ids, attention_mask = self._pad_left([request.prompt_ids for request in batch])
         limits = torch.tensor([request.max_new_tokens for request in batch])
-        draw = _Draw([request.sampling for request in batch], self._generator)
+        sampler = _GumbelSampler([request.sampling for request in batch], self._generator)
         training, settings = self.model.training, self.model.generation_config
         self.model.eval()
-        # A checkpoint's own settings (a repetition penalty, say) would be mixed into ours and make
-        # another distribution than the one that is trained.
+        # A checkpoint's own settings (a repetition penalty, say) would change the distribution to
+        # another one than the trainer's.
         self.model.generation_config = GenerationConfig()
         try:
             sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=self._config(int(limits.max())),
-                logits_processor=[draw],
-                stopping_criteria=[_OwnLimit(limits.to(input_ids.device), input_ids.shape[1])],
+                logits_processor=[sampler],
+                stopping_criteria=[_RowLimit(limits.to(input_ids.device), input_ids.shape[1])],
             )
         finally:
             self.model.train(training)
             self.model.generation_config = settings
         sampled = sequences[:, input_ids.shape[1] :].cpu()
-        logprobs = draw.logprobs(sampled)
+        logprobs = sampler.logprobs(sampled)
         return [
             self._completion(sampled[i], logprobs[i], limit)
             for i, limit in enumerate(limits.tolist())
         ]
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
-        # Tokens are drawn in _Draw, which adds the noise: the highest score is then the sample.
+        # Greedy decoding, because _GumbelSampler adds noise: the highest score is the sample.
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -189,11 +225,11 @@ class TransformersEngine:
         )
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]  # seen as untyped
-    """Draws each row with its own temperature and seed, and keeps the log-probs of what was drawn.
+class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
+    """Samples each row with its own temperature and seed, and keeps log-probs of the samples.
 
     The highest of (log-probs + Gumbel noise) is a sample from the distribution (the Gumbel-max
-    trick), so a seeded row does not depend on what it is batched with.
+    trick), so a seeded row does not depend on the rest of its batch.
     """
 
     def __init__(self, samplings: list[Sampling], shared: torch.Generator) -> None:
@@ -203,8 +239,8 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]  # seen as untyped
             shared if s.seed is None else torch.Generator().manual_seed(s.seed) for s in samplings
         ]
         self._unseeded = shared if all(s.seed is None for s in samplings) else None
-        self._kept: list[torch.Tensor] = []  # of tokens already drawn, [B] each
-        self._last: torch.Tensor | None = None  # log-probs of the token to come, [B, V]
+        self._kept: list[torch.Tensor] = []  # log-probs of sampled tokens, [B] each
+        self._last: torch.Tensor | None = None  # log-probs of the next token, [B, V]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if self._last is not None:
@@ -214,7 +250,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]  # seen as untyped
         return self._last + self._noise(self._last).to(scores.device)
 
     def logprobs(self, sampled: torch.Tensor) -> torch.Tensor:
-        """Log-probs [B, T] of the drawn tokens ``sampled`` [B, T]."""
+        """Return the log-probs [B, T] of the sampled tokens [B, T]."""
         self._keep(sampled[:, -1])
         return torch.stack(self._kept, dim=1)
 
@@ -226,15 +262,15 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]  # seen as untyped
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         shape = like.shape
         if self._unseeded is not None:
-            waits = torch.empty(shape).exponential_(generator=self._unseeded)
+            times = torch.empty(shape).exponential_(generator=self._unseeded)
         else:
             rows = [torch.empty(shape[1]).exponential_(generator=g) for g in self._generators]
-            waits = torch.stack(rows)
-        return (-waits.log()).masked_fill(self._greedy[:, None], 0.0)
+            times = torch.stack(rows)
+        return (-times.log()).masked_fill(self._greedy[:, None], 0.0)
 
 
-class _OwnLimit(StoppingCriteria):  # type: ignore[misc]  # seen as untyped
-    """Ends each row at its own number of new tokens."""
+class _RowLimit(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy
+    """Stops each row at its own number of new tokens."""
 
     def __init__(self, limits: torch.Tensor, prompt_length: int) -> None:
         self._limits = limits

@@ -1,346 +1,280 @@
-"""One vLLM engine in a Ray actor: token ids go in and come out; nothing is tokenized here.
+"""vLLM engines in Ray workers: token ids in, token ids out; nothing is tokenized here.
 
-    RayPool (driver)  ──►  VllmWorker (Ray actor)  ──►  AsyncLLM  ──►  engine process
+    VllmPool (driver) -> VllmWorker (Ray actor) -> AsyncLLM -> engine process
 
-vLLM is imported where it is used, because the driver loads this module to describe the actor and
-need not have vLLM.
+vLLM is imported inside functions: the driver loads this module to describe the actor and need not
+have vLLM.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gc
+import itertools
 import os
 import re
-import time
+from array import array
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from delethink.config import WeightTransfer
-from delethink.engines.channel import Listener
-from delethink.engines.cluster import address_for
-from delethink.engines.exchange import (
-    Answer,
-    Job,
-    Report,
-    WorkerState,
-    decode_jobs,
-    encode_report,
-)
-from delethink.engines.vllm_process import EXECUTOR
-from delethink.engines.vllm_weights import Packed, WeightUpdates, write
-from delethink.errors import MissingExtraError, PolicyError, WeightSyncError
+from delethink.engines.base import EngineCounts, WeightSender, WorkerSpec, WorkerState
+from delethink.engines.ray import RayPool
+from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
+from delethink.policy import Completion, Sampling
+from delethink.tokens import as_list, logprob_array, token_array
 from delethink.types import StopReason, TokenIds
 
 T = TypeVar("T")
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
-_LINGER_SHARE = 0.5  # of the time that a chunk takes, for which an answer waits for others
-_HASTE = 0.04  # the share of that where the engine has nothing left to begin
-_MOST_LINGER_S = 1.0
-_LOG_BYTES = 65_536  # how far back the last error is looked for
-# vLLM's own errors only refer to what its engine process wrote; this is what is looked for there.
+_LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
+_VERIFIED_UPDATES = 2  # since the start of a worker: the initial weights and the first update
+_LOG_BYTES = 65_536  # end of the logs that is searched for the last error
+# vLLM's own errors only refer to the log of its engine process, where the reason is.
 _ERROR = re.compile(
     r"\b(?!EngineDeadError|EngineGenerateError)\w*(?:Error|Exception): (?!Engine core ).+"
 )
 _RPC_PREFIX = "Call to collective_rpc method failed: "
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker needs to know to start its engine."""
-
-    model: str  # folder or hub id
-    eos_ids: TokenIds  # tokens that end an answer, and no others
-    max_model_tokens: int | None  # None takes the model's own limit
-    dtype: str
-    seed: int
-    on_gpu: bool
-    threads: int  # of the engine, on the CPU
-    kv_cache_gib: float  # on the CPU
-    gpu_memory_utilization: float  # on a GPU
-    trust_remote_code: bool
-    max_batch_size: int | None = None  # None takes vLLM's own
-    tensor_parallel_size: int = 1
-    can_sleep: bool = False
-    weight_transfer: WeightTransfer = "store"
+_EXECUTOR = "delethink.engines.vllm_extension.Executor"
 
 
 class VllmWorker:
-    """A vLLM engine that is given chunks and reports them; made to be an asynchronous Ray actor."""
+    """A vLLM engine in an asynchronous Ray actor; implements ``Worker``."""
 
-    extension: type = WeightUpdates  # what is mixed into vLLM's worker
+    extension: str = "delethink.engines.vllm_extension.WorkerExtension"
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self._config = config
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
         self._engine: Any = None
-        self._version = 0
-        self._broken = ""  # why no chunk is sampled, if so
-        self._tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the job
-        self._answers: list[Answer] = []
         self._counter: Any = None
-        self._batch_size = 0
-        self._news = asyncio.Event()
-        self._seconds_per_chunk = 0.0  # smoothed
-        self._listener: Listener | None = None
+        self._version = 0
+        self._refused = ""  # reason to sample nothing before the next weights
+        self._updates = 0
+        self._request_ids = itertools.count(1)
+        self._in_flight: set[str] = set()  # ids of requests
 
     async def start(self) -> WorkerState:
-        """Starts the engine, and samples a token, so that the first chunk finds it warm.
+        """Start the engine, and sample a token so that the first chunk finds it warm.
 
         Raises:
-            MissingExtraError: vLLM is not installed here.
-            RuntimeError: vLLM did not start; the text is what its engine process said.
+            MissingExtraError: vLLM is not installed on this node.
+            RuntimeError: vLLM did not start; the text is the error of its engine process.
         """
-        _set_environment(self._config)
-        gc.set_threshold(50_000)  # as delethink.cli.process does
+        _set_environment(self._spec)
+        gc.set_threshold(50_000)  # the defaults scan vLLM's many long-lived objects too often
         try:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
-        from delethink.engines.vllm_counter import make_counter
-
         counters: list[Any] = []
         try:
             self._engine = AsyncLLM.from_engine_args(
-                _engine_args(self._config, self.extension), stat_loggers=[make_counter(counters)]
+                _engine_args(self._spec, self.extension), stat_loggers=[_counter_class(counters)]
             )
             async for _ in self._engine.generate(
-                {"prompt_token_ids": [0]}, _sampling_params(1, 1.0, None, ()), "warm-up"
+                {"prompt_token_ids": [0]}, _sampling_params(1, Sampling(), ()), "warm-up"
             ):
                 pass
         except Exception as error:
             raise RuntimeError(_last_error() or str(error)) from error
         (self._counter,) = counters
-        self._counter.clear()
+        self._counter.counts = EngineCounts()
         vllm_config = self._engine.vllm_config
-        self._batch_size = vllm_config.scheduler_config.max_num_seqs
         return WorkerState(
             pid=os.getpid(),
             max_model_tokens=vllm_config.model_config.max_model_len,
-            batch_size=self._batch_size,
+            batch_size=vllm_config.scheduler_config.max_num_seqs,
         )
 
-    async def listen(self, secret: bytes, peer: str, silence_s: float) -> tuple[str, int]:
-        """Takes jobs and reports over a connection as well, with who knows the secret.
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        """Sample a chunk.
 
-        Args:
-            secret: see ``Listener``.
-            peer: Ray's id of the node where the other end is.
-            silence_s: see ``report``.
-
-        Returns:
-            Host and port.
+        Raises:
+            ConfigError: the temperature is between 0 and the lowest that vLLM takes.
+            PolicyError: vLLM failed, or the last update of weights did.
+            ConnectionError: the engine process is dead.
         """
-        host = address_for(peer)
-        self._listener = Listener(self._take, lambda: self.report(silence_s), secret)
-        return host, await self._listener.start(host)
-
-    async def live(self) -> None:
-        """Does not return: who waits for it is told by Ray when the worker is lost."""
-        await asyncio.Event().wait()
-
-    async def take(self, sent: bytes) -> None:
-        """Takes jobs on and gives others up.
-
-        Args:
-            sent: encoded, the jobs and the numbers of those that are taken back.
-        """
-        self._take(sent)
-
-    def _take(self, sent: bytes | bytearray) -> None:
-        jobs, dropped = decode_jobs(sent)
-        for job in jobs:
-            self._tasks[job.number] = asyncio.create_task(self._do(job))
-        for number in dropped:
-            if (task := self._tasks.pop(number, None)) is not None:
-                task.cancel()
-
-    async def report(self, silence_s: float) -> bytes:
-        """What has been done since the last report, encoded.
-
-        It waits for something to report, for ``silence_s`` at most, and for a little more to come,
-        so that the driver need not look at each chunk on its own.
-        """
-        await self._wait(silence_s, lambda: not self._answers)
-        if self._answers:
-            await self._linger()
-        answers, self._answers = self._answers, []
-        return encode_report(Report(answers, self._counter.counts()))
-
-    async def _linger(self) -> None:
-        """Waits for more answers, for longer while the engine has chunks that it has not begun."""
-        most = min(_MOST_LINGER_S, _LINGER_SHARE * self._seconds_per_chunk)
-        await self._wait(most, lambda: len(self._tasks) > self._batch_size)
-        await self._wait(most * _HASTE, lambda: True)
-
-    async def _wait(self, seconds: float, goes_on: Callable[[], bool]) -> None:
-        """Until time is up, or an answer has ended the reason."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while goes_on():
-                    self._news.clear()
-                    await self._news.wait()
-
-    async def _do(self, job: Job) -> None:
-        """A job, to its answer."""
-        started = time.monotonic()
+        temperature = sampling.temperature
+        if temperature < 0 or 0 < temperature < _LOWEST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature must be 0 or at least {_LOWEST_TEMPERATURE}, got {temperature}"
+            )
+        if self._refused:
+            raise PolicyError(f"takes no requests since an update of weights {self._refused}")
+        params = _sampling_params(max_new_tokens, sampling, self._spec.eos_ids)
+        request_id = str(next(self._request_ids))
+        self._in_flight.add(request_id)
         try:
-            answer = await self._sample(job)
-        except Exception as error:  # the boundary to vLLM: it is the driver's to judge
-            answer = Answer(job.number, error=error)
-        took = time.monotonic() - started
-        self._seconds_per_chunk += 0.1 * (took - self._seconds_per_chunk)
-        if self._tasks.pop(job.number, None) is not None:  # else it was given up meanwhile
-            self._answers.append(answer)
-            self._news.set()
-
-    async def _sample(self, job: Job) -> Answer:
-        if self._broken:
-            raise PolicyError(f"takes no requests since an update of weights {self._broken}")
-        params = _sampling_params(
-            job.max_new_tokens, job.temperature, job.seed, self._config.eos_ids
-        )
-        prompt = {"prompt_token_ids": job.prompt_ids}
-        try:
-            async for output in self._engine.generate(prompt, params, str(job.number)):
+            async for output in self._engine.generate(
+                {"prompt_token_ids": as_list(prompt_ids)}, params, request_id
+            ):
                 last = output.outputs[0]
         except Exception as error:
             raise self._explain(error) from None
+        finally:
+            self._in_flight.discard(request_id)
         if last.finish_reason not in _STOP:
             raise PolicyError(f"ended a request with {last.finish_reason!r}: {_last_error()}")
-        return Answer.pack(
-            job.number,
-            last.token_ids,
-            last.logprobs.logprobs,
+        return Completion(
+            token_array(array("q", last.token_ids)),
+            logprob_array(array("d", last.logprobs.logprobs)),
             _STOP[last.finish_reason],
             self._version,
         )
 
-    def _explain(self, error: Exception) -> Exception:
-        """What went wrong in the engine, in words of its own where it has any."""
-        if self._engine.errored:
-            said = _last_error() or "none"
-            return ConnectionError(f"has lost its vLLM engine process; last error logged: {said}")
-        return PolicyError(f"failed: {error.__cause__ or error}".replace(_RPC_PREFIX, ""))
-
-    async def update(self, weights: Packed, version: int) -> int:
-        """Takes up new weights; the pool sees to it that nothing is being sampled.
-
-        Returns:
-            The version that the engine process says it runs.
+    async def health(self) -> EngineCounts:
+        """Return the counters of the engine.
 
         Raises:
-            WeightSyncError: they do not fit the model, or the engine runs others afterwards. The
-                worker samples nothing until an update succeeds.
-            ConnectionError: the engine process died.
+            ConnectionError: the engine process is dead.
         """
-        await self._rest()
+        if self._engine.errored:
+            raise self._explain(RuntimeError("errored"))
+        counts: EngineCounts = self._counter.counts
+        return counts
+
+    def _explain(self, error: Exception) -> Exception:
+        """Return an error that says what went wrong in the engine."""
+        if self._engine.errored:
+            logged = _last_error() or "none"
+            return ConnectionError(f"has lost its vLLM engine process; last error logged: {logged}")
+        return PolicyError(f"failed: {error.__cause__ or error}".replace(_RPC_PREFIX, ""))
+
+    # -- weights -------------------------------------------------------------------------------
+
+    async def update_weights(self, weights: Any, version: int) -> int:
+        """Load new weights; see ``Worker.update_weights``.
+
+        Raises:
+            WeightSyncError: the weights do not fit, or the engine computes with others afterwards.
+            ConnectionError: the engine process is dead.
+        """
+        from delethink.engines.weight_sync import write
+
+        await self._begin_update()
         file, slots = write(weights)
         try:
             path = f"/proc/{os.getpid()}/fd/{file}"
-            return await self._take_up("delethink_load", path, slots, version)
+            return await self._load("delethink_load", path, slots, version, self._verifies)
         finally:
             os.close(file)
 
-    async def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Gets ready for weights by vLLM's own transfer: see ``weight_transfer``.
+    async def prepare_transfer(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Get ready for weights by vLLM's own transfer (``VllmWeightSender``).
+
+        Returns:
+            ``confirm_transfer`` needs digests of the weights, to verify the update.
 
         Raises:
-            WeightSyncError: they do not fit the model.
-            ConnectionError: the engine process died.
+            WeightSyncError: the weights do not fit the model.
         """
-        await self._rest()
-        await self._ask_engine("delethink_expect", shapes)
+        await self._begin_update()
+        await self._call_ranks("delethink_prepare", shapes, self._verifies)
+        return self._verifies
 
-    async def init_weight_transfer_engine(self, request: Any) -> None:
-        """For vLLM's trainer side: meets it."""
-        await self._pass_on(self._engine.init_weight_transfer_engine(request))
+    async def call_engine(self, method: str, *arguments: Any) -> None:
+        """Pass a call of vLLM's trainer side on to the engine."""
+        await self._await(getattr(self._engine, method)(*arguments))
 
-    async def start_weight_update(self) -> None:
-        """For vLLM's trainer side: begins an update."""
-        await self._pass_on(self._engine.start_weight_update())
+    async def confirm_transfer(self, version: int, digests: Mapping[str, str] | None) -> int:
+        """End an update that ``prepare_transfer`` began; return the version.
 
-    async def update_weights(self, request: Any) -> None:
-        """For vLLM's trainer side: receives weights."""
-        await self._pass_on(self._engine.update_weights(request))
+        Raises:
+            WeightSyncError: other weights arrived, or the engine computes with others.
+        """
+        return await self._load("delethink_confirm", version, digests)
 
-    async def finish_weight_update(self) -> None:
-        """For vLLM's trainer side: ends an update."""
-        await self._pass_on(self._engine.finish_weight_update())
+    @property
+    def _verifies(self) -> bool:
+        """Whether the engine compares its weights with those sent in this update."""
+        always = self._spec.config.verify_weights == "every"
+        return always or self._updates < _VERIFIED_UPDATES
 
-    async def confirm(self, version: int, digests: Mapping[str, str]) -> int:
-        """Ends what ``expect`` began; raises and returns as ``update`` does."""
-        return await self._take_up("delethink_confirm", version, digests)
+    async def _begin_update(self) -> None:
+        """End the requests that the pool has given up, and sample nothing until the update ends."""
+        self._refused = "was interrupted"
+        await self._engine.abort(list(self._in_flight))
 
-    async def _pass_on(self, call: Awaitable[T]) -> T:
-        """A call of the engine; what goes wrong is raised in words of its own."""
-        try:
-            return await call
-        except Exception as error:  # the boundary to vLLM: the pool judges
-            raise self._explain(error) from None
-
-    async def _rest(self) -> None:
-        """Samples nothing until weights have been taken up."""
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        self._broken = "was interrupted"
-
-    async def _take_up(self, method: str, *arguments: Any) -> int:
-        """Lets the engine run other weights; it samples again if it says that it does."""
-        said = await self._ask_engine(method, *arguments)
-        if len(set(said)) != 1:
-            self._refuse(f"its {len(said)} parts run different versions: {said}")
+    async def _load(self, method: str, *arguments: Any) -> int:
+        """Let all ranks load weights, and sample again."""
+        versions = await self._call_ranks(method, *arguments)
+        if len(set(versions)) != 1:
+            self._refuse(f"its {len(versions)} ranks run different versions: {versions}")
         if not await self._engine.reset_prefix_cache():
             self._refuse("vLLM did not empty its prefix cache")
-        self._version, self._broken = int(said[0]), ""
+        self._updates += 1
+        self._version, self._refused = int(versions[0]), ""
         return self._version
 
-    async def _ask_engine(self, method: str, *arguments: Any) -> list[int]:
-        """What each rank of the engine says to a call of ``WeightUpdates``."""
-        said = await self._pass_on(self._engine.collective_rpc(method, args=arguments))
-        for answer in said:
+    async def _call_ranks(self, method: str, *arguments: Any) -> list[int]:
+        """Call a method of ``WorkerExtension`` in each rank of the engine."""
+        answers = await self._await(self._engine.collective_rpc(method, args=arguments))
+        for answer in answers:
             if isinstance(answer, str):
                 self._refuse(f"failed: {answer}")
-        return list(said)
+        return list(answers)
 
-    def _refuse(self, why: str) -> NoReturn:
-        self._broken = why
-        raise WeightSyncError(why) from None
+    async def _await(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except Exception as error:  # vLLM can raise anything; the pool handles all
+            raise self._explain(error) from None
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self._refused = reason
+        raise WeightSyncError(reason) from None
+
+    # -- sleep and stop ------------------------------------------------------------------------
 
     async def sleep(self) -> None:
-        """Moves the weights to the host and gives up the cache, so that the GPU is free."""
+        """Move the weights to host memory and drop the KV cache."""
         await self._engine.sleep(level=1)
 
     async def wake(self) -> None:
-        """Takes the GPU again."""
+        """Move the weights back to the GPU."""
         await self._engine.wake_up()
 
     async def stop(self) -> None:
-        """Ends the engine process."""
-        if self._listener is not None:
-            self._listener.close()
+        """End the engine process."""
         if self._engine is not None:
             self._engine.shutdown()
 
 
-def _sampling_params(
-    max_new_tokens: int, temperature: float, seed: int | None, eos_ids: TokenIds
-) -> Any:
-    """The distribution of the model itself, at a temperature, and nothing else."""
+class VllmPool(RayPool):
+    """vLLM engines in Ray workers."""
+
+    worker_class = VllmWorker
+
+    def make_sender(self, actor: Any) -> WeightSender:
+        """Make vLLM's own weight transfer into one worker."""
+        from delethink.engines.weight_sync import local_device
+
+        try:
+            from delethink.engines.vllm_transfer import VllmWeightSender
+        except ImportError as error:
+            raise MissingExtraError("vllm", "vllm") from error
+        assert self.config.weight_transfer != "store"
+        ranks = self.config.tensor_parallel_size
+        return VllmWeightSender(self.config.weight_transfer, actor, ranks, local_device())
+
+
+def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
+    """Return parameters for the model's own distribution at a temperature, and nothing else."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=temperature,
-        seed=seed,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
         top_p=1.0,
         top_k=0,
         min_p=0.0,
         repetition_penalty=1.0,
         max_tokens=max_new_tokens,
-        ignore_eos=True,  # of the model's configuration: the pool says which tokens end an answer
+        ignore_eos=True,  # ignores the model's configuration: eos_ids alone end an answer
         stop_token_ids=list(eos_ids),
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
@@ -349,68 +283,105 @@ def _sampling_params(
     )
 
 
-def _engine_args(config: WorkerConfig, extension: type) -> Any:
+def _engine_args(spec: WorkerSpec, extension: str) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    on_device: dict[str, Any] = {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "enforce_eager": True,
-        # Where vLLM splits the prompt of a request with a seed, its engine dies on the CPU, because
-        # generators of the CPU cannot be wound back.
-        "enable_chunked_prefill": False,
-    }
-    if config.on_gpu:
-        on_device = {
+    config = spec.config
+    more: dict[str, Any]
+    if config.gpus_per_engine:
+        more = {
             "gpu_memory_utilization": config.gpu_memory_utilization,
-            "enable_sleep_mode": config.can_sleep,
+            "enable_sleep_mode": config.sleep,
         }
+    else:
+        more = {
+            "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            # On the CPU, vLLM's engine dies when it splits the prompt of a request with a seed:
+            # generators of the CPU cannot be wound back.
+            "enable_chunked_prefill": False,
+        }
+    if config.max_batch_size is not None:
+        more["max_num_seqs"] = config.max_batch_size
     if config.weight_transfer != "store":
         from vllm.config import WeightTransferConfig
 
-        on_device["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
+        more["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
     return AsyncEngineArgs(
-        model=config.model,
+        model=spec.model,
         skip_tokenizer_init=True,
-        trust_remote_code=config.trust_remote_code,
-        dtype=config.dtype,
-        seed=config.seed,
-        max_model_len=config.max_model_tokens,
+        trust_remote_code=spec.trust_remote_code,
+        dtype=config.engine_dtype,
+        seed=spec.seed,
+        max_model_len=spec.max_model_tokens,
         generation_config="vllm",
-        # After temperature; greedy requests are not scaled, so theirs are at temperature 1.
+        # Log-probs after temperature; vLLM does not scale greedy requests (temperature 1).
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
-        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else EXECUTOR,
-        worker_extension_cls=f"{extension.__module__}.{extension.__qualname__}",
-        disable_log_stats=True,  # but for what vllm_counter counts
+        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else _EXECUTOR,
+        worker_extension_cls=extension,
+        disable_log_stats=True,  # the counter of this module still counts
         tensor_parallel_size=config.tensor_parallel_size,
-        **_where_given(max_num_seqs=config.max_batch_size),
-        **on_device,
+        **more,
     )
 
 
-def _where_given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _set_environment(config: WorkerConfig) -> None:
-    """Must come before vLLM is imported; the engine process inherits it."""
+def _set_environment(spec: WorkerSpec) -> None:
+    """Set variables that vLLM reads on import and that its engine process inherits."""
+    config = spec.config
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if config.weight_transfer == "ipc":
-        # Handles of memory go from the actor to its own engine process in Python's format.
+        # Memory handles go from the actor to its own engine process as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if not config.on_gpu:
+    if not config.gpus_per_engine:
+        ranks = config.tensor_parallel_size
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else "uni" becomes one more process
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB only, and overrides ours
-        os.environ["OMP_NUM_THREADS"] = str(max(1, config.threads // config.tensor_parallel_size))
-        if config.tensor_parallel_size > 1:  # else vLLM wants a NUMA node for each rank
+        os.environ["OMP_NUM_THREADS"] = str(max(1, spec.threads // ranks))
+        if ranks > 1:  # else vLLM wants a NUMA node for each rank
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # vLLM compiles a helper of its sampler even in eager mode: half a minute, to no gain here.
+        # vLLM compiles a helper of its sampler even in eager mode: half a minute for nothing here.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
+def _counter_class(instances: list[Any]) -> Callable[..., Any]:
+    """Return a statistics logger for vLLM that counts steps; its instances go into a list."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Counter(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are untyped here
+        """Counts the steps of an engine and their tokens."""
+
+        def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+            self.counts = EngineCounts()
+            instances.append(self)
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            """Count a step; vLLM may leave out either part."""
+            counts = self.counts
+            if iteration_stats is not None:
+                tokens = iteration_stats.num_generation_tokens
+                counts = replace(counts, steps=counts.steps + 1, tokens=counts.tokens + tokens)
+            if scheduler_stats is not None:
+                cache = scheduler_stats.prefix_cache_stats
+                counts = replace(
+                    counts,
+                    running=counts.running + scheduler_stats.num_running_reqs,
+                    prefix_queries=counts.prefix_queries + cache.queries,
+                    prefix_hits=counts.prefix_hits + cache.hits,
+                )
+            self.counts = counts
+
+        def log_engine_initialized(self) -> None:
+            """Log nothing."""
+
+    return Counter
+
+
 def _last_error() -> str:
-    """The last error in what this process and its engine wrote; empty where there is none."""
+    """Return the last error in the logs of this process and its engine, or an empty text."""
     text = ""
     for descriptor in (1, 2):  # files, in a Ray actor
         path = Path(f"/proc/self/fd/{descriptor}").resolve()

@@ -1,38 +1,57 @@
-"""A worker that is real but for its engine, so that it starts in the second that Ray takes."""
+"""A worker without an engine, which starts in the second that a Ray actor takes."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 
-from delethink.engines.exchange import Answer, EngineCounts, Job, WorkerState
-from delethink.engines.vllm import VllmWorker
-from delethink.types import StopReason
+from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
+from delethink.engines.ray import RayPool
+from delethink.policy import Completion, Sampling
+from delethink.types import StopReason, TokenIds
 
 
-class MadeUpWorker(VllmWorker):
-    """Its tokens are the last of the prompt, over and over."""
+class MadeUpWorker:
+    """Implements ``Worker``; its tokens are the last of the prompt, repeated."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._steps = itertools.count(1)
+        self._version = 0
+        self._cancelled = 0
 
     async def start(self) -> WorkerState:
-        """There is no engine to start."""
-        self._batch_size = self._config.max_batch_size or 8
-        self._counter = self
-        return WorkerState(os.getpid(), self._config.max_model_tokens or 0, self._batch_size)
+        return WorkerState(os.getpid(), self._spec.max_model_tokens or 0, batch_size=8)
 
-    def counts(self) -> EngineCounts:
-        """In place of what vLLM counts."""
-        return EngineCounts()
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        try:
+            # The temperature stands in for the time that a chunk takes.
+            await asyncio.sleep(sampling.temperature)
+        except asyncio.CancelledError:
+            self._cancelled += 1
+            raise
+        tokens = tuple(prompt_ids[-1:]) * max_new_tokens
+        logprobs = (-0.5,) * max_new_tokens
+        return Completion(tokens, logprobs, StopReason.LENGTH, self._version)
 
-    async def _sample(self, job: Job) -> Answer:
-        await asyncio.sleep(0.01)
-        count = job.max_new_tokens
-        tokens = job.prompt_ids[-1:] * count
-        return Answer.pack(job.number, tokens, [-0.5] * count, StopReason.LENGTH, self._version)
+    async def health(self) -> EngineCounts:
+        return EngineCounts(steps=next(self._steps), tokens=self._cancelled)
+
+    async def update_weights(self, weights: object, version: int) -> int:
+        self._version = version
+        return version
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
-class Unbound(MadeUpWorker):
-    """Its node's address is not one of the machine's own."""
+class MadeUpPool(RayPool):
+    """A pool of made-up workers."""
 
-    async def listen(self, secret: bytes, peer: str, silence_s: float) -> tuple[str, int]:
-        """As the system says it."""
-        raise OSError(99, "Cannot assign requested address")
+    worker_class = MadeUpWorker

@@ -1,9 +1,9 @@
 """vLLM's weight transfer where there is no GPU: what NCCL and CUDA do goes by TCP and by files.
 
 All else is vLLM's own on both sides: the rendezvous, the calls and their order, the descriptions of
-tensors, the loading. ``Worker`` puts the stand-ins in place in its engine process; the other side
-calls ``put_in_place``. vLLM is imported where it is used, because a worker sets its environment
-before that.
+tensors, the loading. ``transfer_extension`` puts the stand-ins in place in the engine process of a
+``Worker``; the other side calls ``put_in_place``. vLLM is imported inside functions, because a
+worker sets its environment before that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from delethink.engines.vllm import VllmWorker
-from delethink.engines.vllm_weights import WeightUpdates
+from delethink.engines.vllm import VllmPool, VllmWorker
 
 SHARED = Path(tempfile.gettempdir())
 PREFIX = "delethink-ipc-"
@@ -95,15 +94,13 @@ def put_in_place(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     replace(torch.cuda, "ipc_collect", lambda: None)
 
 
-class Updates(WeightUpdates):
-    """What is mixed into vLLM's worker: the same, after the stand-ins."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> WeightUpdates:
-        put_in_place()
-        return super().__new__(cls, *args, **kwargs)
-
-
 class Worker(VllmWorker):
     """A worker whose engine has the stand-ins."""
 
-    extension = Updates
+    extension = "transfer_extension.Extension"
+
+
+class Pool(VllmPool):
+    """A pool of workers with the stand-ins."""
+
+    worker_class = Worker

@@ -17,15 +17,15 @@ from installed import need
 from processes import alive, assert_gone, engine_of, started, wait_until
 
 from delethink.chunking import ChunkSpec
+from delethink.config import EngineConfig
 from delethink.policy import Completion, Sampling
 from delethink.rollout import derive_seed, retrace, run_rollouts
 from delethink.types import TokenIds, Trace
 
 need("ray", "vllm", "torch")
 
-from delethink.engines.pool_settings import PoolSettings  # noqa: E402
-from delethink.engines.pool_worker import PoolWorker  # noqa: E402
-from delethink.engines.ray import RayPool  # noqa: E402
+from delethink.engines.pool import PoolWorker  # noqa: E402
+from delethink.engines.vllm import VllmPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -48,7 +48,7 @@ SECONDS = {"pause": 0.5, "silence": 8.0}  # until it goes on
 class Chaos:
     """The policy protocol over a pool that it damages as it goes."""
 
-    pool: RayPool
+    pool: VllmPool
     rng: random.Random = field(default_factory=lambda: random.Random(SEED))
     to_come: list[tuple[str, str]] = field(default_factory=list)
     done: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -92,7 +92,7 @@ async def damage(what: str, whom: str, worker: PoolWorker) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def play_step(policy: RayPool | Chaos, step: int, longest: int) -> list[Trace]:
+def play_step(policy: VllmPool | Chaos, step: int, longest: int) -> list[Trace]:
     samplings = [Sampling(seed=derive_seed(SEED, step, i)) for i in range(len(QUERIES))]
 
     async def play() -> list[Trace]:
@@ -108,26 +108,25 @@ def play_step(policy: RayPool | Chaos, step: int, longest: int) -> list[Trace]:
 @pytest.fixture
 def pool(
     others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel], own_ray: None
-) -> Iterator[RayPool]:
-    pool = RayPool(
-        tiny_models[0].folder,
-        num_workers=3,
-        cpus_per_worker=0.5,
-        eos_ids=(1,),
-        max_model_tokens=128,
+) -> Iterator[VllmPool]:
+    config = EngineConfig(
+        num_engines=3,
+        cpus_per_engine=0.5,
         kv_cache_gib=0.1,
-        weight_sync_timeout_s=300,
         max_batch_size=16,
-        settings=PoolSettings(
-            silence_timeout=4, hang_timeout=15, max_attempts=100, max_restarts=20
-        ),
+        weight_sync_timeout=300,
+        heartbeat_timeout=4,
+        hang_timeout=15,
+        max_attempts=100,
+        max_restarts=20,
     )
+    pool = VllmPool(tiny_models[0].folder, config, eos_ids=(1,), max_model_tokens=128)
     yield pool
     pool.close()
 
 
 def test_traces_show_nothing_of_what_happened_to_the_workers(
-    pool: RayPool, others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     chaos, steps = Chaos(pool), list[list[Trace]]()
     processes = started()

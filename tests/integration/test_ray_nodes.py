@@ -13,6 +13,7 @@ from installed import need
 from processes import assert_gone, started, wait_until
 
 from delethink.chunking import ChunkSpec
+from delethink.config import EngineConfig
 from delethink.errors import ConfigError
 from delethink.policy import Sampling
 from delethink.rollout import run_rollouts
@@ -24,8 +25,7 @@ need("vllm", "torch")
 from ray._private import ray_constants  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from delethink.engines.pool_settings import PoolSettings  # noqa: E402
-from delethink.engines.ray import RayPool  # noqa: E402
+from delethink.engines.vllm import VllmPool  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.integration
 SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=4)
 QUERIES = [(5, 9, 3, 2 + i // 4) for i in range(64)]
 NODE = {"num_cpus": 1}
+TOO_MANY = {"num_engines": 5, "node_placement": "pack", "startup_timeout": 2}
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def raylet_of(node: Any) -> int:
     return int(raylet.process.pid)
 
 
-def play(pool: RayPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
+def play(pool: VllmPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
     samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
     return asyncio.run(
         run_rollouts(pool, SPEC, QUERIES, samplings, pool.max_model_tokens, on_end=on_end)
@@ -75,17 +76,17 @@ def play(pool: RayPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
 
 @pytest.mark.slow
 def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, TinyModel]) -> None:
-    pool = RayPool(
-        tiny_models[0].folder,
-        num_workers=2,
-        cpus_per_worker=1,
-        eos_ids=(1,),
-        max_model_tokens=128,
+    config = EngineConfig(
+        num_engines=2,
+        cpus_per_engine=1,
         kv_cache_gib=0.1,
-        placement="spread",
-        weight_sync_timeout_s=300,
-        settings=PoolSettings(hang_timeout=30, max_attempts=10, max_restarts=20),
+        node_placement="spread",
+        weight_sync_timeout=300,
+        hang_timeout=30,
+        max_attempts=10,
+        max_restarts=20,
     )
+    pool = VllmPool(tiny_models[0].folder, config, eos_ids=(1,), max_model_tokens=128)
     with closing(pool):
         (lost,) = cluster.worker_nodes
         raylets = [node_of(worker.pid) for worker in pool.workers]
@@ -114,6 +115,5 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
         assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
         assert victim.completions > before
 
-    with pytest.raises(ConfigError, match=r"Ray has no room for 5 workers of \{'CPU': 1\} each"):
-        RayPool("x", num_workers=5, cpus_per_worker=1, eos_ids=(1,), placement="pack",
-                startup_timeout_s=2)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Ray has no room for 5 workers of \{'CPU': 1.0\} each"):
+        VllmPool("x", config.model_copy(update=TOO_MANY), eos_ids=(1,))

@@ -20,6 +20,7 @@ from installed import need
 from processes import assert_gone, started, wait_until
 
 from delethink.chunking import ChunkSpec, start
+from delethink.config import EngineConfig
 from delethink.errors import ConfigError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
 from delethink.rollout import run_rollouts
@@ -29,8 +30,8 @@ ray = pytest.importorskip("ray")
 need("vllm")
 torch = pytest.importorskip("torch")
 
-from delethink.engines.ray import RayPool  # noqa: E402
-from delethink.engines.weight_check import Pair, Sent, pair_weights, runs  # noqa: E402
+from delethink.engines.vllm import VllmPool  # noqa: E402
+from delethink.engines.weight_check import Columns, Pair, is_loaded, pair_weights  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -46,21 +47,17 @@ GREEDY = Sampling(temperature=0.0)
 @pytest.fixture(scope="module")
 def pool(
     others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel], own_ray: None
-) -> Iterator[RayPool]:
-    pool = RayPool(
-        tiny_models[0].folder,
-        num_workers=2,
-        eos_ids=(EOS,),
-        max_model_tokens=MAX_MODEL_TOKENS,
-        kv_cache_gib=0.25,
-        weight_sync_timeout_s=60,
+) -> Iterator[VllmPool]:
+    config = EngineConfig(num_engines=2, kv_cache_gib=0.25, weight_sync_timeout=60)
+    pool = VllmPool(
+        tiny_models[0].folder, config, eos_ids=(EOS,), max_model_tokens=MAX_MODEL_TOKENS
     )
     yield pool
     pool.close()
 
 
 def complete(
-    pool: RayPool, prompts: list[TokenIds], limit: int, samplings: list[Sampling]
+    pool: VllmPool, prompts: list[TokenIds], limit: int, samplings: list[Sampling]
 ) -> list[Completion]:
     """All at once, in an event loop of their own."""
 
@@ -78,7 +75,7 @@ def assert_greedy(model: TinyModel, prompt: TokenIds, completion: Completion) ->
 
 
 def test_greedy_tokens_are_those_of_a_plain_forward_pass(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     for prompt, completion in zip(
         PROMPTS, complete(pool, PROMPTS, 24, [GREEDY] * len(PROMPTS)), strict=True
@@ -88,7 +85,7 @@ def test_greedy_tokens_are_those_of_a_plain_forward_pass(
 
 
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     samplings = [Sampling(temperature=0.7, seed=i) for i in range(len(PROMPTS))]
     # Greedy requests share the batch: each row must have its own temperature.
@@ -100,7 +97,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(
         assert_greedy(tiny_models[0], prompt, completion)
 
 
-def test_a_completion_ends_with_eos_or_at_its_limit(pool: RayPool) -> None:
+def test_a_completion_ends_with_eos_or_at_its_limit(pool: VllmPool) -> None:
     completions = complete(pool, [PROMPTS[0]] * 32, 40, [Sampling(seed=i) for i in range(32)])
     ended = [c for c in completions if c.stop is StopReason.EOS]
     full = [c for c in completions if c.stop is StopReason.LENGTH]
@@ -111,7 +108,7 @@ def test_a_completion_ends_with_eos_or_at_its_limit(pool: RayPool) -> None:
     assert all(len(c.token_ids) == 40 and EOS not in c.token_ids for c in full)
 
 
-def test_requests_go_to_the_worker_with_the_fewest_tokens_in_flight(pool: RayPool) -> None:
+def test_requests_go_to_the_worker_with_the_fewest_tokens_in_flight(pool: VllmPool) -> None:
     before = [worker.completions for worker in pool.workers]
     complete(pool, [PROMPTS[0]] * 16, 8, [Sampling(seed=i) for i in range(16)])
     gained = [w.completions - b for w, b in zip(pool.workers, before, strict=True)]
@@ -119,7 +116,7 @@ def test_requests_go_to_the_worker_with_the_fewest_tokens_in_flight(pool: RayPoo
     assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
 
 
-def test_a_seed_gives_the_same_tokens_on_either_worker(pool: RayPool) -> None:
+def test_a_seed_gives_the_same_tokens_on_either_worker(pool: VllmPool) -> None:
     before = [worker.completions for worker in pool.workers]
     completions = complete(pool, [PROMPTS[2]] * 6, 24, [Sampling(seed=5)] * 6)
     assert {worker.completions - b for worker, b in zip(pool.workers, before, strict=True)} == {3}
@@ -128,7 +125,7 @@ def test_a_seed_gives_the_same_tokens_on_either_worker(pool: RayPool) -> None:
     assert len({completion.token_ids for completion in unseeded}) > 1
 
 
-def test_a_request_that_does_not_fit_is_refused(pool: RayPool) -> None:
+def test_a_request_that_does_not_fit_is_refused(pool: VllmPool) -> None:
     assert pool.max_model_tokens == MAX_MODEL_TOKENS
     with pytest.raises(ConfigError, match="257 tokens.*max_model_tokens=256"):
         complete(pool, [(5,) * 250], 7, [Sampling()])
@@ -137,7 +134,7 @@ def test_a_request_that_does_not_fit_is_refused(pool: RayPool) -> None:
 
 
 def test_an_abandoned_request_does_not_hold_up_new_weights(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     async def abandon() -> None:
         requests = [pool.generate((5,), 250, Sampling(seed=i)) for i in range(64)]
@@ -153,7 +150,7 @@ def test_an_abandoned_request_does_not_hold_up_new_weights(
 
 
 def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     weights = tiny_models[0].model.state_dict()
     pool.update_weights(weights, version=2)
@@ -181,7 +178,7 @@ def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
 
 
 def test_new_weights_reach_every_worker_and_nothing_old_is_left(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     # Longer than a block of the prefix cache, so that what old weights left there would be found.
     prompt = tuple(2 + i % 22 for i in range(200))
@@ -194,7 +191,7 @@ def test_new_weights_reach_every_worker_and_nothing_old_is_left(
         assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
 
 
-def test_ray_exports_what_the_pool_counts(pool: RayPool) -> None:
+def test_ray_exports_what_the_pool_counts(pool: VllmPool) -> None:
     complete(pool, PROMPTS, 8, [GREEDY] * len(PROMPTS))
     taken = pool.take_metrics()
     (node,) = ray.nodes()
@@ -219,7 +216,7 @@ def test_ray_exports_what_the_pool_counts(pool: RayPool) -> None:
     assert sum(seen[name] for name in chunks) >= len(PROMPTS)
 
 
-def test_traces_follow_the_chunk_rule(pool: RayPool) -> None:
+def test_traces_follow_the_chunk_rule(pool: VllmPool) -> None:
     spec = ChunkSpec(context_size=24, carryover_size=12, max_chunks=4, head_size=3)
     queries = PROMPTS * 4
     samplings = [Sampling(seed=i) for i in range(len(queries))]
@@ -239,7 +236,7 @@ def test_traces_follow_the_chunk_rule(pool: RayPool) -> None:
 
 @pytest.mark.parametrize("mistake", ["missing", "unknown", "shape"])
 def test_weights_that_do_not_fit_are_refused_by_every_worker(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel], mistake: str
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel], mistake: str
 ) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     weights = dict(tiny_models[0].model.state_dict())
@@ -262,7 +259,7 @@ def test_weights_that_do_not_fit_are_refused_by_every_worker(
 
 
 def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
-    pool: RayPool, tiny_models: tuple[TinyModel, TinyModel]
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
     victim, _ = pool.workers
     pool.take_metrics()
@@ -296,7 +293,7 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
         assert metrics[f"engine/worker {index}/batch_occupancy"] > 0
 
 
-def test_a_closed_pool_leaves_no_process(pool: RayPool, others: set[psutil.Process]) -> None:
+def test_a_closed_pool_leaves_no_process(pool: VllmPool, others: set[psutil.Process]) -> None:
     processes = started() - others
     pids = {process.pid for process in processes}
     assert all(worker.pid in pids for worker in pool.workers), pids
@@ -307,8 +304,8 @@ def test_a_closed_pool_leaves_no_process(pool: RayPool, others: set[psutil.Proce
         complete(pool, [PROMPTS[0]], 8, [GREEDY])
 
 
-def seen(weights: dict[str, torch.Tensor]) -> dict[str, Sent]:
-    return {name: Sent.of(tensor) for name, tensor in weights.items()}
+def recorded(weights: dict[str, torch.Tensor]) -> dict[str, Columns]:
+    return {name: Columns.of(tensor) for name, tensor in weights.items()}
 
 
 def test_an_update_that_was_not_applied_is_seen() -> None:
@@ -323,10 +320,10 @@ def test_an_update_that_was_not_applied_is_seen() -> None:
     held = model.attention["qkv_proj"].weight.detach()
     parts = [f"attention.{part}_proj.weight" for part in "qkv"]
     sent = dict(zip(parts, held.clone().split(4), strict=True))
-    (pair,) = pair_weights(model, seen(sent))
+    (pair,) = pair_weights(model, recorded(sent))
     assert isinstance(pair, Pair)
-    assert runs(pair)
+    assert is_loaded(pair)
     for name in parts:
         changed = sent[name].clone()
         changed[-1, -1] *= 1 + 1e-6
-        assert not runs(pair_weights(model, {**seen(sent), name: Sent.of(changed)})[0])
+        assert not is_loaded(pair_weights(model, {**recorded(sent), name: Columns.of(changed)})[0])

@@ -1,4 +1,4 @@
-"""How chunks go to a Ray actor: over a connection of their own, or by Ray where that cannot be."""
+"""The pool in its thread, over Ray actors without an engine, called from any event loop."""
 
 from __future__ import annotations
 
@@ -7,31 +7,39 @@ import contextlib
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import made_up_worker
 import psutil
 import pytest
-from processes import assert_gone, started
+from processes import assert_gone, started, wait_until
 
 from delethink.chunking import ChunkSpec
-from delethink.policy import Sampling
+from delethink.config import EngineConfig
+from delethink.errors import ConfigError, PolicyError
+from delethink.policy import Completion, Sampling
 from delethink.rollout import run_rollouts
 from delethink.types import Trace, TraceStop
 
 ray = pytest.importorskip("ray")
 
-from delethink.engines import ray_worker  # noqa: E402
-from delethink.engines.channel import Channel  # noqa: E402
+import made_up_worker  # noqa: E402
+from made_up_worker import MadeUpPool  # noqa: E402
+
 from delethink.engines.cluster import connect  # noqa: E402
-from delethink.engines.ray import RayPool  # noqa: E402
+
+if TYPE_CHECKING:
+    from delethink.engines.ray import RayPool
 
 pytestmark = pytest.mark.integration
 
 SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=4, head_size=0)
 TRACES = 12
+QUICK, SLOW = Sampling(0.01), Sampling(1000.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,116 +56,102 @@ def cluster(others: set[psutil.Process], own_ray: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def made_up(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers have no engine."""
-    monkeypatch.setattr(ray_worker, "VllmWorker", made_up_worker.MadeUpWorker)
-
-
-@pytest.fixture
-def pool(
-    request: pytest.FixtureRequest, made_up: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RayPool]:
-    """One worker; what the test asks for is put in place before."""
-    request.param(monkeypatch)
-    with contextlib.closing(RayPool("none", eos_ids=(1,), max_model_tokens=256)) as pool:
+def pool(cluster: None) -> Iterator[RayPool]:
+    """A pool of one worker."""
+    config = EngineConfig(heartbeat_timeout=5, hang_timeout=30)
+    with contextlib.closing(MadeUpPool("none", config, eos_ids=(1,), max_model_tokens=256)) as pool:
         yield pool
 
 
-def leave(patch: pytest.MonkeyPatch) -> None:
-    """As it is."""
+async def sample(pool: RayPool, sampling: Sampling, *last: int) -> list[Completion]:
+    return await asyncio.gather(*[pool.generate((5, token), 4, sampling) for token in last])
 
 
-def encrypt(patch: pytest.MonkeyPatch) -> None:
-    """As the driver of a cluster that encrypts has it; this one's processes started without."""
-    patch.setenv("RAY_USE_TLS", "1")
-
-
-def cut_off(patch: pytest.MonkeyPatch) -> None:
-    """As where nodes do not reach each other's ports."""
-
-    async def refuse(self: Channel, host: str, port: int, secret: bytes) -> None:
-        raise ConnectionRefusedError("no way there")
-
-    patch.setattr(Channel, "open", refuse)
-
-
-def unbound(patch: pytest.MonkeyPatch) -> None:
-    """As where a node goes by an address that it has not got itself."""
-    patch.setattr(ray_worker, "VllmWorker", made_up_worker.Unbound)
-
-
-def play(pool: RayPool) -> list[Trace]:
+def roll_out(pool: RayPool) -> list[Trace]:
     queries = [(5, 9, 2 + i) for i in range(TRACES)]
-    return asyncio.run(run_rollouts(pool, SPEC, queries, [Sampling()] * TRACES))
+    return asyncio.run(run_rollouts(pool, SPEC, queries, [QUICK] * TRACES))
 
 
-def assert_played(traces: list[Trace]) -> None:
+def assert_complete(traces: list[Trace]) -> None:
     assert [trace.stop for trace in traces] == [TraceStop.BUDGET] * TRACES
     assert all(len(trace.chunks) == SPEC.max_chunks for trace in traces)
 
 
-def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each message that goes over a worker's own connection, from now on."""
-    sent: list[int] = []
-    send = Channel.send
-
-    def counted(self: Channel, said: bytes) -> None:
-        sent.append(len(said))
-        send(self, said)
-
-    monkeypatch.setattr(Channel, "send", counted)
-    return sent
-
-
-@pytest.mark.parametrize("pool", [leave], indirect=True)
-def test_chunks_go_over_a_connection_of_their_own(
-    pool: RayPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent = watch(monkeypatch)
-    assert_played(play(pool))
-    assert sent
-
-
-@pytest.mark.parametrize("pool", [encrypt, cut_off, unbound], indirect=True)
-def test_they_go_by_way_of_ray_where_that_must_not_or_cannot_be(
-    pool: RayPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent = watch(monkeypatch)
-    assert_played(play(pool))
-    assert not sent
-
-
-def test_a_worker_that_cannot_be_reached_is_told_of(
-    made_up: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    cut_off(monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        RayPool("none", eos_ids=(1,), max_model_tokens=256).close()
-    assert "cannot be reached at 127.0.0.1, port" in caplog.text
-    assert "no way there" in caplog.text
-
-
-@pytest.mark.parametrize("pool", [leave], indirect=True)
 def test_ray_tells_why_a_worker_was_lost(pool: RayPool, caplog: pytest.LogCaptureFixture) -> None:
     (worker,) = pool.workers
     with caplog.at_level(logging.WARNING):
         os.kill(worker.pid, signal.SIGKILL)
-        assert_played(play(pool))
+        assert_complete(roll_out(pool))
     assert worker.restarts == 1
     assert "is dead: The actor died" in caplog.text
 
 
-@pytest.mark.parametrize("pool", [leave], indirect=True)
-def test_a_lost_connection_is_a_lost_worker(
-    pool: RayPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(ray_worker, "_ACCOUNT_S", 0.1)
-    (worker,) = pool.workers
-    pid = worker.pid
-    with caplog.at_level(logging.WARNING):
-        handle: Any = worker.handle
-        pool._thread.call(handle._channel._frames._transport.abort)
-        assert_played(play(pool))
-    assert worker.restarts == 1
-    assert "has closed its connection" in caplog.text
-    assert not psutil.pid_exists(pid)
+def test_callers_in_threads_of_their_own_have_their_own_answers(pool: RayPool) -> None:
+    def call(first: int) -> list[int]:
+        done = asyncio.run(sample(pool, QUICK, *range(first, first + 32)))
+        return [completion.token_ids[0] for completion in done]
+
+    with ThreadPoolExecutor(4) as others:
+        for first, done in zip(range(8), others.map(call, range(8)), strict=True):
+            assert done == list(range(first, first + 32))
+
+
+def test_a_cancelled_chunk_is_cancelled_in_its_worker(pool: RayPool) -> None:
+    async def give_up() -> None:
+        waiting = asyncio.ensure_future(sample(pool, SLOW, 1, 2, 3))
+        while not pool.workers[0].tokens_in_flight:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(give_up())
+    wait_until(lambda: pool.workers[0].tokens_in_flight == 0)
+
+    def cancelled() -> int:
+        pool.take_metrics()
+        return pool.workers[0].counts.tokens
+
+    wait_until(lambda: cancelled() == 3)
+
+
+def test_a_caller_that_is_gone_harms_nobody(pool: RayPool) -> None:
+    loop = asyncio.new_event_loop()
+    left = loop.create_task(sample(pool, Sampling(0.2), 1, 2))  # neither cancelled nor awaited
+    left._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+    time.sleep(0.4)
+    assert len(asyncio.run(sample(pool, QUICK, *range(8)))) == 8
+
+
+def test_a_request_that_does_not_fit_is_refused(pool: RayPool) -> None:
+    with pytest.raises(ConfigError, match="257 tokens.*max_model_tokens=256"):
+        asyncio.run(pool.generate((5,) * 250, 7, QUICK))
+
+
+def test_callers_that_wait_when_the_pool_is_closed_get_an_error(pool: RayPool) -> None:
+    async def wait_and_close() -> None:
+        waiting = asyncio.ensure_future(sample(pool, SLOW, 1))
+        await asyncio.sleep(0.1)
+        closing = threading.Thread(target=pool.close)
+        closing.start()
+        async with asyncio.timeout(30):
+            await waiting
+        closing.join()
+
+    with pytest.raises(PolicyError, match="the pool is closed"):
+        asyncio.run(wait_and_close())
+    for use in (lambda: asyncio.run(sample(pool, QUICK, 1)), lambda: pool.update_weights({}, 1)):
+        with pytest.raises(PolicyError, match="the pool is closed"):
+            use()
+    pool.close()
+    assert pool.take_metrics() == {}
+
+
+def test_an_engine_without_gpu_transfer_refuses_it(cluster: None) -> None:
+    config = EngineConfig.model_construct(
+        **{**EngineConfig().model_dump(), "weight_transfer": "nccl"}
+    )
+    with pytest.raises(ConfigError, match="MadeUpPool does not support weight_transfer=nccl"):
+        MadeUpPool("none", config, eos_ids=(1,))

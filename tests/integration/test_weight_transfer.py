@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -34,13 +33,11 @@ torch = pytest.importorskip("torch")
 
 import transfer_without_gpu  # noqa: E402
 
-from delethink.engines import ray as ray_pool  # noqa: E402
-from delethink.engines import ray_worker  # noqa: E402
-from delethink.engines.exchange import WorkerState  # noqa: E402
+from delethink.config import EngineConfig  # noqa: E402
+from delethink.engines import ray as ray_module  # noqa: E402
+from delethink.engines.base import WorkerState  # noqa: E402
 from delethink.engines.pool import WorkerPool  # noqa: E402
-from delethink.engines.pool_settings import PoolSettings, WeightTransfer  # noqa: E402
 from delethink.engines.ray import RayPool  # noqa: E402
-from delethink.engines.vllm import WorkerConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -57,8 +54,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transfer_without_gpu.put_in_place(monkeypatch.setattr)
     folder = str(Path(transfer_without_gpu.__file__).parent)
     monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)  # of Ray's processes
-    monkeypatch.setattr(ray_worker, "VllmWorker", transfer_without_gpu.Worker)
-    monkeypatch.setattr(ray_pool, "check_resources", lambda *asked: None)  # it asks for GPUs
     yield
     transfer_without_gpu.STANDS_STILL.unlink(missing_ok=True)
     for file in transfer_without_gpu.SHARED.glob(f"{transfer_without_gpu.PREFIX}*"):
@@ -66,19 +61,18 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make_pool(
-    model: TinyModel, transfer: WeightTransfer, workers: int, ranks: int
+    model: TinyModel, transfer: str, workers: int, ranks: int, **settings: str
 ) -> contextlib.closing[RayPool]:
+    config = EngineConfig(
+        num_engines=workers,
+        kv_cache_gib=0.25,
+        tensor_parallel_size=ranks,
+        weight_sync_timeout=30,
+        **settings,
+    )
+    config = config.model_copy(update={"weight_transfer": transfer})  # refused without a GPU
     return contextlib.closing(
-        RayPool(
-            model.folder,
-            num_workers=workers,
-            eos_ids=(1,),
-            max_model_tokens=256,
-            kv_cache_gib=0.25,
-            tensor_parallel_size=ranks,
-            weight_transfer=transfer,
-            weight_sync_timeout_s=30,
-        )
+        transfer_without_gpu.Pool(model.folder, config, eos_ids=(1,), max_model_tokens=256)
     )
 
 
@@ -112,7 +106,7 @@ def test_every_rank_takes_weights_up(
     own_ray: None,
     tiny_models: tuple[TinyModel, TinyModel],
     stand_ins: None,
-    transfer: WeightTransfer,
+    transfer: str,
     ranks: int,
 ) -> None:
     first, second = tiny_models
@@ -141,7 +135,7 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
         weights = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
         pool.update_weights(weights, version=2)
         (victim,) = [worker for worker in pool.workers if worker.is_dead]
-        assert "did not take up the weights of version 2 within 30 s" in victim.reason
+        assert "did not load the weights of version 2 within 30 s" in victim.reason
         for tensor in weights.values():  # as a trainer does, that goes on
             tensor.zero_()
         wait_until(lambda: not victim.is_dead)
@@ -151,22 +145,20 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
         waiting = ThreadPoolExecutor(1).submit(pool.update_weights, weights, 3)
         wait_until(lambda: not transfer_without_gpu.STANDS_STILL.exists())
         processes = started() - others
-    with pytest.raises(PolicyError, match="the pool was closed meanwhile"):
+    with pytest.raises(PolicyError, match="the pool is closed"):
         waiting.result()
     assert_gone(processes)
 
 
 STARTS_AN_ENGINE = """
 import asyncio, sys
-from delethink.engines.vllm import VllmWorker, WorkerConfig
+from delethink.config import EngineConfig
+from delethink.engines.base import WorkerSpec
+from delethink.engines.vllm import VllmWorker
 
 async def main():
-    config = WorkerConfig(
-        model=sys.argv[1], eos_ids=(1,), max_model_tokens=256, dtype="float32", seed=0,
-        on_gpu=False, threads=1, kv_cache_gib=0.25, gpu_memory_utilization=0.9,
-        trust_remote_code=False, tensor_parallel_size=2,
-    )
-    await VllmWorker(config).start()
+    config = EngineConfig(kv_cache_gib=0.25, tensor_parallel_size=2)
+    await VllmWorker(WorkerSpec(sys.argv[1], config, (1,), 256, False, 0, 1)).start()
     print("started", flush=True)
     await asyncio.sleep(600)
 
@@ -197,29 +189,23 @@ def test_ranks_end_with_the_process_that_started_them(
     assert_gone(processes)
 
 
-def test_a_transfer_between_gpus_is_refused_where_there_are_none(
-    own_ray: None, tiny_models: tuple[TinyModel, TinyModel]
-) -> None:
-    with pytest.raises(ConfigError, match="goes from GPU to GPU, and the workers have none"):
-        make_pool(tiny_models[0], "nccl", 1, 1)
-
-
-def test_a_worker_that_starts_and_does_not_meet_the_trainer_is_not_called_silent() -> None:
+def test_a_worker_that_starts_but_does_not_connect_is_not_called_silent() -> None:
     async def started() -> WorkerState:
         return WorkerState(pid=1, max_model_tokens=256, batch_size=4)
 
-    config = WorkerConfig("x", (1,), None, "float32", 0, True, 1, 1.0, 0.9, False)
-    actor = SimpleNamespace(start=SimpleNamespace(remote=started))
-    room = SimpleNamespace(timeout_s=0.05, resources={"num_gpus": 1}, sends_from=None)
-    worker = ray_worker._RayWorker(actor, replace(config, weight_transfer="nccl"), room)  # type: ignore[arg-type]
-    worker._transfer = SimpleNamespace(meet=lambda: time.sleep(0.5))  # type: ignore[assignment]
-    pool = WorkerPool(lambda index: worker, 1, PoolSettings())
-    with pytest.raises(ConfigError, match="did not start: its engine is up, but it did not meet"):
-        asyncio.run(pool.start())
+    def late() -> None:
+        time.sleep(0.5)
 
-    def meet() -> None:
+    def failing() -> None:
         raise TimeoutError("the rendezvous took too long")
 
-    worker._transfer = SimpleNamespace(meet=meet)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="did not start: the rendezvous took too long"):
-        asyncio.run(WorkerPool(lambda index: worker, 1, PoolSettings()).start())
+    for connect, reason in (
+        (late, "its engine is up, but the weight transfer did not connect"),
+        (failing, "the rendezvous took too long"),
+    ):
+        actor = SimpleNamespace(start=SimpleNamespace(remote=started))
+        sender = SimpleNamespace(connect=connect)
+        worker = ray_module._RayWorker(actor, 0.05, {}, sender)  # type: ignore[arg-type]
+        pool = WorkerPool(lambda index, worker=worker: worker, EngineConfig())  # type: ignore[misc]
+        with pytest.raises(ConfigError, match=f"did not start: {reason}"):
+            asyncio.run(pool.start())

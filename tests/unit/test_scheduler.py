@@ -1,4 +1,4 @@
-"""Chunks are given out exactly once, to the right worker, and never lost."""
+"""Each chunk is assigned exactly once, to the right worker, and never lost."""
 
 from __future__ import annotations
 
@@ -10,50 +10,42 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from delethink.engines.scheduler import Lease, Request, Scheduler
+from delethink.engines.scheduler import Rank, Request, Scheduler
 from delethink.errors import ConfigError
 
-KEYS = st.integers(0, 40)
 WORKERS = st.integers(0, 4)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random histories against a model that only knows where each chunk has to be."""
+    """Random histories against a model that only knows where each chunk must be."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(max_queries=5)
         self.slots: dict[Hashable, int] = {}
-        self.surplus: dict[Hashable, int] = {}
-        self.most_workers = 0
         self.paused: set[Hashable] = set()
-        self.waiting: dict[Hashable, Request] = {}
-        self.given: dict[int, Lease] = {}
-        self.ended: set[int] = set()
-        self.assigned = True  # whether nothing has happened since assign
+        self.waiting: list[Request] = []
+        self.in_flight: dict[Request, Hashable] = {}
+        self.is_assigned = True  # nothing has happened since assign
 
-    @rule(worker=WORKERS, slots=st.integers(1, 4), surplus=st.integers(0, 3))
-    def add_worker(self, worker: int, slots: int, surplus: int) -> None:
+    @rule(worker=WORKERS, slots=st.integers(1, 4))
+    def add_worker(self, worker: int, slots: int) -> None:
         if worker in self.slots:
-            with pytest.raises(ConfigError, match="already"):
+            with pytest.raises(ConfigError, match="twice"):
                 self.scheduler.add_worker(worker, slots)
             return
-        self.scheduler.add_worker(worker, slots, surplus)
-        self.slots[worker], self.surplus[worker] = slots, surplus
-        self.most_workers = max(self.most_workers, len(self.slots))
-        self.assigned = False
+        self.scheduler.add_worker(worker, slots)
+        self.slots[worker] = slots
+        self.is_assigned = False
 
     @rule(worker=WORKERS)
     def remove_worker(self, worker: int) -> None:
-        ended = self.scheduler.remove_worker(worker)
-        assert {lease.number for lease in ended} == {
-            number for number, lease in self.given.items() if lease.worker == worker
-        }
+        self.scheduler.remove_worker(worker)
         self.slots.pop(worker, None)
         self.paused.discard(worker)
-        for lease in ended:
-            self._end(lease.number, again=True)
-        self.assigned = False  # for fewer workers, more chunks wait for each
+        for request in [r for r, w in self.in_flight.items() if w == worker]:
+            del self.in_flight[request]
+            self._submit(request, first=True)
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data(), pause=st.booleans())
@@ -61,107 +53,57 @@ class SchedulerMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.slots)))
         (self.scheduler.pause if pause else self.scheduler.resume)(worker)
         (self.paused.add if pause else self.paused.discard)(worker)
-        self.assigned = False
+        self.is_assigned = False
 
-    @rule(key=KEYS, tokens=st.integers(1, 9), query=st.integers(0, 6), rank=st.integers(0, 2))
-    def submit(self, key: int, tokens: int, query: int, rank: int) -> None:
-        request = Request(key, tokens, query or None, (rank,))
-        if key in self.waiting or key in self._in_flight():
-            with pytest.raises(ConfigError, match="already"):
-                self.scheduler.submit(request)
-            return
-        self.scheduler.submit(request)
-        self.waiting[key] = request
-        self.assigned = False
+    @rule(tokens=st.integers(1, 9), query=st.integers(0, 6), rank=st.integers(0, 2))
+    def submit(self, tokens: int, query: int, rank: int) -> None:
+        self._submit(Request(tokens, query or None, (rank,)), first=False)
 
     @rule()
     def assign(self) -> None:
-        held = Counter({worker: len(self.scheduler.leases(worker)) for worker in self.slots})
-        for lease in self.scheduler.assign(1.5):
-            assert held[lease.worker] < self.slots[lease.worker] + self._most_beyond()
-            held[lease.worker] += 1
-            # A later one of the same call may have a lower rank only if this one was put back.
-            assert lease.request.rank == min(r.rank for r in self.waiting.values())
-            assert self.waiting.pop(lease.request.key) == lease.request
-            assert lease.worker in self.slots
-            assert lease.worker not in self.paused
-            assert lease.given == 1.5
-            assert lease.number not in self.given
-            assert lease.number not in self.ended
-            self.given[lease.number] = lease
-        self.assigned = True
+        for worker, request in self.scheduler.assign():
+            assert request.rank == min(r.rank for r in self.waiting)
+            assert worker in self.slots
+            assert worker not in self.paused
+            self.waiting.remove(request)
+            self.in_flight[request] = worker
+        self.is_assigned = True
 
-    @precondition(lambda self: self.given)
+    @precondition(lambda self: self.in_flight)
     @rule(data=st.data(), again=st.booleans())
     def end(self, data: st.DataObject, again: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.given)))
-        ended = (self.scheduler.give_back if again else self.scheduler.finish)(number)
-        assert ended == self.given[number]
-        self._end(number, again)
-
-    @precondition(lambda self: self.ended)
-    @rule(data=st.data(), again=st.booleans())
-    def answer_late(self, data: st.DataObject, again: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.ended)))
-        assert (self.scheduler.give_back if again else self.scheduler.finish)(number) is None
-
-    @rule(key=KEYS)
-    def withdraw(self, key: int) -> None:
-        lease = self.scheduler.withdraw(key)
-        self.waiting.pop(key, None)
-        assert (lease.number if lease else None) == self._in_flight().get(key)
-        if lease:
-            self._end(lease.number, again=False)
-
-    def _most_beyond(self) -> int:
-        """A half of what waits for each; where there never was more than one worker, all."""
-        return (
-            10**6 if self.most_workers == 1 else len(self.waiting) // (2 * max(1, len(self.slots)))
-        )
-
-    def _end(self, number: int, again: bool) -> None:
-        lease = self.given.pop(number)
-        self.ended.add(number)
+        request = data.draw(st.sampled_from(list(self.in_flight)))
+        self.scheduler.release(self.in_flight.pop(request), request)
+        self.is_assigned = False
         if again:
-            self.waiting[lease.request.key] = lease.request
-        self.assigned = False
+            self._submit(request, first=True)
 
-    def _in_flight(self) -> dict[Hashable, int]:
-        return {lease.request.key: number for number, lease in self.given.items()}
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.waiting))
+        self.scheduler.withdraw(request)
+        self.scheduler.withdraw(request)  # a second time changes nothing
+        self.waiting.remove(request)
+
+    def _submit(self, request: Request, first: bool) -> None:
+        self.scheduler.submit(request, first)
+        self.waiting.append(request)
+        self.is_assigned = False
 
     @invariant()
     def counts_agree(self) -> None:
         assert self.scheduler.num_waiting == len(self.waiting)
-        assert self.scheduler.num_in_flight == len(self.given)
-        assert sorted(self.scheduler.workers) == sorted(self.slots)
         for worker, slots in self.slots.items():
-            own = [lease for lease in self.given.values() if lease.worker == worker]
-            assert self.scheduler.leases(worker) == own
-            assert self.scheduler.tokens(worker) == sum(lease.request.tokens for lease in own)
-            assert len(own) <= slots + self.surplus[worker]
+            own = [request for request, w in self.in_flight.items() if w == worker]
+            assert self.scheduler.tokens(worker) == sum(request.tokens for request in own)
+            assert len(own) <= slots
 
     @invariant()
-    def no_worker_is_idle_while_chunks_wait(self) -> None:
-        if self.assigned and self.waiting:
-            for worker in self.slots.keys() - self.paused:
-                assert len(self.scheduler.leases(worker)) >= self.slots[worker]
-
-    @invariant()
-    def what_lies_ready_is_as_much_as_it_may_be(self) -> None:
-        beyond = self._most_beyond()
-        held = {worker: len(self.scheduler.leases(worker)) for worker in self.slots}
-        room = [
-            worker
-            for worker in self.slots.keys() - self.paused
-            if held[worker] < self.slots[worker] + self.surplus[worker]
-        ]
-        if self.assigned and self.waiting and room:
-            idlest = min(map(self.scheduler.tokens, room))
-            assert any(
-                held[worker] >= self.slots[worker] + min(beyond, self.surplus[worker])
-                for worker in room
-                if self.scheduler.tokens(worker) == idlest
-            )
+    def no_worker_has_a_free_slot_while_chunks_wait(self) -> None:
+        if self.is_assigned and self.waiting:
+            held = Counter(self.in_flight.values())
+            assert all(held[w] == self.slots[w] for w in self.slots.keys() - self.paused)
 
 
 TestSchedulerLaws = SchedulerMachine.TestCase
@@ -174,130 +116,103 @@ def make(num_workers: int, slots: int) -> Scheduler:
     return scheduler
 
 
-def test_everything_is_sampled_once_though_workers_are_lost() -> None:
+def submit(
+    scheduler: Scheduler, tokens: int = 10, query: Hashable = None, rank: Rank = ()
+) -> Request:
+    request = Request(tokens, query, rank)
+    scheduler.submit(request)
+    return request
+
+
+def test_everything_is_sampled_once_although_workers_are_lost() -> None:
     rng = random.Random(3)
-    scheduler, times = make(3, 4), Counter[Hashable]()
-    for key in range(500):
-        scheduler.submit(Request(key, 10, key // 8))
-    in_flight: list[Lease] = []
+    scheduler, done = make(3, 4), Counter[Request]()
+    requests = [submit(scheduler, query=i // 8) for i in range(500)]
+    in_flight: list[tuple[Hashable, Request]] = []
     while scheduler.num_waiting or in_flight:
         in_flight += scheduler.assign()
         if rng.random() < 0.1:
             worker = rng.randrange(3)
-            lost = {lease.number for lease in scheduler.remove_worker(worker)}
-            assert lost <= {lease.number for lease in in_flight if lease.worker == worker}
+            scheduler.remove_worker(worker)
             scheduler.add_worker(worker, 4)
-        lease = in_flight.pop(rng.randrange(len(in_flight)))
-        if scheduler.finish(lease.number) is not None:
-            times[lease.request.key] += 1
-    assert times == dict.fromkeys(range(500), 1)
-
-
-def test_where_a_worker_goes_more_may_lie_ready_at_the_others() -> None:
-    scheduler = Scheduler()
-    scheduler.add_worker("goes", slots=1)
-    scheduler.add_worker("stays", slots=1, surplus=1)
-    scheduler.pause("goes")
-    for key in range(3):
-        scheduler.submit(Request(key, 1))
-    assert [lease.worker for lease in scheduler.assign()] == ["stays"]
-    assert scheduler.assign() == []  # two wait for two workers
-    scheduler.remove_worker("goes")
-    assert [lease.worker for lease in scheduler.assign()] == ["stays"]
-
-
-def test_a_worker_that_is_alone_has_its_surplus_while_anything_waits() -> None:
-    scheduler = Scheduler()
-    scheduler.add_worker("alone", slots=2, surplus=3)
-    for key in range(4):
-        scheduler.submit(Request(key, 1))
-    assert len(scheduler.assign()) == 4
-    for key in range(4, 8):
-        scheduler.submit(Request(key, 1))
-    assert len(scheduler.assign()) == 1  # as many as slots and surplus together
-    assert scheduler.num_waiting == 3
-
-
-def test_a_worker_whose_other_is_gone_for_now_leaves_something_for_it() -> None:
-    scheduler = Scheduler()
-    for worker in ("stays", "goes"):
-        scheduler.add_worker(worker, slots=1, surplus=3)
-    scheduler.remove_worker("goes")
-    for key in range(5):
-        scheduler.submit(Request(key, 1))
-    assert len(scheduler.assign()) == 2  # three wait
-    scheduler.add_worker("goes", slots=1, surplus=3)
-    assert [lease.worker for lease in scheduler.assign()] == ["goes"]
+            for _, request in [pair for pair in in_flight if pair[0] == worker]:
+                scheduler.submit(request, first=True)
+            in_flight = [pair for pair in in_flight if pair[0] != worker]
+            continue
+        worker_of_it, request = in_flight.pop(rng.randrange(len(in_flight)))
+        scheduler.release(worker_of_it, request)
+        done[request] += 1
+    assert done == dict.fromkeys(requests, 1)
 
 
 def test_tokens_in_flight_are_balanced_and_not_only_their_number() -> None:
     scheduler = make(2, 8)
-    for key, tokens in enumerate([100, 10, 10, 10]):
-        scheduler.submit(Request(key, tokens))
-    scheduler.assign()
+    for tokens in (100, 10, 10, 10):
+        submit(scheduler, tokens)
+    list(scheduler.assign())
     assert [scheduler.tokens(0), scheduler.tokens(1)] == [100, 30]
 
 
 def test_the_lowest_rank_goes_first_and_then_the_oldest() -> None:
     scheduler = make(1, 1)
-    for key, rank in (("late", 2), ("early", 1), ("early too", 1)):
-        scheduler.submit(Request(key, 1, rank=(rank,)))
+    late, early, early_too = (submit(scheduler, rank=(rank,)) for rank in (2, 1, 1))
     order = []
-    while leases := scheduler.assign():
-        order += [lease.request.key for lease in leases]
-        scheduler.finish(leases[0].number)
-    assert order == ["early", "early too", "late"]
+    while assigned := list(scheduler.assign()):
+        order += [request for _, request in assigned]
+        scheduler.release(*assigned[0])
+    assert order == [early, early_too, late]
 
 
 def test_a_chunk_that_was_lost_goes_before_others_of_its_rank() -> None:
     scheduler = make(1, 1)
-    scheduler.submit(Request("first", 1))
-    scheduler.submit(Request("second", 1))
-    (lease,) = scheduler.assign()
-    scheduler.give_back(lease.number)
-    (again,) = scheduler.assign()
-    assert (again.request.key, again.number > lease.number) == ("first", True)
+    first = submit(scheduler)
+    submit(scheduler)
+    ((worker, request),) = scheduler.assign()
+    scheduler.release(worker, request)
+    scheduler.submit(request, first=True)
+    assert [again for _, again in scheduler.assign()] == [first]
 
 
-def test_a_worker_keeps_to_the_queries_that_it_holds() -> None:
+def test_a_worker_prefers_the_queries_it_has_sampled_from() -> None:
     scheduler = make(2, 2)
-    for key in range(16):
-        scheduler.submit(Request(key, 10, query=key // 4))
+    for i in range(16):
+        submit(scheduler, query=i // 4)
     held: dict[Hashable, set[Hashable]] = {0: set(), 1: set()}
-    while leases := scheduler.assign():
-        for lease in leases:
-            held[lease.worker].add(lease.request.query)
-            scheduler.finish(lease.number)
+    while assigned := list(scheduler.assign()):
+        for worker, request in assigned:
+            held[worker].add(request.query)
+            scheduler.release(worker, request)
     assert not held[0] & held[1]
     assert len(held[0]) == len(held[1]) == 2
 
 
-def test_the_next_chunk_of_a_trace_goes_back_where_its_prefix_is_if_that_is_as_idle() -> None:
+def test_the_next_chunk_of_a_trace_goes_to_its_worker_if_that_is_as_idle() -> None:
     scheduler = make(2, 4)
-    scheduler.submit(Request("a", 10, query="q"))
-    (lease,) = scheduler.assign()
-    scheduler.submit(Request("other", 10))  # lands on the other worker
-    assert scheduler.assign()[0].worker != lease.worker
-    scheduler.submit(Request("b", 10, query="q"))
-    assert scheduler.assign()[0].worker == lease.worker
+    submit(scheduler, query="q")
+    ((worker, _),) = scheduler.assign()
+    submit(scheduler)
+    ((other, _),) = scheduler.assign()
+    assert other != worker
+    submit(scheduler, query="q")
+    assert [again for again, _ in scheduler.assign()] == [worker]
 
 
 def test_a_prefix_does_not_keep_a_chunk_from_an_idle_worker() -> None:
     scheduler = make(2, 8)
-    for key in range(8):
-        scheduler.submit(Request(key, 10, query="q"))
-    counts = Counter(lease.worker for lease in scheduler.assign())
+    for _ in range(8):
+        submit(scheduler, query="q")
+    counts = Counter(worker for worker, _ in scheduler.assign())
     assert max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_a_worker_that_came_back_holds_nothing() -> None:
+def test_a_worker_that_was_added_again_has_no_prefix() -> None:
     scheduler = make(2, 1)
-    scheduler.submit(Request("a", 10, query="q"))
-    (lease,) = scheduler.assign()
-    scheduler.remove_worker(lease.worker)
-    scheduler.add_worker(lease.worker, 1)
-    (again,) = scheduler.assign()
-    assert again.worker != lease.worker  # the other one was there first
+    submit(scheduler, query="q")
+    ((worker, request),) = scheduler.assign()
+    scheduler.remove_worker(worker)
+    scheduler.add_worker(worker, 1)
+    scheduler.submit(request, first=True)
+    assert [again for again, _ in scheduler.assign()] != [worker]
 
 
 def test_a_worker_needs_a_slot() -> None:

@@ -1,4 +1,4 @@
-"""Whatever rank holds which rows and columns, what it runs is told from what it was sent.
+"""The check tells loaded from stale weights, whichever rows and columns a rank holds.
 
 The modules have the attributes of vLLM's, which the check reads; vLLM itself is in the integration
 tests.
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from delethink.engines.weight_check import Sent, check, pair_weights, runs  # noqa: E402
+from delethink.engines.weight_check import Columns, check_weights, is_loaded, pair_weights  # noqa: E402
 
 WIDTH = 40  # more than the columns that are compared
 
@@ -101,8 +101,8 @@ def model_of(sent: dict[str, torch.Tensor], rank: int, ranks: int, replicas: int
     )
 
 
-def seen(sent: dict[str, torch.Tensor]) -> dict[str, Sent]:
-    return {name: Sent.of(tensor) for name, tensor in sent.items()}
+def recorded(sent: dict[str, torch.Tensor]) -> dict[str, Columns]:
+    return {name: Columns.of(tensor) for name, tensor in sent.items()}
 
 
 @given(data=st.data(), seed=st.integers(0, 2**16))
@@ -122,12 +122,12 @@ def test_each_rank_knows_its_share_and_every_change_of_it(data: st.DataObject, s
     }
     models = [model_of(sent, rank, ranks, replicas) for rank in range(ranks)]
     for model in models:
-        check(pair_weights(model, seen(sent)))
+        check_weights(pair_weights(model, recorded(sent)))
     name = data.draw(st.sampled_from(sorted(sent)))
     changed = sent[name].clone()
     changed.view(len(changed), -1)[data.draw(st.integers(0, len(changed) - 1))] += 1.0
-    resent = seen({**sent, name: changed})
-    stale = [sum(not runs(pair) for pair in pair_weights(model, resent)) for model in models]
+    resent = recorded({**sent, name: changed})
+    stale = [sum(not is_loaded(pair) for pair in pair_weights(model, resent)) for model in models]
     assert max(stale) == 1
 
 
@@ -135,9 +135,13 @@ def test_a_checkpoint_that_is_fused_already() -> None:
     gate, up = random(12), random(12)
     for rank in range(2):
         model = Model(gate_up_proj=linear([gate, up], rank, 2))
-        check(pair_weights(model, seen({"layer.gate_up_proj.weight": torch.cat([gate, up])})))
+        check_weights(
+            pair_weights(model, recorded({"layer.gate_up_proj.weight": torch.cat([gate, up])}))
+        )
         with pytest.raises(ValueError, match="1 of 1 differ"):
-            check(pair_weights(model, seen({"layer.gate_up_proj.weight": torch.cat([up, gate])})))
+            check_weights(
+                pair_weights(model, recorded({"layer.gate_up_proj.weight": torch.cat([up, gate])}))
+            )
 
 
 def test_biases_are_spread_with_rows_and_whole_otherwise() -> None:
@@ -150,23 +154,23 @@ def test_biases_are_spread_with_rows_and_whole_otherwise() -> None:
         for module in (rows, columns):
             del module.weight
             model = Model(some_proj=module)
-            check(pair_weights(model, seen({"layer.some_proj.bias": bias})))
+            check_weights(pair_weights(model, recorded({"layer.some_proj.bias": bias})))
             with pytest.raises(ValueError, match="1 of 1 differ"):
-                check(pair_weights(model, seen({"layer.some_proj.bias": bias + 1})))
+                check_weights(pair_weights(model, recorded({"layer.some_proj.bias": bias + 1})))
 
 
 def test_a_model_that_vllm_packs_otherwise_is_refused_with_a_sentence() -> None:
     held = linear([random(4), random(4), random(4)], 0, 1)
     sent = {"layer.gate_proj.weight": (8, WIDTH), "layer.up_proj.weight": (4, WIDTH)}
-    announced = {name: Sent(shape) for name, shape in sent.items()}
-    with pytest.raises(ValueError, match="in 3 parts, and a checkpoint in 2: such a model"):
+    announced = {name: Columns(shape) for name, shape in sent.items()}
+    with pytest.raises(ValueError, match="in 3 parts and the checkpoint in 2: weight updates"):
         pair_weights(Model(gate_up_proj=held), announced)
 
 
 def test_the_digest_tells_every_bit_of_what_is_compared() -> None:
     tensor = torch.randn(3, WIDTH, dtype=torch.bfloat16)
-    same, other = Sent.of(tensor.clone()), Sent.of(-tensor)
-    assert Sent.of(tensor).digest() == same.digest() != other.digest()
+    same, other = Columns.of(tensor.clone()), Columns.of(-tensor)
+    assert Columns.of(tensor).digest() == same.digest() != other.digest()
 
 
 def test_a_share_of_another_rank_is_told() -> None:
@@ -174,30 +178,30 @@ def test_a_share_of_another_rank_is_told() -> None:
     held = by_columns(sent["layer.down_proj.weight"], 0, 2)
     held.tp_rank = 1
     with pytest.raises(ValueError, match=r"1 of 1 differ, the first is 'layer.down_proj.weight'"):
-        check(pair_weights(Model(down_proj=held), seen(sent)))
+        check_weights(pair_weights(Model(down_proj=held), recorded(sent)))
 
 
 def test_weights_that_have_not_come_are_told() -> None:
     sent = {"layer.norm.weight": torch.randn(WIDTH)}
-    announced = {name: Sent(tuple(tensor.shape)) for name, tensor in sent.items()}
+    announced = {name: Columns(tuple(tensor.shape)) for name, tensor in sent.items()}
     pairs = pair_weights(Model(norm=Held(sent["layer.norm.weight"])), announced)
     with pytest.raises(ValueError, match="1 of 1 differ"):
-        check(pairs)
-    announced["layer.norm.weight"].see(sent["layer.norm.weight"])
-    check(pairs)
+        check_weights(pairs)
+    announced["layer.norm.weight"].record(sent["layer.norm.weight"])
+    check_weights(pairs)
 
 
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
-        ({}, "nothing was sent for 'layer.norm.weight'"),
-        ({"layer.norm.weight": (3,)}, r"expects the shape \[40\] and was sent \[3\]"),
+        ({}, "the weights have no 'layer.norm.weight'"),
+        ({"layer.norm.weight": (3,)}, r"expects the shape \[40\], got \[3\]"),
         ({"layer.norm.weight": (40,), "more": (1,)}, "no weight called 'more'"),
     ],
 )
 def test_what_does_not_fit_is_found_before_it_comes(
     sent: dict[str, tuple[int, ...]], said: str
 ) -> None:
-    announced = {name: Sent(shape) for name, shape in sent.items()}
+    announced = {name: Columns(shape) for name, shape in sent.items()}
     with pytest.raises(ValueError, match=said):
         pair_weights(Model(norm=Held(torch.randn(WIDTH))), announced)

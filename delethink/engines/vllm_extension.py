@@ -1,0 +1,170 @@
+"""Code that runs inside vLLM's engine process: weight updates, and an end together with the worker.
+
+vLLM loads ``WorkerExtension`` and ``Executor`` by name. It does not notice by itself when the
+process that started an engine is gone, so both arrange for an end with the parent:
+
+    VllmWorker (Ray actor) -> engine process (Executor) -> ranks (WorkerExtension)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from delethink.engines.weight_check import (
+    Columns,
+    Pair,
+    check_weights,
+    pair_weights,
+    parameter_names,
+)
+from delethink.engines.weight_sync import WeightSlot, read
+
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """End this process when the process that started it ends.
+
+    The kernel's signal also ends a stopped process. The thread also notices a parent that was gone
+    before this call.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Executor(MultiprocExecutor):  # type: ignore[misc]  # vLLM may not be installed for mypy
+    """vLLM's executor of several ranks on one machine, which ends with its worker.
+
+    To name an executor also keeps vLLM from taking Ray's, its default inside a placement group.
+    """
+
+    def _init_executor(self) -> None:
+        die_with_parent()
+        super()._init_executor()
+
+
+def _return_errors(method: Callable[..., int]) -> Callable[..., int | str]:
+    """Return an exception as text instead of raising it.
+
+    If one rank of several raises, vLLM leaves the answers of the others in their queues and takes
+    them for the answers to its next call.
+    """
+
+    @functools.wraps(method)
+    def call(*arguments: Any) -> int | str:
+        try:
+            return method(*arguments)
+        except Exception as error:  # vLLM's loading can raise anything
+            return str(error) or repr(error)
+
+    return call
+
+
+class WorkerExtension:
+    """Methods mixed into vLLM's own worker class, in each rank.
+
+    Weights come as a file (``delethink_load``), or by vLLM's own weight transfer between
+    ``delethink_prepare`` and ``delethink_confirm``. Weights that do not fit are refused before
+    anything is touched. With ``verify``, the parameters that the model computes with are compared
+    with those sent (``delethink.engines.weight_check``).
+    """
+
+    model_runner: Any
+    reload_weights: Any
+    _pairs: list[Pair]
+    _sent: dict[str, Columns]
+
+    def __new__(cls, *args: object, **kwargs: object) -> WorkerExtension:
+        """Tie the process to its parent, before anything else of the worker runs."""
+        die_with_parent()
+        return super().__new__(cls)
+
+    @_return_errors
+    def delethink_load(self, path: str, slots: list[WeightSlot], version: int, verify: bool) -> int:
+        """Load the weights in a file.
+
+        Returns:
+            The version, or the error as text.
+        """
+        self._prepare({name: shape for name, _, shape, _, _ in slots}, verify)
+        self.reload_weights(weights_iterator=iter(read(path, slots).items()))
+        return self._confirm(version, verify)
+
+    @_return_errors
+    def delethink_prepare(self, shapes: Mapping[str, tuple[int, ...]], verify: bool) -> int:
+        """Get ready for weights of these names and shapes.
+
+        Returns:
+            0, or the error as text.
+        """
+        self._prepare(shapes, verify)
+        return 0
+
+    @_return_errors
+    def delethink_confirm(self, version: int, digests: Mapping[str, str] | None) -> int:
+        """End an update that ``delethink_prepare`` began.
+
+        Args:
+            version: version of the weights.
+            digests: digests of the weights that were sent, to verify the update with.
+
+        Returns:
+            The version, or the error as text.
+        """
+        for name, digest in (digests or {}).items():
+            sent = self._sent[name]
+            if sent.values is None or sent.digest() != digest:
+                raise ValueError(f"{name!r} did not arrive as it was sent")
+        return self._confirm(version, verify=digests is not None)
+
+    def _prepare(self, shapes: Mapping[str, tuple[int, ...]], verify: bool) -> None:
+        model = self.model_runner.get_model()
+        self._sent = {name: Columns(shape) for name, shape in shapes.items()}
+        self._pairs = pair_weights(model, self._sent)
+        vars(model).pop("load_weights", None)  # left over from an interrupted update
+        if verify:
+            load = model.load_weights
+            model.load_weights = lambda weights: load(self._record(weights))
+
+    def _record(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self._sent[name].record(tensor)
+            yield name, tensor
+
+    def _confirm(self, version: int, verify: bool) -> int:
+        model = self.model_runner.get_model()
+        vars(model).pop("load_weights", None)
+        _repack_tied_layers(model)
+        pairs, self._pairs, self._sent = self._pairs, [], {}
+        if verify:
+            check_weights(pairs)
+        return version
+
+
+def _repack_tied_layers(model: torch.nn.Module) -> None:
+    """Renew the packed copy of a tied output layer, which vLLM leaves as it was on the CPU."""
+    names = parameter_names(model)
+    module: Any
+    for module in model.modules():
+        is_tied = any(len(names[p]) > 1 for p in module.parameters(recurse=False))
+        if is_tied and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
