@@ -173,7 +173,7 @@ def option_row(action: argparse.Action) -> tuple[str, str]:
 
 def metrics() -> str:
     """Return the page of the keys in ``metrics.jsonl``."""
-    rows = [(f"`{m.key}`", m.unit, m.source, m.meaning) for m in METRICS]
+    rows = [(f"`{m.key}`", m.unit, m.when, m.source, m.meaning) for m in METRICS]
     return "\n\n".join(
         [
             "# Metrics",
@@ -182,7 +182,7 @@ def metrics() -> str:
                 "`metrics.jsonl` of a run has one line a step with these keys. With "
                 "`training.report_to`, the same numbers are logged under `delethink/`."
             ),
-            table(("key", "unit", "source", "meaning"), rows),
+            table(("key", "unit", "lines", "source", "meaning"), rows),
         ]
     )
 

@@ -69,7 +69,7 @@ def sample(prompt_ids, max_new_tokens):
     return [5] * max_new_tokens, StopReason.LENGTH
 """
 # Run by tests/integration/test_cli_eval.py, as it samples with a real engine.
-REAL_ENGINE = "make_evaluation_engine("
+REAL_ENGINE = "import Evaluation, evaluate"
 EXAMPLES = [
     (name_of(page), READERS + code if page.parent == ROOT else code, printed)
     for page in PAGES
