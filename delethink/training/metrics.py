@@ -8,6 +8,7 @@ sampled traces (``of_batch``): it holds the formula. Other metrics are measured 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,27 +31,18 @@ Source = Literal["batch", "tokens", "forward", "optimizer", "clock", "ranks", "e
 
 @dataclass(frozen=True)
 class TraceBatch:
-    """The traces of a batch with their scores.
-
-    Args:
-        traces: N traces, group after group.
-        scores: the score of each trace.
-        in_loss: whether each trace counts in the loss.
-        group_size: traces per problem, G.
-        policy_version: version of the weights in the first optimizer step on the batch.
-        reward_names: names of the rewards.
-    """
+    """The N traces of a batch, group after group, with their scores."""
 
     traces: Sequence[Trace]
     scores: Sequence[Score]
     in_loss: Sequence[bool]
-    group_size: int
-    policy_version: int
+    group_size: int  # traces per problem, G
+    policy_version: int  # weights in the first optimizer step on the batch
     reward_names: Sequence[str]
 
     @cached_property
     def rewards(self) -> list[float]:
-        """Total rewards of the traces that have one."""
+        """Total rewards of the scored traces."""
         return [score.total for score in self.scores if score.total is not None]
 
     @cached_property
@@ -69,7 +61,7 @@ class TraceBatch:
         ]
 
     def share(self, condition: Callable[[Trace], bool]) -> float:
-        """Return the share of traces that meet a condition."""
+        """Return the share of traces for which a condition holds."""
         return fmean(condition(trace) for trace in self.traces)
 
 
@@ -84,9 +76,9 @@ class Metric:
     Args:
         key: key in ``metrics.jsonl``; ``<name>`` stands for several names.
         unit: unit of the value.
-        source: part of the program that measures it.
+        source: part of the program to measure it.
         meaning: description of the value.
-        when: lines of ``metrics.jsonl`` that have the key.
+        when: lines of ``metrics.jsonl`` with the key.
         of_tokens: formula for the output tokens of K chunks in the loss; its value is [K, T].
         of_batch: formula for a sampled batch; with ``<name>`` in the key, a value for each name.
         reduce: reduction of ``of_tokens`` over tokens.
@@ -95,9 +87,7 @@ class Metric:
 
     key: str
     unit: str
-    source: Literal[
-        "batch", "tokens", "forward", "optimizer", "clock", "ranks", "engine", "held-out"
-    ]
+    source: Source
     meaning: str
     when: str = EVERY_STEP
     of_tokens: TokenFormula | None = None
@@ -112,7 +102,7 @@ class Metric:
 
 
 def has_signal(rewards: Sequence[float | None]) -> bool:
-    """Return whether the rewards of a group differ, so that some advantage is not 0."""
+    """Return whether the rewards of a group differ: some advantage is not 0."""
     return len({reward for reward in rewards if reward is not None}) > 1
 
 
@@ -159,13 +149,7 @@ def _batch(
     return Metric(key, unit, "batch", meaning, EVERY_BATCH, of_batch=formula, step_line=step_line)
 
 
-def _tokens(
-    key: str,
-    unit: str,
-    meaning: str,
-    formula: TokenFormula,
-    **options: Any,
-) -> Metric:
+def _tokens(key: str, unit: str, meaning: str, formula: TokenFormula, **options: Any) -> Metric:
     return Metric(key, unit, "tokens", meaning, of_tokens=formula, **options)
 
 
@@ -176,274 +160,138 @@ def _engine(key: str, unit: str, meaning: str, when: str = "engine=vllm") -> Met
 _SAMPLED = "the engine sampled"
 
 # The step line shows its metrics in the order of this table.
+# fmt: off
 METRICS: tuple[Metric, ...] = (
     Metric("step", "steps", "optimizer", "Optimizer steps so far, this one included."),
+
     # Sampled traces and their scores
-    _batch(
-        "reward",
-        "reward",
-        "Mean total reward of the traces that have one.",
-        lambda b: fmean(b.rewards) if b.rewards else None,
-        "reward {:.2f}",
-    ),
-    _batch(
-        "reward_std",
-        "reward",
-        "Standard deviation of the total rewards.",
-        lambda b: stdev(b.rewards) if len(b.rewards) > 1 else None,
-    ),
-    _batch(
-        "thinking_tokens",
-        "tokens per trace",
-        "Mean number of sampled tokens of a trace.",
-        lambda b: b.num_tokens / len(b.traces),
-        "tokens {:.0f}",
-    ),
-    _batch(
-        "chunks",
-        "chunks per trace",
-        "Mean number of thinking chunks of a trace.",
-        lambda b: fmean(len(trace.thinking) for trace in b.traces),
-        "chunks {:.1f}",
-    ),
+    _batch("reward", "reward", "Mean total reward, over the scored traces.",
+           lambda b: fmean(b.rewards) if b.rewards else None, "reward {:.2f}"),
+    _batch("reward_std", "reward", "Standard deviation of the total rewards.",
+           lambda b: stdev(b.rewards) if len(b.rewards) > 1 else None),
+    _batch("thinking_tokens", "tokens per trace", "Mean number of sampled tokens of a trace.",
+           lambda b: b.num_tokens / len(b.traces), "tokens {:.0f}"),
+    _batch("chunks", "chunks per trace", "Mean number of thinking chunks of a trace.",
+           lambda b: fmean(len(trace.thinking) for trace in b.traces), "chunks {:.1f}"),
     _batch("traces", "traces", "Traces of the batch.", lambda b: len(b.traces)),
     _batch("sampled_tokens", "tokens", "Sampled tokens of the batch.", lambda b: b.num_tokens),
-    _batch(
-        "groups_without_signal",
-        "share of groups",
-        "Groups whose traces all have the same reward, so that all advantages are 0.",
-        _share_without_signal,
-    ),
-    _batch(
-        "traces_left_out",
-        "traces",
-        "Traces that do not count in the loss.",
-        lambda b: len(b.traces) - sum(b.in_loss),
-    ),
-    _batch(
-        "tokens_left_out",
-        "tokens",
-        "Sampled tokens of those traces.",
-        lambda b: sum(t.length for t, used in zip(b.traces, b.in_loss, strict=True) if not used),
-    ),
-    _batch(
-        "budget_share",
-        "share of traces",
-        "Traces that ran out of budget.",
-        lambda b: b.share(lambda trace: trace.stop is TraceStop.BUDGET),
-    ),
-    _batch(
-        "failed_share",
-        "share of traces",
-        "Traces that ended with an error or an abort.",
-        lambda b: b.share(lambda trace: trace.stop.is_failure),
-    ),
-    _batch(
-        "reward_by_chunks",
-        "reward",
-        "Mean reward by the number of chunks of the trace.",
-        _reward_by_chunks,
-    ),
-    _batch(
-        "rewards/<name>/mean",
-        "reward",
-        "Mean value of one reward, over the traces that it applies to.",
-        lambda b: {n: fmean(v) if v else None for n, v in _values_by_reward(b).items()},
-    ),
-    _batch(
-        "rewards/<name>/applied_share",
-        "share of traces",
-        "Traces that the reward applies to.",
-        lambda b: {n: len(v) / len(b.scores) for n, v in _values_by_reward(b).items()},
-    ),
-    _batch(
-        "verifier/<name>",
-        "traces",
-        "Traces whose reward failed with a `timeout`, for lack of `memory`, or with an `error`.",
-        _verifier_errors,
-    ),
-    _batch(
-        "staleness",
-        "weight updates",
-        "Mean age of the weights that sampled a token.",
-        _staleness,
-    ),
-    _batch(
-        "staleness_max",
-        "weight updates",
-        "Largest age of the weights that sampled a token.",
-        lambda b: max((age for age, _ in b.ages), default=0),
-    ),
-    _batch(
-        "mixed_version_share",
-        "share of traces",
-        "Traces sampled by several versions of the weights.",
-        lambda b: b.share(_has_mixed_versions),
-    ),
-    Metric(
-        "sampling_rounds",
-        "rounds",
-        "batch",
-        "Sampling rounds; above 1, groups without signal were replaced.",
-        EVERY_BATCH,
-    ),
+    _batch("groups_without_signal", "share of groups",
+           "Groups whose traces all have the same reward, and therefore advantages of 0.",
+           _share_without_signal),
+    _batch("traces_left_out", "traces", "Traces left out of the loss.",
+           lambda b: len(b.traces) - sum(b.in_loss)),
+    _batch("tokens_left_out", "tokens", "Sampled tokens of the traces left out of the loss.",
+           lambda b: sum(t.length for t, ok in zip(b.traces, b.in_loss, strict=True) if not ok)),
+    _batch("budget_share", "share of traces", "Traces out of budget.",
+           lambda b: b.share(lambda trace: trace.stop is TraceStop.BUDGET)),
+    _batch("failed_share", "share of traces", "Traces ended by an error or an abort.",
+           lambda b: b.share(lambda trace: trace.stop.is_failure)),
+    _batch("reward_by_chunks", "reward", "Mean total reward by number of chunks of the trace.",
+           _reward_by_chunks),
+    _batch("rewards/<name>/mean", "reward", "Mean of one reward, over the traces it applies to.",
+           lambda b: {n: fmean(v) if v else None for n, v in _values_by_reward(b).items()}),
+    _batch("rewards/<name>/applied_share", "share of traces", "Traces to which the reward applies.",
+           lambda b: {n: len(v) / len(b.scores) for n, v in _values_by_reward(b).items()}),
+    _batch("verifier/<name>", "traces",
+           "Traces whose reward failed with a `timeout`, for lack of `memory`, or with an `error`.",
+           _verifier_errors),
+    _batch("staleness", "weight updates", "Mean age of the weights, over sampled tokens.",
+           _staleness),
+    _batch("staleness_max", "weight updates", "Largest age of the weights of a sampled token.",
+           lambda b: max((age for age, _ in b.ages), default=0)),
+    _batch("mixed_version_share", "share of traces", "Traces sampled by several weight versions.",
+           lambda b: b.share(_has_mixed_versions)),
+    Metric("sampling_rounds", "rounds", "batch",
+           "Sampling rounds; each after the first replaces groups without signal.", EVERY_BATCH),
     Metric("groups_replaced", "groups", "batch", "Groups replaced by others.", EVERY_BATCH),
-    Metric("tokens_replaced", "tokens", "batch", "Sampled tokens of those groups.", EVERY_BATCH),
+    Metric("tokens_replaced", "tokens", "batch", "Sampled tokens of replaced groups.", EVERY_BATCH),
+
     # Time
-    Metric("seconds_sampling", "s", "clock", "Time spent waiting for the engine.", EVERY_BATCH),
-    Metric("seconds_scoring", "s", "clock", "Time spent waiting for scores only.", EVERY_BATCH),
-    Metric(
-        "seconds_training", "s", "clock", "Time of the step without sampling and weight updates."
-    ),
-    Metric("seconds_weight_update", "s", "clock", "Time spent on loading weights into the engine."),
-    Metric(
-        "tokens_per_second",
-        "tokens/s",
-        "clock",
-        "Sampled tokens divided by seconds_sampling.",
-        EVERY_BATCH,
-        step_line="{:.0f} tokens/s",
-    ),
+    Metric("seconds_sampling", "s", "clock", "Time waiting for the engine.", EVERY_BATCH),
+    Metric("seconds_scoring", "s", "clock", "Time waiting for scores only.", EVERY_BATCH),
+    Metric("seconds_training", "s", "clock",
+           "Time of the step without sampling, scoring and weight updates."),
+    Metric("seconds_weight_update", "s", "clock",
+           "Time of loading weights into the engine, since the previous step."),
+    Metric("tokens_per_second", "tokens/s", "clock", "Sampled tokens / seconds_sampling.",
+           EVERY_BATCH, step_line="{:.0f} tokens/s"),
+
     # Forward passes of the trainer
     Metric("trained_tokens", "tokens", "tokens", "Output tokens in the loss."),
-    _tokens(
-        "entropy",
-        "nats per token",
-        "Mean entropy of the trainer's next-token distribution.",
-        lambda tokens, loss: tokens.entropies,
-    ),
-    _tokens(
-        "logprob_difference",
-        "nats",
-        "Mean absolute difference between the log-probs of trainer and engine.",
-        lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs(),
-    ),
-    _tokens(
-        "logprob_difference_max",
-        "nats",
-        "Largest absolute difference between the log-probs of trainer and engine.",
-        lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs(),
-        reduce="max",
-    ),
-    _tokens(
-        "logprob_outside_share",
-        "share of tokens",
-        "Tokens whose probabilities in trainer and engine differ by more than a tenth.",
-        lambda tokens, loss: ((tokens.logprobs - tokens.engine_logprobs).exp() - 1).abs() > 0.1,
-    ),
-    _tokens(
-        "importance_ratio",
-        "ratio",
-        "Mean probability of a token divided by that before the first step on the batch.",
-        lambda tokens, loss: loss.ratio,
-    ),
-    _tokens(
-        "clip_fraction",
-        "share of tokens",
-        "Tokens whose ratio is clipped.",
-        lambda tokens, loss: loss.clipped,
-    ),
-    _tokens(
-        "importance_correction",
-        "ratio",
-        "Mean importance-sampling weight for the engine's probabilities.",
-        lambda tokens, loss: loss.correction,
-    ),
-    _tokens(
-        "kl",
-        "nats per token",
-        "Mean KL divergence from the reference weights.",
-        lambda tokens, loss: loss.kl,
-        when="training.beta > 0",
-    ),
-    Metric(
-        "by_chunk",
-        "as above",
-        "tokens",
-        "The metrics of output tokens, each as a list over the index of the chunk in its trace.",
-    ),
-    Metric(
-        "forward_tokens", "tokens", "forward", "Forwarded tokens in the loss, prompts included."
-    ),
-    Metric("forward_batches", "batches", "forward", "Forward passes in the loss."),
-    Metric(
-        "padding",
-        "share of tokens",
-        "forward",
-        "Padding among the tokens forwarded in the loss.",
-        step_line="padding {:.1%}",
-    ),
+    _tokens("entropy", "nats per token", "Mean entropy of the next-token distributions.",
+            lambda tokens, loss: tokens.entropies),
+    _tokens("logprob_difference", "nats per token",
+            "Mean absolute difference between the log-probs of trainer and engine.",
+            lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs()),
+    _tokens("logprob_difference_max", "nats",
+            "Largest absolute difference between the log-probs of trainer and engine.",
+            lambda tokens, loss: (tokens.logprobs - tokens.engine_logprobs).abs(), reduce="max"),
+    _tokens("logprob_outside_share", "share of tokens",
+            "Tokens whose probabilities in trainer and engine differ by more than a tenth.",
+            lambda tokens, loss:
+                ((tokens.logprobs - tokens.engine_logprobs).exp() - 1).abs() > 0.1),
+    _tokens("importance_ratio", "ratio",
+            "Mean ratio of probabilities, now / before the first step on the batch.",
+            lambda tokens, loss: loss.ratio),
+    _tokens("clip_fraction", "share of tokens", "Tokens whose ratio is clipped.",
+            lambda tokens, loss: loss.clipped),
+    _tokens("importance_correction", "ratio",
+            "Mean importance-sampling weight for the engine's probabilities.",
+            lambda tokens, loss: loss.correction),
+    _tokens("kl", "nats per token", "Mean KL divergence from the reference weights.",
+            lambda tokens, loss: loss.kl, when="training.beta > 0"),
+    Metric("by_chunk", "as above", "tokens",
+           "The metrics of output tokens, each as a list over the chunk index."),
+    Metric("forward_tokens", "tokens", "forward",
+           "Tokens forwarded for the loss, prompts included and padding not."),
+    Metric("forward_batches", "batches", "forward", "Forward passes for the loss."),
+    Metric("padding", "share of tokens", "forward", "Padding among the forwarded tokens.",
+           step_line="padding {:.1%}"),
+
     # The optimizer
     Metric("loss", "loss", "optimizer", "Loss of the step; null if the step was skipped."),
     Metric("gradient_norm", "norm", "optimizer", "Global gradient norm before clipping."),
     Metric("learning_rate", "rate", "optimizer", "Learning rate after the step."),
-    Metric(
-        "policy_version",
-        "weight updates",
-        "optimizer",
-        "Version of the weights in the first step on the batch.",
-    ),
-    Metric(
-        "step_skipped", "0 or 1", "optimizer", "1 if the step was skipped for a NaN or an infinity."
-    ),
+    Metric("policy_version", "weight updates", "optimizer",
+           "Weight version in the first step on the batch."),
+    Metric("step_skipped", "0 or 1", "optimizer",
+           "1 if the step was skipped because of NaN or infinity."),
+
     # Several ranks
-    Metric(
-        "balance",
-        "ratio",
-        "ranks",
-        "Mean training cost of a rank divided by the highest; 1 is even.",
-        "several ranks",
-    ),
+    Metric("balance", "ratio", "ranks",
+           "Mean training cost of a rank / the highest one; 1 is even.", "several ranks"),
     Metric("traces_by_process", "traces", "ranks", "Traces of each rank.", "several ranks"),
-    Metric(
-        "chunk_tokens_by_process",
-        "tokens",
-        "ranks",
-        "Tokens that each rank forwards, prompts included.",
-        "several ranks",
-    ),
+    Metric("chunk_tokens_by_process", "tokens", "ranks", "Forwarded tokens of each rank.",
+           "several ranks"),
+
     # Held-out problems
-    Metric(
-        "heldout_accuracy",
-        "share of problems",
-        "held-out",
-        "Accuracy on held-out problems; null between evaluations.",
-    ),
+    Metric("heldout_accuracy", "share of problems", "held-out",
+           "Accuracy on held-out problems; null between evaluations."),
+
     # The engine, since the previous batch
     _engine("chunks", "chunks", "Sampled chunks.", EVERY_BATCH),
     _engine("batch_occupancy", "chunks", "Mean number of chunks in a forward pass.", _SAMPLED),
     _engine("tokens_per_second", "tokens/s", "Sampled tokens per second of sampling.", _SAMPLED),
     _engine("prefix_cache_hit_rate", "share of prompt tokens", "Prompt tokens found in the cache."),
-    _engine("queue", "chunks", "Chunks that wait for a worker or for its engine, now."),
+    _engine("queue", "chunks", "Chunks waiting for a worker or for its engine, now."),
     _engine("workers", "workers", "Workers in service, now."),
     _engine("restarts", "restarts", "Restarts of workers."),
     _engine("chunks_rescheduled", "chunks", "Chunks of lost workers, sent to other workers."),
-    _engine("tokens_lost", "tokens", "Sampled tokens of chunks that did not arrive."),
-    _engine("late_answers", "chunks", "Chunks that arrived after they were sampled elsewhere."),
-    _engine("chunk_timeouts", "chunks", "Chunks that exceeded engine.chunk_timeout."),
-    _engine("chunks_failed", "chunks", "Chunks that failed engine.max_attempts times."),
-    _engine(
-        "worker <i>/<name>",
-        "as above",
-        "The same of one worker; its restarts count from the start of the run.",
-    ),
+    _engine("tokens_lost", "tokens", "Sampled tokens of lost chunks."),
+    _engine("late_answers", "chunks", "Chunks received from a worker after they were rescheduled."),
+    _engine("chunk_timeouts", "chunks", "Chunks beyond engine.chunk_timeout."),
+    _engine("chunks_failed", "chunks", "Chunks with engine.max_attempts failures."),
+    _engine("worker <i>/<name>", "as above",
+            "The same of one worker; its restarts are those of the whole run."),
 )
+# fmt: on
 TOKEN_METRICS = tuple(metric for metric in METRICS if metric.of_tokens)
 
 
 def find_metric(key: str) -> Metric | None:
-    """Return the row of a key of ``metrics.jsonl``; ``None`` if the table has no such row."""
+    """Return the row of a key of ``metrics.jsonl``; ``None`` for an unknown key."""
     for metric in METRICS:
-        pattern = metric.key.replace("<i>", "<name>").split("<name>")
-        if key == metric.key or (len(pattern) > 1 and _matches(key, pattern)):
+        pattern = re.escape(metric.key).replace("<name>", ".+").replace("<i>", r"\d+")
+        if re.fullmatch(pattern, key):
             return metric
     return None
-
-
-def _matches(key: str, parts: Sequence[str]) -> bool:
-    """Return whether a key consists of these parts in this order with names between them."""
-    first, *inner, last = parts
-    if not (key.startswith(first) and key.endswith(last)):
-        return False
-    rest = key[len(first) : len(key) - len(last)]
-    return bool(rest) and all(part in rest for part in inner)

@@ -1,4 +1,4 @@
-"""The state of a run on rank 0: weights of the engine, batches, rewards and evaluations.
+"""The state of a run on rank 0: weights of the engine, batches, rewards and results.
 
 The trainer calls the methods of ``RunState`` at fixed points of a step: ``sample_batch``, then
 ``reward``, then ``on_sampled``, and ``on_nonfinite`` if the step is skipped.
@@ -7,11 +7,10 @@ The trainer calls the methods of ``RunState`` at fixed points of a step: ``sampl
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from delethink.chunking import ChunkSpec
-from delethink.config import Recipe
 from delethink.engines.base import Engine
 from delethink.engines.loading import eos_ids, vocabulary_size
 from delethink.errors import NonFiniteError, RolloutError
@@ -46,13 +45,13 @@ class EngineWeights:
     """Keep the weights of the engine at the version of the trainer.
 
     Args:
-        engine: engine that samples.
-        model: model that is trained.
-        metrics: receives the time of updates.
+        engine: engine for rollouts.
+        model: model to train.
+        metrics: metrics of the step, for the time of updates.
 
     Attributes:
         trainer: trainer of the model; ``None`` before training.
-        gathered: whole weights of a sharded model.
+        gathered: full weights of a sharded model.
         version: number of weight updates in the engine's weights.
     """
 
@@ -68,7 +67,7 @@ class EngineWeights:
         return 0 if self.trainer is None else int(self.trainer.state.global_step)
 
     def check(self) -> None:
-        """Load the initial weights into the engine, so that an incompatible engine fails now.
+        """Load the initial weights into the engine, to find an incompatible engine now.
 
         Raises:
             WeightSyncError: see ``Engine.update_weights``.
@@ -86,190 +85,75 @@ class EngineWeights:
         self._metrics.add_weight_update(time.perf_counter() - started)
 
 
-class ResultsTable:
-    """Evaluate on held-out problems and keep the rows of ``table.json``.
+class RunState:
+    """Parts and state of a run on rank 0.
 
     Args:
-        recipe: resolved recipe.
-        spec: chunk sizes, bound to the tokenizer.
-        evaluator: held-out problems and their scorer.
-        weights: weights of the engine.
-        prefetch: batches in progress, which an evaluation waits for.
-        directory: run directory, which may hold rows from before an interruption.
+        prepared: recipe, tasks and scorers.
+        inputs: tokenizer, chunk sizes and problems.
+        directory: run directory.
         progress: output on the terminal.
+        engine: engine for rollouts.
+        model: model to train.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        spec: ChunkSpec,
-        evaluator: Evaluator,
-        weights: EngineWeights,
-        prefetch: Prefetch,
-        directory: RunDirectory,
-        progress: TrainingProgress,
-    ) -> None:
-        self._recipe, self._spec, self._evaluator = recipe, spec, evaluator
-        self._weights, self._prefetch = weights, prefetch
-        self._directory, self._progress = directory, progress
-        self.rows = [HeldOutResult.from_dict(row) for row in directory.read_table()]
-
-    def evaluate(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
-        """Return accuracy and lengths of the current weights on the first ``limit`` problems."""
-        self._prefetch.wait()
-        self._weights.update()
-        engine = self._weights.engine
-        result = self._evaluator.run(engine, spec, setting, engine.max_model_tokens, limit)
-        if not self._recipe.training.max_staleness:
-            engine.take_metrics()  # Without prefetching, all counts so far are the evaluation's.
-        return result
-
-    def accuracy_at(self, step: int) -> float | None:
-        """Return the accuracy on a few problems, or ``None`` if no evaluation is due."""
-        evaluation = self._recipe.evaluation
-        if step % evaluation.every or step == self._recipe.training.max_steps:
-            return None  # After the last step, the table evaluates all problems.
-        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
-        try:
-            return self.evaluate("held-out", self._spec, limit).accuracy
-        except RolloutError as error:  # One missing value must not end the run.
-            self._progress.log(f"step {step}: evaluation failed: {error}")
-            return None
-
-    def add_row(self, setting: str, spec: ChunkSpec) -> None:
-        """Evaluate a setting on all problems, unless the table has its row already."""
-        if setting in [row.setting for row in self.rows]:
-            return
-        row = self.evaluate(setting, spec)
-        self.rows.append(row)
-        self._directory.write_table([row.as_dict() for row in self.rows])
-        self._progress.summary(row)
-        if row.unscored:
-            self._progress.log(
-                f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
-                f"count as wrong; first error: {row.first_error}"
-            )
-
-    def add_baselines(self, tokenizer: Any) -> None:
-        """Evaluate the base model in one context of C, as LongCoT, and with Delethink."""
-        spec, window = self._spec, self._weights.engine.max_model_tokens
-        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
-        query = max(len(query_ids(tokenizer, p)) for p in self._evaluator.problems)
-        if query + spec.budget <= window:
-            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
-        else:
-            self._progress.log(
-                f"base, LongCoT: skipped, a query of {query} tokens and a budget of {spec.budget} "
-                f"do not fit in the model's context of {window}"
-            )
-        self.add_row("base, Delethink", spec)
-
-    def add_trained(self) -> None:
-        """Evaluate the trained model with Delethink."""
-        self.add_row(TRAINED_SETTING, self._spec)
-
-
-@dataclass
-class RunState:
-    """Parts and state of a run on rank 0."""
-
-    recipe: Recipe
-    problems: list[Problem]  # for training
-    tokenizer: Any
-    scorer: Any
-    env: Any  # thinking environment, to verify traces
-    directory: RunDirectory
-    progress: TrainingProgress
-    weights: EngineWeights
-    prompts: PromptCursor
-    prefetch: Prefetch
-    metrics: StepMetrics
-    table: ResultsTable
-    skipped_steps: list[int] = field(default_factory=list)
-    batch: Batch | None = None  # sampled last
-    sampled: ScoredBatch | None = None  # the same batch, with its advantages
-    policy_version: int = 0  # weights in the first step on the batch
-
-    @classmethod
-    def create(
-        cls,
         prepared: Prepared,
         inputs: Inputs,
         directory: RunDirectory,
         progress: TrainingProgress,
         engine: Engine,
         model: Any,
-    ) -> RunState:
-        """Build the parts of a run.
-
-        Args:
-            prepared: recipe, tasks and scorers.
-            inputs: tokenizer, chunk sizes and problems.
-            directory: run directory.
-            progress: output on the terminal.
-            engine: engine that samples.
-            model: model that is trained.
-        """
-        recipe, training = prepared.recipe, prepared.recipe.training
-        spec, tokenizer = inputs.spec, inputs.tokenizer
-        problems = inputs.selected["train"].problems
-        metrics, prompts = StepMetrics(), PromptCursor()
+    ) -> None:
+        self.recipe = recipe = prepared.recipe
+        training = recipe.training
+        self.spec = inputs.spec
+        self.scorer, self.tokenizer = prepared.scorer, inputs.tokenizer
+        self.problems = inputs.selected["train"].problems
+        self.directory, self.progress = directory, progress
+        self.metrics = StepMetrics()
+        self.weights = EngineWeights(engine, model, self.metrics)
+        self.prompts = PromptCursor()
         sampler = BatchSampler(
             engine,
-            spec,
-            problems,
-            prompts,
-            prepared.scorer,
-            tokenizer,
+            self.spec,
+            self.problems,
+            self.prompts,
+            self.scorer,
+            self.tokenizer,
             training.temperature,
             training.num_generations,
             recipe.seed,
             training.max_sampling_rounds,
             recipe.engine.rollout_timeout,
         )
-        groups = training.traces_per_batch // training.num_generations
-        prefetch = Prefetch(
-            lambda step: sampler.start(step, groups),
-            prompts.state_dict,
+        num_groups = training.traces_per_batch // training.num_generations
+        self.prefetch = Prefetch(
+            lambda step: sampler.start(step, num_groups),
+            self.prompts.state_dict,
             training.max_staleness // training.steps_per_batch,
             training.steps_per_batch,
             training.max_steps,
         )
-        weights = EngineWeights(engine, model, metrics)
-        evaluator = Evaluator(
-            inputs.selected["heldout"].problems,
-            prepared.evaluation_scorer,
-            tokenizer,
-            training.temperature,
-            recipe.seed,
-        )
-        table = ResultsTable(recipe, spec, evaluator, weights, prefetch, directory, progress)
-        env = resolve("delethink.envs", "thinking")(
+        # Verifies traces; the scorer computes the rewards.
+        self.env: Any = resolve("delethink.envs", "thinking")(
             task=prepared.task,
-            reward=lambda text, answer: 0.0,  # the scorer computes rewards
-            tokenizer=tokenizer,
-            chunk_spec=spec,
-            eos_ids=eos_ids(model, tokenizer),
+            reward=lambda text, answer: 0.0,
+            tokenizer=self.tokenizer,
+            chunk_spec=self.spec,
+            eos_ids=eos_ids(model, self.tokenizer),
             vocabulary=vocabulary_size(model),
             max_query_tokens=engine.max_model_tokens,
         )
-        return cls(
-            recipe,
-            problems,
-            tokenizer,
-            prepared.scorer,
-            env,
-            directory,
-            progress,
-            weights,
-            prompts,
-            prefetch,
-            metrics,
-            table,
-        )
+        self.skipped_steps: list[int] = []
+        # The current batch: as sampled, with its advantages, and the weights of its first step.
+        self.batch: Batch | None = None
+        self.scored: ScoredBatch | None = None
+        self.policy_version = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint holds beside the trainer's own."""
+        """Return the state to save in a checkpoint, beside the trainer's own."""
         return {
             "prompts": self.prefetch.state_dict(),
             "policy_version": self.weights.trained_version,
@@ -325,10 +209,10 @@ class RunState:
     def reward(self, trace: list[Trace], problem: list[int], **columns: Any) -> list[float | None]:
         """Return the rewards of the batch: a reward function for TRL.
 
-        A replay through the environment verifies that each trace follows the chunk rule.
+        Each trace is replayed through the environment, to verify the chunk rule.
 
         Raises:
-            RolloutError: a trace does not.
+            RolloutError: a trace does not follow the rule.
         """
         assert self.batch is not None
         rewards = []
@@ -338,14 +222,14 @@ class RunState:
             rewards.append(score.total)
         return rewards
 
-    def on_sampled(self, sampled: ScoredBatch) -> None:
+    def on_sampled(self, scored: ScoredBatch) -> None:
         """Write the traces of a batch and add its metrics."""
         assert self.batch is not None
-        self.sampled = sampled
+        self.scored = scored
         batch = TraceBatch(
-            sampled.traces,
+            scored.traces,
             self.batch.scores,
-            sampled.in_loss,
+            scored.in_loss,
             self.recipe.training.num_generations,
             self.policy_version,
             [reward.name for reward in self.scorer.rewards],
@@ -381,28 +265,14 @@ class RunState:
             raise NonFiniteError(f"{text}, as in the {len(last) - 1} steps before; {where}")
         self.progress.log(f"{text}: skipped; {where}")
 
-    def on_step(self, trainer_metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write the metrics of an optimizer step, evaluate if due, and return the line."""
-        step = trainer_metrics["step"]
-        line = {
-            **trainer_metrics,
-            "policy_version": self.policy_version,
-            "step_skipped": 0,
-            **self.metrics.values,
-            "heldout_accuracy": self.table.accuracy_at(step),
-        }
-        self.directory.add_metrics(line)
-        self.progress.step(line, self.recipe.training.max_steps)
-        return line
-
     # -- traces on disk ------------------------------------------------------------------------
 
     def _trained_records(self) -> list[dict[str, Any]]:
-        assert self.sampled is not None
+        assert self.scored is not None
         assert self.batch is not None
-        sampled = self.sampled
+        scored = self.scored
         rows = zip(
-            sampled.examples, sampled.traces, self.batch.scores, sampled.advantages, strict=True
+            scored.examples, scored.traces, self.batch.scores, scored.advantages, strict=True
         )
         return [
             self._record(example["problem"], trace, score, advantage)
@@ -413,7 +283,7 @@ class RunState:
         self, problem: int, trace: Trace, score: Score, advantage: float | None = None
     ) -> dict[str, Any]:
         """Return a line of ``traces/``; without an advantage, the trace was not trained on."""
-        # Metadata of a task may hold values that JSON cannot.
+        # Metadata of a task may hold values outside JSON.
         known = self.problems[problem]
         return TraceRecord(
             problem=replace(known, metadata=json_like(known.metadata)),
@@ -424,3 +294,73 @@ class RunState:
             advantage=advantage,
             text=self.tokenizer.decode(list(trace.output_ids)),
         ).to_json()
+
+
+class ResultsTable:
+    """Evaluate on held-out problems and keep the rows of ``table.json``.
+
+    Args:
+        run: state of the run; a resumed one has rows already.
+        problems: held-out problems.
+        scorer: scorer of their accuracy.
+    """
+
+    def __init__(self, run: RunState, problems: list[Problem], scorer: Any) -> None:
+        self._run = run
+        temperature, seed = run.recipe.training.temperature, run.recipe.seed
+        self._evaluator = Evaluator(problems, scorer, run.tokenizer, temperature, seed)
+        self.rows = [HeldOutResult.from_dict(row) for row in run.directory.read_table()]
+
+    def evaluate(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
+        """Return accuracy and lengths of the current weights on the first ``limit`` problems."""
+        self._run.prefetch.wait()
+        self._run.weights.update()
+        engine = self._run.weights.engine
+        result = self._evaluator.run(engine, spec, setting, engine.max_model_tokens, limit)
+        if not self._run.recipe.training.max_staleness:
+            engine.take_metrics()  # Without prefetching, all counts so far are the evaluation's.
+        return result
+
+    def accuracy_at(self, step: int) -> float | None:
+        """Return the accuracy on a few problems, or ``None`` if no evaluation is due."""
+        evaluation = self._run.recipe.evaluation
+        if step % evaluation.every or step == self._run.recipe.training.max_steps:
+            return None  # After the last step, the table evaluates all problems.
+        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
+        try:
+            return self.evaluate("held-out", self._run.spec, limit).accuracy
+        except RolloutError as error:  # One missing value must not end the run.
+            self._run.progress.log(f"step {step}: evaluation failed: {error}")
+            return None
+
+    def add_row(self, setting: str, spec: ChunkSpec) -> None:
+        """Evaluate a setting on all problems, unless the table has its row already."""
+        if setting in [row.setting for row in self.rows]:
+            return
+        row = self.evaluate(setting, spec)
+        self.rows.append(row)
+        self._run.directory.write_table([row.as_dict() for row in self.rows])
+        self._run.progress.summary(row)
+        if row.unscored:
+            self._run.progress.log(
+                f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
+                f"count as wrong; first error: {row.first_error}"
+            )
+
+    def add_baselines(self) -> None:
+        """Evaluate the base model in one context of C, as LongCoT, and with Delethink."""
+        spec, window = self._run.spec, self._run.weights.engine.max_model_tokens
+        self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
+        query = max(len(query_ids(self._run.tokenizer, p)) for p in self._evaluator.problems)
+        if query + spec.budget <= window:
+            self.add_row("base, LongCoT", ChunkSpec.longcot(spec.budget))
+        else:
+            self._run.progress.log(
+                f"base, LongCoT: skipped, a query of {query} tokens and a budget of {spec.budget} "
+                f"do not fit in the model's context of {window}"
+            )
+        self.add_row("base, Delethink", spec)
+
+    def add_trained(self) -> None:
+        """Evaluate the trained model with Delethink."""
+        self.add_row(TRAINED_SETTING, self._run.spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
 from delethink.training.preflight import Inputs, Prepared, read_inputs, refuse_problems, run_checks
 from delethink.training.progress import TrainingProgress, plot_curves
 from delethink.training.resume import RunLocation
-from delethink.training.run_state import TRAINED_SETTING, Example, RunState, make_example
+from delethink.training.run_state import (
+    TRAINED_SETTING,
+    Example,
+    ResultsTable,
+    RunState,
+    make_example,
+)
 from delethink.training.step_metrics import forward_metrics, logger_values
 from delethink.training.weights import GatherWeights
 
@@ -91,13 +98,15 @@ def _train(
         is_trained=sampling_model is model,
     )
     with closing(engine):
-        state = RunState.create(prepared, inputs, directory, progress, engine, model)
+        state = RunState(prepared, inputs, directory, progress, engine, model)
         state.weights.check()
-        state.table.add_baselines(inputs.tokenizer)
-        _fit(state, settings, model, checkpoint, ranks)
-        state.table.add_trained()
+        heldout = inputs.selected["heldout"].problems
+        table = ResultsTable(state, heldout, prepared.evaluation_scorer)
+        table.add_baselines()
+        _fit(state, table, settings, model, checkpoint, ranks)
+        table.add_trained()
         directory.finish(recipe.training.max_steps)
-        progress.table(state.table.rows, inputs.spec, directory.path)
+        progress.table(table.rows, inputs.spec, directory.path)
     return directory.path
 
 
@@ -267,8 +276,25 @@ def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | No
     trainer.save_weights(FINAL_CHECKPOINT)
 
 
+def _write_step(
+    state: RunState, table: ResultsTable, trainer_metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the metrics of a step, evaluate if due, and return the line."""
+    line = {
+        **trainer_metrics,
+        "policy_version": state.policy_version,
+        "step_skipped": 0,
+        **state.metrics.values,
+        "heldout_accuracy": table.accuracy_at(trainer_metrics["step"]),
+    }
+    state.directory.add_metrics(line)
+    state.progress.step(line, state.recipe.training.max_steps)
+    return line
+
+
 def _fit(
     state: RunState,
+    table: ResultsTable,
     settings: DelethinkConfig,
     model: Any,
     checkpoint: Checkpoint | None,
@@ -289,7 +315,7 @@ def _fit(
         run_rollouts=state.sample_batch,
         on_sampled=state.on_sampled,
         on_nonfinite=state.on_nonfinite,
-        on_step=state.on_step,
+        on_step=partial(_write_step, state, table),
         run_state=state.state_dict,
         callbacks=[state.weights.gathered, StepCallback(state)],
     )
