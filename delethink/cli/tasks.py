@@ -1,4 +1,4 @@
-"""``delethink tasks``: what there is, how problems are asked, and whether graders work."""
+"""The command ``delethink tasks``: list tasks and rewards, show problems, check graders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from delethink.config import RewardConfig, ScoringConfig, parse_values
 from delethink.engines.loading import load_tokenizer, locate
 from delethink.errors import ConfigError
 from delethink.registry import make_task, names, resolve
-from delethink.scoring.rollouts import answer_of
+from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import (
     SPLITS,
@@ -19,7 +19,7 @@ from delethink.tasks import (
     demonstrations_of,
     left_out_of,
     rewards_of,
-    size_of,
+    task_size,
 )
 from delethink.tokenization import query_ids
 from delethink.types import Problem
@@ -37,26 +37,41 @@ def run(
     seed: int,
     as_json: bool,
 ) -> int:
-    """Prints the tasks, or one of them; 1 if its grader does not take its own gold answers."""
+    """Print all tasks and rewards, or the problems of one task and the check of its grader.
+
+    Args:
+        name: task; ``None`` lists all tasks and rewards.
+        overrides: arguments of the task as ``key=value``.
+        options: further arguments of the task; ``None`` values are ignored.
+        number: number of problems to show.
+        checks: number of problems to grade.
+        split: ``"train"`` or ``"heldout"``; ``None``: training problems if there are any.
+        model: render prompts with the chat template of this model.
+        seed: seed of the task.
+        as_json: print JSON.
+
+    Returns:
+        The exit code: 1 if the grader rejects a gold answer or accepts a wrong one.
+    """
     if name is None:
         report: dict[str, Any] = {"tasks": _summaries("tasks"), "rewards": _summaries("rewards")}
-        print(json.dumps(report, indent=2) if as_json else _listed(report))
+        print(json.dumps(report, indent=2) if as_json else _list_text(report))
         return 0
     if model is not None:
         locate(model)
     given = {key: value for key, value in options.items() if value is not None}
     task = make_task(name, parse_values(overrides) | given, seed)
-    sizes = {each: size_of(task, each) for each in SPLITS}
+    sizes = {each: task_size(task, each) for each in SPLITS}
     split = split or ("heldout" if sizes["train"] == 0 else "train")
-    problems = _first(task, split, max(number, checks))
+    problems = _first_problems(task, split, max(number, checks))
     report = {
         "task": name,
         "sizes": sizes,
         "left_out": left_out_of(task),
         "rewards": rewards_of(task),
         "split": split,
-        "problems": [_shown(problem, model) for problem in problems[:number]],
-        "check": _check(task, problems[:checks]) if checks else None,
+        "problems": [_problem_json(problem, model) for problem in problems[:number]],
+        "check": _check_grader(task, problems[:checks]) if checks else None,
     }
     print(json.dumps(report, indent=2, default=str) if as_json else _text(report))
     return 1 if checks and report["check"]["failures"] else 0
@@ -72,22 +87,22 @@ def _summary(value: Any) -> str:
     return str(own or (inspect.getdoc(value) or "").partition("\n")[0])
 
 
-def _listed(report: Mapping[str, Mapping[str, str]]) -> str:
+def _list_text(report: Mapping[str, Mapping[str, str]]) -> str:
     lines = []
     for title, entries in report.items():
-        lines += [title, *(f"  {name:18}{says}" for name, says in entries.items()), ""]
-    return "\n".join([*lines, "one of them: delethink tasks NAME [key=value ...] -n 3"])
+        lines += [title, *(f"  {name:18}{summary}" for name, summary in entries.items()), ""]
+    return "\n".join([*lines, "details of a task: delethink tasks NAME [key=value ...] -n 3"])
 
 
-def _first(task: Task, split: str, number: int) -> list[Problem]:
-    size = size_of(task, split)
+def _first_problems(task: Task, split: str, number: int) -> list[Problem]:
+    size = task_size(task, split)
     return [task.problem(split, i) for i in range(number if size is None else min(number, size))]
 
 
-def _shown(problem: Problem, model: str | None) -> dict[str, Any]:
+def _problem_json(problem: Problem, model: str | None) -> dict[str, Any]:
     if model is None:
-        asked = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
-        return {"prompt": asked, "answer": problem.answer, "metadata": sorted(problem.metadata)}
+        prompt = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
+        return {"prompt": prompt, "answer": problem.answer, "metadata": sorted(problem.metadata)}
     tokenizer = load_tokenizer(model)
     ids = query_ids(tokenizer, problem)
     return {
@@ -98,18 +113,20 @@ def _shown(problem: Problem, model: str | None) -> dict[str, Any]:
     }
 
 
-def _check(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Scores the gold answer and a wrong one of each problem with the task's own rewards."""
+def _check_grader(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Score a gold and a wrong answer to each problem with the task's own rewards."""
     named = rewards_of(task)
     if not named:
-        raise ConfigError("this task names no rewards, so there is nothing to check: use --check 0")
+        raise ConfigError(
+            "the task names no rewards, so there is no grader to check: use --check 0"
+        )
     configs = {name: RewardConfig(weight=weight) for name, weight in named.items()}
     scorer = make_scorer(configs, next(iter(configs)), ScoringConfig())
     shown = [(p, *demonstrations_of(task, p)) for p in problems]
     cases = [(p, right, 1.0) for p, right, _ in shown if right is not None]
     cases += [(p, wrong, 0.0) for p, _, wrong in shown if wrong is not None]
     try:
-        scores = scorer.score_now([answer_of(problem, text) for problem, text, _ in cases])
+        scores = scorer.score_now([attempt_from_text(problem, text) for problem, text, _ in cases])
     finally:
         scorer.close()
     failures = [
@@ -133,10 +150,10 @@ def _check(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
 
 def _text(report: Mapping[str, Any]) -> str:
     sizes = ", ".join(
-        f"{split} {'without end' if size is None else size}"
+        f"{split} {'unlimited' if size is None else size}"
         for split, size in report["sizes"].items()
     )
-    left_out = ", ".join(f"{n} {why}" for why, n in report["left_out"].items()) or "none"
+    left_out = ", ".join(f"{n} {reason}" for reason, n in report["left_out"].items()) or "none"
     rewards = ", ".join(f"{name} x {weight:g}" for name, weight in report["rewards"].items())
     lines = [f"problems  {sizes}", f"left out  {left_out}", f"rewards   {rewards or 'none'}", ""]
     for i, problem in enumerate(report["problems"]):

@@ -25,7 +25,7 @@ from delethink.cost.memory import (
     weight_bytes,
 )
 from delethink.cost.shape import ModelShape
-from delethink.cost.timing import sampling_time, update_seconds, weight_transfer_seconds
+from delethink.cost.timing import sampling_time
 from delethink.errors import ConfigError, ModelError
 
 MAX_LENGTHS = 256  # equally likely lengths that represent a distribution
@@ -212,6 +212,8 @@ def estimate(
     passes = chunks.per_trace.mean(-1) * efficiency.pass_seconds
     rate = device.peak_flops * efficiency.training
     training = workload.traces / workload.gpus * (flops / rate + passes)
+    # Adam reads and writes 16 bytes per parameter.
+    update = 2 * 16 * shape.parameters / (device.bandwidth * workload.gpus)
     return Cost(
         thinking=np.broadcast_to(lengths.mean, fits.shape),
         chunks=chunks.per_trace.mean(-1),
@@ -224,8 +226,8 @@ def estimate(
         concurrent=np.where(fits, sampling.concurrent, 0),
         sampling_seconds=np.where(fits, sampling.seconds, np.nan),
         prefill_seconds=np.where(fits, sampling.prefill, np.nan),
-        training_seconds=training + update_seconds(shape, device, workload.gpus),
-        sync_seconds=weight_transfer_seconds(shape, device),
+        training_seconds=training + update,
+        sync_seconds=weight_bytes(shape, device.dtype_bytes) / device.link,
         compute_bound=sampling.compute_bound,
         gpus=workload.gpus,
         traces=workload.traces,

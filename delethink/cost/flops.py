@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec
-from delethink.cost.shape import Mixer, ModelShape
+from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError
 
 FloatArray = NDArray[np.float64]
@@ -65,15 +65,12 @@ def forward_flops(
     tokens = np.asarray(stop, float) - start
     total = 2.0 * shape.token_weights * tokens + 2.0 * shape.head_weights * np.asarray(heads)
     for mixer, count in shape.mixers:
-        pairs = _pairs(mixer, start, stop, accounting)
+        if accounting is Accounting.MASKED:
+            pairs = tokens * stop
+        else:
+            pairs = visible_pairs(start, stop, mixer.window)
         total = total + count * (mixer.pair_flops * pairs + mixer.token_flops * tokens)
     return np.asarray(total, float)
-
-
-def _pairs(mixer: Mixer, start: Numbers, stop: Numbers, accounting: Accounting) -> FloatArray:
-    if accounting is Accounting.MASKED:
-        return np.asarray((np.asarray(stop, float) - start) * stop)
-    return visible_pairs(start, stop, mixer.window)
 
 
 def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> FloatArray:
@@ -124,7 +121,7 @@ class Cut(NamedTuple):
         if carried is None:
             raise ConfigError(
                 "cost estimates cover carryovers of a constant length: the length of "
-                f"{name_of(policy)!r} varies or is unknown (Carryover.carried_length)"
+                f"{name_of(policy)!r} varies, or its method carried_length does not state it"
             )
         if carried.total > spec.context_size:
             raise ConfigError(

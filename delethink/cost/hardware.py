@@ -66,10 +66,7 @@ def accelerator(name: str) -> Accelerator:
     """
     key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if key not in ACCELERATORS:
-        raise ConfigError(
-            f"unknown GPU {name!r}.{did_you_mean(key, ACCELERATORS)} "
-            f"Known: {', '.join(ACCELERATORS)}"
-        )
+        raise ConfigError(f"unknown GPU {name!r}.{did_you_mean(key, ACCELERATORS)}")
     return ACCELERATORS[key]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -30,9 +31,9 @@ def model_shape(model: str) -> ModelShape:
     """Return the shape of a model.
 
     Args:
-        model: a name from the bundled table, ``"toy"`` for the shipped reasoner, a folder or file
-            with a ``config.json``, figures under the keys of a config
-            (``"hidden_size=1536,num_hidden_layers=28,…"``), or a model id on the Hugging Face Hub.
+        model: a name from the bundled table, or ``"toy"`` for the shipped reasoner. Also a folder
+            or file with a ``config.json``, a model id on the Hugging Face Hub, or figures under
+            the keys of a config (``"hidden_size=1536,num_hidden_layers=28,…"``).
 
     Raises:
         ModelError: the model is unknown, or its architecture or figures cannot be used.
@@ -71,7 +72,7 @@ def shape_of_config(config: Config, name: str) -> ModelShape:
     if model_type not in _FAMILIES:
         raise ModelError(
             f"{name}: model_type {model_type!r} is not supported."
-            f"{did_you_mean(model_type, _FAMILIES)} Supported: " + ", ".join(sorted(_FAMILIES))
+            f"{did_you_mean(model_type, _FAMILIES)}"
         )
     return _FAMILIES[model_type](_ConfigReader(config, name))
 
@@ -429,11 +430,10 @@ def _read(path: Path) -> Config:
 
 
 def _download(model: str) -> Config:
-    near = did_you_mean(model, _bundled()) if "/" not in model else ""
     if model.count("/") != 1 or model.startswith((".", "/")):
         raise ModelError(
-            f"{model!r} is neither a known model nor a file.{near} Models on the Hugging Face Hub "
-            "are named owner/name."
+            f"{model!r} is neither a file nor a known model (see `delethink cost --models`), "
+            "and models on the Hugging Face Hub are named owner/name"
         )
     try:
         from huggingface_hub import hf_hub_download
@@ -443,9 +443,10 @@ def _download(model: str) -> Config:
     try:
         return _read(Path(hf_hub_download(model, "config.json")))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        near = get_close_matches(model.lower(), _bundled(), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "`delethink cost --models` lists them."
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{model!r} is not a known model, and its config.json could not be downloaded from the "
-            f"Hugging Face Hub ({reason}).{did_you_mean(model, _bundled())} Figures work too: "
-            "--model hidden_size=…,num_hidden_layers=…,…"
+            f"Hugging Face Hub ({reason}). {hint}"
         ) from None

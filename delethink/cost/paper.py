@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,8 +162,12 @@ def flops_text(as_json: bool) -> str:
     if as_json:
         return _json(rows)
     lines = [
-        [row.accounting, _length(row.crossing), *(f"{ratio:.2f}" for ratio in row.ratios)]
-        for row in rows
+        [
+            r.accounting,
+            f"{r.crossing:,}" if r.crossing else "never",
+            *(f"{x:.2f}" for x in r.ratios),
+        ]
+        for r in rows
     ]
     heads = ["training FLOPs, LongCoT / Delethink", "crossing", "24K", "96K", "1,000,000"]
     return _annotated(
@@ -206,18 +210,14 @@ def accounting_text(model: ModelShape, cut: Cut, thinking: Sequence[float], as_j
 
 
 class Bar(NamedTuple):
-    """A bar of figure 2(c): H100-hours in the paper and in this estimate."""
+    """A bar of figure 2(c): H100-hours in the paper and in this estimate; relative error."""
 
     method: str
     thinking: int
     part: str
     paper: float
     ours: float
-
-    @property
-    def error(self) -> float:
-        """Relative error of the estimate."""
-        return self.ours / self.paper - 1
+    error: float
 
 
 def figure_2c(efficiency: Efficiency | None = None) -> list[Bar]:
@@ -227,8 +227,11 @@ def figure_2c(efficiency: Efficiency | None = None) -> list[Bar]:
         for units, (rollout, total) in heights.items():
             cost = _estimate(Lengths.constant(units * 1024), CUTS[method], efficiency)
             sampling = float(cost.sampling_seconds) * WORKLOAD.steps * WORKLOAD.gpus / 3600
-            bars.append(Bar(method, units * 1024, "rollout", rollout, sampling))
-            bars.append(Bar(method, units * 1024, "total", total, float(cost.gpu_hours)))
+            for part, paper, ours in (
+                ("rollout", rollout, sampling),
+                ("total", total, float(cost.gpu_hours)),
+            ):
+                bars.append(Bar(method, units * 1024, part, paper, ours, ours / paper - 1))
     return bars
 
 
@@ -236,7 +239,7 @@ def figure_2c_text(as_json: bool) -> str:
     """Return the H100-hours of figure 2(c)."""
     bars = figure_2c()
     if as_json:
-        return json.dumps([bar._asdict() | {"error": bar.error} for bar in bars], indent=2)
+        return _json(bars)
     lines = [
         [
             f"{bar.method}, {bar.thinking // 1024}K, {bar.part}",
@@ -304,7 +307,7 @@ def capped_exponential(mean: float, cap: int, batch: int) -> Lengths:
 
 
 class Throughput(NamedTuple):
-    """Sampled tokens per second and GPU in the 24K runs, in the paper and in this estimate."""
+    """Sampled tokens per second and GPU of a 24K run, in the paper and in this estimate."""
 
     method: str
     mean: float
@@ -404,12 +407,8 @@ REPRODUCTIONS: dict[str, Callable[[bool], str]] = {
 }
 
 
-def _json(rows: Sequence[FlopsRow] | Sequence[Throughput] | Sequence[GpuMonths]) -> str:
+def _json(rows: Sequence[Any]) -> str:
     return json.dumps([row._asdict() for row in rows], indent=2)
-
-
-def _length(tokens: int | None) -> str:
-    return "never" if tokens is None else f"{tokens:,}"
 
 
 def _annotated(text: str, *notes: str) -> str:

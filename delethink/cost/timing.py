@@ -1,4 +1,4 @@
-"""Time in seconds: sampling, optimizer updates, weight transfer. A roofline with efficiencies.
+"""Time of sampling in seconds: a roofline model with efficiencies.
 
 A decoding step moves the weights and the batch's caches and computes one token per sequence. It
 takes the longer of the two, plus a constant. A batch lasts as long as its longest trace. If not all
@@ -13,7 +13,7 @@ import numpy as np
 
 from delethink.cost.flops import Chunks, FloatArray, Numbers, decode_flops, prefill_flops
 from delethink.cost.hardware import Accelerator, Efficiency
-from delethink.cost.memory import cache_bytes, weight_bytes
+from delethink.cost.memory import cache_bytes
 from delethink.cost.shape import ModelShape
 
 _POINTS = (np.arange(8) + 0.5) / 8  # positions within a chunk at which decoding is evaluated
@@ -117,13 +117,3 @@ def sampling_time(
     prefill = prefill_flops(shape, chunks).mean(-1) * traces / rate
     overhead = steps * efficiency.step_seconds + traces * mean * efficiency.token_seconds
     return SamplingTime(decode + prefill + overhead, prefill, steps, concurrent, bound)
-
-
-def update_seconds(shape: ModelShape, device: Accelerator, devices: int) -> float:
-    """Return the seconds of an Adam update, which reads and writes 16 bytes per parameter."""
-    return 2 * 16 * shape.parameters / (device.bandwidth * devices)
-
-
-def weight_transfer_seconds(shape: ModelShape, device: Accelerator) -> float:
-    """Return the seconds to send new weights to an engine over the link."""
-    return weight_bytes(shape, device.dtype_bytes) / device.link

@@ -176,7 +176,7 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("-m 4096", "write --carryover-size 4096 for the carryover size"),
         ("--carryover 4k", "write --carryover-size 4k for the carryover size"),
         ("--carryover tial", "unknown carryover 'tial'. Did you mean 'tail'?"),
-        ("--carryover full", "the length of 'full' varies or is unknown"),
+        ("--carryover full", "the length of 'full' varies"),
         ("--carryover none --head-size 9", "head_size and head_outside belong to"),
         ("--price nan", "--price must be a number of at least 0"),
         ("--model hidden_size=64", "num_hidden_layers is missing"),

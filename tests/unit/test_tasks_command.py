@@ -66,9 +66,9 @@ def test_a_grader_that_does_not_take_its_gold_is_a_failure(
             ["automaton", "min_steps=2", "max_steps=4", "--dataset", "x"],
             "has no parameter 'dataset'",
         ),
-        (["dataset"], "'dataset' is missing"),
+        (["dataset"], "must have 'dataset'"),
         (["dataset", "--dataset", "./none.jsonl"], "no such file"),
-        ([*AUTOMATON[1:], "--model", "./none"], "no model folder"),
+        ([*AUTOMATON[1:], "--model", "./none"], "the model folder none does not exist"),
         (["automaton", "words"], "dotted.key=value"),
     ],
 )
