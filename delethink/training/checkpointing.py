@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or absent, written between batches only.
+"""Atomic checkpoints: complete or absent, written between batches only.
 
 The trainer of ``transformers`` saves and loads weights, optimizer, scheduler, random states and its
 own state. A checkpoint here also holds the state of the run and a list of its files with their
@@ -41,15 +41,11 @@ class Checkpoint(NamedTuple):
     run_state: dict[str, Any]
 
 
-class Found(NamedTuple):
-    """The checkpoints of a directory."""
+def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest complete checkpoint, and the names of incomplete ones with reasons.
 
-    newest: Checkpoint | None
-    rejected: list[str]  # name and reason of each newer one that is incomplete
-
-
-def find(folder: Path) -> Found:
-    """Return the newest checkpoint of which every file exists in its full size."""
+    A checkpoint is complete if every file exists in its full size.
+    """
     steps = [
         int(number)
         for entry in folder.glob(f"{_PREFIX}*")
@@ -59,10 +55,10 @@ def find(folder: Path) -> Found:
     for step in sorted(steps, reverse=True):
         path = folder / f"{_PREFIX}{step}"
         try:
-            return Found(Checkpoint(path, step, _read_state(path)), rejected)
+            return Checkpoint(path, step, _read_state(path)), rejected
         except (OSError, ValueError, KeyError) as error:
             rejected.append(f"{path.name} ({error})")
-    return Found(None, rejected)
+    return None, rejected
 
 
 def remove_unfinished(folder: Path) -> bool:
@@ -79,7 +75,7 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
     The trainer needs an attribute ``is_between_batches``, true when a checkpoint may be written.
 
     Args:
-        run_state: returns the state that a checkpoint holds beside the trainer's own.
+        run_state: returns the state of the run, to save beside the trainer's own.
     """
 
     def __init__(self, *args: Any, run_state: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
@@ -153,7 +149,7 @@ class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer
 
 
 class _BetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Delay a checkpoint that is due until the trainer is between batches."""
+    """Delay checkpoints until the trainer is between batches."""
 
     def __init__(self, trainer: AtomicCheckpoints) -> None:
         self._trainer, self._is_due = trainer, False

@@ -95,11 +95,6 @@ class Metric:
     reduce: Literal["mean", "max"] = "mean"
     step_line: str = ""
 
-    @property
-    def logged_as(self) -> str:
-        """Name of the metric in experiment trackers."""
-        return LOGGER_PREFIX + self.key
-
 
 def has_signal(rewards: Sequence[float | None]) -> bool:
     """Return whether the rewards of a group differ: some advantage is not 0."""

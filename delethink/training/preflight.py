@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -100,7 +99,7 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    """Refuse settings that the engine in the trainer's process would ignore."""
+    """Refuse settings without effect on an engine in the trainer's process."""
     if choose_engine(recipe.engine.name) != "transformers":
         return
     if recipe.training.max_staleness:
@@ -139,8 +138,8 @@ class Inputs(NamedTuple):
     tokenizer: Any
     shell: Any  # configuration and generation settings of the model
     spec: ChunkSpec  # bound to the tokenizer
-    selected: dict[str, SelectedProblems]  # of "train" and "heldout"
-    longest_query: dict[str, int]  # of each split, in tokens
+    selected: dict[str, SelectedProblems]  # by split: "train" and "heldout"
+    longest_query: dict[str, int]  # by split, in tokens
 
     @property
     def max_model_tokens(self) -> int:
@@ -154,7 +153,7 @@ class Inputs(NamedTuple):
 
     @property
     def max_chunks(self) -> int:
-        """Most chunks of a trace, with those that write a carryover."""
+        """Most chunks of a trace, including chunks that write a carryover."""
         boundaries = self.spec.max_chunks - 1
         return self.spec.max_chunks + (boundaries if self.spec.ask else 0)
 
@@ -169,7 +168,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(prepared: Prepared) -> Inputs:
-    """Read tokenizer, configuration and problems, and check that they fit together.
+    """Read tokenizer, configuration and problems, and check their sizes.
 
     Raises:
         UserError: the tokenizer has no end token, the chat template closes the thinking, there are
@@ -210,14 +209,14 @@ def _select(
 CheckStatus = Literal["ok", "warning", "problem", "not checked"]
 
 _BYTES_PER_GIB = 2**30
-_LIBRARY_BYTES = 0.8 * _BYTES_PER_GIB  # of a process that has imported the trainer
+_LIBRARY_BYTES = 0.8 * _BYTES_PER_GIB  # memory of a process after importing the trainer
 # On the CPU, freed memory stays with the process (cli/process.py), and caches grow by copying. The
 # processes of the toy reasoner took up to twice the size of their activations and caches.
 _CPU_OVERHEAD_FACTOR = 2.0
-_MAX_BATCH_SIZE = 256  # chunks that the engine in this process samples at once
+_MAX_BATCH_SIZE = 256  # chunks in a batch of the engine in this process
 _LOGIT_COPIES = 4  # float32 copies of a batch's logits while a token is drawn
 _BYTES_PER_SAMPLED_TOKEN, _BYTES_PER_PROMPT_TOKEN = 36, 7  # in traces/
-_WARNING_SHARE = 0.9  # of the free memory or disk
+_WARNING_SHARE = 0.9  # warn above this share of the free memory or disk
 
 
 class Check(NamedTuple):
@@ -229,32 +228,23 @@ class Check(NamedTuple):
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run whose inputs are read.
-
-    Args:
-        prepared: recipe, tasks and scorers.
-        inputs: tokenizer, configuration and problems.
-        path: run directory.
-        shape: sizes of the model; ``None`` for an architecture without formulas.
-        shape_error: reason for ``None``.
-    """
+class Plan(NamedTuple):
+    """A run with its inputs."""
 
     prepared: Prepared
     inputs: Inputs
-    path: Path
-    shape: ModelShape | None
-    shape_error: str = ""
+    path: Path  # run directory
+    shape: ModelShape | ModelError  # sizes of the model, or the reason why they are unknown
 
 
 def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
-    """Run all checks of a run whose inputs are read, in a directory that need not exist yet."""
+    """Run all checks; the run directory need not exist yet."""
+    shape: ModelShape | ModelError
     try:
         shape = shape_of_config(inputs.shell.config.to_dict(), prepared.recipe.model)
-        plan = Plan(prepared, inputs, path, shape)
     except ModelError as error:
-        plan = Plan(prepared, inputs, path, None, str(error))
+        shape = error
+    plan = Plan(prepared, inputs, path, shape)
     return [result for check in CHECKS for result in check(plan)]
 
 
@@ -278,14 +268,14 @@ def check_recipe(recipe: Recipe) -> list[Check]:
 
 
 def refuse_problems(checks: list[Check], how: Literal["refuse", "warn"]) -> None:
-    """Raise a ``ConfigError`` that lists all problems, unless ``how`` is "warn"."""
+    """Raise a ``ConfigError`` with all problems, unless ``how`` is "warn"."""
     found = [f"{c.name}: {c.found}; {c.advice}" for c in checks if c.status == "problem"]
     if found and how == "refuse":
         raise ConfigError(f"preflight: {'; '.join(found)}; preflight=warn starts the run anyway")
 
 
 def check_devices(plan: Plan) -> Iterator[Check]:
-    """Check that one process sees one GPU, as TRL's trainer requires."""
+    """Check the number of GPUs: TRL's trainer requires one per process."""
     if (number := num_devices()) > 1 and "WORLD_SIZE" not in os.environ:
         yield Check(
             "devices",
@@ -342,8 +332,8 @@ def check_memory(plan: Plan) -> Iterator[Check]:
     The estimate of the trainer is within a tenth of measured steps (docs/guide/cost.md). That of
     the engine assumes full caches and batches.
     """
-    if plan.shape is None:
-        yield Check("memory", "not checked", plan.shape_error)
+    if isinstance(plan.shape, ModelError):
+        yield Check("memory", "not checked", str(plan.shape))
         return
     recipe, device, ram = plan.prepared.recipe, device_memory(), process_memory()
     memory, factor, extra = (
@@ -375,7 +365,7 @@ def check_memory(plan: Plan) -> Iterator[Check]:
 
 
 def _check_workers(plan: Plan, shape: ModelShape, device: Memory | None, ram: Memory) -> Check:
-    """Check that the cache of a worker holds at least one context."""
+    """Compare the cache of a worker with one context, and all workers with the memory."""
     engine = plan.prepared.recipe.engine
     size = 4 if engine.engine_dtype == "float32" else 2
     weights = weight_bytes(shape, size)
@@ -436,7 +426,7 @@ def _sampling_bytes(plan: Plan, shape: ModelShape) -> float:
 
 def check_disk(plan: Plan) -> Iterator[Check]:
     """Compare the size of checkpoints and traces with the free disk space."""
-    if plan.shape is None:
+    if isinstance(plan.shape, ModelError):
         return
     training, free = plan.prepared.recipe.training, free_disk(plan.path)
     one = weight_bytes(plan.shape, 4 if training.lora else 12)  # weights and the state of Adam

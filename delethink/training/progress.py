@@ -77,7 +77,7 @@ class TrainingProgress:
         self.log(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
 
     def finished(self, directory: RunDirectory, spec: ChunkSpec) -> None:
-        """Print the results of a run that is finished already."""
+        """Print the results of a finished run."""
         self.log(f"the run is finished, after {directory.finished_step} steps")
         rows = [HeldOutResult.from_dict(row) for row in directory.read_table()]
         self.table(rows, spec, directory.path)

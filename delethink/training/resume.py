@@ -1,4 +1,4 @@
-"""The run directory of a recipe, and the settings that may change when its run is resumed."""
+"""The run directory of a recipe, and the settings allowed to change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAY_CHANGE = {
     "training.save_steps",
     "training.save_total_limit",
 }
-# Settings of the engine that do change the traces; all others may change.
+# Settings of the engine with an effect on the traces; all others may change.
 _ENGINE_MUST_MATCH = {
     "engine.name",
     "engine.dtype",
@@ -73,7 +73,7 @@ def run_path(recipe: Recipe) -> Path:
 
 
 def open_run(recipe: Recipe) -> RunLocation:
-    """Create the run directory of a resolved recipe, or open the one that holds its run.
+    """Create the run directory of a resolved recipe, or open an existing one.
 
     Raises:
         RunDirectoryError: the directory cannot be written, or holds other files or another run.
@@ -87,13 +87,13 @@ def open_run(recipe: Recipe) -> RunLocation:
 
 
 def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
-    """Compare a resolved recipe with that of the run in a directory.
+    """Compare a resolved recipe with the recipe of the run in a directory.
 
     Returns:
-        The [old, new] values of the settings that differ, by dotted key.
+        The [old, new] values of different settings, by dotted key.
 
     Raises:
-        RunDirectoryError: a setting that must not change differs, or the initial weights do.
+        RunDirectoryError: the initial weights differ, or a setting not allowed to.
     """
     try:
         before = load_recipe(path / "config.yaml")
@@ -119,7 +119,7 @@ def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
     first, now = RunDirectory(path).first_weights, digest(recipe.model)
     if None not in (first, now) and first != now:
         raise RunDirectoryError(
-            f"{path} holds a run that started from other weights than those of {recipe.model} now; "
+            f"{path} holds a run of other initial weights than those of {recipe.model} now; "
             "restore them to resume it, or choose another directory with output=PATH"
         )
     changed.pop("output", None)

@@ -62,7 +62,7 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether the traces have different rewards."""
+        """True if the traces have different rewards."""
         return has_signal([score.total for score in self.scores])
 
 
@@ -94,36 +94,22 @@ class Batch:
 
 @dataclass
 class BatchSampler:
-    """Sample and score batches of groups.
-
-    Args:
-        engine: engine that samples.
-        spec: chunk sizes, bound to the tokenizer.
-        problems: training problems.
-        prompts: cursor over the problems.
-        scorer: scorer of the traces.
-        tokenizer: tokenizer of the model.
-        temperature: sampling temperature.
-        group_size: traces per problem, G.
-        seed: seed of the run.
-        max_rounds: most sampling rounds per batch.
-        timeout: limit of a round in seconds, after which unfinished traces are aborted.
-    """
+    """Sample and score batches of groups."""
 
     engine: Engine
-    spec: ChunkSpec
+    spec: ChunkSpec  # bound to the tokenizer
     problems: Sequence[Problem]
     prompts: PromptCursor
     scorer: Scorer
     tokenizer: Any
     temperature: float
-    group_size: int
+    group_size: int  # traces per problem, G
     seed: int
-    max_rounds: int = 1
-    timeout: float | None = None
+    max_rounds: int = 1  # sampling rounds per batch
+    timeout: float | None = None  # of a round in seconds; then unfinished traces are aborted
 
     def start(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
-        """Take the problems of a batch at once, and return the coroutine that samples them.
+        """Take the problems of a batch now, and return a coroutine to sample them.
 
         Args:
             step: optimizer steps before the batch; the seeds depend on it.
@@ -199,8 +185,7 @@ class Prefetch:
     """Return batches in order, and sample later ones in a background thread meanwhile.
 
     Args:
-        start: takes the problems of the batch after a step and returns the coroutine that samples
-            them.
+        start: takes the problems of the batch after a step and returns a coroutine to sample them.
         prompt_state: returns the position of the prompts, to restore if a batch is lost.
         depth: batches to sample in advance; 0 samples each batch on demand, without a thread.
         steps_per_batch: optimizer steps per batch.
@@ -233,7 +218,7 @@ class Prefetch:
             self._submit(step)
         pending = self._pending[0]
         if pending.step != step:
-            raise RuntimeError(f"the next batch is that of step {pending.step}, not of step {step}")
+            raise RuntimeError(f"the next batch is for step {pending.step}, not for step {step}")
         batch = pending.batch.result()
         self._pending.popleft()
         following = step + self._steps_per_batch * (1 + len(self._pending))
@@ -243,7 +228,7 @@ class Prefetch:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the prompts before the batches that are not trained on yet."""
+        """Return the position of the prompts before the pending batches."""
         return self._pending[0].state if self._pending else self._prompt_state()
 
     def wait(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from delethink.errors import RunDirectoryError
 from delethink.training.system import processor
 
-PART = ".part"  # suffix of files and folders that are being written
+PART = ".part"  # suffix of incomplete files and folders
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,10 +103,15 @@ class RunDirectory:
     ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
     ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
     from which the run was resumed.
+
+    Attributes:
+        path: the directory; ``traces``, ``checkpoints`` and ``curves`` are paths inside.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.traces, self.checkpoints = path / "traces", path / "checkpoints"
+        self.curves = path / "curves.png"
         self._lock: Any = None
 
     @classmethod
@@ -114,7 +119,7 @@ class RunDirectory:
         """Create and lock the directory of a new run.
 
         Args:
-            path: directory; may hold the remains of a start that was killed.
+            path: directory; may hold the remains of a killed start.
             config: resolved recipe.
             weights: digest of the initial weights, if known.
 
@@ -130,7 +135,7 @@ class RunDirectory:
             run._acquire()
             versions = {**describe_environment(), "first_weights": weights}
             run._write(_VERSIONS, json.dumps(versions, indent=2) + "\n")
-            run._write(_CONFIG, config)  # last, because it marks the directory as that of a run
+            run._write(_CONFIG, config)  # last, because it marks the directory as a run
         except RunDirectoryError:
             run.release()
             raise
@@ -161,27 +166,16 @@ class RunDirectory:
         return config.is_file() and config.stat().st_size > 0
 
     @property
-    def checkpoints(self) -> Path:
-        """Directory of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def curves(self) -> Path:
-        """Picture of the curves."""
-        return self.path / "curves.png"
-
-    @property
     def first_weights(self) -> str | None:
         """Digest of the initial weights, if known."""
-        path = self.path / _VERSIONS
-        versions = _read(path, path.read_text(encoding="utf-8")) if path.exists() else {}
-        return str(mark) if (mark := versions.get("first_weights")) else None
+        mark = self._read(_VERSIONS, {}).get("first_weights")
+        return None if mark is None else str(mark)
 
     @property
     def finished_step(self) -> int | None:
         """Last step of a finished run; ``None`` for an unfinished one."""
-        path = self.path / _FINISHED
-        return int(_read(path, path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
+        finished = self._read(_FINISHED, None)
+        return None if finished is None else int(finished["step"])
 
     def release(self) -> None:
         """Release the lock. Safe to call twice."""
@@ -193,12 +187,12 @@ class RunDirectory:
         """Remove the directory, if the run ended without any results."""
         if any((self.path / name).exists() for name in (_METRICS, _TABLE)):
             return
-        if any((self.path / "traces").iterdir()) or any(self.checkpoints.iterdir()):
+        if any(self.traces.iterdir()) or any(self.checkpoints.iterdir()):
             return
         self.release()
         for name in (_CONFIG, _VERSIONS, "problems.json", "resumed.jsonl", _LOCK):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / "traces", self.checkpoints, self.path):
+        for folder in (self.traces, self.checkpoints, self.path):
             with suppress(OSError):  # somebody else has put a file there
                 folder.rmdir()
 
@@ -216,7 +210,7 @@ class RunDirectory:
         """
         path = self.path / _METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [_read(path, line) for line in lines if line.endswith("\n")]
+        return [_parse(path, line) for line in lines if line.endswith("\n")]
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Append the traces sampled for a step."""
@@ -238,8 +232,7 @@ class RunDirectory:
 
     def read_table(self) -> list[dict[str, Any]]:
         """Return the rows of ``table.json``."""
-        path = self.path / _TABLE
-        return list(_read(path, path.read_text(encoding="utf-8"))) if path.exists() else []
+        return list(self._read(_TABLE, []))
 
     def finish(self, step: int) -> None:
         """Mark the run as finished."""
@@ -282,9 +275,7 @@ class RunDirectory:
     def _supersede(self, step: int) -> list[int]:
         lines = self.read_metrics()
         later = [line for line in lines if line["step"] > step]
-        traces = [
-            file for file in (self.path / "traces").glob("*.jsonl") if _step_of(file.name) > step
-        ]
+        traces = [file for file in self.traces.glob("*.jsonl") if _step_of(file.name) > step]
         if later or traces:
             parent = self.path / "superseded"
             names = (f"after_step_{step:06d}_{number}" for number in itertools.count(1))
@@ -327,8 +318,12 @@ class RunDirectory:
         except OSError:
             pass  # The file system has no locks.
         self._lock = lock
-        for folder in ("traces", "checkpoints"):
-            (self.path / folder).mkdir(exist_ok=True)
+        for folder in (self.traces, self.checkpoints):
+            folder.mkdir(exist_ok=True)
+
+    def _read(self, name: str, default: Any) -> Any:
+        path = self.path / name
+        return _parse(path, path.read_text(encoding="utf-8")) if path.exists() else default
 
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         try:
@@ -347,12 +342,12 @@ class RunDirectory:
             ) from None
 
 
-def _read(path: Path, text: str) -> Any:
+def _parse(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         raise RunDirectoryError(
-            f"{path} has a line that is not JSON: {text.strip()[:60]!r}; correct the file"
+            f"{path} has a line without valid JSON: {text.strip()[:60]!r}; correct the file"
         ) from None
 
 
@@ -401,7 +396,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    # In the .venv of another project, git would find the commit of that project.
+    # In the .venv of another project, git would find the other project's commit.
     own = ["ls-files", "--error-unmatch", Path(__file__).name]
     commit = ["describe", "--always", "--dirty", "--abbrev=40"]
     # The files of a Ray job are no clone; docs/guide/ray_jobs.md shows how to pass the commit.

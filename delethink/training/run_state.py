@@ -360,7 +360,3 @@ class ResultsTable:
                 f"do not fit in the model's context of {window}"
             )
         self.add_row("base, Delethink", spec)
-
-    def add_trained(self) -> None:
-        """Evaluate the trained model with Delethink."""
-        self.add_row(TRAINED_SETTING, self._run.spec)

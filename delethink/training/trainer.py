@@ -20,7 +20,12 @@ from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
 from delethink.errors import RunDirectoryError
 from delethink.tasks import left_out_of
-from delethink.training.checkpointing import AtomicCheckpoints, Checkpoint, find, remove_unfinished
+from delethink.training.checkpointing import (
+    AtomicCheckpoints,
+    Checkpoint,
+    find_checkpoint,
+    remove_unfinished,
+)
 from delethink.training.data_parallel import RankGroup, trace_cost
 from delethink.training.grpo import DelethinkTrainer
 from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
@@ -52,7 +57,7 @@ def train(
         prepared: recipe, tasks and scorers.
         location: run directory.
         progress: output on the terminal.
-        ranks: ranks that train together; this is the main one.
+        ranks: all ranks; this is the main one.
 
     Raises:
         UserError: a mistake of the user, found before the first rollout.
@@ -104,14 +109,14 @@ def _train(
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()
         _fit(state, table, settings, model, checkpoint, ranks)
-        table.add_trained()
+        table.add_row(TRAINED_SETTING, inputs.spec)
         directory.finish(recipe.training.max_steps)
         progress.table(table.rows, inputs.spec, directory.path)
     return directory.path
 
 
 def _sampling_model(recipe: Recipe, model: Any, device: Any) -> Any:
-    """Return the model that an engine in this process samples from."""
+    """Return the model for an engine in this process."""
     if recipe.trainer.strategy != "fsdp2":
         return model.to(device)
     if choose_engine(recipe.engine.name) != "transformers":
@@ -124,10 +129,10 @@ def _sampling_model(recipe: Recipe, model: Any, device: Any) -> Any:
 
 
 def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) -> Checkpoint | None:
-    """Reset a run directory to its newest complete checkpoint, and return that.
+    """Reset a run directory to its newest complete checkpoint, and return the checkpoint.
 
     Returns:
-        ``None`` if there is no complete checkpoint, so that the run starts at the first step.
+        ``None`` without a complete checkpoint; the run then starts at the first step.
 
     Raises:
         RunDirectoryError: the run is finished and its last checkpoint is gone, or a file cannot be
@@ -136,7 +141,7 @@ def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) ->
     directory, max_steps = location.directory, recipe.training.max_steps
     if remove_unfinished(directory.checkpoints):
         progress.log("removed an incomplete checkpoint")
-    checkpoint, rejected = find(directory.checkpoints)
+    checkpoint, rejected = find_checkpoint(directory.checkpoints)
     for text in rejected:
         progress.log(f"skipped an incomplete checkpoint: {text}")
     step = checkpoint.step if checkpoint else 0
@@ -170,7 +175,7 @@ def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) ->
 def _report_problems(
     prepared: Prepared, inputs: Inputs, location: RunLocation, progress: TrainingProgress
 ) -> None:
-    """Write and print the numbers of problems used and left out."""
+    """Write and print the numbers of used and omitted problems."""
     tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
     counts: dict[str, dict[str, Any]] = {
         split: {

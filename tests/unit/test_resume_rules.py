@@ -109,7 +109,7 @@ def test_other_initial_weights_are_refused(tmp_path: Path) -> None:
     RunDirectory.create(tmp_path / "run", text, digest(str(model))).release()
     assert changed_settings(tmp_path / "run", recipe(tmp_path, option)) == {}
     (model / "model.safetensors").write_bytes(b"two")
-    with pytest.raises(RunDirectoryError, match="started from other weights than those of"):
+    with pytest.raises(RunDirectoryError, match="a run of other initial weights than those of"):
         changed_settings(tmp_path / "run", recipe(tmp_path, option))
 
 
