@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from delethink import __version__
-from delethink.cli import cost_options, eval_options, probe_options
+from delethink.cli.cost_options import add_cost_options
+from delethink.cli.eval_options import add_eval_options, add_probe_options
 from delethink.errors import DelethinkError, UserError
 
 
@@ -88,9 +89,9 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Sample each problem many times at the largest budget, cut the traces to every "
         "smaller one, and report accuracies with intervals: docs/guide/evaluation.md",
         epilog="E.g.: delethink eval -m toy --task automaton --task-arg min_steps=16 --task-arg "
-        "max_steps=24 -C 90 --carryover 45 --head-size 0 --max-chunks 9 -n 4 -o out",
+        "max_steps=24 -C 90 --carryover-size 45 --head-size 0 --max-chunks 9 -n 4 -o out",
     )
-    eval_options.add_to(command)
+    add_eval_options(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -101,9 +102,9 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Score the tokens after each boundary twice, after the whole history and after "
         "what a reset leaves, and report what is lost: docs/guide/probing.md",
         epilog="E.g.: delethink probe -m toy --task automaton --task-arg min_steps=16 --task-arg "
-        "max_steps=24 -C 90 --carryover 15,30,45 --head-size 0 --budget 450",
+        "max_steps=24 -C 90 --carryover-size 15,30,45 --head-size 0 --budget 450",
     )
-    probe_options.add_to(command)
+    add_probe_options(command)
     command.set_defaults(run=_probe)
 
 
@@ -113,10 +114,10 @@ def _add_cost(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="estimate FLOPs, memory, time and money, LongCoT against Delethink",
         description="Estimate FLOPs, memory, time and money of LongCoT and Delethink, by "
         "arithmetic alone. The formulas and their fit to measured times: docs/guide/cost.md",
-        epilog="E.g.: delethink cost --model Qwen/Qwen2.5-1.5B --thinking 24k,96k,1M -C 8k -m 4k "
-        "--gpu h100 --gpus 8",
+        epilog="E.g.: delethink cost -m Qwen/Qwen2.5-1.5B --thinking 24k,96k,1M -C 8k "
+        "--carryover-size 4k --gpu h100 --gpus 8",
     )
-    cost_options.add_to(command)
+    add_cost_options(command)
     command.set_defaults(run=_cost)
 
 

@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them."""
+"""Numbers of tokens on the command line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from delethink.errors import ConfigError
 _SIZES = {"": 1, "k": 1024, "m": 1024**2}
 
 
-def size(text: str, option: str, least: int = 1) -> int:
-    """``8k`` -> 8,192.
+def size(text: str, option: str, minimum: int = 1) -> int:
+    """Return the number of tokens of a text: 8,192 for ``8k``.
+
+    Args:
+        text: value of the option.
+        option: name of the option, for the error.
+        minimum: smallest allowed number.
 
     Raises:
-        ConfigError: no whole number of tokens, or less than ``least``.
+        ConfigError: not a whole number of tokens, or below the minimum.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", text.lower())
     value = float(found[1]) * _SIZES[found[2]] if found else math.nan
-    if not value >= least or value != int(value):
+    if not value >= minimum or value != int(value):
         raise ConfigError(
-            f"{option}: a whole number of tokens, at least {least}, like 24576, 24k or 1M: "
-            f"got {text!r}"
+            f"{option}: a whole number of tokens, at least {minimum}, like 24576, 24k or 1M, is "
+            f"needed: got {text!r}"
         )
     return int(value)
 
 
-def sizes(text: str, option: str, least: int = 1) -> list[int]:
-    """``8k,16k`` -> [8,192, 16,384]."""
-    return [size(part, option, least) for part in text.split(",")]
+def sizes(text: str, option: str, minimum: int = 1) -> list[int]:
+    """Return the numbers of a list: [8192, 16384] for ``8k,16k``."""
+    return [size(part, option, minimum) for part in text.split(",")]

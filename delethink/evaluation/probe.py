@@ -1,20 +1,26 @@
-"""How Markovian a model is already: what it loses where the context is thrown away.
+"""Probe: measures how much a model loses at a boundary, where the context is reset.
 
-The tokens of a trace are scored twice with teacher forcing: after the whole history, and after what
-a reset leaves (query and carryover). What a reset costs is the difference, token by token: the gap
-in log-likelihood, log p(y | history) - log p(y | carried), and the Kullback-Leibler divergence of
-the two distributions over the next token, KL(history || carried), both in nats.
+Each trace is scored twice with teacher forcing: given the whole history, and given what remains
+after a reset (query and carryover). Per token, the probe reports the gap in log-likelihood,
+log p(y | history) - log p(y | carried), and the Kullback-Leibler divergence of the next-token
+distributions, KL(history || carried), both in nats.
 
-As controls, the carryover is left out altogether, and replaced by another trace's: a model that
-does not use what is carried would lose no more by either.
+Two controls leave the carryover out, or replace it with that of another trace. A model that does
+not use the carryover loses no more in the controls.
+
+    traces = sample_traces("toy", problems, budget=450)
+    findings = probe_model("toy", traces, [ChunkSpec(90, 45, max_chunks=10**6, head_size=0)])
+    write_findings(findings, Path("out"))
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,29 +28,39 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec, ThinkingState, start
-from delethink.errors import ConfigError, MissingExtraError
-from delethink.evaluation.metrics import t_quantile
-from delethink.types import StopReason, TokenIds, Trace
+from delethink.config import EngineConfig
+from delethink.engines.loading import load_model, load_tokenizer, longest_sequence
+from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError
+from delethink.evaluation.metrics import clustered_mean
+from delethink.evaluation.models import local_models, longest_query
+from delethink.policy import Sampling
+from delethink.rollout import derive_seed, run_rollouts
+from delethink.scoring.answer import vote
+from delethink.tokenization import query_ids, reward_text
+from delethink.trace_io import read_traces
+from delethink.types import Problem, StopReason, TokenIds, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 Condition = Literal["carried", "none", "other"]
-CONDITIONS: tuple[Condition, ...] = ("carried", "none", "other")
+CONDITIONS: dict[Condition, str] = {
+    "carried": "query and carryover",
+    "none": "query alone",
+    "other": "query and another trace's carryover",
+}
 
-Floats = npt.NDArray[np.float64]
 
-
-class Boundary(NamedTuple):
-    """A chunk after a boundary, scored under one condition.
+class ScoredBoundary(NamedTuple):
+    """The chunk after a boundary, scored under one condition.
 
     Args:
         trace: index of the trace.
         chunk: index of the chunk, from 1.
         carryover_size: m.
-        condition: what the context held in the carryover's place.
+        condition: content of the context in place of the carryover.
         gap: log p(y | history) - log p(y | context), in nats [T].
         divergence: KL(history || context) of the next token, in nats [T].
     """
@@ -53,76 +69,246 @@ class Boundary(NamedTuple):
     chunk: int
     carryover_size: int
     condition: Condition
-    gap: Floats
-    divergence: Floats
+    gap: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64]
+
+
+class TraceMean(NamedTuple):
+    """Mean over traces with its 95 % interval, in nats."""
+
+    mean: float
+    low: float
+    high: float
+    traces: int
+
+
+@dataclass(frozen=True)
+class ResetCost:
+    """Cost of a reset over a range of distances from the boundary, under one condition."""
+
+    carryover_size: int
+    condition: Condition
+    begin: int
+    """First distance in tokens."""
+    end: int
+    """Distance after the last one."""
+    gap: TraceMean
+    divergence: TraceMean
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Results of a probe.
+
+    Args:
+        model: name of the model.
+        context_size: C.
+        traces: number of traces that fit in the model's window.
+        passed_over: number of longer traces, which have no whole history to compare with.
+        without_boundary: number of fitting traces of a single context.
+        lines: cost of a reset by carryover size, condition and distance.
+        repeats: for each trace, the longest run of tokens that recurs a context later.
+        answers: number of traces with an answer.
+        answers_lost: number of these whose last context holds another answer, or none.
+    """
+
+    model: str
+    context_size: int
+    traces: int
+    passed_over: int
+    without_boundary: int
+    lines: Sequence[ResetCost]
+    repeats: Sequence[int]
+    answers: int
+    answers_lost: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        values = asdict(self)
+        values["lines"] = [
+            {**asdict(line), "gap": line.gap._asdict(), "divergence": line.divergence._asdict()}
+            for line in self.lines
+        ]
+        return values
+
+    @property
+    def totals(self) -> list[ResetCost]:
+        """Costs over all distances."""
+        longest = max((line.end for line in self.lines), default=0)
+        return [
+            line for line in self.lines if (line.begin, line.end) == (0, longest) and longest > 1
+        ]
+
+
+def load_traces(path: Path) -> list[Trace]:
+    """Load traces from a file or a run directory, without failed ones.
+
+    Raises:
+        ConfigError: no trace.
+        TraceFileError: a file that cannot be read.
+    """
+    files = sorted((path / "traces").glob("step_*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"{path} holds no traces: there is no traces/step_*.jsonl")
+    records = chain.from_iterable(read_traces(file) for file in files)
+    traces = [record.trace for record in records if not record.trace.stop.is_failure]
+    if not traces:
+        raise ConfigError(f"{path} holds no traces other than failed ones")
+    return traces
+
+
+def sample_traces(
+    model: str,
+    problems: Sequence[Problem],
+    budget: int,
+    *,
+    engine: EngineConfig | None = None,
+    temperature: float = 0.6,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> list[Trace]:
+    """Sample one LongCoT trace per problem.
+
+    Args:
+        model: folder, Hugging Face id, or ``"toy"``.
+        problems: problems.
+        budget: maximum length of a trace in tokens; the model's window may lower it.
+        engine: settings of the engine; by default transformers in this process.
+        temperature: sampling temperature.
+        seed: seed of the traces.
+        trust_remote_code: run code from the model's repository.
+    """
+    opener = local_models(
+        engine or EngineConfig(name="transformers"), trust_remote_code=trust_remote_code, seed=seed
+    )
+    with opener(model) as loaded:
+        queries = [query_ids(loaded.tokenizer, problem) for problem in problems]
+        if loaded.max_model_tokens is not None:
+            room = loaded.max_model_tokens - longest_query(loaded.tokenizer, problems)
+            budget = min(budget, room)
+        samplings = [
+            Sampling(temperature, derive_seed("probe", seed, i)) for i in range(len(queries))
+        ]
+        spec = ChunkSpec.longcot(budget)
+        return asyncio.run(run_rollouts(loaded.policy, spec, queries, samplings))
+
+
+def probe_model(
+    model: str,
+    traces: Sequence[Trace],
+    specs: Sequence[ChunkSpec],
+    *,
+    trust_remote_code: bool = False,
+) -> Findings:
+    """Load a model and measure the cost of resets on traces.
+
+    Args:
+        model: folder, Hugging Face id, or ``"toy"``.
+        traces: traces of the model's tokenizer.
+        specs: chunk sizes with one C, several m, and enough chunks for every trace. Controls and
+            lost answers use the last one.
+        trust_remote_code: run code from the model's repository.
+
+    Raises:
+        ConfigError: traces of another tokenizer, or a carryover that the model writes.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    specs = [spec.bind(tokenizer) for spec in specs]
+    for spec in specs:
+        if spec.ask is not None:
+            raise ConfigError(
+                "a probe cannot use a carryover that the model writes, got "
+                f"{name_of(spec.effective_carryover)!r}: the traces do not hold it"
+            )
+    loaded = load_model(model, "float32", trust_remote_code).eval()
+    largest = max(max((*trace.query_ids, *trace.output_ids)) for trace in traces)
+    if largest >= loaded.config.vocab_size:
+        raise ConfigError(
+            f"the traces hold the token id {largest}, and {model} has {loaded.config.vocab_size} "
+            "token ids: the traces are of another model"
+        )
+    probe = Probe(loaded, longest_sequence(loaded))
+    fitting = [trace for trace in traces if probe.fits(trace)]
+    context = specs[-1].context_size
+    answers = lost = 0
+    for trace in traces:
+        answer = vote(reward_text(tokenizer, trace.output_ids))
+        answers += answer is not None
+        last = vote(reward_text(tokenizer, last_window(trace, specs[-1])))
+        lost += answer is not None and answer != last
+    return Findings(
+        model=model,
+        context_size=context,
+        traces=len(fitting),
+        passed_over=len(traces) - len(fitting),
+        without_boundary=sum(len(trace.output_ids) <= context for trace in fitting),
+        lines=reset_costs(list(probe.boundaries(fitting, specs, specs[-1]))),
+        repeats=[longest_repeat(tuple(trace.output_ids), context) for trace in traces],
+        answers=answers,
+        answers_lost=lost,
+    )
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Scores traces of one model.
+    """Scores traces with one model.
 
     Args:
-        model: in evaluation mode; on any device.
-        max_model_tokens: the longest sequence that it takes.
+        model: model in evaluation mode, on any device.
+        max_model_tokens: longest sequence of the model, in tokens.
     """
 
     model: PreTrainedModel
     max_model_tokens: int
 
     def fits(self, trace: Trace) -> bool:
-        """Whether the whole history fits in one context."""
+        """Return whether the whole history fits in one context."""
         return len(trace.query_ids) + len(trace.output_ids) <= self.max_model_tokens
 
     def boundaries(
         self, traces: Sequence[Trace], specs: Sequence[ChunkSpec], controls: ChunkSpec
-    ) -> Iterator[Boundary]:
-        """Scores what follows each boundary of each trace, under each rule.
+    ) -> Iterator[ScoredBoundary]:
+        """Score the chunk after each boundary of each trace, under each spec.
 
         Args:
-            traces: those that do not fit are passed over.
-            specs: rules that differ in their carryover size.
-            controls: the one under which the carryover is also left out and replaced.
+            traces: traces; longer ones than the window are skipped.
+            specs: chunk sizes that differ in their carryover size.
+            controls: spec under which the controls are scored, too.
         """
         for index, trace in enumerate(traces):
             if not self.fits(trace):
                 continue
-            other = traces[index - 1] if len(traces) > 1 else None  # of the first one: the last
+            other = traces[index - 1] if len(traces) > 1 else None  # the last one, for the first
             for spec in specs:
-                conditions = CONDITIONS if spec == controls else CONDITIONS[:1]
-                yield from self._of_trace(index, trace, other, spec, conditions)
+                conditions = list(CONDITIONS) if spec == controls else list(CONDITIONS)[:1]
+                yield from self._score(index, trace, other, spec, conditions)
 
     @torch.no_grad()
-    def _of_trace(
+    def _score(
         self,
         index: int,
         trace: Trace,
         other: Trace | None,
         spec: ChunkSpec,
         conditions: Sequence[Condition],
-    ) -> Iterator[Boundary]:
-        cuts = list(cut(trace.query_ids, trace.output_ids, spec))
-        if len(cuts) < 2:
+    ) -> Iterator[ScoredBoundary]:
+        chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
+        if len(chunks) < 2:
             return
-        history = self._history(trace.query_ids, [output for _, output in cuts])
-        borrowed = None if other is None else carried_at(other, spec)
-        for chunk, ((state, output), expected) in enumerate(zip(cuts, history, strict=True)):
-            if chunk == 0:
+        history = self._history(trace.query_ids, [output for _, output in chunks])
+        borrowed = None if other is None else first_carryover(other, spec)
+        for number, ((state, output), expected) in enumerate(zip(chunks, history, strict=True)):
+            if number == 0:
                 continue
             for condition in conditions:
                 context = _context(state, condition, borrowed)
-                if context is None:
-                    continue
-                found = self._logprobs(context, output)
-                yield Boundary(
-                    index,
-                    chunk,
-                    spec.carryover_size,
-                    condition,
-                    *_compare(expected, found, output),
-                )
+                if context is not None:
+                    gap, divergence = _compare(expected, self._logprobs(context, output), output)
+                    size = spec.carryover_size
+                    yield ScoredBoundary(index, number, size, condition, gap, divergence)
 
     def _history(self, query_ids: TokenIds, outputs: Sequence[TokenIds]) -> Iterator[torch.Tensor]:
-        """Log-probs [T, V] of each chunk's tokens after all that went before, chunk by chunk."""
+        """Yield log-probs [T, V] of each chunk's tokens given the whole history before them."""
         seen = self.model(input_ids=self._ids(query_ids), use_cache=True, logits_to_keep=1)
         last = seen.logits[0]
         for output in outputs:
@@ -133,7 +319,7 @@ class Probe:
             last = seen.logits[0, -1:]
 
     def _logprobs(self, context: TokenIds, output: TokenIds) -> torch.Tensor:
-        """Log-probs [T, V] of the tokens of ``output`` after ``context``."""
+        """Return log-probs [T, V] of the tokens of ``output`` given ``context``."""
         ids = self._ids((*context, *output))
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(output) + 1).logits
         logprobs: torch.Tensor = logits[0, :-1].float().log_softmax(-1)
@@ -143,12 +329,12 @@ class Probe:
         return torch.tensor([list(ids)], device=self.model.device)
 
 
-def cut(
+def rechunk(
     query_ids: TokenIds, output_ids: TokenIds, spec: ChunkSpec
 ) -> Iterator[tuple[ThinkingState, TokenIds]]:
-    """A trace's tokens as the chunks that ``spec`` makes of them, and the state before each.
+    """Yield each chunk of ``output_ids`` under ``spec``, with the state before the chunk.
 
-    However they were sampled: boundaries fall where this rule puts them.
+    The boundaries follow from ``spec`` alone, not from the way the tokens were sampled.
     """
     state, begin = start(spec, query_ids), 0
     while begin < len(output_ids) and state.stop is None:
@@ -158,10 +344,10 @@ def cut(
         state = state.advance(output, StopReason.LENGTH)
 
 
-def carried_at(trace: Trace, spec: ChunkSpec) -> TokenIds | None:
-    """What a trace carries over its first boundary; ``None`` where it has none."""
-    cuts = list(cut(trace.query_ids, trace.output_ids, spec))
-    return tuple(cuts[1][0].carried) if len(cuts) > 1 else None
+def first_carryover(trace: Trace, spec: ChunkSpec) -> TokenIds | None:
+    """Return the tokens carried over a trace's first boundary; ``None`` without a boundary."""
+    chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
+    return tuple(chunks[1][0].carried) if len(chunks) > 1 else None
 
 
 def _context(
@@ -176,21 +362,19 @@ def _context(
 
 def _compare(
     expected: torch.Tensor, found: torch.Tensor, output: TokenIds
-) -> tuple[Floats, Floats]:
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return gap and divergence [T] of two sets of log-probs [T, V]."""
     index = torch.tensor(list(output), device=expected.device)[:, None]
     gap = (expected.gather(1, index) - found.gather(1, index))[:, 0]
     divergence = (expected.exp() * (expected - found)).nan_to_num(0.0).sum(-1)
     return gap.double().cpu().numpy(), divergence.clamp_min(0.0).double().cpu().numpy()
 
 
-# -- what needs no model ------------------------------------------------------------------------
-
-
 def longest_repeat(output_ids: TokenIds, context_size: int) -> int:
-    """The longest run of tokens that occurs again, starting at least a context later.
+    """Return the length of the longest run of tokens that recurs at least a context later.
 
-    A chain of bounded states can run in circles without knowing it; one that sees its whole history
-    could notice. Found by binary search over lengths: a run that repeats has shorter ones that do.
+    With bounded states a chain may loop unnoticed, whereas the whole history would show the loop.
+    Binary search applies because every part of a recurring run recurs.
     """
     low, high = 0, len(output_ids) - context_size
     while low < high:
@@ -212,253 +396,163 @@ def _repeats(output_ids: TokenIds, length: int, apart: int) -> bool:
 
 
 def last_window(trace: Trace, spec: ChunkSpec) -> TokenIds:
-    """What the last context held: carried tokens and the last chunk.
+    """Return the carried tokens and the output of the last chunk.
 
-    A reward that reads no more than this misses answers that were thrown away at a boundary.
+    An answer thrown away at a boundary is missing here.
     """
-    cuts = list(cut(trace.query_ids, trace.output_ids, spec))
-    if not cuts:
+    chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
+    if not chunks:
         return ()
-    state, output = cuts[-1]
+    state, output = chunks[-1]
     return (*state.carried, *output)
 
 
-class Point(NamedTuple):
-    """A mean over traces with its 95 % interval, in nats."""
+def reset_costs(boundaries: Sequence[ScoredBoundary]) -> list[ResetCost]:
+    """Return the costs by carryover size, condition and distance, and over all distances."""
+    if not boundaries:
+        return []
+    edges = distance_edges(max(len(boundary.gap) for boundary in boundaries))
+    groups: dict[tuple[int, Condition], list[ScoredBoundary]] = {}
+    for boundary in boundaries:
+        groups.setdefault((boundary.carryover_size, boundary.condition), []).append(boundary)
+    order = list(CONDITIONS)
+    costs = []
+    for size, condition in sorted(groups, key=lambda group: (group[0], order.index(group[1]))):
+        for begin, end in [*pairwise(edges), (0, edges[-1])]:
+            own = [b for b in groups[size, condition] if begin < len(b.gap)]
+            if own:
+                traces = [b.trace for b in own]
+                gap = _trace_mean(traces, [b.gap[begin:end] for b in own])
+                divergence = _trace_mean(traces, [b.divergence[begin:end] for b in own])
+                costs.append(ResetCost(size, condition, begin, end, gap, divergence))
+    return costs
 
-    mean: float
-    low: float
-    high: float
-    traces: int
 
-
-def over_traces(values: dict[int, list[float]]) -> Point:
-    """The mean over traces of each trace's mean: traces are independent, their tokens are not.
+def _trace_mean(traces: Sequence[int], values: Sequence[npt.NDArray[np.float64]]) -> TraceMean:
+    """Average over traces, since tokens of one trace are correlated.
 
     Args:
-        values: by trace.
-
-    Raises:
-        ValueError: no trace.
+        traces: index of the trace of each array.
+        values: values of tokens.
     """
-    means = np.array([float(np.mean(v)) for v in values.values()])
-    if not means.size:
-        raise ValueError("a mean over no trace")
-    mean, n = float(means.mean()), len(means)
-    if n == 1:
-        return Point(mean, float("-inf"), float("inf"), 1)
-    half = float(t_quantile(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
-    return Point(mean, mean - half, mean + half, n)
-
-
-def by_distance(
-    boundaries: Sequence[Boundary],
-    carryover_size: int,
-    condition: Condition,
-    what: Literal["gap", "divergence"],
-    edges: Sequence[int],
-) -> list[Point | None]:
-    """Means over the tokens at a distance from the boundary in ``edges[i]..edges[i+1]-1``."""
-    bins: list[dict[int, list[float]]] = [{} for _ in edges[1:]]
-    for boundary in boundaries:
-        if boundary.carryover_size != carryover_size or boundary.condition != condition:
-            continue
-        values: Any = getattr(boundary, what)
-        for i, (begin, end) in enumerate(pairwise(edges)):
-            if begin < len(values):
-                bins[i].setdefault(boundary.trace, []).extend(values[begin:end].tolist())
-    return [over_traces(found) if found else None for found in bins]
+    by_trace: dict[int, list[float]] = {}
+    for trace, tokens in zip(traces, values, strict=True):
+        by_trace.setdefault(trace, []).extend(tokens.tolist())
+    mean, interval = clustered_mean(list(by_trace.values()))
+    if len(by_trace) == 1:
+        return TraceMean(mean, float("-inf"), float("inf"), 1)
+    return TraceMean(mean, *interval, len(by_trace))
 
 
 def distance_edges(longest: int) -> list[int]:
-    """Bins that double: 0, 1, 2, 4, 8 and so on, to the longest distance."""
+    """Return doubling bin edges 0, 1, 2, 4, 8 up to the longest distance."""
     edges = [0, 1]
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], longest))
     return edges
 
 
-_NAMES: dict[Condition, str] = {
-    "carried": "query and carryover",
-    "none": "query alone",
-    "other": "query and another trace's carryover",
-}
+def write_findings(findings: Findings, folder: Path) -> None:
+    """Write ``probe.md``, ``probe.json`` and, if there are boundaries, ``probe.png``.
 
-
-@dataclass(frozen=True)
-class Line:
-    """What a reset costs at one distance from the boundary, under one condition."""
-
-    carryover_size: int
-    condition: Condition
-    begin: int  # tokens from the boundary, the first one
-    end: int  # and the last one but one
-    gap: Point
-    divergence: Point
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything that a probe found.
-
-    Args:
-        model: its name.
-        context_size: C.
-        traces: how many were scored.
-        passed_over: how many are longer than the model's window.
-        without_boundary: how many fit in one context.
-        lines: the cost of a reset, by carryover, condition and distance.
-        repeats: of each trace, the longest run of tokens that comes again a context later.
-        answers: traces whose reward found an answer in the whole trace.
-        answers_lost: of them, those in which it finds another one, or none, in the last context.
+    Raises:
+        RunDirectoryError: a file cannot be written.
     """
-
-    model: str
-    context_size: int
-    traces: int
-    passed_over: int
-    without_boundary: int
-    lines: Sequence[Line]
-    repeats: Sequence[int]
-    answers: int
-    answers_lost: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        plain = asdict(self)
-        plain["lines"] = [
-            {**asdict(line), "gap": line.gap._asdict(), "divergence": line.divergence._asdict()}
-            for line in self.lines
-        ]
-        return plain
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "probe.md").write_text(findings_page(findings), encoding="utf-8")
+        text = json.dumps(findings.as_dict(), indent=2) + "\n"
+        (folder / "probe.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write to {folder}: {error.strerror}") from None
+    if findings.lines:
+        plot_findings(findings, folder / "probe.png")
 
 
-def lines_of(boundaries: Sequence[Boundary]) -> list[Line]:
-    """The cost of a reset by carryover, condition and distance, and over all distances."""
-    if not boundaries:
-        return []
-    edges = distance_edges(max(len(boundary.gap) for boundary in boundaries))
-    found = []
-    for size in sorted({boundary.carryover_size for boundary in boundaries}):
-        for condition in CONDITIONS:
-            own = [b for b in boundaries if (b.carryover_size, b.condition) == (size, condition)]
-            if not own:
-                continue
-            gaps = by_distance(own, size, condition, "gap", edges)
-            divergences = by_distance(own, size, condition, "divergence", edges)
-            for i, (gap, divergence) in enumerate(zip(gaps, divergences, strict=True)):
-                if gap is not None and divergence is not None:
-                    found.append(Line(size, condition, edges[i], edges[i + 1], gap, divergence))
-            found.append(Line(size, condition, 0, edges[-1], *_overall(own)))
-    return found
-
-
-def _overall(boundaries: Sequence[Boundary]) -> tuple[Point, Point]:
-    gaps: dict[int, list[float]] = {}
-    divergences: dict[int, list[float]] = {}
-    for boundary in boundaries:
-        gaps.setdefault(boundary.trace, []).extend(boundary.gap.tolist())
-        divergences.setdefault(boundary.trace, []).extend(boundary.divergence.tolist())
-    return over_traces(gaps), over_traces(divergences)
-
-
-def overall(findings: Findings) -> list[Line]:
-    """The lines over all distances."""
-    longest = max((line.end for line in findings.lines), default=0)
-    return [
-        line for line in findings.lines if line.begin == 0 and line.end == longest and longest > 1
-    ]
-
-
-def as_page(findings: Findings) -> str:
-    """One page in Markdown."""
-    repeats = sorted(findings.repeats)
-    long = sum(r >= findings.context_size // 4 for r in repeats)
+def findings_page(findings: Findings) -> str:
+    """Return the findings as a page in Markdown."""
+    repeats, totals = sorted(findings.repeats), findings.totals
+    looping = sum(repeat >= findings.context_size // 4 for repeat in repeats)
+    median = repeats[len(repeats) // 2] if repeats else 0
     rows = [
-        f"| {line.carryover_size:,} | {_NAMES[line.condition]} | {_cell(line.gap)} | "
+        f"| {line.carryover_size:,} | {CONDITIONS[line.condition]} | {_cell(line.gap)} | "
         f"{_cell(line.divergence)} | {line.gap.traces} |"
-        for line in overall(findings)
+        for line in totals
     ]
     near = [
         f"| {line.carryover_size:,} | {line.begin}-{line.end - 1} | {_cell(line.gap)} | "
         f"{_cell(line.divergence)} |"
         for line in findings.lines
-        if line.condition == "carried" and line not in overall(findings)
+        if line.condition == "carried" and line not in totals
     ]
-    scored = findings.traces - findings.without_boundary
     return "\n".join(
         [
             f"# How Markovian is {findings.model}?",
             "",
-            f"C = {findings.context_size:,}. {findings.traces:,} traces were read; "
-            f"{findings.passed_over:,} more are longer than the model's window and were passed "
-            f"over, {findings.without_boundary:,} fit in one context and have no boundary: "
-            f"{scored:,} are scored. Means over traces with 95 % intervals, in nats a token.",
+            f"C = {findings.context_size:,}. {findings.traces:,} traces fit in the model's window; "
+            f"{findings.passed_over:,} longer ones were skipped. Of the fitting ones, "
+            f"{findings.without_boundary:,} have a single context and no boundary, and "
+            f"{findings.traces - findings.without_boundary:,} are scored. Values are means over "
+            "traces with 95 % intervals, in nats per token.",
             "",
-            "| m | after the boundary it sees | loss of log-likelihood | KL | traces |",
+            "| m | context after the boundary | loss of log-likelihood | KL | traces |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "The loss is log p(token | whole history) - log p(token | what it sees); below 0 the "
-            "token is more likely without the history.",
+            "The loss is log p(token | whole history) - log p(token | context). Below 0, the token "
+            "is more likely without the history.",
             "",
-            "By distance from the boundary, in tokens, with the carryover:",
+            "By distance from the boundary in tokens, with the carryover:",
             "",
             "| m | distance | loss of log-likelihood | KL |",
             "| --- | --- | --- | --- |",
             *near,
             "",
-            f"**Loops.** In {long:,} of {len(repeats):,} traces a run of at least C / 4 = "
-            f"{findings.context_size // 4:,} tokens comes again a context later or more; the "
-            f"longest such run of a trace has {_middle(repeats):,} tokens in the median and "
+            f"**Loops.** In {looping:,} of {len(repeats):,} traces, a run of at least C / 4 = "
+            f"{findings.context_size // 4:,} tokens recurs at least a context later. The longest "
+            f"recurring run of a trace has {median:,} tokens in the median and "
             f"{max(repeats, default=0):,} at most.",
             "",
-            f"**Answers.** In {findings.answers:,} traces an answer is found; in "
-            f"{findings.answers_lost:,} of them it is another one, or none, for whoever reads no "
-            "more than the last context.",
+            f"**Answers.** {findings.answers:,} traces hold an answer. In "
+            f"{findings.answers_lost:,} of them, the last context holds another answer or none.",
             "",
         ]
     )
 
 
-def _middle(values: Sequence[int]) -> int:
-    return values[len(values) // 2] if values else 0
+def _cell(mean: TraceMean) -> str:
+    if mean.traces < 2:
+        return f"{mean.mean:.4f}"
+    return f"{mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f})"
 
 
-def _cell(point: Point) -> str:
-    if point.traces < 2:
-        return f"{point.mean:.4f}"
-    return f"{point.mean:.4f} ({point.low:.4f} to {point.high:.4f})"
-
-
-def plot(findings: Findings, path: Path) -> None:
-    """Draws loss and divergence against the distance from the boundary.
+def plot_findings(findings: Findings, path: Path) -> None:
+    """Plot loss and divergence against the distance from the boundary.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: the picture cannot be written.
+        ConfigError: the image cannot be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "eval")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    figure.suptitle(f"What a reset costs {findings.model}, C = {findings.context_size:,}")
-    whole = overall(findings)
-    curves = {(line.carryover_size, line.condition) for line in findings.lines}
+    figure.suptitle(f"Cost of a reset for {findings.model}, C = {findings.context_size:,}")
+    binned = [line for line in findings.lines if line not in findings.totals]
+    curves = {(line.carryover_size, line.condition) for line in binned}
     panels = (("gap", "loss of log-likelihood, nats"), ("divergence", "KL, nats"))
-    for axes, (what, label) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axes, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for size, condition in sorted(curves, key=str):
-            own = [
-                line
-                for line in findings.lines
-                if (line.carryover_size, line.condition) == (size, condition) and line not in whole
-            ]
-            points = [getattr(line, what) for line in own]
-            name = f"m = {size:,}" if condition == "carried" else f"m = {size:,}, {condition}"
-            style = "-" if condition == "carried" else ":"
-            xs = [line.begin + 1 for line in own]
-            axes.plot(xs, [p.mean for p in points], style, marker=".", label=name)
+            own = [b for b in binned if (b.carryover_size, b.condition) == (size, condition)]
+            is_main = condition == "carried"
+            axes.plot(
+                [line.begin + 1 for line in own],
+                [getattr(line, name).mean for line in own],
+                "-" if is_main else ":",
+                marker=".",
+                label=f"m = {size:,}" + ("" if is_main else f", {condition}"),
+            )
         axes.set_xscale("log")
         axes.set_xlabel("tokens after the boundary")
         axes.set_ylabel(label)
@@ -467,4 +561,4 @@ def plot(findings: Findings, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture to {path}: {error}") from None
+        raise ConfigError(f"cannot write the image {path}: {error}") from None

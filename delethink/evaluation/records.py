@@ -1,9 +1,8 @@
-"""What an evaluation writes: append-only lines, one a trace, and what it was asked.
+"""Records of an evaluation on disk: append-only JSON lines, one per trace.
 
-A line is written when its trace has ended, in one call, so that a killed process loses what was in
-flight and leaves at most one line cut short, which the next one takes back. What was sampled goes
-to a file of its own, before the line, so that results are read without it: its last line for a
-trace counts.
+A line is written in one call when its trace ends. So a killed process loses the traces in flight
+and leaves at most one partial line, which the next process removes. Sampled tokens go to a second
+file first, so that results can be read without them. Its last line for a trace counts.
 """
 
 from __future__ import annotations
@@ -19,70 +18,78 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.errors import RunDirectoryError
-from delethink.tokens import as_list
+from delethink.tokens import TokenIds, as_list
 
 _TRACES = "traces.jsonl"
 _TOKENS = "tokens.jsonl"
 _SETTINGS = "settings.json"
 
 
-class Place(NamedTuple):
-    """Which trace: a sample of a problem in a setting."""
+class SampleKey(NamedTuple):
+    """Identity of a trace: a sample of a problem in a setting."""
 
-    setting: str  # its key
+    setting: str
+    """Key of the setting."""
     problem: int
     sample: int
 
 
-@dataclass(frozen=True, slots=True)  # there are many
-class Outcome:
-    """A trace at one budget.
-
-    ``vote`` is the answer in a form in which equal
-    ones are equal, ``None`` where there is none.
-    """
+@dataclass(frozen=True, slots=True)  # slots save memory: there is one per trace and budget
+class BudgetOutcome:
+    """Outcome of a trace at one budget."""
 
     budget: int
-    score: float  # 1 or 0
-    length: int  # thinking tokens
+    """Budget in tokens."""
+    score: float
+    """1 if right, else 0."""
+    length: int
+    """Thinking tokens."""
     chunks: int
-    processed: int  # tokens of all prompts and outputs: what an engine without a cache reads
+    """Number of chunks."""
+    processed: int
+    """Tokens of all prompts and outputs, the work of an engine without a prefix cache."""
     out_of_budget: bool
+    """The budget ended the trace."""
     vote: str | None
-    forced: bool = False  # the answer was asked for when the budget was spent
+    """Answer for majority votes; ``None`` if there is none."""
+    forced: bool = False
+    """The answer was forced when the budget was spent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A line: a trace with its outcome at every budget, or why there is none."""
+    """A trace with its outcome at every budget, or the error that ended it."""
 
-    place: Place
-    outcomes: tuple[Outcome, ...]
+    key: SampleKey
+    outcomes: tuple[BudgetOutcome, ...]
     query_tokens: int
-    started: float  # seconds since the epoch
+    """Length of the query."""
+    started: float
+    """Start time in seconds since the epoch."""
     ended: float
+    """End time in seconds since the epoch."""
     error: str | None = None
-    output_ids: tuple[tuple[int, ...], ...] = ()  # of each chunk; in a file of its own
+    """Reason of a failed trace, which has no outcomes."""
+    output_ids: tuple[TokenIds, ...] = ()
+    """Sampled tokens of each chunk, stored in a separate file."""
 
-    def as_line(self) -> bytes:
-        """JSON without the tokens, with an end of line."""
-        return _line(
-            {
-                **self.place._asdict(),
-                "outcomes": [asdict(outcome) for outcome in self.outcomes],
-                "query_tokens": self.query_tokens,
-                "started": self.started,
-                "ended": self.ended,
-                "error": self.error,
-            }
-        )
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON, without the tokens."""
+        return {
+            **self.key._asdict(),
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "query_tokens": self.query_tokens,
+            "started": self.started,
+            "ended": self.ended,
+            "error": self.error,
+        }
 
     @classmethod
-    def from_line(cls, values: Mapping[str, Any]) -> Record:
-        """A line as it was written, without its tokens."""
+    def from_json(cls, values: Mapping[str, Any]) -> Record:
+        """Return the record that ``to_json`` wrote."""
         return cls(
-            place=Place(values["setting"], values["problem"], values["sample"]),
-            outcomes=tuple(Outcome(**outcome) for outcome in values["outcomes"]),
+            key=SampleKey(values["setting"], values["problem"], values["sample"]),
+            outcomes=tuple(BudgetOutcome(**outcome) for outcome in values["outcomes"]),
             query_tokens=values["query_tokens"],
             started=values["started"],
             ended=values["ended"],
@@ -91,35 +98,34 @@ class Record:
 
 
 class ResultsDirectory:
-    """Where an evaluation writes. Open it with ``create`` or ``resume``, then close it."""
+    """Output folder of an evaluation. Open with ``create`` or ``resume``, then close."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.mixed: dict[str, list[str]] = {}  # what changed under --force, for the results
+        self.forced: dict[str, list[str]] = {}  # changes under --force, for results.json
         self._files: dict[str, int] = {}
-        self._made: list[Path] = []  # folders that were not there before, innermost first
+        self._created: list[Path] = []  # folders created here, innermost first
 
     @classmethod
     def create(cls, path: Path, settings: Mapping[str, Any]) -> ResultsDirectory:
-        """Makes the directory of a new evaluation.
+        """Create the folder of a new evaluation.
 
         Raises:
-            RunDirectoryError: it cannot be written, or holds something already.
+            RunDirectoryError: the folder cannot be written, or is not empty.
         """
+        directory = cls(path)
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                there = (path / _SETTINGS).exists()
-                what = "already holds an evaluation" if there else "is not empty"
-                more = "go on with --resume, or " if there else ""
-                raise RunDirectoryError(f"{path} {what}; {more}choose another with -o PATH")
-            made = [folder for folder in (path, *path.parents) if not folder.exists()]
+                found = (path / _SETTINGS).exists()
+                reason = "already holds an evaluation" if found else "is not empty"
+                resume = "continue it with --resume, or " if found else ""
+                raise RunDirectoryError(f"{path} {reason}; {resume}choose another with -o PATH")
+            directory._created = [p for p in (path, *path.parents) if not p.exists()]
             path.mkdir(parents=True, exist_ok=True)
         except RunDirectoryError:
             raise
         except OSError as error:
-            raise _cannot_write(path, error) from None
-        directory = cls(path)
-        directory._made = made
+            raise _write_error(path, error) from None
         directory._open(settings)
         return directory
 
@@ -127,48 +133,51 @@ class ResultsDirectory:
     def resume(
         cls, path: Path, settings: Mapping[str, Any], force: bool = False
     ) -> ResultsDirectory:
-        """Goes on with an evaluation; more settings and more samples may be asked for.
+        """Open the folder of an interrupted evaluation.
+
+        Settings and samples may be added: they leave the seeds of existing samples unchanged.
 
         Raises:
-            RunDirectoryError: there is none, it was asked something else and ``force`` is off, or a
-                line before the last one cannot be read.
+            RunDirectoryError: no evaluation in the folder, other settings without ``force``, or
+                another process that writes there.
         """
         try:
             before = dict(json.loads((path / _SETTINGS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise RunDirectoryError(
-                f"{path} holds no evaluation to go on with (no {_SETTINGS} that can be read); "
-                "leave out --resume"
+                f"{path} holds no evaluation to resume (no readable {_SETTINGS}); leave out "
+                "--resume"
             ) from None
-        mixed = before.pop("forced", [])
+        forced = before.pop("forced", [])
         changed = [
             f"{name} was {json.dumps(old)} and is now {json.dumps(settings.get(name))}"
             for name, old in before.items()
-            if not _may_become(name, old, settings.get(name))
+            if not _is_compatible(name, old, settings.get(name))
         ]
         if changed and not force:
             raise RunDirectoryError(
-                f"{path} was asked something else: {'; '.join(changed)}; choose another folder "
-                "with -o PATH, or mix them knowingly with --force"
+                f"{path} holds an evaluation with other settings: {'; '.join(changed)}; choose "
+                "another folder with -o PATH, or mix them knowingly with --force"
             )
         directory = cls(path)
-        if mixed + changed:
-            directory.mixed = {"forced": mixed + changed}
+        if forced + changed:
+            directory.forced = {"forced": forced + changed}
         directory._open(settings)
         return directory
 
     def append(self, record: Record) -> None:
-        """Writes one line.
+        """Write the lines of a record.
 
         Raises:
-            RunDirectoryError: it cannot be written; the file ends where it ended before.
+            RunDirectoryError: a line cannot be written; the file keeps its whole lines only.
         """
         if record.output_ids:
             output_ids = [as_list(ids) for ids in record.output_ids]
-            self._append(_TOKENS, _line({**record.place._asdict(), "output_ids": output_ids}))
-        self._append(_TRACES, record.as_line())
+            self._append(_TOKENS, {**record.key._asdict(), "output_ids": output_ids})
+        self._append(_TRACES, record.to_json())
 
-    def _append(self, name: str, line: bytes) -> None:
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        line = (json.dumps(values, separators=(",", ":")) + "\n").encode()
         file = self._files[name]
         end = os.lseek(file, 0, os.SEEK_END)
         try:
@@ -177,41 +186,41 @@ class ResultsDirectory:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(file, end)
-            raise _cannot_write(self.path / name, error) from None
+            raise _write_error(self.path / name, error) from None
 
     def read(self) -> Iterator[Record]:
-        """Every whole line, one at a time.
+        """Yield the record of every whole line.
 
         Raises:
-            RunDirectoryError: a whole line is no record.
+            RunDirectoryError: a whole line is not a record.
         """
         with (self.path / _TRACES).open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return
                 try:
-                    yield Record.from_line(json.loads(line))
+                    yield Record.from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError):
                     raise RunDirectoryError(
-                        f"{self.path / _TRACES}, line {number}, is no record of a trace: take the "
-                        "line away, and its trace is played again"
+                        f"{self.path / _TRACES}, line {number}: not a record of a trace; delete "
+                        "the line, and its trace is sampled again"
                     ) from None
 
     def write(self, name: str, text: str) -> None:
-        """Writes a whole file in place of the one before, never half of it.
+        """Write a file atomically, in place of an earlier version.
 
         Raises:
-            RunDirectoryError: it cannot be written.
+            RunDirectoryError: the file cannot be written.
         """
         part = self.path / f"{name}.part"
         try:
             part.write_text(text, encoding="utf-8")
             part.replace(self.path / name)
         except OSError as error:
-            raise _cannot_write(self.path / name, error) from None
+            raise _write_error(self.path / name, error) from None
 
     def close(self) -> None:
-        """Closes the file; takes the directory back if nothing was written. Safe to call twice."""
+        """Close the files; remove the folder if no trace was written. Safe to call twice."""
         if not self._files:
             return
         empty = os.fstat(self._files[_TRACES]).st_size == 0
@@ -221,47 +230,55 @@ class ResultsDirectory:
         if empty:
             for name in (_TRACES, _TOKENS, _SETTINGS):
                 (self.path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody put something there
-                for folder in self._made:
+            with suppress(OSError):  # not empty: another program wrote there
+                for folder in self._created:
                     folder.rmdir()
 
     def _open(self, settings: Mapping[str, Any]) -> None:
+        """Open and lock the files, remove partial lines, and write the settings."""
         try:
             for name in (_TRACES, _TOKENS):
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-                self._files[name] = os.open(self.path / name, flags, 0o644)
-                self._lock(self._files[name])
-                os.ftruncate(self._files[name], _end_of_last_line(self._files[name]))
-            self.write(_SETTINGS, json.dumps({**settings, **self.mixed}, indent=2) + "\n")
+                self._files[name] = file = os.open(self.path / name, flags, 0o644)
+                self._lock(file)
+                os.ftruncate(file, _end_of_last_line(file))
+            self.write(_SETTINGS, json.dumps({**settings, **self.forced}, indent=2) + "\n")
+        except RunDirectoryError:
+            raise
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise _write_error(self.path, error) from None
 
     def _lock(self, file: int) -> None:
-        """Two that write to one folder would sample every trace twice."""
+        """Lock a file: two processes in one folder would sample every trace twice."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirectoryError(
-                f"another process is writing to {self.path}: wait until it has ended, or choose "
+                f"another process is writing to {self.path}: wait until it ends, or choose "
                 "another folder with -o PATH"
             ) from None
         except OSError:
             pass  # a file system without locks
 
 
-def _may_become(name: str, old: Any, new: Any) -> bool:
-    """Samples and settings may be added: the seeds of those that there are stay the same."""
+def _is_compatible(name: str, old: Any, new: Any) -> bool:
+    """Return whether a value may change on resume."""
     if name == "samples":
         return bool(new >= old)
     if name == "models":
         return all(new.get(model) == weights for model, weights in old.items())
     if name == "settings":
-        return all(setting in new for setting in old)
+        return all(any(_is_same_setting(one, other) for other in new) for one in old)
     return bool(old == new)
 
 
+def _is_same_setting(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Compare shared keys only: another release may store more or fewer of them."""
+    return all(old[key] == new[key] for key in old.keys() & new.keys())
+
+
 def _end_of_last_line(file: int) -> int:
-    """Where the last whole line ends, looked for from the end."""
+    """Return the offset after the last whole line, searched from the end."""
     end = os.fstat(file).st_size
     while end:
         begin = max(0, end - 2**16)
@@ -272,9 +289,5 @@ def _end_of_last_line(file: int) -> int:
     return 0
 
 
-def _cannot_write(path: Path, problem: OSError) -> RunDirectoryError:
-    return RunDirectoryError(f"cannot write {path}: {problem.strerror or problem}")
-
-
-def _line(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, separators=(",", ":")) + "\n").encode()
+def _write_error(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(f"cannot write {path}: {error.strerror or error}")

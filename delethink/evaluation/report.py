@@ -1,4 +1,4 @@
-"""Scaling curves: the numbers as CSV, a picture, and a page to look around in."""
+"""Reports of an evaluation: progress and tables in the terminal, and scaling curves on disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib.util
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -20,28 +20,37 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from delethink.errors import ConfigError, MissingExtraError
+from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError
 from delethink.evaluation.metrics import Estimate, proportion_interval
 from delethink.evaluation.records import Record
-from delethink.evaluation.results import Results, Row
+from delethink.evaluation.results import ResultRow, Results
 from delethink.evaluation.settings import Setting
 
-Kind = Literal["avg", "pass", "maj"]
+ScalingKind = Literal["avg", "pass", "maj"]
 
 AXES = {
-    "thinking_tokens": "thinking tokens of a problem",
-    "flops": "FLOPs of a problem, estimated",
-    "seconds": "seconds of all problems on the device, estimated",
+    "thinking_tokens": "thinking tokens per problem",
+    "flops": "estimated FLOPs per problem",
+    "seconds": "estimated seconds of all problems on the device",
 }
-NUMBERS = {"avg": "accuracy, longer thinking", "pass": "pass@k", "maj": "maj@k"}
+KINDS: dict[ScalingKind, str] = {
+    "avg": "accuracy (longer thinking)",
+    "pass": "pass@k",
+    "maj": "maj@k",
+}
+
+_PLAIN_LINES = 10  # lines per setting without a terminal
+_PLAIN_WIDTH = 120  # columns without a terminal
+_REFRESH_INTERVAL_S = 0.25  # of the live line
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point of a curve; what it costs is that of all ``k`` samples of a problem."""
+class CurvePoint:
+    """A point of a scaling curve. Costs are those of all ``k`` samples of a problem."""
 
     setting: str
-    kind: Kind  # avg: sequential scaling, over budgets; pass and maj: parallel, at the largest one
+    kind: ScalingKind
+    """``avg``: longer thinking, over budgets; ``pass`` and ``maj``: more samples."""
     budget: int
     k: int
     accuracy: float
@@ -52,66 +61,89 @@ class Point:
     seconds: float | None
 
 
-def points(rows: Sequence[Row]) -> list[Point]:
-    """Every point of every curve."""
-    largest = {row.setting: row for row in rows}  # rows come with rising budgets
+def curve_points(rows: Sequence[ResultRow]) -> list[CurvePoint]:
+    """Return the points of all curves; pass@k and maj@k are taken at the largest budget."""
+    largest = {row.setting: row for row in rows}  # rows have rising budgets
     sequential = [_point(row, "avg", 1, row.avg) for row in rows]
-    parallel = [
-        _point(row, kind, k, one)
-        for row in largest.values()
-        for kind, at in (("pass", row.pass_at), ("maj", row.maj_at))
-        for k, one in at.items()
-    ]
+    parallel = []
+    for row in largest.values():
+        parallel += [_point(row, "pass", k, value) for k, value in row.pass_at.items()]
+        parallel += [_point(row, "maj", k, value) for k, value in row.maj_at.items()]
     return sequential + parallel
 
 
-def _point(row: Row, kind: str, k: int, one: Estimate) -> Point:
-    return Point(
+def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurvePoint:
+    return CurvePoint(
         setting=row.setting,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         budget=row.budget,
         k=k,
-        accuracy=one.value,
-        low=one.interval.low,
-        high=one.interval.high,
+        accuracy=value.value,
+        low=value.interval.low,
+        high=value.interval.high,
         thinking_tokens=k * row.thinking_tokens.value,
         flops=None if row.flops is None else k * row.flops,
-        # of one sample of each problem, so that curves of different sample counts compare
+        # Per sample of each problem, so that curves with different numbers of samples compare.
         seconds=None if row.seconds is None else k * row.seconds * row.problems / row.samples,
     )
 
 
-def as_csv(curve: Sequence[Point]) -> str:
-    """One line a point."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [field.name for field in fields(Point)]
-    writer.writerow(names)
-    for point in curve:
-        writer.writerow(["" if (v := getattr(point, n)) is None else v for n in names])
-    return text.getvalue()
-
-
-def plot(curve: Sequence[Point], title: str, path: Path) -> None:
-    """Draws all settings in one picture: rows are ways to scale, columns what it costs.
+def write_curves(rows: Sequence[ResultRow], task: str, folder: Path) -> None:
+    """Write ``curves.csv``, ``curves.html`` and ``curves.png``.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: the picture cannot be written.
+        RunDirectoryError: a file cannot be written.
+    """
+    points, title = curve_points(rows), f"test-time scaling on {Path(task).name}"
+    try:
+        (folder / "curves.csv").write_text(curves_csv(points), encoding="utf-8")
+        (folder / "curves.html").write_text(curves_html(points, title), encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write the curves to {folder}: {error.strerror}") from None
+    plot_curves(points, title, folder / "curves.png")
+
+
+def curves_csv(points: Sequence[CurvePoint]) -> str:
+    """Return a CSV table with one line per point."""
+    text = io.StringIO()
+    names = [field.name for field in fields(CurvePoint)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    return text.getvalue()
+
+
+def curves_html(points: Sequence[CurvePoint], title: str) -> str:
+    """Return a self-contained page with selectable axes and curves."""
+    page = files("delethink").joinpath("assets/scaling.html").read_text(encoding="utf-8")
+    data = {"axes": AXES, "kinds": KINDS, "points": [asdict(point) for point in points]}
+    # A model name must not close the script element.
+    text = json.dumps(data).replace("<", "\\u003c")
+    return page.replace("{{title}}", escape(title)).replace("{{data}}", text)
+
+
+def plot_curves(points: Sequence[CurvePoint], title: str, path: Path) -> None:
+    """Plot all settings: one row per kind of scaling, one column per axis.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ConfigError: the image cannot be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "eval")
     from matplotlib.figure import Figure
 
-    axes_shown = [axis for axis in AXES if any(getattr(p, axis) is not None for p in curve)]
-    settings = list(dict.fromkeys(point.setting for point in curve))
+    axes_shown = [axis for axis in AXES if any(getattr(p, axis) is not None for p in points)]
+    settings = list(dict.fromkeys(point.setting for point in points))
     figure = Figure(figsize=(4.6 * len(axes_shown), 10.5), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(len(NUMBERS), len(axes_shown), squeeze=False, sharey="row")
-    for row, (kind, name) in zip(panels, NUMBERS.items(), strict=True):
+    panels = figure.subplots(len(KINDS), len(axes_shown), squeeze=False, sharey="row")
+    for row, (kind, name) in zip(panels, KINDS.items(), strict=True):
         for axes, axis in zip(row, axes_shown, strict=True):
             for i, setting in enumerate(settings):
-                _draw(axes, list(_line(curve, setting, kind, axis)), setting, f"C{i}")
+                own = [p for p in points if p.setting == setting and p.kind == kind]
+                _draw(axes, [p for p in own if getattr(p, axis)], axis, setting, f"C{i}")
             axes.set_xscale("log")
             axes.set_xlabel(AXES[axis])
             axes.grid(alpha=0.3)
@@ -121,49 +153,27 @@ def plot(curve: Sequence[Point], title: str, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the picture to {path}: {error}") from None
+        raise ConfigError(f"cannot write the image {path}: {error}") from None
 
 
-def _line(
-    curve: Sequence[Point], setting: str, kind: str, axis: str
-) -> Iterator[tuple[float, Point]]:
-    for point in curve:
-        x = getattr(point, axis)
-        if point.setting == setting and point.kind == kind and x:
-            yield x, point
-
-
-def _draw(axes: object, line: list[tuple[float, Point]], label: str, colour: str) -> None:
+def _draw(axes: Any, line: Sequence[CurvePoint], axis: str, label: str, colour: str) -> None:
     if not line:
         return
-    xs, ys = [x for x, _ in line], [point.accuracy for _, point in line]
-    below = [max(0.0, point.accuracy - point.low) for _, point in line]
-    above = [max(0.0, point.high - point.accuracy) for _, point in line]
-    axes.errorbar(  # type: ignore[attr-defined]
-        xs, ys, yerr=(below, above), marker=".", capsize=2, label=label, color=colour
+    below = [max(0.0, point.accuracy - point.low) for point in line]
+    above = [max(0.0, point.high - point.accuracy) for point in line]
+    axes.errorbar(
+        [getattr(point, axis) for point in line],
+        [point.accuracy for point in line],
+        yerr=(below, above),
+        marker=".",
+        capsize=2,
+        label=label,
+        color=colour,
     )
 
 
-def as_html(curve: Sequence[Point], title: str) -> str:
-    """A page on its own, without a network: choose the axis and the curves, point for numbers."""
-    page = files("delethink").joinpath("assets/scaling.html").read_text(encoding="utf-8")
-    data = {
-        "axes": AXES,
-        "kinds": NUMBERS,
-        "points": [{f.name: getattr(p, f.name) for f in fields(Point)} for p in curve],
-    }
-    # A name of a model must not end the script that it stands in.
-    text = json.dumps(data).replace("<", "\\u003c")
-    return page.replace("{{title}}", escape(title)).replace("{{data}}", text)
-
-
-_PLAIN_LINES = 10  # of a setting, where there is no terminal
-_REFRESH_S = 0.25  # of the live line
-_PLAIN_WIDTH = 120  # columns, there
-
-
-class Reporter:
-    """Prints the course of an evaluation to ``console``."""
+class EvaluationProgress:
+    """Evaluation callback that prints to ``console``: a progress bar, or plain lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -172,20 +182,20 @@ class Reporter:
         self._live: Progress | None = None
         self._bar: Any = None
 
-    def say(self, text: str) -> None:
-        """One line."""
+    def print(self, text: str) -> None:
+        """Print one line."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
-        """A setting begins."""
+    def on_setting_begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
+        """Print the setting and start a progress bar."""
         self._total, self._done, self._failed = total, 0, 0
-        self._right: dict[int, tuple[float, int]] = {}  # by problem: right ones, and how many
+        self._right: dict[int, tuple[float, int]] = {}  # problem -> (right samples, samples)
         self._shown = 0.0
         self._started, self._tokens, self._new = time.monotonic(), 0, 0
         for record in known:
             self._count(record)
-        have = f", {self._done} of them done before" if self._done else ""
-        self.say(f"{setting.key}: {total} traces of up to {setting.spec.budget} tokens{have}")
+        resumed = f", {self._done} of them from an earlier run" if self._done else ""
+        self.print(f"{setting.key}: {total} traces of up to {setting.spec.budget} tokens{resumed}")
         if self.console.is_terminal:
             self._live = Progress(
                 BarColumn(bar_width=24),
@@ -197,26 +207,28 @@ class Reporter:
             self._bar = self._live.add_task("", total=total, completed=self._done, text="")
             self._live.start()
 
-    def add(self, record: Record) -> None:
-        """A trace has ended."""
+    def on_trace_end(self, record: Record) -> None:
+        """Update the progress bar, or print a line now and then."""
         self._count(record)
         self._new += 1
         self._tokens += record.outcomes[-1].length if record.outcomes else 0
         if self._live is not None:
-            if time.monotonic() - self._shown > _REFRESH_S or self._done == self._total:
+            if time.monotonic() - self._shown > _REFRESH_INTERVAL_S or self._done == self._total:
                 self._shown = time.monotonic()
                 self._live.update(self._bar, completed=self._done, text=self._text())
         elif self._done * _PLAIN_LINES % self._total < _PLAIN_LINES:
-            self.say(f"  {self._done}/{self._total}  {self._text()}{self._remaining()}")
+            each = (time.monotonic() - self._started) / self._new
+            left = f"{each * (self._total - self._done):.0f} s left"
+            self.print(f"  {self._done}/{self._total}  {self._text()}  {left}")
 
-    def end(self) -> None:
-        """The setting has ended, however."""
+    def on_setting_end(self) -> None:
+        """Stop the progress bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def table(self, results: Results) -> None:
-        """Every setting at every budget, comparisons, and what failed."""
+        """Print accuracies, comparisons, failures and times."""
         for setting in dict.fromkeys(row.setting for row in results.rows):
             rows = [row for row in results.rows if row.setting == setting]
             self.console.print(_rows_table(setting, rows))
@@ -224,9 +236,9 @@ class Reporter:
             self.console.print(_comparison_table(results))
         for setting, reasons in results.errors.items():
             for reason, times in reasons.items():
-                self.say(f"{setting}: {times} traces failed and are not counted: {reason}")
+                self.print(f"{setting}: {times} traces failed and are not counted: {reason}")
         for setting, timing in results.timing.items():
-            self.say(
+            self.print(
                 f"{setting}: {timing['seconds']:.0f} s, {timing['tokens_per_second']:.0f} thinking "
                 f"tokens/s, {timing['processed_tokens']:,.0f} tokens processed"
             )
@@ -236,9 +248,9 @@ class Reporter:
         if record.error is not None:
             self._failed += 1
             return
-        right, number = self._right.get(record.place.problem, (0.0, 0))
+        right, number = self._right.get(record.key.problem, (0.0, 0))
         score = record.outcomes[-1].score
-        self._right[record.place.problem] = (right + score, number + 1)
+        self._right[record.key.problem] = (right + score, number + 1)
 
     def _text(self) -> str:
         rate = self._tokens / max(1e-9, time.monotonic() - self._started)
@@ -250,12 +262,8 @@ class Reporter:
         accuracy = Estimate(float(means.mean()), proportion_interval(means, samples))
         return f"accuracy {_share(accuracy)}  {rate:.0f} tokens/s{failed}"
 
-    def _remaining(self) -> str:
-        each = (time.monotonic() - self._started) / max(1, self._new)
-        return f"  {each * (self._total - self._done):.0f} s left"
 
-
-def _rows_table(setting: str, rows: Sequence[Row]) -> Table:
+def _rows_table(setting: str, rows: Sequence[ResultRow]) -> Table:
     n = max(rows[0].pass_at)
     problems = f"{rows[0].problems} problems, {rows[0].samples} traces"
     table = Table(title=f"{setting}: {problems}, 95 % intervals over problems", box=SIMPLE_HEAD)
@@ -269,7 +277,7 @@ def _rows_table(setting: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _cells(row: Row, n: int) -> list[str]:
+def _cells(row: ResultRow, n: int) -> list[str]:
     cells = [
         f"{row.budget:,}",
         _share(row.avg),
@@ -290,18 +298,19 @@ def _comparison_table(results: Results) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("budget", "difference", "p", "verdict"):
         table.add_column(name, justify="right")
-    for one in results.comparisons:
-        found, pair = one.difference, (one.first_budget, one.second_budget)
+    for comparison in results.comparisons:
+        difference, low_high = comparison.difference, comparison.difference.interval
+        pair = (comparison.first_budget, comparison.second_budget)
         table.add_row(
-            one.first,
-            one.second,
+            comparison.first,
+            comparison.second,
             f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} / {pair[1]:,}",
-            f"{found.value:+.3f} ({found.interval.low:+.3f} to {found.interval.high:+.3f})",
-            f"{found.p_value:.3f}",
-            found.verdict,
+            f"{difference.value:+.3f} ({low_high.low:+.3f} to {low_high.high:+.3f})",
+            f"{difference.p_value:.3f}",
+            difference.verdict,
         )
     return table
 
 
-def _share(one: Estimate) -> str:
-    return f"{one.value:.3f} ({one.interval.low:.3f}-{one.interval.high:.3f})"
+def _share(number: Estimate) -> str:
+    return f"{number.value:.3f} ({number.interval.low:.3f}-{number.interval.high:.3f})"

@@ -1,8 +1,8 @@
-"""An evaluation from its settings to its results: samples what is missing, then sums up.
+"""Evaluations: sample the missing traces, score them, and summarise all of them.
 
 problems = load_problems("automaton", {"min_steps": 4, "max_steps": 8}, limit=64)
 settings = make_settings(["toy"], ["delethink", "longcot"], [90], [45], [5], head_size=0)
-results = evaluate(Evaluation(problems, settings), open_model, Path("out"))
+results = evaluate(Evaluation(problems, settings), local_models(), Path("out"))
 """
 
 from __future__ import annotations
@@ -12,62 +12,60 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from delethink.chunking import ChunkSpec, start
+from delethink.chunking import ChunkSpec
 from delethink.config import RewardConfig, ScoringConfig
 from delethink.errors import ConfigError, UserError, WorkersLostError
-from delethink.evaluation.records import Outcome, Place, Record, ResultsDirectory
-from delethink.evaluation.results import Reading, Results, collect, summarise
-from delethink.evaluation.settings import Asked, Setting, cut, fingerprint
-from delethink.policy import Completion, Policy, Sampling
+from delethink.evaluation.models import (
+    LoadedModel,
+    ModelOpener,
+    answer_room,
+    check_window,
+    longest_query,
+)
+from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory, SampleKey
+from delethink.evaluation.results import AnalysisSettings, Results, collect, summarise
+from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
+from delethink.policy import Sampling
 from delethink.registry import make_task
 from delethink.rollout import derive_seed, run_rollout
 from delethink.scoring.answer import vote
+from delethink.scoring.rollouts import make_attempt
 from delethink.scoring.scorer import Scorer, make_scorer
-from delethink.tasks import left_out_of, rewards_of, size_of, take
-from delethink.tokenization import Tokenizer, query_ids, reward_text
-from delethink.tokens import token_array
-from delethink.types import (
-    END_OF_THINKING,
-    Attempt,
-    Problem,
-    StopReason,
-    TokenIds,
-    Trace,
-    TraceStop,
-)
+from delethink.tasks import left_out_of, rewards_of, select_problems, task_size
+from delethink.tokenization import encode, query_ids, reward_text
+from delethink.types import END_OF_THINKING, Attempt, Problem, StopReason, Trace, TraceStop
 
-Grade = Callable[[Attempt], Awaitable[float | None]]  # 0 or 1; None: cannot be told
+Grade = Callable[[Attempt], Awaitable[float | None]]
+"""Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
 
-_FILES = (".jsonl", ".json", ".parquet", ".csv")
-_USUAL_COLUMNS = {
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_DEFAULT_COLUMNS = {
     "problem_key": "problem|prompt|question",
     "answer_key": "answer|solution|gold",
 }
-_ENDLESS = 256  # problems of a task without an end, where no number is asked for
+_DEFAULT_PROBLEMS = 256  # of a task without an end
 
 
 @dataclass(frozen=True)
-class Problems:
-    """Held-out problems and how an answer to one is graded.
-
-    Close it after use: rewards that may hang have processes of their own.
-    """
+class ProblemSet:
+    """Held-out problems and their grader. Close it after use: a reward may own processes."""
 
     name: str
     problems: tuple[Problem, ...]
     reward: str
+    """Name of the reward that grades."""
     grade: Grade
     scorer: Scorer | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of a data set, by reason
+    """Scorer to close."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows of a data set that its filters removed, by reason."""
 
     def close(self) -> None:
-        """Ends the processes of its reward."""
+        """Stop the processes of the reward."""
         if self.scorer is not None:
             self.scorer.close()
 
@@ -79,48 +77,46 @@ def load_problems(
     reward: str | None = None,
     split: str = "heldout",
     seed: int = 0,
-) -> Problems:
-    """The problems of a registered task, or of a local file, all of which is then held out.
+) -> ProblemSet:
+    """Load problems from a registered task or a local file.
 
     Args:
-        task: a registered name (``aime_2024``, ``reasoning_gym/chain_sum``), or a file.
-        arguments: of the task; a file takes those of the task ``dataset``.
-        limit: the first so many; ``None`` for all, or 256 of a task without an end.
-        reward: what grades them; ``None`` for the task's own first one.
-        split: of a registered task.
-        seed: of a task that takes one.
+        task: registered name (``aime_2024``, ``reasoning_gym/chain_sum``), or path of a file, all
+            of which is held out.
+        arguments: arguments of the task; a file takes those of the task ``dataset``.
+        limit: number of problems; ``None`` for all, or 256 if the task has no end.
+        reward: name of the reward; ``None`` for the task's first.
+        split: split of a registered task.
+        seed: seed for tasks that take one.
 
     Raises:
-        UserError: no such task, file, column, package or reward, or no problem.
+        UserError: an unknown task, file, column, package or reward, or no problem.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of problems must be at least 1, got {limit}")
-    name, given = _named(task, arguments)
-    made = make_task(name, given, seed)
-    size = size_of(made, split)
-    number = (limit or _ENDLESS) if size is None else min(limit or size, size)
+    name, task_arguments = task, dict(arguments)
+    path = Path(task).expanduser()
+    if path.suffix in _FILE_SUFFIXES:
+        name = "dataset"
+        file = {"dataset": str(path), "heldout_share": 1.0}
+        task_arguments = {**file, **_DEFAULT_COLUMNS, **arguments}
+    made = make_task(name, task_arguments, seed)
+    size = task_size(made, split)
+    number = (limit or _DEFAULT_PROBLEMS) if size is None else min(limit or size, size)
     if not number:
         raise ConfigError(f"the task {task} has no problem in its split {split!r}")
     chosen = reward or next(iter(rewards_of(made)), "exact")
     scorer = make_scorer({chosen: RewardConfig()}, chosen, ScoringConfig())
-    taken = tuple(take(made, split, number).problems)
-    return Problems(task, taken, chosen, _grade(scorer), scorer, left_out_of(made))
+    problems = tuple(select_problems(made, split, number).problems)
+    return ProblemSet(task, problems, chosen, _grader(scorer), scorer, left_out_of(made))
 
 
-def _named(task: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    path = Path(task).expanduser()
-    if path.suffix not in _FILES:
-        return task, dict(arguments)
-    whole = {"dataset": str(path), "heldout_share": 1.0}
-    return "dataset", {**whole, **_USUAL_COLUMNS, **arguments}
-
-
-def _grade(scorer: Scorer) -> Grade:
+def _grader(scorer: Scorer) -> Grade:
     async def grade(attempt: Attempt) -> float | None:
-        # No task of its own: an interrupt in one would be lost.
-        known: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        known.set_result(await scorer.parts(attempt))
-        (score,) = await scorer.finish([attempt], [known])
+        # A finished future instead of a task: an interrupt inside a task would be lost.
+        parts: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        parts.set_result(await scorer.parts(attempt))
+        (score,) = await scorer.finish([attempt], [parts])
         if scorer.accuracy in score.errors:
             raise RuntimeError(f"{scorer.accuracy}: {score.errors[scorer.accuracy]}")
         return score.parts[scorer.accuracy]
@@ -128,250 +124,39 @@ def _grade(scorer: Scorer) -> Grade:
     return grade
 
 
-def end_mark(tokenizer: Tokenizer) -> TokenIds:
-    """The tokens of the end of thinking, and no others."""
-    encode: Any = tokenizer
-    return tuple(encode(END_OF_THINKING, add_special_tokens=False)["input_ids"])
-
-
-class _Lean:
-    """Passes on what a policy samples in less memory: long traces are many in flight.
-
-    Log-probs, which nothing here reads, become zeros, and tokens one block of memory.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
-    async def generate(
-        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Completion:
-        done = await self._policy.generate(prompt_ids, max_new_tokens, sampling)
-        ids = token_array(done.token_ids)
-        return replace(done, token_ids=ids, logprobs=(0.0,) * len(ids))
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Plays and scores traces of one model.
-
-    Args:
-        policy: the model.
-        tokenizer: renders queries and decodes traces.
-        problems: asked ``asked.samples`` times each.
-        grade: says right (1) or wrong (0) of an attempt; ``None`` where it cannot.
-        asked: how often and how.
-        in_flight: the most traces that are played at the same time, and so held in memory.
-        max_model_tokens: the longest sequence that the model takes, if it is known.
-        keep_tokens: whether records hold what was sampled.
-    """
-
-    policy: Policy
-    tokenizer: Tokenizer
-    problems: Sequence[Problem]
-    grade: Grade
-    asked: Asked
-    in_flight: int = 64
-    max_model_tokens: int | None = None
-    keep_tokens: bool = True
-
-    @cached_property
-    def _lean(self) -> _Lean:
-        return _Lean(self.policy)
-
-    async def run(
-        self, setting: Setting, done: Collection[Place], keep: Callable[[Record], None]
-    ) -> None:
-        """Plays every trace of a setting that is not done, and hands each to ``keep`` when it ends.
-
-        Sample 0 of every problem comes first, so that a running accuracy is over all problems.
-
-        Raises:
-            UserError: whatever concerns every trace; those in flight are given up.
-        """
-        places = self._places(setting, done)
-        workers = [
-            asyncio.ensure_future(self._work(setting, places, keep)) for _ in range(self.in_flight)
-        ]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-
-    def _places(self, setting: Setting, done: Collection[Place]) -> Iterator[Place]:
-        for sample in range(self.asked.samples):
-            for problem in range(len(self.problems)):
-                if (place := Place(setting.key, problem, sample)) not in done:
-                    yield place
-
-    async def _work(
-        self, setting: Setting, places: Iterator[Place], keep: Callable[[Record], None]
-    ) -> None:
-        for place in places:  # shared by all workers
-            keep(await self._record(setting, place))
-
-    async def _record(self, setting: Setting, place: Place) -> Record:
-        problem, started = self.problems[place.problem], time.time()
-        query = query_ids(self.tokenizer, problem)
-        sampling = Sampling(
-            self.asked.temperature,
-            # Of the problem and the sample alone: models and settings then draw alike, which makes
-            # comparisons of the same problems sharper.
-            derive_seed("evaluation", self.asked.seed, place.problem, place.sample),
-        )
-        trace = await run_rollout(self._lean, setting.spec, query, sampling, self.max_model_tokens)
-        outcomes: tuple[Outcome, ...] = ()
-        error = (trace.error or trace.stop.value) if trace.stop.is_failure else None
-        if error is None:
-            try:
-                outcomes = await self._outcomes(setting, trace, problem, sampling)
-            except (UserError, WorkersLostError):
-                raise
-            except Exception as exc:  # the boundary to any grader, and to the engine
-                error = f"{type(exc).__name__}: {exc}"
-        return Record(
-            place=place,
-            outcomes=outcomes,
-            query_tokens=len(query),
-            started=started,
-            ended=time.time(),
-            error=error,
-            output_ids=tuple(c.output_ids for c in trace.chunks) if self.keep_tokens else (),
-        )
-
-    async def _outcomes(
-        self, setting: Setting, trace: Trace, problem: Problem, sampling: Sampling
-    ) -> tuple[Outcome, ...]:
-        """At each budget; what fits in a smaller one is the same in a larger one."""
-        outcomes: list[Outcome] = []
-        for budget, spec in zip(setting.budgets, setting.specs, strict=True):
-            if outcomes and not outcomes[-1].out_of_budget:
-                outcomes.append(replace(outcomes[-1], budget=budget))
-                continue
-            outcomes.append(await self._outcome(spec, cut(trace, spec), problem, sampling))
-        return tuple(outcomes)
-
-    async def _outcome(
-        self, spec: ChunkSpec, trace: Trace, problem: Problem, sampling: Sampling
-    ) -> Outcome:
-        budget = spec.budget
-        text = reward_text(self.tokenizer, trace.output_ids)
-        spent = trace.stop is TraceStop.BUDGET
-        forced = self.asked.forced_answer_tokens > 0 and spent and END_OF_THINKING not in text
-        if forced:
-            mark = end_mark(self.tokenizer)
-            text += END_OF_THINKING + await self._answer(trace, mark, sampling, budget)
-        score = await self.grade(
-            Attempt(
-                problem=problem,
-                text=text,
-                stop=trace.stop,
-                length=trace.length,
-                num_chunks=len(trace.thinking),
-                budget=budget,
-                max_chunks=spec.max_chunks,
-                output_ids=trace.output_ids,
-            )
-        )
-        if score not in (0, 1, None):
-            raise ConfigError(
-                f"an accuracy is counted by a reward of 0 or 1, got {score}; name another with "
-                "--reward"
-            )
-        if score is None:
-            raise RuntimeError("the reward could not tell whether the answer is right")
-        return Outcome(
-            budget=budget,
-            score=float(score),
-            length=trace.length,
-            chunks=len(trace.chunks),
-            processed=sum(len(c.prompt_ids) + len(c.output_ids) for c in trace.chunks),
-            out_of_budget=spent,
-            vote=vote(text),
-            forced=forced,
-        )
-
-    async def _answer(self, trace: Trace, mark: TokenIds, sampling: Sampling, budget: int) -> str:
-        """What the model answers in the context in which its budget was spent."""
-        last = trace.chunks[-1]
-        seed = derive_seed("answer", sampling.seed or 0, budget)
-        done = await self.policy.generate(
-            last.prompt_ids + last.output_ids + mark,
-            self.asked.forced_answer_tokens,
-            replace(sampling, seed=seed),
-        )
-        if done.stop in (StopReason.ABORT, StopReason.ERROR):
-            raise RuntimeError("the engine gave up the answer that was asked for")
-        return reward_text(self.tokenizer, done.token_ids)
-
-
-class OpenModel(NamedTuple):
-    """A model that is ready to be sampled."""
-
-    policy: Policy
-    tokenizer: Tokenizer
-    max_model_tokens: int | None
-
-
-Open = Callable[[str], AbstractContextManager[OpenModel]]
-
-
-class Progress(Protocol):
-    """Who is told how an evaluation goes."""
-
-    def begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
-        """A setting begins; ``known`` are the records that it has already."""
-        ...
-
-    def add(self, record: Record) -> None:
-        """A trace has ended."""
-        ...
-
-    def end(self) -> None:
-        """The setting has ended, however."""
-        ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked.
+    """Everything that decides the records of an evaluation.
 
     Args:
-        problems: and how answers are scored.
-        settings: models and ways of thinking.
-        asked: samples, temperature, seed.
-        engine: what samples, for the record: results of two engines are not mixed unknowingly.
-        in_flight: the most traces played at the same time.
-        keep_tokens: whether records hold what was sampled.
-        weights: of each model, what tells its weights from others (``checkpoint.digest``).
+        problems: problems and their grader.
+        settings: models and modes.
+        plan: number of samples, temperature and seed.
+        engine: name of the engine, stored so that results of two engines are not mixed.
+        in_flight: maximum number of traces sampled at the same time.
+        keep_tokens: store the sampled tokens.
+        weights: digest of the weights by model (``engines.loading.digest``).
     """
 
-    problems: Problems
+    problems: ProblemSet
     settings: Sequence[Setting]
-    asked: Asked = field(default_factory=Asked)
+    plan: SamplingPlan = field(default_factory=SamplingPlan)
     engine: str = "transformers"
     in_flight: int = 64
     keep_tokens: bool = True
     weights: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.in_flight < 1 or self.asked.samples < 1:
-            raise ConfigError(
-                "an evaluation needs at least 1 sample of a problem and 1 trace in flight, got "
-                f"{self.asked.samples} and {self.in_flight}"
-            )
-        if not 0 <= self.asked.temperature < float("inf"):
-            raise ConfigError(f"temperature must be at least 0, got {self.asked.temperature}")
+        if self.in_flight < 1:
+            raise ConfigError(f"in_flight must be at least 1, got {self.in_flight}")
 
     @property
-    def total(self) -> int:
-        """Traces of a setting."""
-        return len(self.problems.problems) * self.asked.samples
+    def traces_per_setting(self) -> int:
+        """Number of traces of each setting."""
+        return len(self.problems.problems) * self.plan.samples
 
     def as_dict(self) -> dict[str, Any]:
-        """What decides the records, as plain values."""
+        """Return everything that decides the records, as plain values."""
         return {
             "task": self.problems.name,
             "problems": len(self.problems.problems),
@@ -379,41 +164,57 @@ class Evaluation:
             "reward": self.problems.reward,
             "engine": self.engine,
             "models": dict(self.weights),
-            **asdict(self.asked),
+            **asdict(self.plan),
             "settings": [{**s.as_dict(), "budgets": list(s.budgets)} for s in self.settings],
         }
 
 
+class EvaluationCallback(Protocol):
+    """Receives the progress of an evaluation."""
+
+    def on_setting_begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
+        """Receive a setting, its number of traces, and the records of an earlier run."""
+        ...
+
+    def on_trace_end(self, record: Record) -> None:
+        """Receive the record of a trace."""
+        ...
+
+    def on_setting_end(self) -> None:
+        """Finish a setting, also after an error."""
+        ...
+
+
 def evaluate(
     evaluation: Evaluation,
-    open_model: Open,
+    open_model: ModelOpener,
     output: Path,
     *,
-    reading: Reading | None = None,
-    progress: Progress | None = None,
+    analysis: AnalysisSettings | None = None,
+    callback: EvaluationCallback | None = None,
     resume: bool = False,
     force: bool = False,
     retry_errors: bool = False,
     cost_models: Mapping[str, str] | None = None,
 ) -> Results:
-    """Samples every trace that ``output`` does not hold yet, and sums all of them up.
+    """Sample every trace that ``output`` does not hold yet, and summarise all traces.
 
-    Writes ``settings.json``, ``traces.jsonl`` (as traces end), ``results.json`` and
+    Writes ``settings.json``, ``traces.jsonl`` (a line when a trace ends), ``results.json`` and
     ``timing.json``.
 
     Args:
-        evaluation: what is asked.
-        open_model: makes a model ready; models are open one after the other.
-        output: a new folder, or with ``resume`` that of an evaluation that was interrupted.
-        reading: how results are read.
-        progress: who is told how it goes.
-        resume: go on where ``output`` ends.
-        force: go on even though it was asked something else.
-        retry_errors: play traces again that failed.
-        cost_models: for a model, the name under which the cost estimator knows its shape.
+        evaluation: problems, settings and samples.
+        open_model: loads a model; one model is open at a time.
+        output: a new folder, or with ``resume`` that of an interrupted evaluation.
+        analysis: margin, bootstrap and device.
+        callback: receives the progress.
+        resume: continue the evaluation in ``output``.
+        force: resume with other settings than before.
+        retry_errors: sample failed traces again.
+        cost_models: by model, its name in the cost estimator.
 
     Raises:
-        UserError: something the user can mend; before the first trace nothing is left behind.
+        UserError: a mistake of the user; nothing is left behind if no trace was sampled.
     """
     asked = evaluation.as_dict()
     if resume:
@@ -421,166 +222,210 @@ def evaluate(
     else:
         directory = ResultsDirectory.create(output, asked)
     with contextlib.closing(directory):
-        models = dict.fromkeys(setting.model for setting in evaluation.settings)
-        for model in models:
-            _sample(evaluation, model, open_model, directory, progress, retry_errors)
-        results = summarise(
-            collect(evaluation.settings, _fitting(evaluation, directory)),
-            reading or Reading(),
-            cost_models,
-        )
-        found = asked | directory.mixed | results.as_dict()
+        known = {record.key: record for record in _matching(evaluation, directory)}
+        if retry_errors:
+            known = {key: record for key, record in known.items() if record.error is None}
+        for model in dict.fromkeys(setting.model for setting in evaluation.settings):
+            missing = [
+                setting
+                for setting in evaluation.settings
+                if setting.model == model
+                and sum(key.setting == setting.key for key in known) < evaluation.traces_per_setting
+            ]
+            if missing:
+                with open_model(model) as loaded:
+                    _sample(evaluation, loaded, missing, known, directory, callback)
+        collected = collect(evaluation.settings, _matching(evaluation, directory))
+        results = summarise(collected, analysis or AnalysisSettings(), cost_models)
+        found = asked | directory.forced | results.as_dict()
         directory.write("results.json", json.dumps(found, indent=2) + "\n")
         directory.write("timing.json", json.dumps(results.timing, indent=2) + "\n")
     return results
 
 
-def check_window(
-    setting: Setting, longest_query: int, max_model_tokens: int | None, answer_tokens: int = 0
-) -> None:
-    """Refuses a setting whose contexts the model cannot hold.
+def _matching(evaluation: Evaluation, directory: ResultsDirectory) -> Iterator[Record]:
+    """Yield the records that belong to the evaluation.
 
-    Raises:
-        ConfigError: and says what would fit.
+    Samples above the requested number, and records of replaced settings, do not.
     """
-    if max_model_tokens is None:
-        return
-    room = max_model_tokens - longest_query - answer_tokens
-    needed = setting.spec.max_thinking_context
-    if needed <= room:
-        return
-    more = f" + {answer_tokens} to answer" if answer_tokens else ""
-    sizes = f"query of up to {longest_query} + {needed} of thinking{more}"
-    mend = (
-        f"ask for a smaller budget, or pass --cap-longcot to end it at {room}"
-        if setting.mode == "longcot"
-        else f"lower -C to {max(room, 0)} or less"
-    )
-    raise ConfigError(
-        f"{setting.key}: a context needs {needed + longest_query + answer_tokens} tokens "
-        f"({sizes}) and the model takes {max_model_tokens}; {mend}"
-    )
-
-
-def longest_query(tokenizer: Tokenizer, problems: Problems) -> int:
-    """Tokens of the longest query."""
-    return max(len(query_ids(tokenizer, problem)) for problem in problems.problems)
-
-
-def answer_room(tokenizer: Tokenizer, asked: Asked) -> int:
-    """Tokens that a context needs beyond its thinking, where answers are asked for."""
-    if not asked.forced_answer_tokens:
-        return 0
-    return asked.forced_answer_tokens + len(end_mark(tokenizer))
+    budgets = {setting.key: setting.budgets for setting in evaluation.settings}
+    problems, samples = len(evaluation.problems.problems), evaluation.plan.samples
+    for record in directory.read():
+        key = record.key
+        if key.setting in budgets and key.problem < problems and key.sample < samples:
+            found = tuple(outcome.budget for outcome in record.outcomes)
+            if record.error is not None or found == budgets[key.setting]:
+                yield record
 
 
 def _sample(
     evaluation: Evaluation,
-    model: str,
-    open_model: Open,
+    loaded: LoadedModel,
+    settings: Sequence[Setting],
+    known: Mapping[SampleKey, Record],
     directory: ResultsDirectory,
-    progress: Progress | None,
-    retry_errors: bool,
+    callback: EvaluationCallback | None,
 ) -> None:
-    settings = [setting for setting in evaluation.settings if setting.model == model]
-    done = {
-        record.place
-        for record in _fitting(evaluation, directory)
-        if record.error is None or not retry_errors
-    }
-    missing = [
-        setting
-        for setting in settings
-        if sum(place.setting == setting.key for place in done) < evaluation.total
-    ]
-    if not missing:
-        return
-    with open_model(model) as opened:
-        longest = longest_query(opened.tokenizer, evaluation.problems)
-        for setting in missing:
-            room = answer_room(opened.tokenizer, evaluation.asked)
-            check_window(setting, longest, opened.max_model_tokens, room)
-        sampler = Sampler(
-            policy=opened.policy,
-            tokenizer=opened.tokenizer,
-            problems=evaluation.problems.problems,
-            grade=evaluation.problems.grade,
-            asked=evaluation.asked,
-            in_flight=evaluation.in_flight,
-            max_model_tokens=opened.max_model_tokens,
-            keep_tokens=evaluation.keep_tokens,
-        )
-        for setting in missing:
-            _play(sampler, setting, evaluation, directory, progress, done)
+    """Sample the missing traces of one model."""
+    query_tokens = longest_query(loaded.tokenizer, evaluation.problems.problems)
+    answer_tokens = answer_room(loaded.tokenizer, evaluation.plan)
+    for setting in settings:
+        check_window(setting, query_tokens, loaded.max_model_tokens, answer_tokens)
 
-
-def _play(
-    sampler: Sampler,
-    setting: Setting,
-    evaluation: Evaluation,
-    directory: ResultsDirectory,
-    progress: Progress | None,
-    done: set[Place],
-) -> None:
-    def keep(record: Record) -> None:
+    def store(record: Record) -> None:
         directory.append(record)
-        if progress is not None:
-            progress.add(record)
+        if callback is not None:
+            callback.on_trace_end(record)
 
-    async def play() -> None:
-        asyncio.get_running_loop().set_exception_handler(_leave_out_interrupts)
+    async def run(setting: Setting) -> None:
+        asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
         try:
-            await sampler.run(setting, done, keep)
+            await _Sampler(evaluation, loaded, setting).run(known, store)
         finally:
-            disconnect = getattr(sampler.policy, "disconnect", None)
+            disconnect = getattr(loaded.policy, "disconnect", None)
             if disconnect is not None:  # connections belong to this event loop
                 await disconnect()
 
-    if progress is not None:
-        known = [r for r in _fitting(evaluation, directory) if r.place in done]
-        of_setting = [r for r in known if r.place.setting == setting.key]
-        progress.begin(setting, evaluation.total, of_setting)
-    try:
-        asyncio.run(play())
-    finally:
-        if progress is not None:
-            progress.end()
+    for setting in settings:
+        if callback is not None:
+            own = [record for key, record in known.items() if key.setting == setting.key]
+            callback.on_setting_begin(setting, evaluation.traces_per_setting, own)
+        try:
+            asyncio.run(run(setting))
+        finally:
+            if callback is not None:
+                callback.on_setting_end()
 
 
-def _leave_out_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An interrupt ends tasks wherever they are; the command says so once."""
+def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report no task that an interrupt ended; the command reports the interrupt itself."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
 
 
-def _fitting(evaluation: Evaluation, directory: ResultsDirectory) -> list[Record]:
-    """The records of what is asked, without their tokens.
+@dataclass(frozen=True)
+class _Sampler:
+    """Samples and scores the traces of one setting."""
 
-    Samples beyond those asked for, and settings forced to change, are left out.
-    """
-    budgets = {setting.key: setting.budgets for setting in evaluation.settings}
-    problems, samples = len(evaluation.problems.problems), evaluation.asked.samples
-    return [
-        record
-        for record in directory.read()
-        if record.place.setting in budgets
-        and record.place.problem < problems
-        and record.place.sample < samples
-        and (
-            record.error is not None
-            or tuple(o.budget for o in record.outcomes) == budgets[record.place.setting]
+    evaluation: Evaluation
+    loaded: LoadedModel
+    setting: Setting
+
+    async def run(self, known: Collection[SampleKey], store: Callable[[Record], None]) -> None:
+        """Sample every trace that is not known, and store each record when its trace ends.
+
+        Raises:
+            UserError: a mistake that concerns every trace; traces in flight are dropped.
+        """
+        keys = self._missing(known)
+
+        async def work() -> None:
+            for key in keys:  # one iterator for all workers
+                store(await self._record(key))
+
+        workers = [asyncio.ensure_future(work()) for _ in range(self.evaluation.in_flight)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    def _missing(self, known: Collection[SampleKey]) -> Iterator[SampleKey]:
+        """Yield sample 0 of every problem first, so that a running accuracy covers all problems."""
+        for sample in range(self.evaluation.plan.samples):
+            for problem in range(len(self.evaluation.problems.problems)):
+                key = SampleKey(self.setting.key, problem, sample)
+                if key not in known:
+                    yield key
+
+    async def _record(self, key: SampleKey) -> Record:
+        """Sample one trace and score it at every budget."""
+        plan, tokenizer, started = self.evaluation.plan, self.loaded.tokenizer, time.time()
+        problem = self.evaluation.problems.problems[key.problem]
+        query = query_ids(tokenizer, problem)
+        # The seed depends on problem and sample only, so models and settings draw alike, and paired
+        # comparisons become sharper.
+        seed = derive_seed("evaluation", plan.seed, key.problem, key.sample)
+        sampling = Sampling(plan.temperature, seed)
+        trace = await run_rollout(
+            self.loaded.policy, self.setting.spec, query, sampling, self.loaded.max_model_tokens
         )
-    ]
+        outcomes: tuple[BudgetOutcome, ...] = ()
+        failure = (trace.error or trace.stop.value) if trace.stop.is_failure else None
+        if failure is None:
+            try:
+                outcomes = await self._outcomes(trace, problem, sampling)
+            except (UserError, WorkersLostError):
+                raise
+            except Exception as error:  # graders and engines may raise anything
+                failure = f"{type(error).__name__}: {error}"
+        keep = self.evaluation.keep_tokens
+        return Record(
+            key=key,
+            outcomes=outcomes,
+            query_tokens=len(query),
+            started=started,
+            ended=time.time(),
+            error=failure,
+            output_ids=tuple(c.output_ids for c in trace.chunks) if keep else (),
+        )
 
+    async def _outcomes(
+        self, trace: Trace, problem: Problem, sampling: Sampling
+    ) -> tuple[BudgetOutcome, ...]:
+        """Score the trace at each budget; from the first sufficient budget on, nothing changes."""
+        outcomes: list[BudgetOutcome] = []
+        for budget, spec in zip(self.setting.budgets, self.setting.specs, strict=True):
+            if outcomes and not outcomes[-1].out_of_budget:
+                outcomes.append(replace(outcomes[-1], budget=budget))
+            else:
+                cut = cut_to_budget(trace, spec)
+                outcomes.append(await self._outcome(spec, cut, problem, sampling))
+        return tuple(outcomes)
 
-def longcot_cap(longest: int, max_model_tokens: int | None, answer_tokens: int = 0) -> int | None:
-    """The largest budget of LongCoT that a model's window holds; ``None`` where it is not known.
+    async def _outcome(
+        self, spec: ChunkSpec, trace: Trace, problem: Problem, sampling: Sampling
+    ) -> BudgetOutcome:
+        """Score the trace at one budget, with a forced answer if the plan has one."""
+        attempt = make_attempt(problem, trace, self.loaded.tokenizer, spec)
+        out_of_budget = trace.stop is TraceStop.BUDGET
+        forced = (
+            self.evaluation.plan.forced_answer_tokens > 0
+            and out_of_budget
+            and END_OF_THINKING not in attempt.text
+        )
+        if forced:
+            answer = await self._force_answer(trace, sampling, spec.budget)
+            attempt = replace(attempt, text=attempt.text + END_OF_THINKING + answer)
+        score = await self.evaluation.problems.grade(attempt)
+        if score is None:
+            raise RuntimeError("the reward cannot grade the answer")
+        if score not in (0, 1):
+            raise ConfigError(
+                f"the reward {self.evaluation.problems.reward!r} must be 0 or 1, got {score}; "
+                "name another with --reward"
+            )
+        return BudgetOutcome(
+            budget=spec.budget,
+            score=float(score),
+            length=trace.length,
+            chunks=len(trace.chunks),
+            processed=sum(len(c.prompt_ids) + len(c.output_ids) for c in trace.chunks),
+            out_of_budget=out_of_budget,
+            vote=vote(attempt.text),
+            forced=forced,
+        )
 
-    Raises:
-        ConfigError: not a single token fits.
-    """
-    if max_model_tokens is None:
-        return None
-    room = max_model_tokens - longest - answer_tokens
-    start(ChunkSpec.longcot(max(room, 1)), (0,) * longest, max_model_tokens - answer_tokens)
-    return room
+    async def _force_answer(self, trace: Trace, sampling: Sampling, budget: int) -> str:
+        """Sample an answer after the end-of-thinking mark, in the context of the last chunk."""
+        last = trace.chunks[-1]
+        mark = encode(self.loaded.tokenizer, END_OF_THINKING)
+        completion = await self.loaded.policy.generate(
+            last.prompt_ids + last.output_ids + mark,
+            self.evaluation.plan.forced_answer_tokens,
+            replace(sampling, seed=derive_seed("answer", sampling.seed or 0, budget)),
+        )
+        if completion.stop in (StopReason.ABORT, StopReason.ERROR):
+            raise RuntimeError("the engine aborted the forced answer")
+        return reward_text(self.loaded.tokenizer, completion.token_ids)

@@ -1,4 +1,4 @@
-"""A model without weights for tests of evaluation: seeded, and right with a chance of its own."""
+"""Seeded model without weights for tests of evaluations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from delethink import Completion, Problem, Sampling, StopReason, TokenIds
-from delethink.evaluation.run import OpenModel, Problems
+from delethink.evaluation.models import LoadedModel
+from delethink.evaluation.run import ProblemSet
 from delethink.types import Attempt
 
 EOS = 1
 
 
 class LetterTokenizer:
-    """One id a letter; EOS is special."""
+    """One token per letter; EOS is a special token."""
 
     chat_template = None
 
@@ -31,7 +32,7 @@ class LetterTokenizer:
 
 
 class GuessingPolicy:
-    """Thinks in dots for a while, then answers 0 or 1; all of it drawn from seed and prompt."""
+    """Samples dots, then the answer 0 or 1, from a generator seeded with seed and prompt."""
 
     def __init__(self, delay_s: float = 0.0, fails: float = 0.0) -> None:
         self.delay_s = delay_s
@@ -56,17 +57,17 @@ class GuessingPolicy:
         return Completion(tuple(ids), (0.0,) * len(ids), stop)
 
 
-def guessing_problems(number: int) -> Problems:
+def guessing_problems(number: int) -> ProblemSet:
     async def grade(attempt: Attempt) -> float | None:
         return float(attempt.text.partition("</think>")[2] == attempt.problem.answer)
 
     problems = tuple(Problem(f"question {i}", "1") for i in range(number))
-    return Problems("guess", problems, "exact", grade)
+    return ProblemSet("guess", problems, "exact", grade)
 
 
 def opener(policy: Any) -> Any:
     @contextlib.contextmanager
-    def open_model(model: str) -> Iterator[OpenModel]:
-        yield OpenModel(policy, LetterTokenizer(), None)
+    def open_model(model: str) -> Iterator[LoadedModel]:
+        yield LoadedModel(policy, LetterTokenizer(), None)
 
     return open_model

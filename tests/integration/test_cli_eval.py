@@ -22,8 +22,8 @@ pytestmark = pytest.mark.integration
 
 SMALL = [
     *("-m", "toy", "--task", "automaton", "--task-arg", "min_steps=4", "--task-arg", "max_steps=9"),
-    *("-C", "60", "--carryover", "30", "--head-size", "0", "--num-problems", "8", "-n", "2"),
-    *("--engine", "transformers", "--gpu", "cpu"),
+    *("-C", "60", "--carryover-size", "30", "--head-size", "0", "--num-problems", "8", "-n", "2"),
+    *("--gpu", "cpu", "engine=transformers"),
 ]
 
 
@@ -178,8 +178,7 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
             "1",
             "-n",
             "2",
-            "--engine",
-            "transformers",
+            "engine=transformers",
         ],
         *["--task", file, "--task-arg", "problem_key=ask", "--task-arg", "answer_key=gold"],
         *["--task-arg", "template={problem}", "--reward", "exact"],
@@ -213,7 +212,10 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
         ("-m toy --task problems.jsonl --task-arg anser_key=x", "Did you mean 'answer_key'?"),
         ("-m toy --task automaton", "the task 'automaton' needs 'min_steps'"),
         ("-m toy --task problems.jsonl --task-arg x", "KEY=VALUE, got 'x'"),
-        ("-m toy --task problems.jsonl -C 90 --carryover 90", "carryover_size must be at least 0"),
+        (
+            "-m toy --task problems.jsonl -C 90 --carryover-size 90",
+            "carryover_size must be at least 0",
+        ),
         ("-m toy --task problems.jsonl -C many", "-C: a whole number of tokens"),
         ("-m toy --task problems.jsonl -C 90 --max-chunks 0", "--max-chunks: a whole number"),
         ("-m toy --task problems.jsonl -n 0", "--samples must be at least 1, got 0"),
@@ -223,13 +225,21 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
         ("-m toy --task problems.jsonl --gpu h900", "h900"),
         ("-m toy --task problems.jsonl --cost-model ./nosuch", "nosuch"),
         ("-m toy --task problems.jsonl --resume", "--resume needs -o PATH"),
-        ("-m toy --task problems.jsonl --force", "--force goes with --resume"),
-        ("-m toy --task problems.jsonl -C 90 --resume -o gone", "no evaluation to go on with"),
+        ("-m toy --task problems.jsonl --force", "--force needs --resume"),
+        ("-m toy --task problems.jsonl -C 90 --resume -o gone", "no evaluation to resume"),
         ("-m toy --task problems.jsonl -C 90 -o full", "full is not empty"),
         ("-m toy --task problems.jsonl -C 90 -o problems.jsonl/x", "cannot write"),
         ("-m toy --task problems.jsonl -C 90 --base-url 127.0.0.1:1", "must start with http://"),
         ("-m toy --task problems.jsonl -C 90 --base-url http://127.0.0.1:9/v1", "cannot be rea"),
-        ("-m toy --task problems.jsonl --served-model x", "--served-model goes with --base-url"),
+        ("-m toy --task problems.jsonl --served-model x", "--served-model needs --base-url"),
+        ("-m toy --task problems.jsonl --carryover 4k", "write --carryover-size 4k"),
+        ("-m toy --task problems.jsonl --carryover tial", "Did you mean 'tail'?"),
+        ("-m toy --task problems.jsonl --carryover tail:x=1", "has no parameter 'x'"),
+        ("-m toy --task problems.jsonl --engine vllm", "now written engine=vllm"),
+        ("-m toy --task problems.jsonl --num-workers 2", "now written engine.num_engines=2"),
+        ("-m toy --task problems.jsonl --batch-size 9", "now written engine.max_batch_size=9"),
+        ("-m toy --task problems.jsonl engine.num_engine=2", "Did you mean"),
+        ("-m toy --task problems.jsonl training.seed=2", "unknown setting 'training'"),
         ("-m toy --task problems.jsonl --mode longcot -C 8k --max-chunks 23", "98304 of thinking"),
         ("-m toy --task problems.jsonl --mode delethink -C 8k", "lower -C to"),
     ],
@@ -245,7 +255,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(
     before = sorted(tmp_path.rglob("*"))
     plain = ["--task-arg", "template={problem}"] if "jsonl" in arguments else []
     plain += [] if "--reward" in arguments else ["--reward", "exact"]
-    done = run("--engine", "transformers", *plain, *arguments.split(), cwd=tmp_path)
+    done = run(*plain, *arguments.split(), "engine=transformers", cwd=tmp_path)
     assert done.code == 2
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
@@ -254,7 +264,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(
 
 def test_longcot_can_be_capped_at_the_window_on_purpose(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"problem": "01:01101001101", "answer": "1"})
-    arguments = "-m toy --mode longcot -C 8k --max-chunks 5,23 -n 1 --engine transformers --json "
+    arguments = "-m toy --mode longcot -C 8k --max-chunks 5,23 -n 1 engine=transformers --json "
     arguments += "--task-arg template={problem} --reward exact"
     done = run("--task", file, *arguments.split(), "--cap-longcot", "-o", "out", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -275,7 +285,7 @@ def test_the_example_of_the_documentation_runs(
 
 def test_the_papers_preset_and_answers_that_are_asked_for(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"problem": "09:01101001101", "answer": "1"})
-    arguments = "-m toy --mode delethink -C 40 --max-chunks 2 --engine transformers --json"
+    arguments = "-m toy --mode delethink -C 40 --max-chunks 2 engine=transformers --json"
     done = run(
         *["--task", file, *arguments.split(), "--preset", "paper", "--force-answer", "14"],
         *["-o", "out", "--no-curves"],

@@ -95,11 +95,11 @@ def test_an_evaluation_over_http(
 ) -> None:
     arguments = ["eval", "-m", "toy", "--task", "automaton", "--task-arg", "min_steps=3"]
     arguments += ["--task-arg", "max_steps=8", "--num-problems", "8", "-n", "2", "-C", "60"]
-    arguments += ["--carryover", "30", "--head-size", "0", "--max-chunks", "4", "--no-curves"]
+    arguments += ["--carryover-size", "30", "--head-size", "0", "--max-chunks", "4", "--no-curves"]
     arguments += ["--base-url", server, "--api-key-env", "KEY_OF_TEST", "--json"]
     monkeypatch.setenv("KEY_OF_TEST", "wrong")
     assert main([*arguments, "-o", str(tmp_path / "refused")]) == 2
-    assert "refuses the key" in capsys.readouterr().err
+    assert "rejects the API key" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
     monkeypatch.setenv("KEY_OF_TEST", KEY)

@@ -76,7 +76,7 @@ def test_traces_that_fit_in_one_context_or_in_none_are_left_out(probe: Probe) ->
 
 def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = "--task automaton --task-arg min_steps=10 --task-arg max_steps=12 --num-problems 6"
-    sizes = "-C 90 --carryover 30,45 --head-size 0 --budget 300"
+    sizes = "-C 90 --carryover-size 30,45 --head-size 0 --budget 300"
     words = f"probe -m toy {task} {sizes} --json -o".split()
     assert main([*words, str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -102,8 +102,17 @@ def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixt
         ("-m toy --task automaton --traces x.jsonl", "either --traces PATH or --task NAME"),
         ("-m toy --traces nowhere.jsonl -C 90", "cannot read nowhere.jsonl"),
         ("-m toy --traces empty -C 90", "holds no traces"),
-        ("-m toy --traces other.jsonl -C 90", "the traces are another model's"),
-        ("-m toy --traces other.jsonl -C 90 --carryover 90", "carryover_size must be at least 0"),
+        ("-m toy --traces other.jsonl -C 90", "the traces are of another model"),
+        (
+            "-m toy --traces other.jsonl -C 90 --carryover-size 90",
+            "carryover_size must be at least 0",
+        ),
+        ("-m toy --traces other.jsonl -C 90 --carryover 45", "write --carryover-size 45"),
+        (
+            "-m toy --traces other.jsonl -C 90 --carryover summary",
+            "carryover that the model writes",
+        ),
+        ("-m toy --traces other.jsonl -C 90 engine=vllm", "engine settings have no effect"),
         ("-m toy --traces other.jsonl -C none", "-C: a whole number of tokens"),
         ("-m ./nowhere --traces other.jsonl -C 90", "no model folder nowhere"),
         ("-m toy --traces other.jsonl -C 90 -o full", "full is not empty"),

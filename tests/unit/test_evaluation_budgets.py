@@ -1,4 +1,4 @@
-"""Cutting a trace to a smaller budget equals a run of its own with the same seeds."""
+"""A trace cut to a smaller budget equals a trace sampled with that budget and the same seeds."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from delethink import (
     Trace,
     run_rollout,
 )
-from delethink.evaluation.settings import cut, make_settings, smaller, spread_chunks
+from delethink.evaluation.settings import (
+    cut_to_budget,
+    make_settings,
+    spread_chunks,
+    with_budget,
+)
 
 EOS = 1
 
 
 class SeededPolicy(ScriptedPolicy):
-    """Draws token after token from (seed, prompt), so that a longer limit goes on with the same."""
+    """Draws tokens from (seed, prompt), so a longer limit continues the same sequence."""
 
     def __init__(self, ends: float) -> None:
         super().__init__([])
@@ -47,7 +52,7 @@ class SeededPolicy(ScriptedPolicy):
         return Completion(tuple(ids), (0.0,) * len(ids), stop)
 
 
-def play(spec: ChunkSpec, seed: int, ends: float) -> Trace:
+def sample(spec: ChunkSpec, seed: int, ends: float) -> Trace:
     query = (2, 3, seed % 7 + 2)
     return asyncio.run(run_rollout(SeededPolicy(ends), spec, query, Sampling(1.0, seed)))
 
@@ -65,31 +70,33 @@ def specs(draw: st.DrawFn) -> ChunkSpec:
 def test_a_cut_trace_is_the_trace_of_a_run_with_the_smaller_budget(
     spec: ChunkSpec, seed: int, ends: float, data: st.DataObject
 ) -> None:
-    whole = play(spec, seed, ends)
+    whole = sample(spec, seed, ends)
     chunks = data.draw(st.integers(1, spec.max_chunks))
     small = replace(spec, max_chunks=chunks)
-    assert cut(whole, small) == play(small, seed, ends)
+    assert cut_to_budget(whole, small) == sample(small, seed, ends)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6), st.sampled_from([0.0, 0.05]))
 def test_longcot_too(budget: int, less: int, seed: int, ends: float) -> None:
     less = min(less, budget)
-    whole = play(ChunkSpec.longcot(budget), seed, ends)
-    assert cut(whole, ChunkSpec.longcot(less)) == play(ChunkSpec.longcot(less), seed, ends)
+    whole = sample(ChunkSpec.longcot(budget), seed, ends)
+    assert cut_to_budget(whole, ChunkSpec.longcot(less)) == sample(
+        ChunkSpec.longcot(less), seed, ends
+    )
 
 
 def test_a_trace_of_another_rule_is_refused() -> None:
-    whole = play(ChunkSpec(10, 5, 4, 0), 1, 0.0)
+    whole = sample(ChunkSpec(10, 5, 4, 0), 1, 0.0)
     with pytest.raises(RolloutError, match="another prompt"):
-        cut(whole, ChunkSpec(10, 4, 3, 0))
+        cut_to_budget(whole, ChunkSpec(10, 4, 3, 0))
 
 
 def test_a_budget_that_no_number_of_chunks_has_is_refused() -> None:
     spec = ChunkSpec(90, 45, 9, 0)
-    assert smaller(spec, 180).max_chunks == 3
+    assert with_budget(spec, 180).max_chunks == 3
     for budget in (100, 495):
         with pytest.raises(ConfigError, match=str(budget)):
-            smaller(spec, budget)
+            with_budget(spec, budget)
 
 
 @given(st.integers(1, 300), st.integers(2, 9))

@@ -18,23 +18,24 @@ import pytest
 from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 
 from delethink import Completion, ConfigError, RunDirectoryError, StopReason
+from delethink.evaluation.models import check_window
 from delethink.evaluation.records import ResultsDirectory
 from delethink.evaluation.results import Results
-from delethink.evaluation.run import Evaluation, check_window, evaluate
-from delethink.evaluation.settings import Asked, make_settings
+from delethink.evaluation.run import Evaluation, evaluate
+from delethink.evaluation.settings import SamplingPlan, make_settings
 
 HERE = Path(__file__).parent
 
 
 def evaluation(samples: int = 3, chunks: tuple[int, ...] = (3,), **changes: Any) -> Evaluation:
     settings = make_settings(["guess"], ["delethink", "longcot"], [20], [10], chunks, head_size=0)
-    asked = Asked(samples, temperature=1.0, seed=5)
-    return replace(Evaluation(guessing_problems(12), settings, asked, in_flight=4), **changes)
+    plan = SamplingPlan(samples, temperature=1.0, seed=5)
+    return replace(Evaluation(guessing_problems(12), settings, plan, in_flight=4), **changes)
 
 
 def run(path: Path, policy: GuessingPolicy | None = None, **options: Any) -> Results:
-    asked = options.pop("evaluation", None) or evaluation()
-    return evaluate(asked, opener(policy or GuessingPolicy()), path, **options)
+    chosen = options.pop("evaluation", None) or evaluation()
+    return evaluate(chosen, opener(policy or GuessingPolicy()), path, **options)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def test_samples_can_be_added_and_the_result_is_that_of_one_run(tmp_path: Path) 
 def test_changed_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     run(tmp_path / "out")
     changed = evaluation()
-    changed = replace(changed, asked=replace(changed.asked, temperature=0.5))
+    changed = replace(changed, plan=replace(changed.plan, temperature=0.5))
     with pytest.raises(RunDirectoryError, match=r"temperature was 1.0 and is now 0.5"):
         run(tmp_path / "out", evaluation=changed, resume=True)
     run(tmp_path / "out", evaluation=changed, resume=True, force=True)
@@ -109,7 +110,7 @@ def test_changed_settings_are_refused_unless_forced(tmp_path: Path) -> None:
         run(tmp_path / "out", evaluation=other, resume=True)
     with pytest.raises(RunDirectoryError, match="already holds an evaluation"):
         run(tmp_path / "out")
-    with pytest.raises(RunDirectoryError, match="no evaluation to go on with"):
+    with pytest.raises(RunDirectoryError, match="no evaluation to resume"):
         run(tmp_path / "elsewhere", resume=True)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -124,11 +125,11 @@ def test_other_weights_under_the_same_name_are_refused_and_more_models_are_not(
 
 
 def test_two_cannot_write_to_one_folder(tmp_path: Path) -> None:
-    asked = evaluation().as_dict()
-    directory = ResultsDirectory.create(tmp_path / "out", asked)
+    settings = evaluation().as_dict()
+    directory = ResultsDirectory.create(tmp_path / "out", settings)
     before = (tmp_path / "out/settings.json").read_bytes()
     with pytest.raises(RunDirectoryError, match="another process is writing"):
-        ResultsDirectory.resume(tmp_path / "out", {**asked, "samples": 99})
+        ResultsDirectory.resume(tmp_path / "out", {**settings, "samples": 99})
     assert (tmp_path / "out/settings.json").read_bytes() == before
     directory.close()
 
@@ -222,13 +223,13 @@ def test_a_grader_that_breaks_is_an_error_and_no_zero(tmp_path: Path) -> None:
 
 
 def test_answers_can_be_asked_for_when_the_budget_is_spent(tmp_path: Path) -> None:
-    asked = evaluation()
-    asked = replace(asked, asked=replace(asked.asked, forced_answer_tokens=4))
-    results = run(tmp_path / "out", evaluation=asked)
+    forced = evaluation()
+    forced = replace(forced, plan=replace(forced.plan, forced_answer_tokens=4))
+    results = run(tmp_path / "out", evaluation=forced)
     plain = run(tmp_path / "plain")
-    for forced, row in zip(results.rows, plain.rows, strict=True):
-        assert 0 < forced.forced <= forced.out_of_budget == row.out_of_budget
-        assert forced.thinking_tokens == row.thinking_tokens
+    for answered, row in zip(results.rows, plain.rows, strict=True):
+        assert 0 < answered.forced <= answered.out_of_budget == row.out_of_budget
+        assert answered.thinking_tokens == row.thinking_tokens
 
 
 def test_a_window_too_small_is_refused_with_the_number() -> None:
@@ -299,9 +300,9 @@ def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
 
     def peak(samples: int) -> int:
         settings = make_settings(["x"], ["delethink"], [1000], [500], [9], head_size=0)
-        asked = Evaluation(guessing_problems(4), settings, Asked(samples), in_flight=1)
+        long = Evaluation(guessing_problems(4), settings, SamplingPlan(samples), in_flight=1)
         tracemalloc.start()
-        run(tmp_path / str(samples), Endless(), evaluation=asked)
+        run(tmp_path / str(samples), Endless(), evaluation=long)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

@@ -1,0 +1,196 @@
+"""Models under evaluation: engines and servers to sample from, and limits of their windows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from delethink.carryover import Carryover
+from delethink.chunking import ChunkSpec, start
+from delethink.config import EngineConfig
+from delethink.engines.factory import make_evaluation_engine
+from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
+from delethink.engines.openai import OpenAIServer
+from delethink.errors import ConfigError
+from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
+from delethink.policy import Policy
+from delethink.tokenization import Tokenizer, encode, query_ids
+from delethink.types import END_OF_THINKING, Problem
+
+DEFAULT_BATCH_SIZE = 128  # chunks that the transformers engine samples at once
+
+
+class LoadedModel(NamedTuple):
+    """A model ready for sampling."""
+
+    policy: Policy
+    tokenizer: Tokenizer
+    max_model_tokens: int | None
+    """Longest sequence in tokens; ``None`` if unknown."""
+
+
+ModelOpener = Callable[[str], AbstractContextManager[LoadedModel]]
+"""Loads a model by its name, and releases it at the end of the ``with`` block."""
+
+
+def local_models(
+    engine: EngineConfig | None = None, *, trust_remote_code: bool = False, seed: int = 0
+) -> ModelOpener:
+    """Return an opener that loads each model into an engine of its own.
+
+    Args:
+        engine: settings of the engine; by default ``EngineConfig()``.
+        trust_remote_code: run code from the model's repository.
+        seed: seed of requests without a seed of their own.
+    """
+    config = engine or EngineConfig()
+
+    @contextlib.contextmanager
+    def open_model(model: str) -> Iterator[LoadedModel]:
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        opened = make_evaluation_engine(
+            config,
+            model,
+            tokenizer,
+            trust_remote_code=trust_remote_code,
+            max_batch_size=config.max_batch_size or DEFAULT_BATCH_SIZE,
+            seed=seed,
+        )
+        with contextlib.closing(opened):
+            yield LoadedModel(opened, tokenizer, opened.max_model_tokens)
+
+    return open_model
+
+
+def served_model(
+    base_url: str,
+    served_name: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> ModelOpener:
+    """Return an opener for a model on an OpenAI-compatible server.
+
+    The name that the opener gets is that of the tokenizer and the configuration.
+
+    Args:
+        base_url: address including the version, ``http://127.0.0.1:8000/v1``.
+        served_name: name of the model on the server; ``None`` takes the only model served.
+        trust_remote_code: run code from the tokenizer's repository.
+        options: further arguments of ``OpenAIServer``: ``api_key``, ``retries``, ``timeout_s``.
+    """
+
+    @contextlib.contextmanager
+    def open_model(model: str) -> Iterator[LoadedModel]:
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        shell = load_shell(model, trust_remote_code)
+        ends = eos_ids(shell, tokenizer)
+        server = OpenAIServer(base_url, served_name, tokenizer, eos_ids=ends, **options)
+        window = longest_sequence(shell)
+        with contextlib.closing(server):
+            yield LoadedModel(server, tokenizer, min(window, server.max_model_tokens or window))
+
+    return open_model
+
+
+def settings_for_model(
+    model: str,
+    modes: Sequence[str],
+    context_sizes: Sequence[int],
+    problems: Sequence[Problem],
+    plan: SamplingPlan,
+    *,
+    carryover: Carryover | None = None,
+    cap_longcot: bool = False,
+    trust_remote_code: bool = False,
+    **sizes: Any,
+) -> list[Setting]:
+    """Return the settings of a model, checked against its window before the weights load.
+
+    Args:
+        model: folder, Hugging Face id, or ``"toy"``.
+        modes: ``"delethink"`` and ``"longcot"``.
+        context_sizes: values of C.
+        problems: problems, for the longest query.
+        plan: samples; a forced answer needs room in the window.
+        carryover: policy instead of the head and tail; the model's tokenizer is bound to it.
+        cap_longcot: limit LongCoT's budgets to the window.
+        trust_remote_code: run code from the model's repository.
+        sizes: further arguments of ``make_settings``.
+
+    Raises:
+        ConfigError: a context is longer than the window.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    window = longest_sequence(load_shell(model, trust_remote_code))
+    longest, answer = longest_query(tokenizer, problems), answer_room(tokenizer, plan)
+    settings = make_settings(
+        [model],
+        modes,
+        context_sizes,
+        carryover=carryover and carryover.bind(tokenizer),
+        longcot_cap=_longcot_cap(longest, window, answer) if cap_longcot else None,
+        **sizes,
+    )
+    for setting in settings:
+        check_window(setting, longest, window, answer)
+    return settings
+
+
+def check_window(
+    setting: Setting, query_tokens: int, max_model_tokens: int | None, answer_tokens: int = 0
+) -> None:
+    """Check that the model can hold the contexts of a setting.
+
+    Args:
+        setting: setting to check.
+        query_tokens: length of the longest query.
+        max_model_tokens: window of the model; ``None`` checks nothing.
+        answer_tokens: room for a forced answer.
+
+    Raises:
+        ConfigError: a context is longer than the window.
+    """
+    if max_model_tokens is None:
+        return
+    room = max_model_tokens - query_tokens - answer_tokens
+    needed = setting.spec.max_thinking_context
+    if needed <= room:
+        return
+    answer = f" + {answer_tokens} for an answer" if answer_tokens else ""
+    sizes = f"query of up to {query_tokens} + {needed} of thinking{answer}"
+    advice = (
+        f"lower the budget, or pass --cap-longcot to limit it to {room}"
+        if setting.mode == "longcot"
+        else f"lower -C to {max(room, 0)} or less"
+    )
+    raise ConfigError(
+        f"{setting.key}: a context needs {needed + query_tokens + answer_tokens} tokens "
+        f"({sizes}) and the model takes {max_model_tokens}; {advice}"
+    )
+
+
+def longest_query(tokenizer: Tokenizer, problems: Sequence[Problem]) -> int:
+    """Return the number of tokens of the longest query."""
+    return max(len(query_ids(tokenizer, problem)) for problem in problems)
+
+
+def answer_room(tokenizer: Tokenizer, plan: SamplingPlan) -> int:
+    """Return the tokens that a forced answer adds to a context."""
+    if not plan.forced_answer_tokens:
+        return 0
+    return plan.forced_answer_tokens + len(encode(tokenizer, END_OF_THINKING))
+
+
+def _longcot_cap(query_tokens: int, max_model_tokens: int, answer_tokens: int) -> int:
+    """Return the largest LongCoT budget that fits in the window.
+
+    Raises:
+        QueryTooLongError: no token of thinking fits.
+    """
+    room = max_model_tokens - query_tokens - answer_tokens
+    spec = ChunkSpec.longcot(max(room, 1))
+    start(spec, (0,) * query_tokens, max_model_tokens - answer_tokens)
+    return room
