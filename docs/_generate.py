@@ -87,7 +87,7 @@ def section_rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...
     for name, field in model.model_fields.items():
         kinds = alternatives(field.annotation)
         if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-            text, default = "section", "" if field.is_required() else "optional"
+            text, default = "section", "**required**" if field.is_required() else "optional"
         else:
             text, default = type_text(field.annotation), default_text(field)
         bounds = [

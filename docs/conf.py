@@ -11,3 +11,4 @@ html_title = "delethink"
 
 # Headings get GitHub's anchors, so that links work both in the repository and in the site.
 myst_heading_anchors = 4
+smartquotes = False  # would turn the two hyphens of an option into a dash
