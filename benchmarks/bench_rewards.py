@@ -74,7 +74,7 @@ def seconds_plain(
 
 
 def seconds_here(work: list[tuple[str, str]], processes: int) -> float:
-    with VerifierPool(VerifierSettings(num_workers=processes)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=processes)) as pool:
         warm = [pool.submit(math_equal, {"text": "</think>1", "answer": "1"}) for _ in range(16)]
         assert all(future.result().status == "ok" for future in warm)
         began = time.perf_counter()
@@ -93,7 +93,7 @@ async def held_up(work: list[tuple[str, str]], processes: int) -> list[float]:
         for text, gold in work
     ]
     reward = Reward("math", math_equal)
-    with Scorer([reward], settings=VerifierSettings(num_workers=processes)) as scorer:
+    with Scorer([reward], settings=VerifierSettings(num_verifiers=processes)) as scorer:
         await scorer.score(attempts[:16])
         scoring = [asyncio.ensure_future(scorer.parts(attempt)) for attempt in attempts]
         turns = []

@@ -23,6 +23,7 @@ class _NumberArray(Sequence[Number], Generic[Number]):
     """Immutable sequence of 64-bit numbers."""
 
     __slots__ = ("_numbers",)
+    _numbers: array[Number]
     typecode: ClassVar[Literal["q", "d"]]
     formats: ClassVar[str]  # buffer formats of the same numbers
 

@@ -166,7 +166,7 @@ class DatasetSpec:
         Raises:
             ConfigError: a data set, column or template is missing or invalid.
         """
-        replaced = {
+        replaced: dict[str, Any] = {
             "dataset": dataset,
             "split": split,
             "config": config,

@@ -1,4 +1,4 @@
-"""Reward functions (imported as ``delethink.rewards``)."""
+"""Pure reward functions (imported as ``delethink.rewards``)."""
 
 if __name__ != "delethink.rewards":
     raise ImportError(f"import this package as 'delethink.rewards', not {__name__!r}")

@@ -1,4 +1,4 @@
-"""Multiple choice: one letter, or the text of the choice."""
+"""Reward for multiple choice: the letter or the text of the choice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delethink.types import END_OF_THINKING
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|bf|rm)\b\s*|[{}$*`~]")
 _LETTER = re.compile(r"(?:option|choice)?\s*\(?([A-Z])\)?(?:\s*[.:)](?:\s.*)?)?", re.DOTALL | re.I)
-_LONGEST = 2000  # characters of an answer
+_MAX_ANSWER_CHARACTERS = 2000
 
 
 @light
@@ -23,19 +23,19 @@ def multiple_choice(
     metadata: Mapping[str, Any] | None = None,
     end: str | None = END_OF_THINKING,
 ) -> float:
-    """1.0 if the final answer of ``text`` names the letter ``answer`` and no other, else 0.0.
+    """Return 1.0 if the final answer of ``text`` is the letter ``answer`` only, else 0.0.
 
-    Taken are ``B``, ``b``, ``(B)``, ``B.``, ``B) its text``, ``option B``, and the text of choice B
-    where ``metadata["choices"]`` lists the texts. Two letters are no answer.
+    Accepted forms: ``B``, ``b``, ``(B)``, ``B.``, ``B) its text``, ``option B``, and the text of
+    choice B from ``metadata["choices"]``. Two letters are no answer.
     """
     said = extract_answer(text, end)
-    if said is None or len(said) > _LONGEST:
+    if said is None or len(said) > _MAX_ANSWER_CHARACTERS:
         return 0.0
     return float(chosen_letter(said, (metadata or {}).get("choices", ())) == answer.strip().upper())
 
 
 def chosen_letter(said: str, choices: Any = ()) -> str | None:
-    """The letter that an answer names, or ``None``."""
+    """Return the letter of an answer, or ``None``."""
     texts = [normalize(str(choice)) for choice in choices]
     if texts.count(normalize(said)) == 1:
         return chr(ord("A") + texts.index(normalize(said)))

@@ -1,10 +1,11 @@
-"""Code, run against tests: all of them pass, or not.
+"""Reward for code that passes tests.
 
-A problem's ``metadata["tests"]`` is a list of tests, each a mapping with ``input`` and ``output``:
-what the program reads and what it must print (``"type": "stdin"``), or the arguments of a function,
-one JSON value a line, and the JSON value that it must return (``"type": "functional"``, and the
-function's name in ``metadata["function"]``). This is the schema of LiveCodeBench (arXiv
-2403.07974).
+``metadata["tests"]`` is a list of mappings with ``input`` and ``output``, in the schema of
+LiveCodeBench (arXiv 2403.07974):
+
+- ``"type": "stdin"``: the text on standard input, and the expected standard output;
+- ``"type": "functional"``: the arguments of the function ``metadata["function"]``, one JSON value
+  per line, and the expected JSON value.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from typing import Any
 from delethink.errors import ConfigError
 from delethink.scoring.answer import final_answer
 from delethink.scoring.reward import threaded
-from delethink.scoring.sandbox import Limits, Ran, Sandbox, check, run_python
+from delethink.scoring.sandbox import (
+    Sandbox,
+    SandboxLimits,
+    SandboxResult,
+    check_sandbox,
+    run_python,
+)
 from delethink.types import END_OF_THINKING
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -37,7 +44,7 @@ _out.write("\\n" + {mark!r} + _json.dumps(_value))
 """
 
 
-@threaded(check)
+@threaded(check_sandbox)
 def passes_tests(
     text: str,
     metadata: Mapping[str, Any],
@@ -48,17 +55,17 @@ def passes_tests(
     sandbox: str | None = None,
     end: str | None = END_OF_THINKING,
 ) -> float | None:
-    """1.0 if the last code block after the end of thinking passes every test, else 0.0.
+    """Return 1.0 if the last code block after the end of thinking passes all tests, else 0.0.
 
     Args:
         text: the trace.
-        metadata: of the problem; ``None`` is returned where it has no tests.
-        partial: the share of passed tests instead; without it the first failure ends the run.
-        seconds: of each test.
-        memory_mb: of each test.
-        max_tests: how many tests are run, the first ones.
-        sandbox: ``"module:function"`` of a stronger sandbox than our own.
-        end: the mark that ends thinking.
+        metadata: metadata of the problem; without tests the reward is ``None``.
+        partial: return the share of passed tests. By default the first failure ends the run.
+        seconds: time limit of each test.
+        memory_mb: memory limit of each test.
+        max_tests: number of tests to run, from the first.
+        sandbox: ``"module:function"`` of another sandbox.
+        end: the end of thinking.
     """
     tests: Sequence[Mapping[str, Any]] = metadata.get("tests") or ()
     tests = tests[:max_tests]
@@ -68,7 +75,7 @@ def passes_tests(
     if code is None:
         return 0.0
     run = run_python if sandbox is None else _import(sandbox)
-    limits = Limits(seconds, memory_mb)
+    limits = SandboxLimits(seconds, memory_mb)
     passed = 0
     for test in tests:
         if _passes(run, code, test, metadata.get("function"), limits):
@@ -79,33 +86,35 @@ def passes_tests(
 
 
 def extract_code(text: str, end: str | None = END_OF_THINKING) -> str | None:
-    """The last fenced block of Python after the end of thinking."""
+    """Return the last fenced Python block after the end of thinking."""
     blocks = _FENCE.findall(final_answer(text, end) or "")
     return blocks[-1] if blocks else None
 
 
 def _passes(
-    run: Sandbox, code: str, test: Mapping[str, Any], function: str | None, limits: Limits
+    run: Sandbox, code: str, test: Mapping[str, Any], function: str | None, limits: SandboxLimits
 ) -> bool:
     if test.get("type", "stdin") == "stdin":
         ran = run(code, str(test["input"]), limits)
         return _ended(ran) and same_output(ran.stdout, str(test["output"]))
     mark = secrets.token_hex(16)
     if function is None:
-        raise ConfigError('a functional test needs the function\'s name in metadata["function"]')
+        raise ConfigError(
+            'a functional test needs the name of the function in metadata["function"]'
+        )
     call = _CALL.format(name=function, mark=mark)
     ran = run(code + call, str(test["input"]), limits)
     _, found, value = ran.stdout.rpartition(mark)
     return _ended(ran) and bool(found) and _same_value(value, str(test["output"]))
 
 
-def _ended(ran: Ran) -> bool:
+def _ended(ran: SandboxResult) -> bool:
     return ran.status == "ended" and ran.exit_code == 0
 
 
-def same_output(said: str, expected: str) -> bool:
-    """Whether two outputs are the same, line by line: spaces apart, and numbers by value."""
-    lines, wanted = _lines(said), _lines(expected)
+def same_output(output: str, expected: str) -> bool:
+    """Return whether two outputs are equal by line, ignoring spaces and number formats."""
+    lines, wanted = _lines(output), _lines(expected)
     if len(lines) != len(wanted):
         return False
     return all(_same_line(a, b) for a, b in zip(lines, wanted, strict=True))
@@ -115,10 +124,10 @@ def _lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.strip().splitlines()]
 
 
-def _same_line(said: str, expected: str) -> bool:
-    if said == expected:
+def _same_line(line: str, expected: str) -> bool:
+    if line == expected:
         return True
-    words, wanted = said.split(), expected.split()
+    words, wanted = line.split(), expected.split()
     try:
         return len(words) == len(wanted) and all(
             Decimal(a) == Decimal(b) for a, b in zip(words, wanted, strict=True)
@@ -127,9 +136,9 @@ def _same_line(said: str, expected: str) -> bool:
         return False
 
 
-def _same_value(said: str, expected: str) -> bool:
+def _same_value(value: str, expected: str) -> bool:
     try:
-        return bool(json.loads(said) == json.loads(expected))
+        return bool(json.loads(value) == json.loads(expected))
     except json.JSONDecodeError:
         return False
 
@@ -140,6 +149,6 @@ def _import(path: str) -> Sandbox:
         found: Sandbox = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"there is no sandbox {path!r}, which is written module:function: {error}"
+            f"cannot import the sandbox {path!r}, which must be written module:function: {error}"
         ) from None
     return found

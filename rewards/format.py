@@ -1,7 +1,7 @@
-"""The form of a trace: thinking is closed once, one answer is boxed, the language is kept.
+"""Rewards for the format of a trace: one end of thinking, one boxed answer, one script.
 
-After the format and language rewards of DeepSeek-R1 (arXiv 2501.12948, sections 2.2.2 and 2.3.2),
-for traces in which the chat template may have opened the thinking already.
+They follow the format and language rewards of DeepSeek-R1 (arXiv 2501.12948, sections 2.2.2 and
+2.3.2), for chat templates that may open the thinking.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SCRIPTS = {
     "latin": ("LATIN",),
     "thai": ("THAI",),
 }
-_LOOKED_AT = 200_000  # characters whose script is looked up
+_MAX_CHARACTERS = 200_000
 
 
 @light
 def well_formed(text: str) -> float:
-    """1.0 if thinking is closed exactly once and exactly one complete box follows, else 0.0.
+    """Return 1.0 for one end of thinking and one complete box after it, else 0.0.
 
-    Thinking may be opened once, as the first thing, or not at all: then the template did it.
+    The text may open the thinking once, at its start, or not at all if the template opens it.
     """
     closed = text.count(END_OF_THINKING) == 1
     opened = text.count(_START_OF_THINKING)
@@ -47,19 +47,19 @@ def well_formed(text: str) -> float:
 
 @light
 def closes_thinking(text: str) -> float:
-    """1.0 if the end of thinking is there and something follows it, else 0.0."""
+    """Return 1.0 if text follows an end of thinking, else 0.0."""
     return float(bool(final_answer(text)))
 
 
 @light
 def language(text: str, script: str = "latin") -> float | None:
-    """The share of letters that are of ``script``; ``None`` where there is no letter.
+    """Return the share of letters in ``script``; ``None`` without letters.
 
-    It tells Chinese from English, and not English from French.
+    The reward separates Chinese from English, but not English from French.
     """
     if script not in _SCRIPTS:
         raise ConfigError(f"unknown script {script!r}.{did_you_mean(script, _SCRIPTS)}")
-    letters = [c for c in text[:_LOOKED_AT] if c.isalpha()]
+    letters = [c for c in text[:_MAX_CHARACTERS] if c.isalpha()]
     if not letters:
         return None
     wanted = _SCRIPTS[script]

@@ -1,8 +1,7 @@
-"""Rewards that shape how long a trace is. None of them reads the text.
+"""Rewards for the length of a trace. None of them reads the text.
 
-``length`` counts sampled tokens, carried ones once. What depends on being right gets ``correct``,
-the value of the recipe's accuracy reward for the same trace, and does not apply where that has
-none.
+``length`` counts sampled tokens, carried ones once. ``correct`` is the value of the recipe's
+accuracy reward for the same trace. Without a value, rewards that need ``correct`` do not apply.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ def cosine(
     right: tuple[float, float] = (1.0, 0.5),
     wrong: tuple[float, float] = (-1.0, -0.5),
 ) -> float | None:
-    """Short right traces earn most, short wrong ones lose most (arXiv 2502.03373, C.1).
+    """Return most for short right traces, least for short wrong ones (arXiv 2502.03373, C.1).
 
-    Half a cosine from the first value, at no tokens, to the second, at the whole budget:
-    end + (start - end) (1 + cos(pi length / budget)) / 2.
+    Formula: end + (start - end) (1 + cos(pi length / budget)) / 2. The pairs ``right`` and
+    ``wrong`` are (start, end): the values at length 0 and at the whole budget.
     """
     if correct is None:
         return None
@@ -36,12 +35,12 @@ def cosine(
 
 @light
 def overlong(length: int, budget: int, cache: int) -> float:
-    """The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
+    """Return the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
 
-    0 up to ``budget - cache`` tokens, then linearly down to -1 at ``budget``.
+    The value is 0 up to ``budget - cache`` tokens, then falls linearly to -1 at ``budget``.
     """
     if not 0 < cache <= budget:
-        raise ConfigError(f"overlong needs 0 < cache <= {budget}, the budget; got {cache}")
+        raise ConfigError(f"overlong needs 0 < cache <= {budget} (the budget), got cache={cache}")
     return -min(1.0, max(0.0, length - (budget - cache)) / cache)
 
 
@@ -49,9 +48,9 @@ def overlong(length: int, budget: int, cache: int) -> float:
 def chunks(
     num_chunks: int, max_chunks: int, correct: float | None = None, only_right: bool = True
 ) -> float | None:
-    """Encourages thinking on over boundaries: (chunks - 1) / (max_chunks - 1), from 0 to 1.
+    """Return (chunks - 1) / (max_chunks - 1), to encourage thinking across boundaries.
 
-    By default for right traces alone: paid to wrong ones too, it teaches to ramble.
+    By default only right traces get the reward, because rewards for wrong ones teach rambling.
     """
     if only_right and correct is None:
         return None
@@ -68,7 +67,7 @@ def ternary(
     wrong: float = 0.0,
     budget_score: float = -1.0,
 ) -> float | None:
-    """Three values: right, wrong, and out of budget without being right."""
+    """Return one of three values: right, wrong, or wrong with the budget used up."""
     if correct is None:
         return None
     if correct >= 0.5:

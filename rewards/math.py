@@ -1,8 +1,8 @@
-"""Mathematical answers, compared by math-verify (Kydlicek et al., Hugging Face, 2025).
+"""Reward for mathematical answers, compared by math-verify (Kydlicek et al., 2025).
 
-The reward of the paper (arXiv 2510.06557, appendix D.1): 1 if the final answer equals the gold one,
-else 0. Two things are ours: what the final answer is (``answer.py``), and that nothing else of the
-trace is shown to math-verify, which would look for numbers anywhere.
+This is the reward of the paper (arXiv 2510.06557, appendix D.1): 1 if the final answer equals the
+gold answer, else 0. The final answer is extracted here (``delethink.scoring.answer``), because
+math-verify would accept numbers anywhere in the trace.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from delethink.scoring.answer import extract_answer
 from delethink.scoring.reward import isolated
 from delethink.types import END_OF_THINKING
 
-_LONGEST = 1000  # characters of an answer, or ten times those of the gold answer
+_MAX_ANSWER_CHARACTERS = 1000  # or ten times the length of the gold answer
 
 
 def _prepare() -> None:
-    """Loads math-verify and has it compile its patterns and grammar."""
+    """Load math-verify, and compile its patterns and grammar."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
     for answer in ("\\frac{1}{2}", "x^2+1", "(1,2]", "50\\%", "\\sqrt{2}"):
@@ -29,26 +29,25 @@ def _prepare() -> None:
 
 @isolated("math_verify", "math", _prepare)
 def math_equal(text: str, answer: str, end: str | None = END_OF_THINKING) -> float:
-    """1.0 if the final answer of ``text`` equals ``answer`` as mathematics, else 0.0.
+    """Return 1.0 if the final answer of ``text`` equals ``answer`` as mathematics, else 0.0.
 
-    No end of thinking, no complete box and no announced answer score 0.0, and so does an answer
-    that is out of all proportion, without being parsed. Meant to run in a worker of the pool: it
-    may stall, and has no time-out of its own.
+    A trace without a final answer scores 0.0. So does an overlong answer, without being parsed. The
+    function may stall and has no timeout, so run it in a verifier process.
     """
-    said = extract_answer(text, end)
-    if said is None or len(said) > max(_LONGEST, 10 * len(answer)):
+    final = extract_answer(text, end)
+    if final is None or len(final) > max(_MAX_ANSWER_CHARACTERS, 10 * len(answer)):
         return 0.0
-    gold = extract_answer(answer, None) or answer  # a gold answer may come in its box
-    return float(_plain(said) == _plain(gold) or _equal(gold, said))
+    gold = extract_answer(answer, None) or answer  # the gold answer may be boxed
+    return float(_plain(final) == _plain(gold) or _equal(gold, final))
 
 
 def _plain(answer: str) -> str:
-    """As it is compared letter by letter, before anything is parsed."""
+    """Return the answer for comparison as text, before parsing."""
     return _SPACE.sub("", _clean(answer)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
 def _clean(answer: str) -> str:
-    """Without what math-verify stumbles over: thin spaces, other minus signs, a last full stop."""
+    """Replace thin spaces, Unicode signs and a final full stop, which math-verify cannot parse."""
     answer = answer.translate(_AS_ASCII)
     for thin in ("\\,", "\\!", "\\;"):
         answer = answer.replace(thin, "")
@@ -56,21 +55,21 @@ def _clean(answer: str) -> str:
     return answer if answer.endswith("..") else answer.removesuffix(".").removesuffix(",")
 
 
-_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")  # not between two digits: 1 2 is not 12
+_SPACE = re.compile(r"\s+(?!\d)|(?<!\d)\s+")  # except between digits: 1 2 is not 12
 _AS_ASCII = {0x2212: "-", 0xB0: "^\\circ ", **{0xFF01 + i: chr(0x21 + i) for i in range(94)}}
 
 
-def _equal(gold: str, said: str) -> bool:
+def _equal(gold: str, final: str) -> bool:
     from math_verify import verify
 
-    found = list(_parse(said))
+    found = list(_parse(final))
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}
     return bool(found) and bool(verify(list(_parse(gold)), found, **options))
 
 
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> tuple[Any, ...]:
-    """What math-verify makes of an answer; a box tells it that nothing else is to be looked for."""
+    """Parse an answer with math-verify. The box stops its search for other answers."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

@@ -1,4 +1,4 @@
-"""Numbers, compared within a tolerance."""
+"""Reward for numbers within a tolerance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from delethink.scoring.answer import extract_answer
 from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
 
-_LONGEST = 200  # characters of a number
+_MAX_NUMBER_CHARACTERS = 200
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _UNIT_NAME = r"[a-zA-Z]{1,12}(?:\^-?\d)?"
 _NUMBER = re.compile(
@@ -30,29 +30,30 @@ def numeric(
     absolute: float = 1e-9,
     end: str | None = END_OF_THINKING,
 ) -> float | None:
-    """1.0 if the final answer of ``text`` is a number near ``answer``, else 0.0.
+    """Return 1.0 if the final answer of ``text`` is a number near ``answer``, else 0.0.
 
-    Near means within ``absolute`` or within ``relative`` times the gold number, whichever is more.
-    A unit behind the number is not looked at. ``None`` where the gold answer is no number.
+    The tolerance is the larger of ``absolute`` and ``relative`` times the gold number. A unit after
+    the number is ignored. If the gold answer is no number, the reward is ``None``.
     """
     gold = parse_number(extract_answer(answer, None) or answer)
     if gold is None:
         return None
-    said = extract_answer(text, end)
-    found = None if said is None else parse_number(said)
+    final = extract_answer(text, end)
+    found = None if final is None else parse_number(final)
     if found is None:
         return 0.0
     return float(abs(found - gold) <= max(absolute, relative * abs(gold)))
 
 
 def parse_number(text: str) -> float | None:
-    r"""The finite number that ``text`` is: ``1,234.5``, ``3/4``, ``\\frac{3}{4}``, ``2e-3``,
-    ``5%``.
+    r"""Return the number of a text like ``1,234.5``, ``3/4``, ``\\frac{3}{4}``, ``2e-3``, ``5%``.
+
+    The result is ``None`` for other texts and for numbers too large for a float.
 
     >>> parse_number(r"-\\frac{1}{4}"), parse_number(r"6.02 \\times 10^{23}"), parse_number("abc")
     (-0.25, 6.02e+23, None)
     """
-    if len(text) > _LONGEST:
+    if len(text) > _MAX_NUMBER_CHARACTERS:
         return None
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u00d7", "x")
     text = _FRACTION.sub(r"\1/\2", _UNIT.sub(r"\1", text))

@@ -1,4 +1,4 @@
-"""The scorers that come with reasoning-gym's tasks (arXiv 2505.24760)."""
+"""Reward by the scorers of reasoning-gym (arXiv 2505.24760)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from delethink.scoring.answer import extract_answer, final_answer
 from delethink.scoring.reward import isolated
 from delethink.types import END_OF_THINKING
 
-# Tasks whose scorer, as of reasoning-gym 0.1.25, gives all points to whatever is not empty.
-_TAKE_ANYTHING = {"game_of_life_halting"}
+# Tasks with a scorer accepting any answer (reasoning-gym 0.1.25); compared as text instead.
+_BROKEN_SCORERS = {"game_of_life_halting"}
 
 
 @isolated("reasoning_gym", "tasks")
@@ -23,32 +23,31 @@ def gym_score(
     partial: bool = False,
     end: str | None = END_OF_THINKING,
 ) -> float:
-    """What the task's own scorer says: 1.0 where it gives all points, else 0.0.
+    """Return 1.0 if the task's own scorer gives all points, else 0.0.
 
-    With ``partial`` its own number between 0 and 1. Many of the scorers pay for an answer that
-    merely contains the right one, which a policy finds out soon; so that is not the default. Some
-    evaluate the answer as an expression: they run in a worker that has no rights left.
+    With ``partial`` the value is the scorer's number between 0 and 1. Many scorers give points to
+    any text containing the right answer, which policies exploit, so full points are the default.
+    Some scorers evaluate the answer as an expression, so run them in a verifier process.
 
-    The answer is what stands in the last ``<answer>`` or box after the end of thinking, else all
-    that follows it.
+    The answer is the last ``<answer>`` or box after the end of thinking, else all text after it.
     """
-    said = extract_answer(text, end) or final_answer(text, end)
-    if not said:
+    final = extract_answer(text, end) or final_answer(text, end)
+    if not final:
         return 0.0
-    if metadata["dataset"] in _TAKE_ANYTHING:
-        return float(normalize(said) == normalize(str(metadata["entry"]["answer"])))
+    if metadata["dataset"] in _BROKEN_SCORERS:
+        return float(normalize(final) == normalize(str(metadata["entry"]["answer"])))
     dataset = _dataset(metadata["dataset"], json.dumps(metadata.get("config", {}), sort_keys=True))
-    points = _points(dataset, said, metadata["entry"])
+    points = _points(dataset, final, metadata["entry"])
     return points if partial else float(points >= 1.0 - 1e-9)
 
 
-def _points(dataset: Any, said: str, entry: Mapping[str, Any]) -> float:
-    """Several scorers raise at an answer out of form: no points, if they take the gold one."""
+def _points(dataset: Any, final: str, entry: Mapping[str, Any]) -> float:
+    """Return the scorer's points; 0 if it raises for this answer but accepts the gold answer."""
     try:
-        return float(dataset.score_answer(answer=said, entry=entry))
+        return float(dataset.score_answer(answer=final, entry=entry))
     except MemoryError:
         raise
-    except Exception:  # the boundary to graders of others
+    except Exception:  # scorers may raise anything
         gold = entry.get("answer")
         if isinstance(gold, str) and dataset.score_answer(answer=gold, entry=entry) > 0:
             return 0.0

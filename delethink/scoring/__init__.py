@@ -1,1 +1,1 @@
-"""Rewards at work: scoring traces, the pool of verifier processes and the code sandbox."""
+"""Scoring of traces: rewards, the scorer, the verifier pool and the code sandbox."""

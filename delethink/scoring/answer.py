@@ -1,9 +1,8 @@
-r"""Finds the final answer of a trace: one linear pass over the text, whatever the text is.
+r"""Extraction of the final answer of a trace, in linear time for any text.
 
-The answer is what stands in the last complete ``\boxed{...}`` after the end of thinking. Where
-there is no complete box, it is the last ``<answer>...</answer>``; where there is none of those
-either, what the last "the answer is ...", "Answer: ..." or ``#### ...`` says. A number that merely
-stands somewhere is no answer: it could be any.
+The answer is the content of the last complete ``\boxed{...}`` after the end of thinking. Without a
+complete box, the last ``<answer>...</answer>`` counts. Without both, the last "the answer is ...",
+"Answer: ..." or ``#### ...`` counts. A number without such a mark is no answer.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _TOKEN = re.compile(
     r"\\(?:boxed|fbox)\s{0,9}(?P<bare>-?\d(?:[\d,./]{0,99}\d)?)?|\\.|[{}]", re.DOTALL
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)")
-_DEEPEST = 20  # braces around an answer that are taken off
+_MAX_OUTER_BRACES = 20
 _TAG = re.compile(r"<answer>((?:(?!<answer>|</answer>).){1,5000})</answer>", re.DOTALL)
 _PHRASE = re.compile(
     r"(?:\banswer\W{0,8}?(?:\s{0,9}is\b)?\s{0,9}[:=]|\banswer\s{1,9}is\b|^\s{0,9}\#{4})"
@@ -27,11 +26,10 @@ _PHRASE = re.compile(
 
 
 def final_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
-    """What follows the first end of thinking, stripped; ``None`` where thinking never ends.
+    """Return the stripped text after the first end of thinking; ``None`` without one.
 
-    ``text`` is the whole sampled trace, stitched over its chunks, so that it does not matter
-    whether the mark or the answer lies across a boundary. With ``end=None`` all of it is the
-    answer, as of a model that does not think.
+    ``text`` is the whole trace, joined over its chunks, so boundaries do not affect the result.
+    With ``end=None`` the whole text is the answer, for models without thinking.
     """
     if end is None:
         return text.strip()
@@ -40,7 +38,7 @@ def final_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
 
 
 def extract_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
-    r"""The final answer in ``text``, without its box; ``None`` where there is none.
+    r"""Return the final answer of ``text`` without its box, or ``None``.
 
     Example: ``"... so 3.</think>It is \boxed{\frac{1}{2}}."`` gives ``"\frac{1}{2}"``.
     """
@@ -54,10 +52,10 @@ def extract_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{...}`` of ``text``; of nested ones the outer."""
+    r"""Return the content of the last complete ``\boxed{...}``, the outer one if nested."""
     span = None
-    open_braces: list[int | None] = []  # where a box's content begins; None for any other brace
-    box_at = -1  # where a brace must stand to open a box
+    open_braces: list[int | None] = []  # start of a box's content; None for other braces
+    box_at = -1  # position at which a brace opens a box
     for token in _TOKEN.finditer(text):
         if token.group() == "{":
             open_braces.append(token.end() if token.start() == box_at else None)
@@ -75,9 +73,9 @@ def last_box(text: str) -> str | None:
 
 
 def _unwrap(content: str) -> str:
-    """Without boxes in it and without braces around all of it."""
+    """Remove inner boxes and outer braces."""
     content = _BOX.sub("", content).strip()
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_OUTER_BRACES):
         if not content.startswith("{") or not _closes_at_end(content):
             return content
         content = content[1:-1].strip()
@@ -85,7 +83,7 @@ def _unwrap(content: str) -> str:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Whether the brace that ``text`` begins with is closed by its last character."""
+    """Return whether the last character closes the first brace."""
     depth = 0
     for token in _TOKEN.finditer(text):
         depth += {"{": 1, "}": -1}.get(token.group(), 0)
@@ -101,7 +99,7 @@ def _last_phrase(text: str) -> str | None:
 
 
 def _tidy(said: str) -> str:
-    """Without the end of the sentence, emphasis and dollar signs around it."""
+    """Remove a full stop, emphasis and dollar signs at the ends."""
     said = said.strip().strip("*_ ")
     if said.endswith(".") and not said.endswith(".."):
         said = said[:-1]
@@ -112,23 +110,23 @@ def _tidy(said: str) -> str:
     return said
 
 
-_LONGEST = 200  # letters of a vote; of a longer answer its digest is kept
+_MAX_VOTE_CHARACTERS = 200  # a longer answer is replaced by its digest
 
 
 def vote(text: str) -> str | None:
-    """The answer that rewards find after the first end of thinking, or all that follows it.
+    """Return the answer of a trace for majority votes, or all text after the end of thinking.
+
+    White space is normalised. Equal values in different notation count as different votes, so maj@n
+    is a lower bound for rewards that compare values.
 
     Returns:
-        ``None`` where thinking never ends or nothing follows.
-
-    White space is made plain. Answers that are equal by value but written in another way are two
-    votes, so that maj@n is a lower bound where rewards compare values.
+        ``None`` if thinking does not end or nothing follows.
     """
     found = extract_answer(text)
     if found is None:
         rest = text.partition(END_OF_THINKING)[2]
-        found = "" if "\\boxed" in rest else rest  # an empty or unfinished box is no answer
+        found = "" if "\\boxed" in rest else rest  # an empty or incomplete box is no answer
     said = " ".join(found.split())
-    if len(said) > _LONGEST:
+    if len(said) > _MAX_VOTE_CHARACTERS:
         return f"digest {hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}"
     return said or None

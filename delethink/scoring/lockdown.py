@@ -1,9 +1,13 @@
-"""Takes rights away from the process it is called in: for verifiers, and for code under test.
+"""Reduction of the rights of the calling process, for verifiers and untrusted code.
 
-Four fences, each of the kernel's own and none of which asks for rights to put up: resource limits;
-death with the parent; a seccomp filter (no network, no new processes, no signals to others, no
-limit raised again); and Landlock, after which only given folders can be read or written. Linux
-only; what a kernel lacks is reported by ``missing``.
+Four mechanisms of the Linux kernel are used, none of which needs privileges:
+
+- resource limits;
+- the end of the process with its parent;
+- a seccomp filter against the network, new processes, signals to others and higher limits;
+- Landlock, which restricts reading and writing to given folders.
+
+``missing`` reports mechanisms the kernel lacks.
 """
 
 from __future__ import annotations
@@ -21,13 +25,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-LIBRARY = str(Path(__file__).absolute().parents[2])  # where another interpreter finds us
+LIBRARY = str(Path(__file__).absolute().parents[2])  # import path for another interpreter
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
-_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every machine
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # equal on all architectures
 _CLONE_THREAD = 0x10000
 
-# Numbers of system calls (linux/arch/*/entry/syscalls): refused whatever their arguments.
+# System calls (linux/arch/*/entry/syscalls) refused with any arguments.
 _REFUSED = {
     "x86_64": {
         "socket": 41,
@@ -92,14 +96,14 @@ _REFUSED = {
 }
 _REFUSED_EVERYWHERE = {
     "pidfd_send_signal": 424,
-    "io_uring_setup": 425,  # a ring opens sockets behind the filter's back
+    "io_uring_setup": 425,  # a ring opens sockets without a system call
     "io_uring_enter": 426,
     "io_uring_register": 427,
     "pidfd_open": 434,
     "pidfd_getfd": 438,
 }
-# Refused or not by their arguments.
-_JUDGED = {
+# System calls refused for certain arguments.
+_CHECKED_BY_ARGUMENT = {
     "x86_64": {"clone": 56, "kill": 62, "prctl": 157, "tgkill": 234, "prlimit64": 302},
     "aarch64": {"clone": 220, "kill": 129, "tgkill": 131, "prctl": 167, "prlimit64": 261},
 }
@@ -109,38 +113,45 @@ _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 
 
-def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends."""
+def exit_with_parent(parent: int) -> None:
+    """Make the kernel kill this process when the parent thread ends."""
     if sys.platform != "linux":
         return
     _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def limit_resources(memory: int | None, cpu_seconds: int | None, file_bytes: int) -> None:
-    """Address space and file sizes in bytes, CPU time in seconds; no core dumps.
+    """Set resource limits and disable core dumps. ``None`` leaves a limit unchanged.
 
-    ``None`` leaves a limit as it is.
+    Args:
+        memory: bytes of address space.
+        cpu_seconds: seconds of CPU time.
+        file_bytes: bytes of each written file.
     """
-    for what, most in (
+    for limit, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MSGQUEUE if hasattr(resource, "RLIMIT_MSGQUEUE") else None, 0),
     ):
-        if what is None or most is None:
+        if limit is None or value is None:
             continue
-        hard = resource.getrlimit(what)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
 
 
-def shut(readable: Iterable[str], writable: Iterable[str] = ()) -> None:
-    """From here on: only these folders, no network, no new processes, no signals to others.
+def lock_down(readable: Iterable[str], writable: Iterable[str] = ()) -> None:
+    """Deny other folders, the network, new processes and signals to others, from now on.
 
-    Where the kernel lacks a fence it is left out; ask ``missing`` before.
+    Mechanisms missing in the kernel are skipped; call ``missing`` first.
+
+    Args:
+        readable: files and folders to read.
+        writable: folders to read and write.
     """
     if sys.platform != "linux":
         return
@@ -155,7 +166,7 @@ def shut(readable: Iterable[str], writable: Iterable[str] = ()) -> None:
 
 @cache
 def missing() -> tuple[str, ...]:
-    """What ``shut`` cannot do on this machine: ``"network and processes"``, ``"files"``."""
+    """Return restrictions missing on this machine: ``"network and processes"``, ``"files"``."""
     lacks = []
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES or _lacks_seccomp():
         lacks.append("network and processes")
@@ -165,7 +176,7 @@ def missing() -> tuple[str, ...]:
 
 
 def python_folders(path: Iterable[str] = ()) -> list[str]:
-    """What an interpreter reads to run: itself, the system's libraries, and ``path``."""
+    """Return the files and folders needed by an interpreter, and ``path``."""
     own = [*path, sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(sys.executable)]
     system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"]
     system += ["/dev/null", "/dev/urandom"]
@@ -178,7 +189,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _lacks_seccomp() -> bool:
-    # A null program: the kernel complains about its address where it knows filters at all.
+    # A kernel with filters rejects the address of this null program.
     _libc().prctl(_PR_SET_SECCOMP, 2, None, 0, 0)
     return ctypes.get_errno() not in (errno.EFAULT, errno.EACCES)
 
@@ -190,7 +201,7 @@ def _lacks_landlock() -> bool:
 def _restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
     libc = _libc()
     abi = int(libc.syscall(_LANDLOCK_CREATE, None, 0, 1))
-    rights = (1 << 13) - 1  # ABI 1: execute, write, read, list, remove and make of every kind
+    rights = (1 << 13) - 1  # ABI 1: execute, write, read, list, remove, create
     rights |= (1 << 13 if abi >= 2 else 0) | (1 << 14 if abi >= 3 else 0)  # refer, truncate
     rights |= 1 << 15 if abi >= 5 else 0  # ioctl on devices
     attribute = struct.pack("=Q", rights)
@@ -200,7 +211,7 @@ def _restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
     read = 1 << 0 | 1 << 2 | 1 << 3  # execute, read files, list folders
     of_files = 1 << 0 | 1 << 1 | 1 << 2 | (1 << 14 if abi >= 3 else 0)
     for path in readable:
-        with suppress(OSError):  # what cannot be opened cannot be read either way
+        with suppress(OSError):  # a path without read permission stays unreadable
             _allow(ruleset, path, read if os.path.isdir(path) else read & of_files)
     for path in writable:
         _allow(ruleset, path, rights)
@@ -220,7 +231,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    """A superuser keeps its name and loses its powers."""
+    """Drop all capabilities, also of root."""
     number = _CAPSET.get(platform.machine())
     if number is not None:
         header, none = struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", *[0] * 6)
@@ -241,32 +252,35 @@ def _filter_system_calls(program: bytes) -> None:
 
 
 def _program(own: int) -> bytes:
-    """The filter as instructions of classic BPF over (number, architecture, arguments)."""
+    """Return the filter in classic BPF over (number, architecture, arguments)."""
     machine = platform.machine()
-    judged = _JUDGED[machine]
-    refuse, allow = _answer(errno.EPERM), _return(0x7FFF0000)
+    numbers = _CHECKED_BY_ARGUMENT[machine]
+    refuse, allow = _return_errno(errno.EPERM), _return(0x7FFF0000)
     lines = [_load(4), _unless_equal(_ARCHITECTURES[machine], 1), _skip(1), _return(0x80000000)]
     lines += [_load(0)]
-    if machine == "x86_64":  # the x32 numbers are other names of the same calls
+    if machine == "x86_64":  # x32 numbers alias the same calls
         lines += [_if_at_least(0x40000000, 0, 1), _return(0x80000000)]
     for number in sorted((_REFUSED[machine] | _REFUSED_EVERYWHERE).values()):
         lines += [_unless_equal(number, 1), refuse]
-    lines += [_unless_equal(_CLONE3, 1), _answer(errno.ENOSYS)]  # the C library falls back to clone
+    lines += [
+        _unless_equal(_CLONE3, 1),
+        _return_errno(errno.ENOSYS),
+    ]  # the C library falls back to clone
     lines += _block(
-        judged["clone"], [_load(16), _if_any(_CLONE_THREAD, 1, 0), _answer(errno.EAGAIN)]
+        numbers["clone"], [_load(16), _if_any(_CLONE_THREAD, 1, 0), _return_errno(errno.EAGAIN)]
     )
     for name in ("kill", "tgkill"):
-        lines += _block(judged[name], [_load(16), _unless_equal(own, 1), _skip(1), refuse])
-    lines += _block(judged["prctl"], [_load(16), _unless_equal(_PR_SET_PDEATHSIG, 1), refuse])
+        lines += _block(numbers[name], [_load(16), _unless_equal(own, 1), _skip(1), refuse])
+    lines += _block(numbers["prctl"], [_load(16), _unless_equal(_PR_SET_PDEATHSIG, 1), refuse])
     is_null = [
         line for half in (32, 36) for line in (_load(half), _unless_equal(0, 1), _skip(1), refuse)
     ]
-    lines += _block(judged["prlimit64"], is_null)  # reading limits is fine, setting them is not
+    lines += _block(numbers["prlimit64"], is_null)  # reading limits is allowed, setting is not
     return b"".join([*lines, allow])
 
 
 def _block(number: int, body: list[bytes]) -> list[bytes]:
-    """``body`` for one system call; afterwards the number is loaded again."""
+    """Return ``body`` for one system call, then a reload of the call number."""
     return [_unless_equal(number, len(body)), *body, _load(0)]
 
 
@@ -275,7 +289,7 @@ def _load(offset: int) -> bytes:
 
 
 def _unless_equal(value: int, skip: int) -> bytes:
-    """Goes on where equal, else skips ``skip`` lines."""
+    """Skip ``skip`` instructions unless equal."""
     return struct.pack("=HBBI", 0x15, 0, skip, value)
 
 
@@ -295,5 +309,5 @@ def _return(value: int) -> bytes:
     return struct.pack("=HBBI", 0x06, 0, 0, value)
 
 
-def _answer(error: int) -> bytes:
+def _return_errno(error: int) -> bytes:
     return _return(0x00050000 | error)

@@ -1,10 +1,9 @@
-"""Computes rewards in worker processes that can be killed.
+"""Pool of processes that compute rewards within hard limits of time and memory.
 
-A verifier may stall for ever inside one call of C, where no signal handler and no thread can stop
-it, and it may take all memory. So each call has a hard limit of time and of memory, beyond which
-its whole process group is killed and replaced; the call then has a verdict with the reason, and the
-other calls go on. Nothing survives the process that owns the pool: the kernel ends a worker with
-the thread that started it, and a worker ends when its pipe does.
+A verifier may stall inside a C function, where no signal handler and no thread can stop it, and may
+use up all memory. Beyond its limits, the process group of a call is killed and replaced. The call
+then gets a verdict with the reason, and other calls continue. No process outlives the owner of the
+pool: the kernel kills a verifier with the thread of its start, and a closed pipe ends it too.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from typing import Any, Literal, NamedTuple
 from delethink.errors import ConfigError
 from delethink.scoring.lockdown import LIBRARY
 from delethink.scoring.reward import is_importable
-from delethink.scoring.worker import HEADER
+from delethink.scoring.verifier import HEADER
 
-Status = Literal["ok", "timeout", "memory", "error"]
+VerdictStatus = Literal["ok", "timeout", "memory", "error"]
 
-_SLICE = 0.05  # seconds between two looks at the memory of a worker at work
-_SMALL = 16_384  # bytes of a call that surely fit into a pipe while the worker is busy
-_IN_FLIGHT = 4  # calls given to a worker ahead, so that it does not wait for the next
+_MEMORY_CHECK_INTERVAL_S = 0.05
+_MAX_PREFETCHED_BYTES = 16_384  # a call of this size fits into the pipe of a busy verifier
+_MAX_IN_FLIGHT = 4  # calls sent to a verifier in advance, so that it need not wait
 
 
 class Verdict(NamedTuple):
-    """What became of a call."""
+    """Result of a call."""
 
-    status: Status
-    value: float | None = None  # None where the reward does not apply, or was not computed
-    reason: str | None = None  # of any status but ok
+    status: VerdictStatus
+    value: float | None = None  # None: the reward does not apply, or failed
+    reason: str | None = None  # None for the status ok
 
 
 _CLOSED = Verdict("error", None, "the pool of verifiers was closed")
@@ -52,23 +51,23 @@ _CLOSED = Verdict("error", None, "the pool of verifiers was closed")
 
 @dataclass(frozen=True)
 class VerifierSettings:
-    """How many verifiers run at a time, and how far each may go.
+    """Number of verifiers and limits of each call.
 
     Args:
-        num_workers: processes; by default one for each core, at most eight.
-        timeout: seconds of one call; a call that is not over then is killed.
-        memory_mb: megabytes that one call may take.
-        start_timeout: seconds to load a reward's libraries in a new worker.
+        num_verifiers: number of processes; by default one per core, at most eight.
+        timeout: seconds per call.
+        memory_mb: megabytes per call.
+        start_timeout: seconds for loading the libraries of a reward in a new process.
     """
 
-    num_workers: int | None = None
+    num_verifiers: int | None = None
     timeout: float = 10.0
     memory_mb: int = 2048
     start_timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
+        if self.num_verifiers is not None and self.num_verifiers < 1:
+            raise ConfigError(f"num_verifiers must be at least 1, got {self.num_verifiers}")
         if not (self.timeout > 0 and self.start_timeout > 0 and self.memory_mb >= 64):
             raise ConfigError(
                 "timeout and start_timeout must be positive and memory_mb at least 64, got "
@@ -84,16 +83,18 @@ class _Call:
 
 
 class VerifierPool:
-    """Worker processes that compute rewards; started when the first call comes.
+    """Processes that compute rewards, started by the first call.
 
-    ``counts`` has the number of calls by status. Safe to use from any thread, and from asyncio
-    through ``asyncio.wrap_future``.
+    The pool is thread-safe. In asyncio, use ``asyncio.wrap_future``.
+
+    Attributes:
+        counts: number of calls by status.
     """
 
     def __init__(self, settings: VerifierSettings = VerifierSettings()) -> None:
         self.settings = settings
-        self.num_workers = settings.num_workers or min(8, len(_cores()))
-        self.counts: Counter[Status] = Counter()
+        self.num_verifiers = settings.num_verifiers or min(8, len(_cores()))
+        self.counts: Counter[VerdictStatus] = Counter()
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._owners: list[_Owner] = []
         self._lock = threading.Lock()
@@ -102,47 +103,48 @@ class VerifierPool:
         self._process = os.getpid()
 
     def submit(self, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Future[Verdict]:
-        """Has ``function(**kwargs)`` computed. The future never raises what the function raised.
+        """Compute ``function(**kwargs)``. Exceptions become a verdict of the future.
 
         Raises:
-            ConfigError: a worker could not import the function, or the pool is closed.
+            ConfigError: a verifier cannot import the function, or the pool is closed.
         """
         if not is_importable(function):
             raise ConfigError(
                 f"the reward {getattr(function, '__qualname__', function)!r} cannot be imported by "
-                "a worker process: define it with def at the top level of a module, or set "
+                "a verifier process: define it with def at the top level of a module, or set "
                 "isolated: false to run it without limits in this process"
             )
         try:
             payload = pickle.dumps((function.__module__, function.__qualname__, dict(kwargs)))
-        except Exception as error:  # whatever the values raise when pickled
+        except Exception as error:  # pickling may raise anything
             raise ConfigError(f"the arguments of a reward cannot be pickled: {error}") from None
         call = _Call(f"{function.__module__}:{function.__qualname__}", payload)
         with self._lock:
             if self._closed:
-                raise ConfigError("the pool of verifiers is closed")
+                raise ConfigError("the pool of verifiers is closed; create a new one")
             if self._process != os.getpid():
                 raise ConfigError(
-                    "this process was forked from the one that owns the pool of verifiers; "
-                    "make a pool of its own"
+                    "this process was forked from the owner of the pool of verifiers; create a "
+                    "new pool"
                 )
             self._waiting += 1
-            if len(self._owners) < min(self.num_workers, self._waiting):
+            if len(self._owners) < min(self.num_verifiers, self._waiting):
                 self._owners.append(_Owner(self))
         call.future.add_done_callback(self._count)
         self._calls.put(call)
         return call.future
 
     def call(self, function: Callable[..., Any], **kwargs: Any) -> Verdict:
-        """``submit`` and wait."""
+        """Call ``submit`` and wait for the verdict."""
         return self.submit(function, kwargs).result()
 
-    def worker_ids(self) -> list[int]:
-        """Process ids of the workers that are alive."""
-        return [owner.worker.pid for owner in list(self._owners) if owner.worker is not None]
+    def verifier_ids(self) -> list[int]:
+        """Return the process ids of the running verifiers."""
+        verifiers = [owner.verifier for owner in list(self._owners)]
+        return [verifier.pid for verifier in verifiers if verifier is not None]
 
     def close(self) -> None:
-        """Kills the workers; calls without a verdict get an error."""
+        """Kill the verifiers. Calls without a verdict get an error."""
         with self._lock:
             if self._closed or self._process != os.getpid():
                 return
@@ -174,104 +176,106 @@ class VerifierPool:
 
 
 def _settle(call: _Call, verdict: Verdict) -> None:
-    with suppress(Exception):  # it was cancelled meanwhile
+    with suppress(Exception):  # the future may be cancelled
         call.future.set_result(verdict)
 
 
 class _Owner(threading.Thread):
-    """The thread of one worker: starts it, feeds it, waits for it, kills it.
+    """Thread of one verifier: starts it, sends calls, waits for answers, kills it.
 
-    It lives as long as the pool, because the kernel ends a worker with the thread that started it.
+    The thread lives as long as the pool, because the kernel kills a process with the thread of its
+    start.
     """
 
     def __init__(self, pool: VerifierPool) -> None:
         super().__init__(name="delethink-verifier", daemon=True)
         self._pool = pool
         self._ended = False
-        self._given: deque[_Call] = deque()  # to the worker, in order; the first is being computed
-        self._held: _Call | None = None  # too large to be given ahead
-        self.worker: _Worker | None = None
+        self._sent: deque[_Call] = deque()  # in order; the verifier computes the first one
+        self._next: _Call | None = None  # too large to send in advance
+        self.verifier: _Verifier | None = None
         self.start()
 
     def run(self) -> None:
-        while self._feed():
-            if self._given:
+        while self._send_calls():
+            if self._sent:
                 self._wait_for_first()
-        if self.worker is not None:
-            self.worker.discard()
-        for call in [*self._given, *([self._held] if self._held else [])]:
+        if self.verifier is not None:
+            self.verifier.discard()
+        for call in [*self._sent, *([self._next] if self._next else [])]:
             _settle(call, _CLOSED)
 
     def end(self) -> None:
-        """Asks the thread to end, from another one."""
+        """Request the end of the thread, from another thread."""
         self._ended = True
-        if self.worker is not None:
-            self.worker.kill()
+        if self.verifier is not None:
+            self.verifier.kill()
 
-    def _feed(self) -> bool:
-        """Gives the worker calls ahead; waits for one where it has none. False at the end."""
-        while not self._ended and len(self._given) < self._most_given():
-            call, self._held = self._held, None
+    def _send_calls(self) -> bool:
+        """Send calls in advance; wait for one if none was sent. Return False at the end."""
+        while not self._ended and len(self._sent) < self._max_sent():
+            call, self._next = self._next, None
             try:
-                call = call or self._pool._calls.get(block=not self._given)
+                call = call or self._pool._calls.get(block=not self._sent)
             except queue.Empty:
                 return True
             if call is None:
                 self._ended = True
-            elif self._given and len(call.payload) > _SMALL:
-                self._held = call
+            elif self._sent and len(call.payload) > _MAX_PREFETCHED_BYTES:
+                self._next = call
                 return True
             elif not call.future.cancelled():
-                self._give(call)
+                self._send(call)
         return not self._ended
 
-    def _most_given(self) -> int:
-        """Few where few are waiting, so that no worker sits idle behind a slow call of another."""
+    def _max_sent(self) -> int:
+        """Return a small number for a short queue, so that no call waits while others are idle."""
         waiting = self._pool._calls.qsize()
-        return min(_IN_FLIGHT, 1 + waiting // self._pool.num_workers)
+        return min(_MAX_IN_FLIGHT, 1 + waiting // self._pool.num_verifiers)
 
-    def _give(self, call: _Call) -> None:
+    def _send(self, call: _Call) -> None:
         if self._ended:
             _settle(call, _CLOSED)
             return
-        self._given.append(call)
+        self._sent.append(call)
         try:
-            if self.worker is None:
-                self.worker = _Worker(self._pool.settings)
-            self.worker.send(call.payload)
+            if self.verifier is None:
+                self.verifier = _Verifier(self._pool.settings)
+            self.verifier.send(call.payload)
         except OSError as error:
-            if self.worker is None:  # it could not be started
-                self._given.remove(call)
-                _settle(call, Verdict("error", None, f"no verifier could be started: {error}"))
-            # Else it has died: waiting for the first call says of what.
+            if self.verifier is None:
+                self._sent.remove(call)
+                _settle(call, Verdict("error", None, f"cannot start a verifier: {error}"))
+            # A verifier that died after its start is reported for its first call.
 
     def _wait_for_first(self) -> None:
-        call, worker = self._given[0], self.worker
-        assert worker is not None
-        verdict = worker.wait(call.function)
-        self._given.popleft()
-        if not worker.is_alive:
-            worker.discard()
-            self.worker = None
-            unfinished, self._given = self._given, deque()
+        call, verifier = self._sent[0], self.verifier
+        assert verifier is not None
+        verdict = verifier.wait(call.function)
+        self._sent.popleft()
+        if not verifier.is_alive:
+            verifier.discard()
+            self.verifier = None
+            unfinished, self._sent = self._sent, deque()
             _settle(call, verdict)
             for other in unfinished:
-                self._give(other)
+                self._send(other)
         else:
             _settle(call, verdict)
 
 
-class _Worker:
-    """One process, and the pipes to it."""
+class _Verifier:
+    """One process and its pipes."""
 
     def __init__(self, settings: VerifierSettings) -> None:
         self._settings = settings
         self._memory = settings.memory_mb << 20
-        # Address space is promised more freely than memory is taken, so its limit is wider; the
-        # memory itself is watched.
+        # Libraries reserve more address space than they use, so its limit is wider. The pool checks
+        # the memory in use.
         code = (
-            f"import sys; sys.path[:] = {_path()!r}; from delethink.scoring.worker import main; "
-            f"main({os.getpid()}, {4 * self._memory})"
+            f"import sys; sys.path[:] = {_path()!r}; "
+            "from delethink.scoring.verifier import run_verifier; "
+            f"run_verifier({os.getpid()}, {4 * self._memory})"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", code],
@@ -288,41 +292,41 @@ class _Worker:
         self._calls, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._calls, False)
         self._loaded: set[str] = set()
-        self._base = 0  # bytes of memory that the libraries take
-        self._read = b""
+        self._base = 0  # bytes of memory used by the libraries
+        self._buffer = b""
         self._lock = threading.Lock()
         self.pid = self._process.pid
         self.is_alive = True
 
     def send(self, payload: bytes) -> None:
-        """Writes a call; a worker that does not take it is killed.
+        """Send a call. A verifier that does not read it in time is killed.
 
         Raises:
-            OSError: the worker has died.
+            OSError: the verifier has died.
         """
         rest = memoryview(HEADER.pack(len(payload)) + payload)
         deadline = time.monotonic() + self._settings.start_timeout + self._settings.timeout
         while rest:
             if not select.select([], [self._calls], [], max(0, deadline - time.monotonic()))[1]:
                 self.kill()
-                raise BrokenPipeError("the worker did not take a call")
+                raise BrokenPipeError("the verifier did not read a call")
             with suppress(BlockingIOError):
                 rest = rest[os.write(self._calls, rest) :]
 
     def wait(self, function: str) -> Verdict:
-        """The verdict of the oldest call without one, within the limits."""
+        """Return the verdict of the oldest call, within the limits."""
         limit, what = self._settings.timeout, "computing the reward"
         if function not in self._loaded:
             limit, what = self._settings.start_timeout, "loading the reward's libraries"
         deadline = time.monotonic() + limit
         while True:
-            line = self._line(min(deadline, time.monotonic() + _SLICE))
+            line = self._line(min(deadline, time.monotonic() + _MEMORY_CHECK_INTERVAL_S))
             if line is None:
                 if not self.is_alive:
                     return self._cause_of_death()
                 if self._resident() > self._base + self._memory:
                     self.is_alive = False
-                    reason = f"took more than {self._settings.memory_mb} MB of memory"
+                    reason = f"used more than {self._settings.memory_mb} MB of memory"
                     return Verdict("memory", None, reason)
                 if time.monotonic() >= deadline:
                     self.is_alive = False
@@ -336,7 +340,7 @@ class _Worker:
                 deadline = time.monotonic() + limit
             elif "memory" in answer:
                 self.is_alive = False
-                reason = f"asked for more than {4 * self._settings.memory_mb} MB of memory at once"
+                reason = f"allocated more than {4 * self._settings.memory_mb} MB of memory at once"
                 return Verdict("memory", None, reason)
             elif "error" in answer:
                 return Verdict("error", None, answer["error"])
@@ -345,24 +349,24 @@ class _Worker:
                 return Verdict("ok", answer["value"])
 
     def _line(self, deadline: float) -> bytes | None:
-        """The next line, or None where there is none in time or the worker has ended."""
-        while b"\n" not in self._read:
+        """Return the next line; ``None`` after the deadline or the end of the process."""
+        while b"\n" not in self._buffer:
             wait = max(0, deadline - time.monotonic())
             if not select.select([self._answers], [], [], wait)[0]:
                 return None
-            got = os.read(self._answers, 65_536)
-            if not got:
+            data = os.read(self._answers, 65_536)
+            if not data:
                 self.is_alive = False
                 return None
-            self._read += got
-        line, _, self._read = self._read.partition(b"\n")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
     def _resident(self) -> int:
         try:
             with open(f"/proc/{self.pid}/statm", encoding="ascii") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-        except (OSError, IndexError):  # not Linux, or just ended
+        except (OSError, IndexError):  # not Linux, or the process has ended
             return 0
 
     def _cause_of_death(self) -> Verdict:
@@ -371,13 +375,13 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return Verdict("error", None, "the verifier closed its pipe")
         assert self._process.stderr is not None
-        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        why = f": {said[-1][:300]}" if said else ""
+        why = f": {lines[-1][:300]}" if lines else ""
         return Verdict("error", None, f"the verifier died with {how}{why}")
 
     def kill(self) -> None:
-        """Kills the process group and waits for it; from any thread, more than once."""
+        """Kill the process group and wait for its end. Any thread may call this repeatedly."""
         with self._lock:
             self.is_alive = False
             if self._process.returncode is None:
@@ -386,7 +390,7 @@ class _Worker:
                 self._process.wait()
 
     def discard(self) -> None:
-        """Kills it and closes the pipes; for the thread that reads them."""
+        """Kill the process and close the pipes. Only the reading thread may call this."""
         self.kill()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
@@ -400,12 +404,12 @@ def _cores() -> set[int]:
 
 
 def _path() -> list[str]:
-    """Where a worker finds what this process finds, this library first of all."""
+    """Return this process's import path with this library first."""
     return [*dict.fromkeys([LIBRARY, *(os.path.abspath(path) for path in sys.path)])]
 
 
 def _environment() -> dict[str, str]:
-    """No secrets, and one thread: the pool has a process for each core already."""
+    """Return an environment without secrets, with one thread per process."""
     kept = {
         key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if key in os.environ
     }
@@ -417,7 +421,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_pool() -> VerifierPool:
-    """The pool of this process, for rewards that are used without a recipe; made when asked for."""
+    """Return the pool of this process, for rewards used without a recipe."""
     global _shared
     with _shared_lock:
         if _shared is None or _shared._closed or _shared._process != os.getpid():

@@ -1,13 +1,18 @@
-"""What a reward function is here, and how it is to be called.
+"""Reward functions: their parameters, and the way each is executed.
 
-A reward is a function of any of these parameters, by name: ``text`` (all that was sampled, without
-the query), ``answer`` (the gold answer), ``metadata`` (of the problem), ``prompt``, ``length``
-(sampled tokens), ``budget``, ``num_chunks``, ``max_chunks``, ``stop`` (a ``TraceStop``) and
-``correct`` (what the recipe's accuracy reward gave the same trace). Further parameters are its
-settings. It returns a number, or ``None`` where it does not apply; it may be ``async``.
+A reward is a function with any of these parameters, by name:
 
-A function with a parameter ``completions`` or ``completion_ids`` is TRL's kind: it is called with
-whole columns and returns a list.
+- ``text``: the sampled text, without the query;
+- ``answer``: the gold answer;
+- ``metadata``, ``prompt``: of the problem;
+- ``length``, ``budget``: sampled tokens, and their maximum;
+- ``num_chunks``, ``max_chunks``;
+- ``stop``: a ``TraceStop``;
+- ``correct``: value of the recipe's accuracy reward for the same trace.
+
+Other parameters are settings. A reward returns a number, or ``None`` if it does not apply, and may
+be ``async``. A function with a parameter ``completions`` or ``completion_ids`` follows TRL: it is
+called with columns of a batch and returns a list.
 """
 
 from __future__ import annotations
@@ -22,9 +27,9 @@ from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.types import Attempt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Kind = Literal["light", "isolated", "thread", "async", "trl"]
+RewardKind = Literal["light", "isolated", "thread", "async", "trl"]
 
-SEEN = (
+INPUTS = (
     "text",
     "answer",
     "metadata",
@@ -40,31 +45,34 @@ SEEN = (
 
 @dataclass(frozen=True)
 class Traits:
-    """How a reward function is run."""
+    """Execution of a reward function."""
 
-    kind: Kind = "isolated"
-    requires: tuple[str, str] | None = None  # a package, and the extra that brings it
-    check: Callable[[], None] | None = None  # raises a UserError where the machine cannot run it
-    prepare: Callable[[], None] | None = None  # what a worker does once, outside the time limit
+    kind: RewardKind = "isolated"
+    requires: tuple[str, str] | None = None  # a package and its extra
+    check: Callable[[], None] | None = None  # raises a UserError if the machine cannot run it
+    prepare: Callable[[], None] | None = None  # runs once per verifier, without time limit
 
 
 def light(function: Function) -> Function:
-    """Marks a function that is linear in the text: it runs where it is called."""
+    """Mark a function with linear run time. The scorer calls it directly."""
     return _marked(function, Traits("light"))
 
 
 def isolated(
     package: str, extra: str, prepare: Callable[[], None] | None = None
 ) -> Callable[[Function], Function]:
-    """Marks a function that may hang or fill the memory: it runs in a worker that can be killed.
+    """Mark a function that may hang or fill the memory. It runs in a verifier process.
 
-    It needs ``package``, which ``delethink[extra]`` installs.
+    Args:
+        package: the required package.
+        extra: the extra of this library with the package.
+        prepare: runs once per verifier, without time limit.
     """
     return lambda function: _marked(function, Traits("isolated", (package, extra), None, prepare))
 
 
 def threaded(check: Callable[[], None]) -> Callable[[Function], Function]:
-    """Marks a function that waits for processes of its own: it runs in a thread."""
+    """Mark a function that waits for its own processes. It runs in a thread."""
     return lambda function: _marked(function, Traits("thread", check=check))
 
 
@@ -74,7 +82,7 @@ def _marked(function: Function, traits: Traits) -> Function:
 
 
 def traits_of(function: Callable[..., Any]) -> Traits:
-    """How ``function`` is run; what nobody marked is isolated, where a worker can import it."""
+    """Return the traits of ``function``. Unmarked functions are isolated if importable."""
     marked = getattr(function, "__delethink_traits__", None)
     if isinstance(marked, Traits):
         return marked
@@ -82,35 +90,35 @@ def traits_of(function: Callable[..., Any]) -> Traits:
     if "completions" in parameters or "completion_ids" in parameters:
         return Traits("trl")
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - asked of an instance
+        getattr(function, "__call__", None)  # noqa: B004 - for instances
     ):
         return Traits("async")
     return Traits("isolated" if is_importable(function) else "thread")
 
 
 def is_importable(function: Callable[..., Any]) -> bool:
-    """Whether another process can find the function by its module and name."""
+    """Return whether another process can import the function by its name."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     return bool(module) and module != "__main__" and name.isidentifier()
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A function with its name in the recipe, its weight and its settings."""
+    """A reward function with its name in the recipe, its weight and its settings."""
 
     name: str
     function: Callable[..., Any]
     weight: float = 1.0
     args: Mapping[str, Any] = field(default_factory=dict)
-    isolate: bool | None = None  # None: as the function is marked
+    isolate: bool | None = None  # None: according to its traits
 
     def __post_init__(self) -> None:
         if self.kind != "trl":
             self._check_arguments()
 
     @property
-    def kind(self) -> Kind:
-        """How it is run."""
+    def kind(self) -> RewardKind:
+        """Return the way of execution."""
         kind = traits_of(self.function).kind
         if self.isolate is None or kind in ("trl", "async"):
             return kind
@@ -118,11 +126,11 @@ class Reward:
 
     @property
     def needs_correctness(self) -> bool:
-        """Whether the accuracy reward has to come first."""
+        """Return whether the reward uses the value of the accuracy reward."""
         return self.kind != "trl" and "correct" in self._parameters
 
     def check(self) -> None:
-        """Raises a ``UserError`` where this machine cannot compute the reward."""
+        """Raise a ``UserError`` if this machine cannot compute the reward."""
         traits = traits_of(self.function)
         if traits.requires and importlib.util.find_spec(traits.requires[0]) is None:
             raise MissingExtraError(*traits.requires)
@@ -130,8 +138,8 @@ class Reward:
             traits.check()
 
     def arguments(self, attempt: Attempt, correct: float | None = None) -> dict[str, Any]:
-        """What the function is called with for ``attempt``; not for TRL's kind."""
-        known = {
+        """Return the arguments of the function for ``attempt``, except for TRL's kind."""
+        values = {
             "text": attempt.text,
             "answer": attempt.problem.answer,
             "metadata": dict(attempt.problem.metadata),
@@ -144,7 +152,7 @@ class Reward:
             "correct": correct,
         }
         names = self._parameters
-        return {name: known[name] for name in SEEN if name in names} | dict(self.args)
+        return {name: values[name] for name in INPUTS if name in names} | dict(self.args)
 
     @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -152,7 +160,7 @@ class Reward:
 
     def _check_arguments(self) -> None:
         parameters = self._parameters
-        settings = [name for name in parameters if name not in SEEN]
+        settings = [name for name in parameters if name not in INPUTS]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in self.args:
             if name not in settings and not takes_any:
@@ -162,10 +170,10 @@ class Reward:
                 )
         for name, parameter in parameters.items():
             variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            if variable or name in SEEN or name in self.args:
+            if variable or name in INPUTS or name in self.args:
                 continue
             if parameter.default is parameter.empty:
                 raise ConfigError(
                     f"the reward {self.name!r} needs the setting {name!r}; write it under "
-                    f"rewards.{self.name}.args, or take one of these: {', '.join(SEEN)}"
+                    f"rewards.{self.name}.args, or use an input: {', '.join(INPUTS)}"
                 )

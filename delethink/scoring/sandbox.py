@@ -1,10 +1,10 @@
-"""Runs a Python program that nobody has read.
+"""Sandbox for untrusted Python programs.
 
-The program runs as a process group of its own, in a private temporary folder, with an environment
-that inherits nothing, under limits on CPU time, wall-clock time, memory and file size. The kernel
-keeps it from the network, from starting processes, from signalling others and from every file but
-the interpreter's and its own (``lockdown.py``). docs/guide/tasks_and_rewards.md lists the limits of
-that protection; a stronger sandbox is any function with the signature of ``run_python``.
+A program runs in its own process group and a private temporary folder, with an empty environment
+and limits on CPU time, wall-clock time, memory and file size. The kernel denies the network, new
+processes, signals to other processes, and all files but the interpreter's and the program's own
+(``lockdown.py``). docs/guide/tasks_and_rewards.md lists the remaining risks. Any function with the
+signature of ``run_python`` can replace this sandbox.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _BOOT = """
 import sys
 sys.path.insert(0, {library!r})
 from delethink.scoring import lockdown
-lockdown.die_with_parent({parent})
+lockdown.exit_with_parent({parent})
 lockdown.limit_resources({memory}, {cpu}, {file})
-lockdown.shut(lockdown.python_folders(), [{folder!r}])
+lockdown.lock_down(lockdown.python_folders(), [{folder!r}])
 for name in [name for name in sys.modules if name.partition(".")[0] == "delethink"]:
     del sys.modules[name]
 sys.path[0] = {folder!r}
@@ -39,55 +39,55 @@ del lockdown, name
 with open("main.py", encoding="utf-8") as file:
     source = file.read()
 sys.setrecursionlimit(100_000)
-sys.tracebacklimit = 100  # Python 3.13 takes ten seconds to write down a recursion of that depth
+sys.tracebacklimit = 100  # Python 3.13 takes ten seconds to print a deeper recursion
 exec(compile(source, "main.py", "exec"), {{"__name__": "__main__", "__builtins__": __builtins__}})
 """
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How far a program may go."""
+class SandboxLimits:
+    """Limits of a program."""
 
-    seconds: float = 10.0  # of wall-clock time; of CPU time as much, rounded up
-    memory_mb: int = 1024  # of address space
-    file_mb: int = 16  # of each file that it writes, standard output among them
+    seconds: float = 10.0  # wall-clock time; also CPU time, rounded up
+    memory_mb: int = 1024  # address space
+    file_mb: int = 16  # size of each written file, standard output included
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a program did."""
+class SandboxResult:
+    """Result of a program."""
 
     status: Literal["ended", "timeout"]
-    exit_code: int  # negative: the signal that ended it
+    exit_code: int  # negative for a signal
     stdout: str
     stderr: str
 
 
-Sandbox = Callable[[str, str, Limits], Ran]
+Sandbox = Callable[[str, str, SandboxLimits], SandboxResult]
 
 
-def check() -> None:
-    """Whether the fences that code needs can be put up here.
+def check_sandbox() -> None:
+    """Check that the kernel can isolate code.
 
     Raises:
-        ConfigError: the kernel has none.
+        ConfigError: the kernel lacks seccomp or Landlock.
     """
     if lacks := lockdown.missing():
         raise ConfigError(
             f"this machine cannot keep code from {' and '.join(lacks)}: the code reward needs "
-            "Linux 5.13 or newer on x86-64 or arm64; elsewhere name a "
-            "stronger sandbox with args.sandbox"
+            "Linux 5.13 or newer on x86-64 or arm64; on other machines, set args.sandbox to a "
+            "sandbox of your own"
         )
 
 
-def run_python(code: str, stdin: str, limits: Limits) -> Ran:
-    """Runs ``code`` with ``stdin`` on its standard input; waits no longer than the limits say.
+def run_python(code: str, stdin: str, limits: SandboxLimits) -> SandboxResult:
+    """Run ``code`` with the text ``stdin`` on standard input, within the limits.
 
     Raises:
-        ConfigError: this machine has not the fences.
-        OSError: no process or no temporary folder could be made.
+        ConfigError: this machine cannot isolate code.
+        OSError: the process or the temporary folder cannot be created.
     """
-    check()
+    check_sandbox()
     with (
         tempfile.TemporaryDirectory(prefix="delethink-code-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as given,
@@ -116,11 +116,11 @@ def run_python(code: str, stdin: str, limits: Limits) -> Ran:
         )
         in_time = _wait(process, limits.seconds)
         status: Literal["ended", "timeout"] = "ended" if in_time else "timeout"
-        return Ran(status, process.returncode, _read(out, limits), _read(err, limits))
+        return SandboxResult(status, process.returncode, _read(out, limits), _read(err, limits))
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Waits, then kills the group in any case; whether the program ended in time by itself."""
+    """Wait for the program, kill its process group, and return whether it ended in time."""
     deadline = time.monotonic() + seconds
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
@@ -133,6 +133,6 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
         process.wait()
 
 
-def _read(file: IO[bytes], limits: Limits) -> str:
+def _read(file: IO[bytes], limits: SandboxLimits) -> str:
     file.seek(0)
     return file.read(limits.file_mb << 20).decode(errors="replace")

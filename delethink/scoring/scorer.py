@@ -1,7 +1,7 @@
-"""Adds up rewards: named, weighted by the recipe, the breakdown always kept.
+"""Weighted sum of named rewards, with the value of each reward.
 
-What happens to a trace that ran out of budget, and to one that failed or whose reward could not be
-computed, are two settings here, so that no reward has to know of it.
+Two settings handle traces without budget left and failed traces or rewards, so reward functions
+need no code for these cases.
 """
 
 from __future__ import annotations
@@ -17,62 +17,64 @@ from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.registry import resolve
 from delethink.scoring.pool import VerifierPool, VerifierSettings
 from delethink.scoring.reward import Reward
+from delethink.tokens import as_list
 from delethink.types import Attempt, Score, TraceStop
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What stands in the place of the weighted sum.
+class ScoringRules:
+    """Exceptions from the weighted sum.
 
     Args:
-        out_of_budget: of a trace that ran out of budget: ``"zero"`` for 0, ``"penalty"`` for the
-            sum less ``penalty``; anything else scores it as any other.
-        penalty: see there.
-        error: for a trace that failed, or of which a reward could not be computed; ``None`` gives
-            it no reward, so that it counts neither for nor against anything.
+        out_of_budget: score of a trace that used up its budget: ``"zero"`` for 0, ``"penalty"`` for
+            the sum minus ``penalty``, ``"score"`` for the sum.
+        penalty: see ``out_of_budget``.
+        error: score of a failed trace, or of a trace with a failed reward. ``None`` excludes the
+            trace from training and averages.
     """
 
     out_of_budget: str = "score"
     penalty: float = 1.0
     error: float | None = None
 
-    def apply(self, attempt: Attempt, earned: float | None) -> float | None:
-        """What a trace that did not fail is given, of what its rewards add up to."""
-        if attempt.stop is not TraceStop.BUDGET or earned is None:
-            return earned
+    def apply(self, attempt: Attempt, total: float | None) -> float | None:
+        """Return the score of a trace without failure, given its weighted sum."""
+        if attempt.stop is not TraceStop.BUDGET or total is None:
+            return total
         if self.out_of_budget == "zero":
             return 0.0
-        return earned - self.penalty if self.out_of_budget == "penalty" else earned
+        return total - self.penalty if self.out_of_budget == "penalty" else total
 
 
 _DEFAULTS = VerifierSettings()
 
 
-class Part(NamedTuple):
-    """What one reward said of one attempt."""
+class RewardValue(NamedTuple):
+    """Value or error of one reward for one attempt."""
 
     value: float | None = None
     error: str | None = None
 
 
 class Scorer:
-    """Scores attempts with named rewards; many at a time, while others are still being sampled.
+    """Scores attempts with named rewards, concurrently and while other traces are sampled.
+
+    The scorer may own processes: close it, or use it as a context manager.
 
     Args:
-        rewards: by their names in the recipe.
-        accuracy: which of them says right or wrong: what rewards with a parameter ``correct`` see.
-        rules: of budget and errors.
-        settings: of the workers for rewards that may hang.
-        pool: workers to share; without it the scorer has its own.
-
-    Use it as a context manager, or close it: it may own processes.
+        rewards: the rewards, with different names.
+        accuracy: name of the reward for right (1) or wrong (0), the input ``correct`` of others; by
+            default the first.
+        rules: scores for used-up budgets and failures.
+        settings: settings of the verifiers.
+        pool: verifiers of another scorer; by default the scorer has its own.
     """
 
     def __init__(
         self,
         rewards: Sequence[Reward],
         accuracy: str | None = None,
-        rules: Rules = Rules(),
+        rules: ScoringRules = ScoringRules(),
         settings: VerifierSettings = _DEFAULTS,
         pool: VerifierPool | None = None,
     ) -> None:
@@ -80,67 +82,69 @@ class Scorer:
         accuracy = accuracy or (names[0] if names else "")
         if accuracy not in names or len(set(names)) < len(names):
             raise ConfigError(
-                f"rewards need names of their own, the accuracy reward's among them: got {names} "
-                f"and {accuracy!r}.{did_you_mean(accuracy, names)}"
+                "rewards need different names, and the accuracy reward must be one of them: got "
+                f"{names} and {accuracy!r}.{did_you_mean(accuracy, names)}"
             )
         self.rewards, self.accuracy, self.rules = tuple(rewards), accuracy, rules
         self._first = [r for r in rewards if r.kind != "trl" and not r.needs_correctness]
         self._second = [r for r in rewards if r.needs_correctness]
         if accuracy in [reward.name for reward in self._second]:
             raise ConfigError(
-                f"the reward {accuracy!r} builds on the accuracy reward and cannot be it; name "
-                "another with evaluation.reward"
+                f"the reward {accuracy!r} uses the accuracy reward and cannot be the accuracy "
+                "reward itself; set evaluation.reward to another one"
             )
-        self._whole = [r for r in rewards if r.kind == "trl"]
+        self._batched = [r for r in rewards if r.kind == "trl"]
         self.pool, self._owns_pool = pool or VerifierPool(settings), pool is None
-        self._threads = ThreadPoolExecutor(self.pool.num_workers, "delethink-reward")
+        self._threads = ThreadPoolExecutor(self.pool.num_verifiers, "delethink-reward")
 
     async def score(self, attempts: Sequence[Attempt]) -> list[Score]:
-        """The scores of ``attempts``, in their order."""
+        """Return the scores of ``attempts``, in order."""
         return await self.finish(attempts, [self.parts(attempt) for attempt in attempts])
 
     def score_now(self, attempts: Sequence[Attempt]) -> list[Score]:
-        """``score``, for callers that have no event loop."""
+        """Return the scores of ``attempts`` for callers without an event loop."""
         return asyncio.run(self.score(attempts))
 
-    async def parts(self, attempt: Attempt) -> dict[str, Part]:
-        """What the rewards that look at one trace alone say; nothing of a trace that failed.
+    async def parts(self, attempt: Attempt) -> dict[str, RewardValue]:
+        """Compute the rewards of one trace; none for a failed trace.
 
-        To be called when a trace has ended, and handed to ``finish`` when all have.
+        Call this when a trace ends, and pass the results of all traces to ``finish``.
         """
         if attempt.stop.is_failure:
             return {}
         first = await self._compute(self._first, attempt, None)
-        accuracy = first.get(self.accuracy, Part())
+        accuracy = first.get(self.accuracy, RewardValue())
         if accuracy.error is not None:
             return first
-        if self._second and self.accuracy in [reward.name for reward in self._whole]:
-            return first  # its value is not known yet
+        if self._second and self.accuracy in [reward.name for reward in self._batched]:
+            return first  # known only in `finish`
         return first | await self._compute(self._second, attempt, accuracy.value)
 
     async def finish(
-        self, attempts: Sequence[Attempt], parts: Sequence[Awaitable[dict[str, Part]]]
+        self, attempts: Sequence[Attempt], parts: Sequence[Awaitable[dict[str, RewardValue]]]
     ) -> list[Score]:
-        """Adds the rewards that look at the whole batch, and sums up."""
+        """Compute the rewards of the whole batch and return the scores."""
         known = await asyncio.gather(*parts)
         scored = [i for i, attempt in enumerate(attempts) if not attempt.stop.is_failure]
-        for reward in self._whole:
-            column = await self._compute_whole(reward, [attempts[i] for i in scored])
+        for reward in self._batched:
+            column = await self._compute_batch(reward, [attempts[i] for i in scored])
             for i, part in zip(scored, column, strict=True):
                 known[i][reward.name] = part
         for i in scored:
-            known[i] = await self._late(attempts[i], known[i])
+            known[i] = await self._compute_missing(attempts[i], known[i])
         return [self._sum(*pair) for pair in zip(attempts, known, strict=True)]
 
-    async def _late(self, attempt: Attempt, known: dict[str, Part]) -> dict[str, Part]:
+    async def _compute_missing(
+        self, attempt: Attempt, known: dict[str, RewardValue]
+    ) -> dict[str, RewardValue]:
         missing = [reward for reward in self._second if reward.name not in known]
-        correct = known.get(self.accuracy, Part())
+        correct = known.get(self.accuracy, RewardValue())
         if not missing or correct.error is not None:
             return known
         return known | await self._compute(missing, attempt, correct.value)
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Kill the verifiers owned by this scorer."""
         if self._owns_pool:
             self.pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -153,31 +157,35 @@ class Scorer:
 
     async def _compute(
         self, rewards: Sequence[Reward], attempt: Attempt, correct: float | None
-    ) -> dict[str, Part]:
-        found = await asyncio.gather(*(self._part(r, attempt, correct) for r in rewards))
+    ) -> dict[str, RewardValue]:
+        found = await asyncio.gather(*(self._compute_one(r, attempt, correct) for r in rewards))
         return {reward.name: part for reward, part in zip(rewards, found, strict=True)}
 
-    async def _part(self, reward: Reward, attempt: Attempt, correct: float | None) -> Part:
+    async def _compute_one(
+        self, reward: Reward, attempt: Attempt, correct: float | None
+    ) -> RewardValue:
         arguments = reward.arguments(attempt, correct)
         try:
             if reward.kind == "isolated":
                 verdict = await asyncio.wrap_future(self.pool.submit(reward.function, arguments))
                 if verdict.status == "ok":
-                    return _checked(verdict.value)
-                return Part(None, f"{verdict.status}: {verdict.reason}")
+                    return _to_value(verdict.value)
+                return RewardValue(None, f"{verdict.status}: {verdict.reason}")
             if reward.kind == "async":
-                return _checked(await reward.function(**arguments))
+                return _to_value(await reward.function(**arguments))
             if reward.kind == "light":
-                return _checked(reward.function(**arguments))
+                return _to_value(reward.function(**arguments))
             loop = asyncio.get_running_loop()
             call = lambda: reward.function(**arguments)  # noqa: E731 - runs in a thread
-            return _checked(await loop.run_in_executor(self._threads, call))
+            return _to_value(await loop.run_in_executor(self._threads, call))
         except UserError:
             raise
-        except Exception as error:  # the boundary between the library and any grader
-            return Part(None, f"error: {type(error).__name__}: {error}")
+        except Exception as error:  # a grader may raise anything
+            return RewardValue(None, f"error: {type(error).__name__}: {error}")
 
-    async def _compute_whole(self, reward: Reward, attempts: Sequence[Attempt]) -> list[Part]:
+    async def _compute_batch(
+        self, reward: Reward, attempts: Sequence[Attempt]
+    ) -> list[RewardValue]:
         if not attempts:
             return []
         columns = trl_columns(attempts) | dict(reward.args)
@@ -189,17 +197,17 @@ class Scorer:
                 raise ValueError(f"{len(values)} rewards for {len(attempts)} completions")
         except UserError:
             raise
-        except Exception as error:  # the boundary between the library and any grader
-            return [Part(None, f"error: {type(error).__name__}: {error}")] * len(attempts)
-        return [_checked(value) for value in values]
+        except Exception as error:  # a grader may raise anything
+            return [RewardValue(None, f"error: {type(error).__name__}: {error}")] * len(attempts)
+        return [_to_value(value) for value in values]
 
-    def _sum(self, attempt: Attempt, parts: Mapping[str, Part]) -> Score:
-        values = {r.name: parts.get(r.name, Part()).value for r in self.rewards}
+    def _sum(self, attempt: Attempt, parts: Mapping[str, RewardValue]) -> Score:
+        values = {r.name: parts.get(r.name, RewardValue()).value for r in self.rewards}
         errors = {name: part.error for name, part in parts.items() if part.error is not None}
         if attempt.stop.is_failure or errors:
             return Score(self.rules.error, values, errors)
-        earned = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
-        total = self.rules.apply(attempt, math.fsum(earned) if earned else None)
+        weighted = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
+        total = self.rules.apply(attempt, math.fsum(weighted) if weighted else None)
         return Score(total, values, errors)
 
 
@@ -209,13 +217,13 @@ def make_scorer(
     scoring: Any,
     pool: VerifierPool | None = None,
 ) -> Scorer:
-    """Return a scorer of these rewards, with the verifiers of ``pool`` or its own.
+    """Create a scorer from the settings of a recipe.
 
     Args:
         rewards: a ``RewardConfig`` for each name.
-        accuracy: the name of the reward that says right (1) or wrong (0).
+        accuracy: name of the reward for right (1) or wrong (0).
         scoring: a ``ScoringConfig``.
-        pool: verifiers that another scorer owns.
+        pool: verifiers of another scorer; by default the scorer has its own.
 
     Raises:
         UserError: a reward is unknown, lacks a setting or a package, or cannot run here.
@@ -226,21 +234,21 @@ def make_scorer(
         reward = Reward(name, function, config.weight, config.args, config.isolated)
         reward.check()
         made.append(reward)
-    rules = Rules(scoring.out_of_budget, scoring.penalty, scoring.error)
+    rules = ScoringRules(scoring.out_of_budget, scoring.penalty, scoring.error)
     settings = VerifierSettings(scoring.num_verifiers, scoring.timeout, scoring.memory_mb)
     return Scorer(made, accuracy, rules, settings, pool)
 
 
 def trl_columns(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """The columns that TRL calls reward functions with.
+    """Return the arguments of TRL's reward functions.
 
-    The gold answer is there as ``answer`` and as ``solution``, and whatever all problems have in
-    their metadata under its own name.
+    The gold answer is in ``answer`` and ``solution``. Metadata keys common to all problems are
+    further columns.
     """
     columns: dict[str, Any] = {
         "prompts": [attempt.problem.messages for attempt in attempts],
         "completions": [[{"role": "assistant", "content": a.text}] for a in attempts],
-        "completion_ids": [list(attempt.output_ids) for attempt in attempts],
+        "completion_ids": [as_list(attempt.output_ids) for attempt in attempts],
         "answer": [attempt.problem.answer for attempt in attempts],
         "solution": [attempt.problem.answer for attempt in attempts],
         "trainer_state": None,
@@ -251,13 +259,15 @@ def trl_columns(attempts: Sequence[Attempt]) -> dict[str, Any]:
     return columns | {k: [a.problem.metadata[k] for a in attempts] for k in sorted(shared)}
 
 
-def _checked(value: Any) -> Part:
+def _to_value(value: Any) -> RewardValue:
     if value is None:
-        return Part()
+        return RewardValue()
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return Part(None, f"error: a reward is a number or None, got {type(value).__name__}")
+        return RewardValue(
+            None, f"error: a reward must be a number or None, got {type(value).__name__}"
+        )
     if not math.isfinite(number):
-        return Part(None, f"error: a reward is a finite number, got {number}")
-    return Part(number)
+        return RewardValue(None, f"error: a reward must be finite, got {number}")
+    return RewardValue(number)

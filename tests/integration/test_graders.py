@@ -88,7 +88,7 @@ def check(name: str, pool: VerifierPool) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
-    with VerifierPool(VerifierSettings(num_workers=1, timeout=60.0)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=1, timeout=60.0)) as pool:
         yield pool
 
 

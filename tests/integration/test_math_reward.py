@@ -34,7 +34,7 @@ def text_of(case: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(VerifierSettings(num_workers=1, timeout=30.0)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=1, timeout=30.0)) as pool:
         yield pool
 
 
@@ -64,7 +64,7 @@ def test_every_gold_answer_of_the_corpus_is_its_own_equal(pool: VerifierPool) ->
 def test_what_stalls_is_killed_within_its_limit_and_nothing_is_left() -> None:
     cases = lines("hangs.jsonl")
     assert len(cases) >= 20
-    with VerifierPool(VerifierSettings(num_workers=1, timeout=0.3, memory_mb=500)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=1, timeout=0.3, memory_mb=500)) as pool:
         futures = [pool.submit(math_equal, case) for case in cases]
         verdicts = [future.result(60) for future in futures]
         assert pool.call(math_equal, text="</think>\\boxed{2/4}", answer="0.5").value == 1.0

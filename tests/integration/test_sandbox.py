@@ -13,7 +13,7 @@ import pytest
 from delethink.errors import ConfigError
 from delethink.rewards.code import passes_tests
 from delethink.scoring import lockdown
-from delethink.scoring.sandbox import Limits, Ran, run_python
+from delethink.scoring.sandbox import SandboxLimits, SandboxResult, run_python
 
 pytestmark = pytest.mark.integration
 if lockdown.missing():
@@ -22,15 +22,17 @@ if lockdown.missing():
         allow_module_level=True,
     )
 
-LIMITS = Limits(seconds=2.0, memory_mb=300, file_mb=1)
+LIMITS = SandboxLimits(seconds=2.0, memory_mb=300, file_mb=1)
 
 
-def run(code: str, stdin: str = "") -> Ran:
+def run(code: str, stdin: str = "") -> SandboxResult:
     return run_python(code, stdin, LIMITS)
 
 
 def test_a_program_reads_and_prints() -> None:
-    assert run("print(sum(map(int, input().split())))", "1 2\n") == Ran("ended", 0, "3\n", "")
+    assert run("print(sum(map(int, input().split())))", "1 2\n") == SandboxResult(
+        "ended", 0, "3\n", ""
+    )
 
 
 def test_it_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +105,7 @@ def test_what_it_must_not_do_fails(code: str, error: str) -> None:
 )
 def test_what_runs_for_ever_is_killed(code: str) -> None:
     before = set(psutil.Process(os.getpid()).children(recursive=True))
-    assert run_python(code, "", Limits(seconds=0.7)).status == "timeout"
+    assert run_python(code, "", SandboxLimits(seconds=0.7)).status == "timeout"
     assert set(psutil.Process(os.getpid()).children(recursive=True)) <= before
 
 
@@ -167,11 +169,11 @@ def test_a_stronger_sandbox_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_box.py").write_text(
-        "from delethink.scoring.sandbox import Ran\n"
-        "def run(code, stdin, limits): return Ran('ended', 0, '3', '')\n"
+        "from delethink.scoring.sandbox import SandboxResult\n"
+        "def run(code, stdin, limits): return SandboxResult('ended', 0, '3', '')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     one = {"tests": ADD["tests"][:1]}
     assert passes_tests(fenced("anything"), one, sandbox="my_box:run") == 1.0
-    with pytest.raises(ConfigError, match="no sandbox 'my_box:walk'"):
+    with pytest.raises(ConfigError, match="cannot import the sandbox 'my_box:walk'"):
         passes_tests(fenced("anything"), one, sandbox="my_box:walk")

@@ -19,7 +19,7 @@ from delethink.errors import ConfigError
 from delethink.scoring.lockdown import missing
 from delethink.scoring.pool import VerifierPool, VerifierSettings
 from delethink.scoring.reward import Reward
-from delethink.scoring.scorer import Rules, Scorer
+from delethink.scoring.scorer import Scorer, ScoringRules
 from delethink.types import Attempt, Problem, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -136,9 +136,9 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(VerifierSettings(num_workers=1, timeout=1.0, memory_mb=200)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=1, timeout=1.0, memory_mb=200)) as pool:
         yield pool
-        workers = pool.worker_ids()
+        workers = pool.verifier_ids()
     _, alive = psutil.wait_procs([p for w in workers for p in find(w)], timeout=5)
     assert not alive
 
@@ -200,7 +200,7 @@ def test_a_verifier_reaches_neither_files_nor_the_trainer(
 
 
 def test_calls_behind_one_that_stalls_are_computed(hostile: Any) -> None:
-    with VerifierPool(VerifierSettings(num_workers=2, timeout=1.0)) as pool:
+    with VerifierPool(VerifierSettings(num_verifiers=2, timeout=1.0)) as pool:
         calls = [hostile.sleeps if i in (3, 5) else hostile.double for i in range(40)]
         futures = [pool.submit(call, {"text": "x" * i}) for i, call in enumerate(calls)]
         verdicts = [future.result(60) for future in futures]
@@ -252,11 +252,11 @@ def test_a_module_that_does_not_load_is_an_error(
 
 
 def test_closing_gives_every_call_a_verdict(hostile: Any) -> None:
-    pool = VerifierPool(VerifierSettings(num_workers=1, timeout=60.0))
+    pool = VerifierPool(VerifierSettings(num_verifiers=1, timeout=60.0))
     futures = [pool.submit(hostile.sleeps, {"text": "x"}) for _ in range(5)]
-    while not pool.worker_ids():
+    while not pool.verifier_ids():
         time.sleep(0.01)
-    workers = [p for w in pool.worker_ids() for p in find(w)]
+    workers = [p for w in pool.verifier_ids() for p in find(w)]
     pool.close()
     assert [future.result(10).status for future in futures] == ["error"] * 5
     assert not psutil.wait_procs(workers, timeout=5)[1]
@@ -266,14 +266,14 @@ def test_closing_gives_every_call_a_verdict(hostile: Any) -> None:
 
 def test_a_sample_whose_verifier_stalls_is_an_error_and_never_a_zero(hostile: Any) -> None:
     attempt = Attempt(Problem("q", "1"), "text", TraceStop.COMPLETED, 4, 1, 10, 1)
-    settings = VerifierSettings(num_workers=1, timeout=1.0)
+    settings = VerifierSettings(num_verifiers=1, timeout=1.0)
     rewards = [Reward("fine", hostile.double), Reward("stalls", hostile.sleeps)]
     with Scorer(rewards, settings=settings) as scorer:
         (score,) = scorer.score_now([attempt])
     assert score.total is None
     assert score.parts == {"fine": 8.0, "stalls": None}
     assert score.errors == {"stalls": "timeout: computing the reward took more than 1 s"}
-    with Scorer(rewards, rules=Rules(error=-1.0), settings=settings) as scorer:
+    with Scorer(rewards, rules=ScoringRules(error=-1.0), settings=settings) as scorer:
         assert scorer.score_now([attempt])[0].total == -1.0
 
 
@@ -284,12 +284,12 @@ from delethink.scoring.pool import VerifierSettings, VerifierPool
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
-pool = VerifierPool(VerifierSettings(num_workers=2, timeout=1000))
+pool = VerifierPool(VerifierSettings(num_verifiers=2, timeout=1000))
 futures = [pool.submit(hostile_rewards.{function}, {{"text": "x"}}) for _ in range(4)]
-while len(pool.worker_ids()) < 2:
+while len(pool.verifier_ids()) < 2:
     time.sleep(0.01)
 time.sleep(1)  # the workers are in the middle of it
-print(*pool.worker_ids(), flush=True)
+print(*pool.verifier_ids(), flush=True)
 futures[0].result()
 """
 

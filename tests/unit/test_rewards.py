@@ -18,7 +18,7 @@ from delethink.rewards.crossword import crossword
 from delethink.rewards.format import closes_thinking, language, well_formed
 from delethink.rewards.length import chunks, cosine, overlong, ternary
 from delethink.rewards.numeric import parse_number
-from delethink.scoring.reward import SEEN, traits_of
+from delethink.scoring.reward import INPUTS, traits_of
 from delethink.types import TraceStop
 
 ANSWERS = Path(__file__).parents[1] / "data" / "other_answers.jsonl"
@@ -40,7 +40,7 @@ def test_every_reward_is_registered_with_parameters_that_are_known(name: str) ->
     import inspect
 
     needed = [p.name for p in inspect.signature(function).parameters.values()]
-    assert set(needed) & set(SEEN)
+    assert set(needed) & set(INPUTS)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e15, max_value=1e15))

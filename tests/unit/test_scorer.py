@@ -11,7 +11,7 @@ from delethink.errors import ConfigError, MissingExtraError
 from delethink.rewards.exact import exact_match
 from delethink.rewards.length import cosine, overlong
 from delethink.scoring.reward import Reward, isolated, light
-from delethink.scoring.scorer import Rules, Scorer
+from delethink.scoring.scorer import Scorer, ScoringRules
 from delethink.types import Attempt, Problem, Score, TraceStop
 
 
@@ -62,7 +62,7 @@ def test_a_weight_of_zero_only_measures() -> None:
 )
 def test_running_out_of_budget_is_scored_as_the_recipe_says(policy: str, total: float) -> None:
     out = attempt(stop=TraceStop.BUDGET)
-    exact, rules = Reward("exact", exact_match), Rules(out_of_budget=policy, penalty=0.25)
+    exact, rules = Reward("exact", exact_match), ScoringRules(out_of_budget=policy, penalty=0.25)
     found = score(exact, of=out, rules=rules)
     assert (found.total, found.parts) == (total, {"exact": 1.0})
     assert score(exact, rules=rules).total == 1.0
@@ -73,14 +73,16 @@ def test_running_out_of_budget_is_scored_as_the_recipe_says(policy: str, total: 
 def test_a_trace_that_failed_is_not_scored(stop: TraceStop) -> None:
     failed = attempt(stop=stop)
     assert score(Reward("exact", exact_match), of=failed) == Score(None, {"exact": None})
-    assert score(Reward("exact", exact_match), of=failed, rules=Rules(error=-2.0)).total == -2.0
+    assert (
+        score(Reward("exact", exact_match), of=failed, rules=ScoringRules(error=-2.0)).total == -2.0
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (float("nan"), "finite number, got nan"),
-        (float("inf"), "finite number, got inf"),
+        (float("nan"), "must be finite, got nan"),
+        (float("inf"), "must be finite, got inf"),
         ("high", "a number or None, got str"),
         ([1], "a number or None, got list"),
     ],
@@ -101,7 +103,7 @@ def test_a_reward_that_raises_is_an_error_with_its_reason() -> None:
     assert found.total is None
     assert found.parts == {"fine": 1.0, "broken": None}
     assert found.errors == {"broken": "error: KeyError: 'no such key'"}
-    assert score(Reward("broken", broken), rules=Rules(error=0.0)).total == 0.0
+    assert score(Reward("broken", broken), rules=ScoringRules(error=0.0)).total == 0.0
 
 
 def test_a_mistake_in_the_settings_stops_the_run() -> None:
@@ -204,8 +206,8 @@ def test_trls_own_rewards_work_here() -> None:
         (lambda: Reward("overlong", overlong), "needs the setting 'cache'"),
         (lambda: Reward("overlong", overlong, args={"cash": 3}), "Did you mean 'cache'"),
         (lambda: Reward("mine", lambda words: 1.0), "needs the setting 'words'"),
-        (lambda: Scorer([]), "names of their own"),
-        (lambda: Scorer([Reward("a", exact_match)] * 2), "names of their own"),
+        (lambda: Scorer([]), "need different names"),
+        (lambda: Scorer([Reward("a", exact_match)] * 2), "need different names"),
         (lambda: Scorer([Reward("exact", exact_match)], "exat"), "Did you mean 'exact'"),
     ],
 )

@@ -1,0 +1,105 @@
+"""Process that computes rewards one after another, started by ``delethink.scoring.pool``.
+
+The process reads pickled calls from standard input and answers each with a line of JSON. A verifier
+tricked into running foreign code can therefore lie about its own score, but cannot reach the
+trainer. After loading the first function, the process gives up all rights a verifier does not need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from delethink.scoring import lockdown
+from delethink.scoring.reward import traits_of
+
+HEADER = struct.Struct("=Q")  # length in bytes of the pickled call after it
+_MAX_FILE_BYTES = 1 << 20
+
+
+def run_verifier(parent: int, memory: int) -> None:
+    """Answer calls until standard input ends.
+
+    Args:
+        parent: id of the parent process; this process is killed when the parent ends.
+        memory: bytes of address space in addition to the loaded libraries.
+    """
+    lockdown.exit_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    calls, answers = _private_pipes()
+    locked = False
+    while (call := _read_call(calls)) is not None:
+        module, name, kwargs = call
+        try:
+            function, is_new = _load(module, name)
+            if not locked:
+                lockdown.limit_resources(_address_space() + memory, None, _MAX_FILE_BYTES)
+                lockdown.lock_down(lockdown.python_folders(sys.path))
+                locked = True
+            if is_new:
+                _write(answers, {"loaded": name})
+            _write(answers, {"value": _compute(function, kwargs)})
+        except MemoryError:
+            _write(answers, {"memory": True})
+            os._exit(1)  # the interpreter's state is unreliable after a failed allocation
+        except BaseException as error:  # math-verify's own timeout is not an Exception
+            _write(answers, {"error": f"{type(error).__name__}: {error}"[:500]})
+
+
+def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Move the pipes to other descriptors, so that prints of a verifier do not mix with answers."""
+    calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    return calls, answers
+
+
+def _read_call(calls: BinaryIO) -> tuple[str, str, dict[str, Any]] | None:
+    header = calls.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    call: tuple[str, str, dict[str, Any]] = pickle.loads(calls.read(HEADER.unpack(header)[0]))
+    return call
+
+
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def _load(module: str, name: str) -> tuple[Callable[..., Any], bool]:
+    if (module, name) in _loaded:
+        return _loaded[module, name], False
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    prepare = traits_of(function).prepare
+    if prepare is not None:
+        prepare()
+    _loaded[module, name] = function
+    return function, True
+
+
+def _compute(function: Callable[..., Any], kwargs: dict[str, Any]) -> float | None:
+    value = function(**kwargs)
+    if asyncio.iscoroutine(value):
+        value = asyncio.run(value)
+    return None if value is None else float(value)
+
+
+def _write(answers: BinaryIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message).encode() + b"\n")
+    answers.flush()
+
+
+def _address_space() -> int:
+    """Return the bytes of address space in use."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
