@@ -1,12 +1,12 @@
-"""A training step against thinking length n: seconds and peak memory, Delethink beside LongCoT.
+"""Benchmark time and peak memory of a training step against thinking length n.
 
     python benchmarks/bench_training.py                 # two cores: C=512, m=256, n from C to 32 C
     python benchmarks/bench_training.py --device cuda   # Qwen2.5-1.5B's shape, C=8192, n to 96K
 
-Weights and tokens are random: time does not depend on their values. Both methods go through the
-same trainer, LongCoT as traces of one chunk; all settings take turns in each round, and the
-shortest time counts. "predicted" is the ratio of true FLOPs (delethink.cost). The last line times
-an unmodified GRPOTrainer on the traces of n = C.
+Delethink and LongCoT use the same trainer; a LongCoT trace has one chunk. Weights and tokens are
+random, because time does not depend on their values. Every round runs all settings, and the
+shortest time of each is reported. "predicted" is the ratio of FLOPs (delethink.cost). The last line
+times an unmodified GRPOTrainer on the traces of n = C.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ from delethink.training.run_directory import describe_environment  # noqa: E402
 from delethink.types import Chunk, StopReason, Trace, TraceStop  # noqa: E402
 
 QUERY = 16
-VOCABULARY = 16  # of the tokens in traces
+VOCABULARY = 16  # token ids of traces are below
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Sizes of a run."""
+    """Sizes of a benchmark."""
 
     model: dict[str, Any]
     context_size: int
-    multiples: tuple[int, ...]  # of C, the lengths n
+    multiples: tuple[int, ...]  # lengths n, in multiples of C
     traces: int
     rounds: int
     dtype: str
 
 
 CPU = Bench(
-    model={  # wide and shallow: attention matters, and products are large enough for two cores
+    model={  # wide and shallow, for large matrix products on two cores
         "hidden_size": 512,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -108,7 +108,7 @@ GPU = Bench(
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a length n, in multiples of C."""
+    """A method and a length n, in multiples of C."""
 
     method: str
     multiple: int
@@ -121,7 +121,7 @@ class Setting:
 
 @dataclass
 class Figures:
-    """The shortest step, and the most memory in one beyond what is held between steps."""
+    """Shortest step, and peak memory of a step beyond the memory between steps."""
 
     seconds: float = float("inf")
     peak: float = float("nan")  # bytes
@@ -152,14 +152,14 @@ def main() -> None:
 
 
 def make_model(bench: Bench, device: str) -> PreTrainedModel:
-    """Random weights of the shape, with room for the longest sequence."""
+    """Return a model of random weights that takes the longest sequence."""
     longest = QUERY + bench.context_size * max(bench.multiples) + 1
     config = Qwen2Config(**bench.model, max_position_embeddings=longest, tie_word_embeddings=False)
     return Qwen2ForCausalLM(config).to(device)
 
 
 def random_traces(bench: Bench, setting: Setting, rng: random.Random) -> list[Trace]:
-    """Traces that use their whole budget."""
+    """Return random traces of the whole budget."""
     traces = []
     for _ in range(bench.traces):
         state = start(setting.spec(bench.context_size), (3,) * QUERY)
@@ -180,7 +180,7 @@ def measure(
     rng: random.Random,
     with_memory: bool,
 ) -> None:
-    """Times two steps; in the first round a third one shows the memory."""
+    """Time two steps; in the first round, measure the memory of a third one."""
     longcot = Setting("LongCoT", setting.multiple)
     traces = random_traces(bench, longcot if setting.method == "GRPOTrainer" else setting, rng)
     steps = Steps(3 if with_memory else None, next(model.parameters()).device)
@@ -246,11 +246,11 @@ def trl_config(bench: Bench, folder: str, steps: int, setting: Setting) -> Delet
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Seconds of each step, and the memory of one of them.
+    """Measure the time of each step, and the memory of one of them instead.
 
     Args:
-        profiled: the step whose memory is measured and not its time, from 1; ``None`` for none.
-        device: where tensors are.
+        profiled: the step to measure the memory of, from 1; ``None`` for none.
+        device: device of the model.
     """
 
     def __init__(self, profiled: int | None, device: torch.device) -> None:
@@ -261,7 +261,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self._started = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock starts."""
+        """Start the clock."""
         if state.global_step + 1 == self._profiled:
             self._meter = meter(self._device)
             self._read = self._meter.__enter__()
@@ -269,7 +269,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock stops."""
+        """Stop the clock."""
         self._wait()
         if self._meter is None:
             self.seconds.append(time.perf_counter() - self._started)
@@ -284,7 +284,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks a
 
 @contextmanager
 def meter(device: torch.device) -> Iterator[Any]:
-    """Gives what reads the most bytes of tensors alive at once, beyond those alive before."""
+    """Yield a function that returns the peak bytes of tensors, beyond those before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -307,15 +307,15 @@ def report(
     figures: dict[Setting, Figures],
     arguments: argparse.Namespace,
 ) -> None:
-    """The table, exponents, and what the bars are about."""
-    machine = describe_environment()
+    """Print the table, the exponents, and the comparison with GRPOTrainer."""
+    host = describe_environment()
     shape = shape_of_config(model.config.to_dict(), "benchmark")
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine["processor"]
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else host["processor"]
     sizes = f"C={bench.context_size} m={bench.context_size // 2}, {bench.traces} traces a step"
     width, layers = bench.model["hidden_size"], bench.model["num_hidden_layers"]
     sizes += f"; Qwen2 of {layers} layers, width {width}"
     print(f"\n{device}, {arguments.threads} threads, torch {torch.__version__}, {bench.dtype}")
-    print(f"commit {machine['git_commit']}, seed {arguments.seed}, {sizes}\n")
+    print(f"commit {host['git_commit']}, seed {arguments.seed}, {sizes}\n")
     print("| n | chunks | Delethink s | s a chunk | MiB | LongCoT s | MiB | speed-up | predicted |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for n in multiples:
@@ -334,7 +334,7 @@ def report(
 
 
 def flops(shape: ModelShape, bench: Bench, method: str, n: int) -> float:
-    """Of training on one trace, counted truly."""
+    """Return the FLOPs of training on one trace."""
     context = bench.context_size
     cut = Cut(context, context // 2) if method == "Delethink" else LONGCOT
     return float(training_flops(shape, cut_traces(n * context, QUERY, cut)))
@@ -343,7 +343,7 @@ def flops(shape: ModelShape, bench: Bench, method: str, n: int) -> float:
 def exponents(
     bench: Bench, multiples: Sequence[int], figures: dict[Setting, Figures], method: str
 ) -> str:
-    """How time and memory grow with n, from the least squares in logarithms."""
+    """Return the exponents of time and memory in n, by least squares in logarithms."""
     if len(multiples) < 2:
         return "one length has no exponent"
     found = [figures[Setting(method, n)] for n in multiples]

@@ -1,7 +1,7 @@
-"""Training with carryovers of other kinds, through the command, the engine and the trainer.
+"""Training with a carryover that the model writes, through the command, engine and trainer.
 
-The toy reasoner was never taught to sum up, so nothing is learnt here: what is shown is that what
-the model writes at a boundary is sampled, recorded, trained and counted like any other token.
+The toy reasoner cannot summarize, so it learns nothing here. The tests check that the tokens of the
+summary are sampled, recorded, trained on and counted like any other tokens.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_what_is_written_at_a_boundary_is_sampled_and_trained(run: Path) -> None:
+def test_a_summary_is_sampled_and_trained_on(run: Path) -> None:
     (metrics,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert metrics["trained_tokens"] == metrics["sampled_tokens"] > 0
-    assert metrics["logprob_difference_max"] < 1e-3, "each chunk is trained under its own prompt"
+    assert metrics["logprob_difference_max"] < 1e-3, "a chunk was not trained under its own prompt"
     traces = [record.trace for record in read_traces(run / "traces" / "step_000001.jsonl")]
     written = [c for t in traces for c in t.chunks if c.role is ChunkRole.CARRYOVER]
-    assert written, "no trace came to a boundary"
+    assert written, "no trace reached a boundary"
     assert sum(trace.length for trace in traces) == metrics["sampled_tokens"]
     assert metrics["chunks"] == sum(len(trace.thinking) for trace in traces) / len(traces)
     for chunk in written:
@@ -72,7 +72,7 @@ def test_what_is_written_at_a_boundary_is_sampled_and_trained(run: Path) -> None
         assert chunk.stop in (StopReason.EOS, StopReason.LENGTH)
 
 
-def test_its_traces_follow_the_resolved_recipe(run: Path) -> None:
+def test_the_traces_follow_the_resolved_recipe(run: Path) -> None:
     tokenizer = load_tokenizer(TOY)
     spec = load_recipe(run / "config.yaml").thinking.spec().bind(tokenizer)
     assert spec.budget == 24 + 3 * 8 + 3 * 14
@@ -80,7 +80,7 @@ def test_its_traces_follow_the_resolved_recipe(run: Path) -> None:
         assert retrace(spec, record.trace).stop is record.trace.stop
 
 
-def test_the_default_tokenizer_of_the_environments_is_the_toys() -> None:
+def test_the_default_tokenizer_of_environments_equals_that_of_the_toy() -> None:
     ours, toy = CharacterTokenizer(), load_tokenizer(TOY)
     text = "02:11011001011\n</think>10100101000<eos>"
     assert ours(text)["input_ids"] == toy(text, add_special_tokens=False)["input_ids"]

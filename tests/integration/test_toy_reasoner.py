@@ -1,4 +1,4 @@
-"""The shipped toy reasoner: it loads everywhere, is small, and knows short problems."""
+"""The shipped toy reasoner: size, tokenizer, and accuracy on short problems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_it_is_at_most_8_megabytes() -> None:
     assert sum(f.stat().st_size for f in files) <= 8 * 10**6
 
 
-def test_text_survives_the_tokenizer() -> None:
+def test_the_tokenizer_keeps_text() -> None:
     tokenizer = load_tokenizer(TOY)
     problem = AutomatonTask(3, 3).problem("train", 0)
     lines = "\n".join(solution_lines(problem.metadata["state"], 3, 45))
@@ -36,7 +36,7 @@ def test_text_survives_the_tokenizer() -> None:
     assert tokenizer.decode(query_ids(tokenizer, problem)) == problem.prompt + "<think>"
 
 
-def test_it_is_sound_on_short_problems() -> None:
+def test_it_solves_short_problems() -> None:
     model, tokenizer = load_model(TOY, "float32"), load_tokenizer(TOY)
     problems = [AutomatonTask(1, 4).problem("heldout", i) for i in range(128)]
     engine = TransformersEngine(model, eos_ids(model, tokenizer), tokenizer.pad_token_id)
