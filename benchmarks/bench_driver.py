@@ -1,12 +1,12 @@
-"""What a chunk costs the driver: rollouts, scheduler and Ray, and the environment.
+"""Measures the driver's CPU time per chunk, against bare calls of the same Ray actors.
 
     python benchmarks/bench_driver.py
-    python benchmarks/bench_driver.py --by-ray   # without connections of the workers' own
 
-Workers are real Ray actors that are given chunks and report them as the real ones do; only what
-samples is played: a chunk takes a fixed time, a fifth more or less, and its tokens are made up. So
-more workers fit on a machine than it has cores for, and the driver does what it would on a cluster.
-Times are of the driver's processor, all threads of its process together, Ray's own among them.
+The workers are real Ray actors without an engine: a chunk takes a fixed time, 20 % more or less,
+and its tokens are made up. So more workers fit on a machine than it has cores for, and the driver
+does what it would do on a cluster. Each round runs the same number of chunks of the same size
+twice: through rollouts and ``RayPool``, and as bare calls ``await worker.generate.remote(...)``.
+CPU time is that of all threads of the driver's process, Ray's own included.
 """
 
 from __future__ import annotations
@@ -20,75 +20,70 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import NamedTuple
-from unittest import mock
+from collections.abc import Coroutine
+from typing import Any
 
 from delethink.cli.process import set_up_process
 
 set_up_process()
 
-import ray  # noqa: E402
-from rollout_workloads import (  # noqa: E402
-    GROUP,
-    QUERY,
-    Task,
-    describe_machine,
-    measure_environment,
-    print_machine,
-    workers_of,
-)
-
 from delethink.chunking import ChunkSpec  # noqa: E402
-from delethink.engines.cluster import connect  # noqa: E402
-from delethink.engines.exchange import Answer, EngineCounts, Job, WorkerState  # noqa: E402
+from delethink.config import EngineConfig  # noqa: E402
+from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState  # noqa: E402
 from delethink.engines.ray import RayPool  # noqa: E402
-from delethink.engines.vllm import VllmWorker, WorkerConfig  # noqa: E402
-from delethink.policy import Sampling  # noqa: E402
-from delethink.rollout import derive_seed, run_rollouts  # noqa: E402
-from delethink.types import StopReason  # noqa: E402
+from delethink.engines.scheduler import slots  # noqa: E402
+from delethink.policy import Completion, Sampling  # noqa: E402
+from delethink.rollout import run_rollouts  # noqa: E402
+from delethink.tokens import logprob_array, token_array  # noqa: E402
+from delethink.training.run_directory import describe_environment  # noqa: E402
+from delethink.types import StopReason, TokenIds  # noqa: E402
 
-CHUNK_SECONDS = 0.5
-SIZES = {  # C, m and I
-    "as in bench_rollouts": (96, 48, 12),
-    "as in the paper": (8192, 4096, 5),
-}
-SPREAD = 0.2  # of a chunk's time, either way
+CHUNK_SECONDS, SPREAD = 0.7, 0.2
+QUERY_TOKENS, GROUP_SIZE = 272, 8
+SIZES = [(96, 48, 12), (8192, 4096, 5)]  # C, m and I: of a toy, and of the paper
 
 
-class MadeUp(VllmWorker):
-    """A worker whose tokens are made up; all else of it is the real one's."""
+class MadeUpWorker:
+    """A worker whose tokens are made up."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        super().__init__(config)
-        longest = config.max_model_tokens or 0
-        self._made = Answer.pack(0, [5] * longest, [-0.5] * longest, StopReason.LENGTH, 0)
-        self._rng = random.Random(config.seed)
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._longest = spec.max_model_tokens or 0
+        self._batch_size = spec.config.max_batch_size or 1
+        self._batch = asyncio.Semaphore(self._batch_size)
+        self._tokens = token_array([5] * self._longest)
+        self._logprobs = logprob_array([-0.5] * self._longest)
+        self._random = random.Random(spec.seed)
+        self._steps = itertools.count(1)
 
     async def start(self) -> WorkerState:
-        """There is no engine to start."""
-        self._batch_size = self._config.max_batch_size or 1
-        self._places = asyncio.Semaphore(self._batch_size)
-        steps = itertools.count(1)  # whose engine makes none is taken to hang
-        self._counter = SimpleNamespace(counts=lambda: EngineCounts(steps=next(steps)))
-        longest = self._config.max_model_tokens or 0
-        return WorkerState(os.getpid(), longest, self._batch_size)
+        return WorkerState(os.getpid(), self._longest, self._batch_size)
 
-    async def _sample(self, job: Job) -> Answer:
-        size = 8 * job.max_new_tokens
-        async with self._places:
-            await asyncio.sleep(CHUNK_SECONDS * self._rng.uniform(1 - SPREAD, 1 + SPREAD))
-        output, logprobs = self._made.output[:size], self._made.logprobs[:size]
-        return self._made._replace(number=job.number, output=output, logprobs=logprobs)
+    async def generate(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Completion:
+        async with self._batch:
+            spread = self._random.uniform(1 - SPREAD, 1 + SPREAD)
+            await asyncio.sleep(CHUNK_SECONDS * spread)
+        tokens, logprobs = self._tokens[:max_new_tokens], self._logprobs[:max_new_tokens]
+        return Completion(tokens, logprobs, StopReason.LENGTH)
+
+    async def health(self) -> EngineCounts:
+        return EngineCounts(steps=next(self._steps))
+
+    async def update_weights(self, weights: object, version: int) -> int:
+        return version
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
-class Measured(NamedTuple):
-    """A round; microseconds of the driver's processor for each chunk."""
+class MadeUpPool(RayPool):
+    """A pool of made-up workers."""
 
-    chunks_per_second: float
-    driver: float  # rollouts, scheduler and Ray
-    environment: float
+    worker_class = MadeUpWorker
 
 
 def main() -> None:
@@ -96,114 +91,99 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=64, help="chunks in a worker's batch")
+    parser.add_argument("--slots", type=int, default=64, help="batch size of a worker")
     parser.add_argument("--traces-per-slot", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--by-ray", action="store_true", help="chunks go as calls of Ray actors")
-    parser.add_argument("--only", default="", help="sizes whose name holds this")
-    asked = parser.parse_args()
-    chosen = {name: sizes for name, sizes in SIZES.items() if asked.only in name}
-    if not chosen:
-        parser.error(f"--only {asked.only!r} is part of no name: {', '.join(map(repr, SIZES))}")
-    print_machine(describe_machine())
-    print(f"{asked.workers} workers of {asked.slots} slots, {asked.rounds} rounds, a chunk takes ")
-    print(f"{CHUNK_SECONDS} s, seed {asked.seed}{', by way of Ray' * asked.by_ray}\n")
-    owns = connect(num_cpus=asked.workers)  # reservations, not cores
-    print(
-        "| chunks | C, m, I | chunks a second | driver, us a chunk | environment, us a chunk "
-        "| both, all rounds |"
+    options = parser.parse_args()
+    machine = describe_environment()
+    print(f"{machine['processor']}, load {os.getloadavg()[0]:.1f}, commit {machine['git_commit']}")
+    print(f"{options.workers} workers with batches of {options.slots}, {options.rounds} rounds\n")
+    print("| C, m, I | chunks/s | driver, us a chunk | bare call, us | ratio (all rounds) |")
+    print("| --- | --- | --- | --- | --- |")
+    for sizes in SIZES:
+        print(row(sizes, options), flush=True)
+
+
+def row(sizes: tuple[int, int, int], options: argparse.Namespace) -> str:
+    """Run all rounds of one size; return a row of the table."""
+    context, carryover, max_chunks = sizes
+    config = EngineConfig(
+        num_engines=options.workers, cpus_per_engine=0.1, max_batch_size=options.slots
     )
-    print("|" + " --- |" * 6)
-    try:
-        for name, sizes in chosen.items():
-            print(row(name, sizes, list(measure(sizes, asked))), flush=True)
-    finally:
-        if owns:
-            ray.shutdown()
+    number = options.workers * options.slots * options.traces_per_slot
+    rates, driver, bare = [], [], []
+    pool = MadeUpPool("none", config, eos_ids=(), max_model_tokens=QUERY_TOKENS + context)
+    with contextlib.closing(pool):
+        rng = random.Random(options.seed)
+        specs = [ChunkSpec(context, carryover, i + 1, head_size=0) for i in range(max_chunks)]
+        measure(roll_out(pool, specs, number // 8, rng))  # warms up
+        for turn in range(options.rounds):
+            for run in ("pool", "bare") if turn % 2 == 0 else ("bare", "pool"):
+                if run == "bare":
+                    calls = number * (max_chunks + 1) // 2
+                    bare.append(1e6 * measure(call_actors(pool, calls, sizes))[1] / calls)
+                else:
+                    chunks = [0]
+                    seconds, cpu = measure(roll_out(pool, specs, number, rng, chunks))
+                    rates.append(chunks[0] / seconds)
+                    driver.append(1e6 * cpu / chunks[0])
+    ratios = [a / b for a, b in zip(driver, bare, strict=True)]
+    return (
+        f"| {context}, {carryover}, {max_chunks} | {statistics.median(rates):,.0f} "
+        f"| {statistics.median(driver):.0f} | {statistics.median(bare):.0f} "
+        f"| {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) |"
+    )
 
 
-def measure(sizes: tuple[int, int, int], asked: argparse.Namespace) -> Iterator[Measured]:
-    """All rounds; the first, which is small, warms up."""
-    number = asked.traces_per_slot * asked.slots * asked.workers
-    with (
-        workers_of(MadeUp),
-        ways(asked.by_ray),
-        contextlib.closing(make_pool(sizes, asked)) as pool,
-    ):
-        for turn in range(asked.rounds + 1):
-            seed = derive_seed(asked.seed, turn)
-            tasks = make_tasks(number if turn else number // 8, sizes, seed)
-            measured = play(pool, tasks)
-            if turn:
-                yield measured
+def measure(work: Coroutine[Any, Any, None]) -> tuple[float, float]:
+    """Run a coroutine; return its seconds, and those of the processor."""
+    cpu, began = time.process_time(), time.perf_counter()
+    asyncio.run(work)
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
-def play(pool: RayPool, tasks: list[Task]) -> Measured:
-    traces = []
-
-    async def play_all() -> None:
-        # Of many numbers of chunks at the same time; each spec is one of run_rollouts.
-        specs = {task.spec for task in tasks}
-        groups = [[task for task in tasks if task.spec == spec] for spec in specs]
-        done = [
+async def roll_out(
+    pool: RayPool,
+    specs: list[ChunkSpec],
+    number: int,
+    rng: random.Random,
+    chunks: list[int] | None = None,
+) -> None:
+    """Sample traces of 1 to I chunks, evenly, and count their chunks."""
+    queries = [
+        tuple(rng.randrange(2, 16) for _ in range(QUERY_TOKENS))
+        for _ in range(max(1, number // GROUP_SIZE // len(specs)))
+    ]
+    per_spec = number // len(specs)
+    done = await asyncio.gather(
+        *[
             run_rollouts(
                 pool,
-                group[0].spec,
-                [task.query for task in group],
-                [Sampling(1.0, task.seed) for task in group],
+                spec,
+                [queries[i // GROUP_SIZE % len(queries)] for i in range(per_spec)],
+                [Sampling(1.0, rng.randrange(2**31)) for _ in range(per_spec)],
             )
-            for group in groups
+            for spec in specs
         ]
-        for group, played in zip(groups, await asyncio.gather(*done), strict=True):
-            traces.extend(zip(played, group, strict=True))
-
-    cpu, started = time.process_time(), time.perf_counter()
-    asyncio.run(play_all())
-    cpu, seconds = time.process_time() - cpu, time.perf_counter() - started
-    chunks = sum(len(trace.chunks) for trace, _ in traces)
-    environment = measure_environment([t for t, _ in traces], [t for _, t in traces])
-    return Measured(chunks / seconds, 1e6 * cpu / chunks, environment)
-
-
-def make_tasks(number: int, sizes: tuple[int, int, int], seed: int) -> list[Task]:
-    """Traces of 1 to I chunks, evenly."""
-    context, carryover, most = sizes
-    rng, tasks = random.Random(seed), list[Task]()
-    specs = [ChunkSpec(context, carryover, i + 1, head_size=0) for i in range(most)]
-    for i in range(number):
-        if i % GROUP == 0:
-            query = tuple(rng.randrange(2, 16) for _ in range(QUERY))
-        tasks.append(Task(query, rng.choice(specs), rng.randrange(2**31)))
-    return tasks
-
-
-def ways(by_ray: bool) -> contextlib.AbstractContextManager[object]:
-    """How chunks go to a pool that is made meanwhile: by Ray where the cluster encrypts."""
-    return mock.patch.dict(os.environ, {"RAY_USE_TLS": "1"} if by_ray else {})
-
-
-def make_pool(sizes: tuple[int, int, int], asked: argparse.Namespace) -> RayPool:
-    return RayPool(
-        "made-up",
-        eos_ids=(),
-        num_workers=asked.workers,
-        max_model_tokens=QUERY + sizes[0],
-        cpus_per_worker=1,
-        seed=asked.seed,
-        max_batch_size=asked.slots,
     )
+    if chunks is not None:
+        chunks[0] += sum(len(trace.chunks) for traces in done for trace in traces)
 
 
-def row(name: str, sizes: tuple[int, int, int], rounds: list[Measured]) -> str:
-    middle = statistics.median
-    both = ", ".join(f"{m.driver + m.environment:.0f}" for m in rounds)
-    return (
-        f"| {name} | {', '.join(map(str, sizes))} "
-        f"| {middle([m.chunks_per_second for m in rounds]):,.0f} "
-        f"| {middle([m.driver for m in rounds]):.0f} "
-        f"| {middle([m.environment for m in rounds]):.0f} | {both} |"
-    )
+async def call_actors(pool: RayPool, number: int, sizes: tuple[int, int, int]) -> None:
+    """Call the actors of a pool directly, with as many calls in flight as the pool has."""
+    context, carryover, _ = sizes
+    prompt, new = token_array([5] * (QUERY_TOKENS + carryover)), context - carryover
+    actors = [worker.handle.actor for worker in pool.workers]  # type: ignore[union-attr]
+    left = itertools.count()
+
+    async def call(actor: Any) -> None:
+        while next(left) < number:
+            await actor.generate.remote(prompt, new, Sampling(1.0, 1))
+
+    in_flight = slots(pool.config.max_batch_size or 1)
+    await asyncio.gather(*[call(actor) for actor in actors for _ in range(in_flight)])
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""How long a batch of traces takes by the order in which its chunks are sampled, in virtual time.
+"""Compares the time for a batch of traces by the order of its chunks, in virtual time.
 
-Chunks take equally long but for 20 % either way, slots do not slow each other down, and nothing
-fails: what is left is the order alone. The table gives the time to the last trace over the lower
-bound (total work over slots, or the longest trace).
+Chunks take equally long within 20 %, slots do not slow each other down, and nothing fails. The
+table gives the time to the last trace over the lower bound (total work over slots, or the longest
+trace).
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import cast
 
-from delethink.engines.pool import rank_of
-from delethink.engines.scheduler import Request, Scheduler
+from delethink.engines.scheduler import Request, Scheduler, rank
 from delethink.policy import SchedulingHint
 
 WORKERS, SLOTS, GROUP, SEED = 2, 64, 8, 1
@@ -25,29 +27,36 @@ LENGTHS: dict[str, tuple[int, Callable[[random.Random], int]]] = {
 }
 
 
-def makespan(lengths: list[int], progress: Callable[[int, int], Request]) -> float:
-    """When the last trace ends; ``progress(trace, chunks so far)`` is its next request."""
-    rng, scheduler = random.Random(SEED), Scheduler()
+@dataclass(eq=False, slots=True, kw_only=True)
+class Chunk(Request):
+    """The next chunk of a trace."""
+
+    trace: int
+
+
+def makespan(lengths: list[int], make_chunk: Callable[[int, int], Chunk]) -> float:
+    """Return the end of the last trace; ``make_chunk(trace, chunks so far)`` is its next chunk."""
+    rng, scheduler, order = random.Random(SEED), Scheduler(), itertools.count()
     for worker in range(WORKERS):
         scheduler.add_worker(worker, SLOTS)
     done, now = [0] * len(lengths), 0.0
-    ends: list[tuple[float, int, int]] = []
+    ends: list[tuple[float, int, Hashable, Chunk]] = []
     for trace in range(len(lengths)):
-        scheduler.submit(progress(trace, 0))
+        scheduler.submit(make_chunk(trace, 0))
     while scheduler.num_waiting or ends:
-        for lease in scheduler.assign(now):
-            trace = int(str(lease.request.key))
-            heapq.heappush(ends, (now + rng.uniform(0.8, 1.2), lease.number, trace))
-        now, number, trace = heapq.heappop(ends)
-        scheduler.finish(number)
-        done[trace] += 1
-        if done[trace] < lengths[trace]:
-            scheduler.submit(progress(trace, done[trace]))
+        for worker, chunk in scheduler.assign():
+            end = now + rng.uniform(0.8, 1.2)
+            heapq.heappush(ends, (end, next(order), worker, cast(Chunk, chunk)))
+        now, _, worker, chunk = heapq.heappop(ends)
+        scheduler.release(worker, chunk)
+        done[chunk.trace] += 1
+        if done[chunk.trace] < lengths[chunk.trace]:
+            scheduler.submit(make_chunk(chunk.trace, done[chunk.trace]))
     return now
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     print("| lengths in chunks | traces per slot | breadth | depth | lengths known |")
     print("| --- | --- | --- | --- | --- |")
     for name, (most, draw) in LENGTHS.items():
@@ -56,14 +65,15 @@ def main() -> None:
             lengths = [draw(rng) for _ in range(WORKERS * SLOTS * ratio)]
             bound = max(sum(lengths) / (WORKERS * SLOTS), max(lengths))
 
-            def request(trace: int, chunks: int, order: str) -> Request:
+            def make_chunk(trace: int, chunks: int, order: str) -> Chunk:
                 known = float(lengths[trace]) if order == "known" else None  # noqa: B023
-                progress = SchedulingHint(None, chunks, most, known)  # noqa: B023
-                rank = rank_of(progress, "depth" if order == "depth" else "breadth")
-                return Request(trace, 1000, trace // GROUP, rank)
+                hint = SchedulingHint(None, chunks, most, known)  # noqa: B023
+                own = rank(hint, "depth" if order == "depth" else "breadth")
+                return Chunk(1000, trace // GROUP, own, trace=trace)
 
             times = [
-                makespan(lengths, lambda trace, chunks, o=order: request(trace, chunks, o)) / bound
+                makespan(lengths, lambda trace, chunks, o=order: make_chunk(trace, chunks, o))
+                / bound
                 for order in ("breadth", "depth", "known")
             ]
             print(f"| {name} | {ratio} | " + " | ".join(f"{time:.2f}" for time in times) + " |")

@@ -1,13 +1,12 @@
-"""The chunk scheduler on a cluster that is not here: simulated engines, in virtual time.
+"""Simulates the chunk scheduler on a large cluster, in virtual time.
 
     python benchmarks/simulate_rollouts.py --out docs/benchmarks/rollouts_simulated
 
 By default 512 engines with Qwen2.5-1.5B on H100, one each, and 200,000 traces of heavy-tailed
 length; every two minutes a worker dies or hangs. Service times follow from the cost model
-(docs/guide/cost.md), whose efficiencies are fitted to what the paper reports of 8 H100; with
---service they come from benchmarks/bench_rollouts.py. The makespan is compared with a bound that
-no schedule can beat: all work spread evenly over full batches without faults, or the longest trace
-alone on an engine.
+(docs/guide/cost.md), whose efficiencies are fitted to the paper's figures for 8 H100. The makespan
+is compared with a lower bound: all work spread evenly over full batches without faults, or the
+longest trace alone on an engine.
 """
 
 from __future__ import annotations
@@ -38,18 +37,16 @@ from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.memory import cache_bytes
 from delethink.cost.models import model_shape
 from delethink.cost.timing import moved_weight_bytes
-from delethink.engines.pool import rank_of
-from delethink.engines.pool_settings import PoolSettings
-from delethink.engines.scheduler import Rank
+from delethink.engines.scheduler import Rank, rank, slots
 from delethink.policy import SchedulingHint
 from delethink.training.run_directory import describe_environment
 
 MODEL, DEVICE = "Qwen/Qwen2.5-1.5B", "h100"
 SHORTEST, EXPONENT = 2500, 1.1  # of Pareto's distribution, in tokens
 QUERY, GROUP = 256, 8  # tokens; traces of a query
-DRIVER = 550e-6  # seconds of the driver for each chunk, as benchmarks/bench_driver.py measured
-MOMENTS = 100  # of a course
-SHARES = (1, 2, 4, 8)  # of the traces, what fraction is played
+DRIVER = 1.2e-3  # seconds of the driver for each chunk, as benchmarks/bench_driver.py measures
+MOMENTS = 100  # kept of a course
+SHARES = (1, 2, 4, 8)  # divisors of the number of traces
 
 
 def main() -> None:
@@ -61,13 +58,12 @@ def main() -> None:
     parser.add_argument("--batches", default="16,64", help="chunks that an engine has at a time")
     parser.add_argument("--max-chunks", type=int, default=12)
     parser.add_argument("--faults-every", type=float, default=120.0, help="seconds; 0 for none")
-    parser.add_argument("--service", type=Path, help="what bench_rollouts.py --json wrote")
     parser.add_argument("--fault-seeds", type=int, default=3, help="runs with faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="path of the .png and the .json")
     asked = parser.parse_args()
     spec = ChunkSpec(8192, 4096, asked.max_chunks)
-    times = measured_times(asked.service) if asked.service else modelled_times(spec)
+    times = modelled_times(spec)
     print(
         f"{asked.workers} workers, {asked.traces} traces of up to {spec.budget} tokens; {times}\n"
     )
@@ -97,11 +93,10 @@ def main() -> None:
 
 
 def plan(asked: argparse.Namespace) -> Iterator[tuple[int, str, float, int]]:
-    """Traces, order, seconds between faults and seed of each run with one size of batch.
+    """Yield traces, order, seconds between faults and seed of each run with one batch size.
 
-    Orders are the pool's two, "known", which knows every length from the start, and
-    "first boundary", which learns the length of a trace at the end of its first chunk, and so is
-    better informed than a guess from the tokens sampled so far.
+    Orders are the pool's two; "known", with every length known from the start; and "first
+    boundary", with the length of a trace known from the end of its first chunk.
     """
     every, seed = asked.faults_every, asked.seed
     for share in SHARES:
@@ -123,29 +118,27 @@ def run(
     faults_every: float,
     seed: int,
 ) -> dict[str, Any]:
-    """One simulation, as figures."""
+    """Return the figures of one simulation."""
     rng = np.random.default_rng(seed)
     drawn = SHORTEST * (1 - rng.random(traces)) ** (-1 / EXPONENT)
     workload = Workload(spec, np.minimum(drawn, spec.budget).astype(int).tolist(), QUERY, GROUP)
     chunks = [len(workload.chunks(length)) for length in workload.lengths]
 
-    def rank(trace: int, done: int) -> Rank:
+    def rank_of(trace: int, done: int) -> Rank:
         knows = order == "known" or (order == "first boundary" and done > 0)
         known = float(chunks[trace]) if knows else None
-        progress = SchedulingHint(None, done, spec.max_chunks, known)
-        return rank_of(progress, "depth" if order == "depth" else "breadth")
+        hint = SchedulingHint(None, done, spec.max_chunks, known)
+        return rank(hint, "depth" if order == "depth" else "breadth")
 
-    slots, surplus = PoolSettings().room(batch)
     cluster = Cluster(
         asked.workers,
         batch,
-        slots=slots,
-        surplus=surplus,
+        slots=slots(batch),
         times=times,
         driver_seconds=DRIVER,
         faults=Faults(faults_every) if faults_every else None,
     )
-    outcome = simulate(workload, cluster, rank, seed)
+    outcome = simulate(workload, cluster, rank_of, seed)
     if set(outcome.ended) != {1} or outcome.left_over:
         raise RuntimeError("a trace was lost or ended twice")
     row = {"batch": batch, "traces": traces, "order": order, "seed": seed}
@@ -154,7 +147,7 @@ def run(
 
 
 def figures(outcome: Outcome, peak: float) -> dict[str, Any]:
-    """What is kept of an outcome; ``peak`` is tokens a second with all batches full."""
+    """Return the figures of an outcome; ``peak`` is tokens per second with full batches."""
     moments = outcome.course[:: max(1, len(outcome.course) // MOMENTS)]
     rates = [
         (later.tokens - earlier.tokens) / (later.seconds - earlier.seconds) / peak
@@ -175,12 +168,12 @@ def figures(outcome: Outcome, peak: float) -> dict[str, Any]:
         "most_kept": max(m.waiting + m.in_flight for m in outcome.course),
         "seconds": [round(m.seconds, 1) for m in moments[1:]],
         "share_of_peak": [round(rate, 3) for rate in rates],
-        "going_on": [len(outcome.ended) - m.ended for m in moments[1:]],
+        "unfinished": [len(outcome.ended) - m.ended for m in moments[1:]],
     }
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     bound = max(row["bound_work"], row["bound_trace"])
     return (
         f"| {row['batch']} | {row['traces']} | {row['order']} | {row['seed']} "
@@ -191,7 +184,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def modelled_times(spec: ChunkSpec) -> ServiceTimes:
-    """Of the cost model, at the mean context of a later chunk."""
+    """Return the times of the cost model, at the mean context of a later chunk."""
     shape, device, efficiency = model_shape(MODEL), accelerator(DEVICE), Efficiency()
     context = QUERY + (spec.carryover_size + spec.context_size) / 2
     rate = device.bandwidth * efficiency.bandwidth
@@ -206,13 +199,8 @@ def modelled_times(spec: ChunkSpec) -> ServiceTimes:
     )
 
 
-def measured_times(path: Path) -> ServiceTimes:
-    """Of ``bench_rollouts.py``."""
-    return ServiceTimes(**json.loads(path.read_text(encoding="utf-8"))["service"]["fit"])
-
-
 def plot(rows: list[dict[str, Any]], workers: int, path: Path) -> None:
-    """How the largest run goes on, and how near to the bound runs of every size come."""
+    """Plot the largest run over time, and makespan / bound of all runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,14 +209,14 @@ def plot(rows: list[dict[str, Any]], workers: int, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     most = max(row["traces"] for row in rows)
     batches = sorted({row["batch"] for row in rows})
-    for place, batch in enumerate(batches):
+    for index, batch in enumerate(batches):
         whole = [r for r in rows if r["batch"] == batch and r["traces"] == most]
         for faulty, style in ((False, "-"), (True, ":")):
             some = [r for r in whole if r["order"] == "breadth" and bool(r["failures"]) == faulty]
             for row in some[:1]:
                 label = f"batch {batch}, {row['failures'] or 'no'} workers lost"
                 shares = (row["seconds"], row["share_of_peak"])
-                left.plot(*shares, style, color=f"C{place}", label=label)
+                left.plot(*shares, style, color=f"C{index}", label=label)
         for order, style in (("breadth", "-"), ("known", "--")):
             points = sorted(
                 (r["traces"] / (workers * batch), r["ratio"])
@@ -237,17 +225,17 @@ def plot(rows: list[dict[str, Any]], workers: int, path: Path) -> None:
             )
             label = f"batch {batch}, {order}"
             right.plot(
-                *zip(*points, strict=True), style, marker=".", color=f"C{place}", label=label
+                *zip(*points, strict=True), style, marker=".", color=f"C{index}", label=label
             )
         lost = [(most / (workers * batch), r["ratio"]) for r in whole if r["failures"]]
         if lost:
             label = f"batch {batch}, with faults"
-            right.plot(*zip(*lost, strict=True), "x", color=f"C{place}", label=label)
+            right.plot(*zip(*lost, strict=True), "x", color=f"C{index}", label=label)
     left.set(xlabel="virtual seconds", ylabel="tokens/s, share of full batches", ylim=(0, 1.1))
     left.set_title(f"{workers} workers, {most:,} traces, breadth", fontsize=10)
     left.legend(fontsize=7)
     right.axhline(1.05, color="black", linewidth=0.6)
-    right.set(xscale="log", xlabel="traces for each place in a batch", ylabel="makespan / bound")
+    right.set(xscale="log", xlabel="traces per slot of a batch", ylabel="makespan / bound")
     right.set_ylim(bottom=1)
     right.legend(fontsize=7)
     figure.tight_layout()

@@ -1,15 +1,15 @@
-"""The scheduler against simulated engines, in virtual time: clusters that nobody here has.
+"""Simulates the scheduler on clusters of any size, in virtual time.
 
 An engine samples a batch of chunks side by side. A step gives each of them one token and takes
 
     step_seconds + sequence_seconds * (chunks in the batch)
 
-and a prompt that enters the batch holds the others up for ``prefill_seconds`` a token, those of a
-query that the engine has seen aside. Engines fail as faults say. The driver is one process that
-hears of each chunk a round trip after it is done, and takes ``driver_seconds`` over each.
+and a prompt that enters the batch delays the others by ``prefill_seconds`` a token, except for the
+tokens of a query in its prefix cache. Engines fail as ``Faults`` describes. The driver is one
+process: a chunk reaches it a round trip after its end, and takes ``driver_seconds``.
 
-What is left out: the growth of attention within a chunk (times are those of the mean context),
-weight updates, and engines of unequal speed.
+Not simulated: the growth of attention within a chunk (times are those of the mean context), weight
+updates, and engines of unequal speed.
 """
 
 from __future__ import annotations
@@ -24,48 +24,47 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from delethink.chunking import ChunkSpec
-from delethink.engines.scheduler import Lease, Rank, Request, Scheduler
+from delethink.engines.scheduler import Rank, Request, Scheduler
 from delethink.errors import ConfigError
 
-_TOLERANCE = 1e-6  # of a token, for sums of floating point
-_CACHED_QUERIES = 4096  # of an engine
+_TOLERANCE_TOKENS = 1e-6  # for rounding errors
+_CACHED_QUERIES = 4096  # in the prefix cache of an engine
 
 
 @dataclass(frozen=True)
 class ServiceTimes:
-    """How long an engine takes; all in seconds."""
+    """Service times of an engine, in seconds."""
 
-    step_seconds: float  # of a step, whatever the batch
-    sequence_seconds: float  # of a step, for each chunk in the batch
-    prefill_seconds: float  # of a prompt token
+    step_seconds: float  # per step, for any batch
+    sequence_seconds: float  # per step and chunk in the batch
+    prefill_seconds: float  # per prompt token
 
     def step(self, batch: int) -> float:
-        """Of one step."""
+        """Return the seconds of one step."""
         return self.step_seconds + self.sequence_seconds * batch
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens to workers, at random times."""
+    """Failures of workers at random times, in seconds."""
 
-    every: float  # mean seconds between two, anywhere in the cluster
-    hang_share: float = 0.5  # the others die, which Ray tells at once
-    silence_timeout: float = 15.0  # seconds until the chunks of one that hangs go to others
-    hang_timeout: float = 120.0  # seconds until it is given up
-    restart: float = 90.0  # seconds from there until the worker is back
+    every: float  # mean time between two failures in the cluster
+    hang_share: float = 0.5  # share of hangs; the other workers die
+    heartbeat_timeout: float = 15.0  # until the chunks of a hanging worker go to others
+    hang_timeout: float = 120.0  # until a hanging worker is restarted
+    restart: float = 90.0  # duration of a restart
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What samples."""
+    """Workers, and the driver that gives them chunks."""
 
     num_workers: int
-    batch_size: int  # chunks that an engine samples side by side
-    slots: int  # chunks that a worker has at a time
+    batch_size: int  # chunks that an engine samples at once
+    slots: int  # chunks that a worker holds
     times: ServiceTimes
-    surplus: int = 0  # more that it has while many wait
-    round_trip: float = 0.01  # seconds from a chunk's end to the next one's arrival
-    driver_seconds: float = 0.0  # of the driver, for each chunk
+    round_trip: float = 0.01  # seconds from a chunk's end to the arrival of the next
+    driver_seconds: float = 0.0  # driver time per chunk
     faults: Faults | None = None
 
     def __post_init__(self) -> None:
@@ -76,12 +75,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is sampled: traces of these lengths, which the scheduler does not know."""
+    """Traces of given lengths, unknown to the scheduler."""
 
     spec: ChunkSpec
     lengths: Sequence[int]
     query_tokens: int
-    group_size: int = 1  # this many traces in a row are of one query
+    group_size: int = 1  # traces of one query, in a row
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -93,7 +92,7 @@ class Workload:
             )
 
     def chunks(self, length: int) -> list[tuple[int, int]]:
-        """(prompt tokens beside the query, new tokens) of each chunk of a trace."""
+        """Return (prompt tokens beside the query, new tokens) of each chunk of a trace."""
         carried, size = 0, self.spec.context_size
         found = []
         while length > 0:
@@ -106,10 +105,10 @@ class Workload:
 
 
 class Moment(NamedTuple):
-    """The cluster at one time."""
+    """State of the cluster at one time."""
 
     seconds: float
-    tokens: int  # sampled and returned until then
+    tokens: int  # sampled and returned so far
     ended: int  # traces
     waiting: int  # chunks
     in_flight: int
@@ -118,34 +117,34 @@ class Moment(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What came out of a simulation. Seconds are virtual but for ``scheduler_seconds``."""
+    """Results of a simulation. Seconds are virtual, except for ``scheduler_seconds``."""
 
     makespan: float = 0.0
-    bound_work: float = 0.0  # no schedule is shorter: all work spread evenly over full batches
-    bound_trace: float = 0.0  # nor than this: the longest trace alone on an engine
+    bound_work: float = 0.0  # lower bound: all work spread evenly over full batches
+    bound_trace: float = 0.0  # lower bound: the longest trace alone on an engine
     completions: int = 0  # chunks
-    scheduler_seconds: float = 0.0  # of this machine's processor
+    scheduler_seconds: float = 0.0  # CPU time on this machine
     driver_busy: float = 0.0
     rescheduled: int = 0  # chunks that were lost with a worker and sampled again
     failures: int = 0
-    query_hits: int = 0  # chunks that went where their query had been seen
-    ended: list[int] = field(default_factory=list)  # times that each trace has ended: 1
-    left_over: int = 0  # entries in the scheduler after the end: 0
+    query_hits: int = 0  # chunks whose query was in the prefix cache
+    ended: list[int] = field(default_factory=list)  # ends of each trace; 1 if all is right
+    left_over: int = 0  # chunks in the scheduler after the end; 0 if all is right
     course: list[Moment] = field(default_factory=list)
 
     @property
     def lower_bound(self) -> float:
-        """Seconds below which no schedule can be."""
+        """Return the larger of the two lower bounds."""
         return max(self.bound_work, self.bound_trace)
 
     @property
     def ratio(self) -> float:
-        """Of the makespan to the lower bound."""
+        """Return makespan / lower bound."""
         return self.makespan / self.lower_bound
 
     @property
     def completions_per_second(self) -> float:
-        """That the scheduler could take part in on this machine."""
+        """Return the chunks per second of the scheduler alone on this machine."""
         return self.completions / self.scheduler_seconds
 
 
@@ -156,32 +155,32 @@ def simulate(
     seed: int = 0,
     sample_every: float = 1.0,
 ) -> Outcome:
-    """Plays a workload to its end.
+    """Simulate a workload to its end.
 
     Args:
         workload: the traces.
         cluster: the workers.
-        rank: what is sampled first, from the place of a trace and the number of its chunks so far.
-        seed: of faults.
-        sample_every: seconds between two moments of the course.
+        rank: rank of a chunk, from the index of its trace and the number of chunks before it.
+        seed: seed of the faults.
+        sample_every: seconds between two entries of ``Outcome.course``.
     """
     return _Simulation(workload, cluster, rank, seed, sample_every).run()
 
 
 class _Engine:
-    """One engine; its clock counts the tokens that each chunk of its batch has got."""
+    """One engine; its clock counts the tokens of each chunk of its batch."""
 
     def __init__(self, times: ServiceTimes, batch_size: int) -> None:
-        self.version = 0  # of the next end: older ones are void
+        self.version = 0  # of the next end; ends of older versions are void
         self.failed = False
         self._times, self._batch_size = times, batch_size
         self._clock, self._updated, self._stalled = 0.0, 0.0, 0.0
-        self._batch: list[tuple[float, int]] = []  # heap of (clock at the end, lease)
+        self._batch: list[tuple[float, int]] = []  # heap of (clock at the end, chunk)
         self._queue: deque[tuple[int, int, int]] = deque()
         self._queries: OrderedDict[int, None] = OrderedDict()
 
-    def saw(self, query: int) -> bool:
-        """Whether the query is in the prefix cache, where it is afterwards."""
+    def look_up(self, query: int) -> bool:
+        """Return whether the query is in the prefix cache, and cache it."""
         seen = query in self._queries
         self._queries[query] = None
         self._queries.move_to_end(query)
@@ -189,16 +188,16 @@ class _Engine:
             self._queries.popitem(last=False)
         return seen
 
-    def add(self, now: float, lease: int, new: int, prompt: int) -> None:
+    def add(self, now: float, chunk: int, new: int, prompt: int) -> None:
         self._advance(now)
-        self._queue.append((lease, new, prompt))
+        self._queue.append((chunk, new, prompt))
         self._admit()
 
     def take(self, now: float) -> list[int]:
-        """The leases that have ended by now."""
+        """Return the chunks that have ended by now."""
         self._advance(now)
         ended = []
-        while self._batch and self._batch[0][0] <= self._clock + _TOLERANCE:
+        while self._batch and self._batch[0][0] <= self._clock + _TOLERANCE_TOKENS:
             ended.append(heapq.heappop(self._batch)[1])
         self._admit()
         return ended
@@ -218,9 +217,16 @@ class _Engine:
 
     def _admit(self) -> None:
         while self._queue and len(self._batch) < self._batch_size:
-            lease, new, prompt = self._queue.popleft()
-            heapq.heappush(self._batch, (self._clock + new, lease))
+            chunk, new, prompt = self._queue.popleft()
+            heapq.heappush(self._batch, (self._clock + new, chunk))
             self._stalled += prompt * self._times.prefill_seconds
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Chunk(Request):
+    trace: int
+    number: int = 0
+    worker: int = 0
 
 
 class _Simulation:
@@ -237,7 +243,8 @@ class _Simulation:
         self.random = random.Random(seed)
         self.scheduler = Scheduler()
         self.engines: dict[int, _Engine] = {}
-        self.lives = itertools.count()
+        self.lives, self.numbers = itertools.count(), itertools.count()
+        self.in_flight: dict[int, _Chunk] = {}  # by number, the oldest first
         self.events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self.order = itertools.count()
         self.driver_free = 0.0
@@ -257,19 +264,19 @@ class _Simulation:
         self.assign(0.0)
         if cluster.faults is not None:
             self.later(self.random.expovariate(1 / cluster.faults.every), self.fail)
-        self.later(0.0, self.look)
+        self.later(0.0, self.record)
         while self.num_ended < len(self.remaining):
             now, _, act, arguments = heapq.heappop(self.events)
             act(now, *arguments)
         outcome.makespan = now
-        self.look(now)
-        outcome.left_over = self.scheduler.num_waiting + self.scheduler.num_in_flight
+        self.record(now)
+        outcome.left_over = self.scheduler.num_waiting + len(self.in_flight)
         return outcome
 
     def later(self, when: float, act: Callable[..., None], *arguments: object) -> None:
         heapq.heappush(self.events, (when, next(self.order), act, arguments))
 
-    def look(self, now: float) -> None:
+    def record(self, now: float) -> None:
         scheduler = self.scheduler
         self.outcome.course.append(
             Moment(
@@ -277,11 +284,11 @@ class _Simulation:
                 self.tokens,
                 self.num_ended,
                 scheduler.num_waiting,
-                scheduler.num_in_flight,
+                len(self.in_flight),
                 len(self.engines),
             )
         )
-        self.later(now + self.sample_every, self.look)
+        self.later(now + self.sample_every, self.record)
 
     # -- the driver ----------------------------------------------------------------------------
 
@@ -289,37 +296,38 @@ class _Simulation:
         spec, done = self.workload.spec, self.chunks[trace]
         tokens = self.workload.query_tokens + spec.context_size
         query = trace // self.workload.group_size
-        self.scheduler.submit(Request(trace, tokens, query, self.rank(trace, done)))
+        self.scheduler.submit(_Chunk(tokens, query, self.rank(trace, done), trace=trace))
 
     def assign(self, now: float) -> None:
         began = time.thread_time()
-        leases = self.scheduler.assign(now)
+        assigned = list(self.scheduler.assign())
         self.outcome.scheduler_seconds += time.thread_time() - began
-        touched: dict[int, None] = {}
-        for lease in leases:
-            self.give(now, lease)
-            touched[cast(int, lease.worker)] = None
-        for worker in touched:
-            self.expect(worker)
+        workers: dict[int, None] = {}
+        for worker, chunk in assigned:
+            self.start_chunk(now, cast(int, worker), cast(_Chunk, chunk))
+            workers[cast(int, worker)] = None
+        for worker_number in workers:
+            self.schedule_end(worker_number)
 
-    def hear(self, now: float, worker: int, numbers: list[int]) -> None:
-        """The driver is told of chunks."""
+    def receive(self, now: float, worker: int, numbers: list[int]) -> None:
+        """Take completed chunks in."""
         if now < self.driver_free:
-            self.later(self.driver_free, self.hear, worker, numbers)
+            self.later(self.driver_free, self.receive, worker, numbers)
             return
         busy = self.cluster.driver_seconds * len(numbers)
         self.driver_free = now + busy
         self.outcome.driver_busy += busy
         began = time.thread_time()
         for number in numbers:
-            lease = self.scheduler.finish(number)
-            if lease is not None:
-                self.go_on(cast(int, lease.request.key))
+            chunk = self.in_flight.pop(number, None)
+            if chunk is not None:  # else it was rescheduled
+                self.scheduler.release(worker, chunk)
+                self.complete(chunk.trace)
         self.outcome.scheduler_seconds += time.thread_time() - began
         self.assign(now)
 
-    def go_on(self, trace: int) -> None:
-        """A chunk of a trace is done."""
+    def complete(self, trace: int) -> None:
+        """Continue a trace after a chunk."""
         _, new = self.next_chunk(trace)
         self.outcome.completions += 1
         self.tokens += new
@@ -332,7 +340,7 @@ class _Simulation:
             self.num_ended += 1
 
     def next_chunk(self, trace: int) -> tuple[int, int]:
-        """Carried and new tokens of the chunk that a trace samples next."""
+        """Return the carried and new tokens of the next chunk of a trace."""
         spec = self.workload.spec
         carried = spec.carryover_size if self.chunks[trace] else 0
         return carried, min(self.remaining[trace], spec.context_size - carried)
@@ -343,18 +351,20 @@ class _Simulation:
         worker = next(self.lives)
         self.engines[worker] = _Engine(self.cluster.times, self.cluster.batch_size)
         self.engines[worker].take(now)
-        self.scheduler.add_worker(worker, self.cluster.slots, self.cluster.surplus)
+        self.scheduler.add_worker(worker, self.cluster.slots)
 
-    def give(self, now: float, lease: Lease) -> None:
-        engine, trace = self.engines[cast(int, lease.worker)], cast(int, lease.request.key)
+    def start_chunk(self, now: float, worker: int, chunk: _Chunk) -> None:
+        engine, trace = self.engines[worker], chunk.trace
+        chunk.number, chunk.worker = next(self.numbers), worker
+        self.in_flight[chunk.number] = chunk
         carried, new = self.next_chunk(trace)
-        if engine.saw(trace // self.workload.group_size):
+        if engine.look_up(trace // self.workload.group_size):
             self.outcome.query_hits += 1
         else:
             carried += self.workload.query_tokens
-        engine.add(now, lease.number, new, carried)
+        engine.add(now, chunk.number, new, carried)
 
-    def expect(self, worker: int) -> None:
+    def schedule_end(self, worker: int) -> None:
         engine = self.engines[worker]
         engine.version += 1
         end = engine.next_end()
@@ -362,13 +372,13 @@ class _Simulation:
             self.later(end, self.end, worker, engine.version)
 
     def end(self, now: float, worker: int, version: int) -> None:
-        """The next chunk of an engine is done, if nothing has changed since."""
+        """End the next chunk of an engine, unless something has changed since."""
         engine = self.engines.get(worker)
         if engine is None or engine.failed or engine.version != version:
             return
         if numbers := engine.take(now):
-            self.later(now + self.cluster.round_trip, self.hear, worker, numbers)
-        self.expect(worker)
+            self.later(now + self.cluster.round_trip, self.receive, worker, numbers)
+        self.schedule_end(worker)
 
     def fail(self, now: float) -> None:
         faults = self.cluster.faults
@@ -382,22 +392,32 @@ class _Simulation:
         self.outcome.failures += 1
         hangs = self.random.random() < faults.hang_share
         if hangs:
-            self.later(now + min(faults.silence_timeout, faults.hang_timeout), self.suspect, worker)
+            self.later(
+                now + min(faults.heartbeat_timeout, faults.hang_timeout),
+                self.miss_heartbeat,
+                worker,
+            )
         self.later(now + (faults.hang_timeout if hangs else 1.0), self.lose, worker)
 
-    def suspect(self, now: float, worker: int) -> None:
-        """The driver has not heard of a worker for a while."""
+    def miss_heartbeat(self, now: float, worker: int) -> None:
+        """Reschedule the chunks of a worker that has not answered for a while."""
         self.scheduler.pause(worker)
-        for lease in reversed(self.scheduler.leases(worker)):
-            self.scheduler.give_back(lease.number)
-            self.outcome.rescheduled += 1
+        self.reschedule(worker)
         self.assign(now)
 
+    def reschedule(self, worker: int) -> None:
+        for chunk in reversed([c for c in self.in_flight.values() if c.worker == worker]):
+            del self.in_flight[chunk.number]
+            self.scheduler.release(worker, chunk)
+            self.scheduler.submit(chunk, first=True)
+            self.outcome.rescheduled += 1
+
     def lose(self, now: float, worker: int) -> None:
-        """The driver notices that a worker has failed."""
+        """Notice a failed worker."""
         assert self.cluster.faults is not None
         del self.engines[worker]
-        self.outcome.rescheduled += len(self.scheduler.remove_worker(worker))
+        self.reschedule(worker)
+        self.scheduler.remove_worker(worker)
         self.later(now + self.cluster.faults.restart, self.come_back)
         self.assign(now)
 
@@ -407,11 +427,11 @@ class _Simulation:
 
 
 def bounds(workload: Workload, cluster: Cluster) -> tuple[float, float]:
-    """Seconds below which no schedule without faults can be.
+    """Return lower bounds of the makespan of any schedule without faults.
 
     Returns:
-        All work spread evenly over workers whose batches are full, each query encoded once; and the
-        longest trace alone on an engine.
+        Seconds for all work spread evenly over full batches, with each query encoded once; and for
+        the longest trace alone on an engine.
     """
     times, batch = cluster.times, cluster.batch_size
     carried = sum(c for n in workload.lengths for c, _ in workload.chunks(n))

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 from delethink.config import EngineConfig
 from delethink.engines.base import EngineCounts, WorkerHandle, WorkerState
-from delethink.engines.scheduler import Request, Scheduler, rank
+from delethink.engines.scheduler import Request, Scheduler, rank, slots
 from delethink.errors import (
     ConfigError,
     DeadlineError,
@@ -47,7 +47,6 @@ _STOP_TIMEOUT_S = 10.0
 _METRICS_TIMEOUT_S = 1.0
 _PACE_WINDOW_CHUNKS = 32  # over which the pace of a worker is smoothed
 _MIN_PACE_CHUNKS = 8  # sampled by a worker before its pace counts
-_SLOT_MARGIN = 4  # a worker has slots for its batch and 1/4 more
 
 
 class _RetryError(Exception):
@@ -447,8 +446,9 @@ class WorkerPool:
         await self._load_current_weights(handle)
         worker.start_life(state, asyncio.get_running_loop().time())
         self.max_model_tokens = state.max_model_tokens
-        slots = state.batch_size + max(1, state.batch_size // _SLOT_MARGIN)
-        self._scheduler.add_worker(worker, self._config.chunks_per_engine or slots)
+        self._scheduler.add_worker(
+            worker, self._config.chunks_per_engine or slots(state.batch_size)
+        )
         if self._unsound or not self._awake.is_set():
             self._pause(worker)
         worker.health = self._spawn(self._check_health(worker, handle))

@@ -203,6 +203,11 @@ def _pop(queues: dict[Hashable, deque[Request]], home: Hashable) -> Request | No
     return None
 
 
+def slots(batch_size: int) -> int:
+    """Return the chunks that a worker holds: its batch and a quarter more."""
+    return batch_size + max(1, batch_size // 4)
+
+
 def rank(hint: SchedulingHint, order: Literal["breadth", "depth"]) -> Rank:
     """Return the rank of a chunk: batches in order, then the trace with most chunks to come.
 

@@ -47,7 +47,7 @@ def test_one_chunk_takes_its_prompt_and_its_tokens() -> None:
     assert done.lower_bound == pytest.approx(done.makespan)
 
 
-def test_a_trace_goes_on_from_boundary_to_boundary() -> None:
+def test_a_trace_continues_from_boundary_to_boundary() -> None:
     done = simulate(Workload(SPEC, [175], 20), cluster(1, round_trip=0.5), breadth)
     prompts = 20 + 50 + 50  # the query is in the cache from the second chunk on
     assert done.completions == 3
@@ -73,15 +73,15 @@ def test_a_batch_shares_its_engine() -> None:
     number=st.integers(1, 60),
     workers=st.integers(1, 5),
     batch=st.integers(1, 6),
-    surplus=st.integers(0, 3),
+    margin=st.integers(0, 3),
     seed=st.integers(0, 1000),
     faulty=st.booleans(),
 )
 def test_every_trace_ends_once_and_no_schedule_beats_the_bound(
-    number: int, workers: int, batch: int, surplus: int, seed: int, faulty: bool
+    number: int, workers: int, batch: int, margin: int, seed: int, faulty: bool
 ) -> None:
     faults = Faults(every=3.0, hang_timeout=2.0, restart=1.0) if faulty else None
-    some = cluster(workers, batch, slots=batch + surplus, faults=faults)
+    some = cluster(workers, batch, slots=batch + margin, faults=faults)
     work = Workload(SPEC, lengths(number, seed), 20, group_size=4)
     done = simulate(work, some, breadth, seed)
     assert done.ended == [1] * number
