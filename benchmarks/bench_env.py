@@ -1,8 +1,10 @@
-"""How many steps a second the environments take in one process on one core, and their memory.
+"""Steps per second and memory of the environments, in one process on one core.
 
-Run it with ``python benchmarks/bench_env.py``; it prints two tables. Steps are taken on the bare
-environment and through ``gymnasium.make``, whose wrappers check every call; the ratio to a step of
-Gymnasium's own CartPole says what the figures owe to the machine. Actions are made beforehand.
+    python benchmarks/bench_env.py
+
+The benchmark prints two tables. It steps the bare environment and the one of ``gymnasium.make``,
+whose wrappers check every call. The ratio to Gymnasium's CartPole removes the speed of the machine.
+Actions are created beforehand.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ QUERY = 200
 
 
 class Words:
-    """A tokenizer of as many tokens as a small language model's; its text does not matter."""
+    """Tokenizer with the vocabulary size of a small language model and empty texts."""
 
     chat_template = None
     eos_token_id = EOS
@@ -44,7 +46,7 @@ class Words:
 
 
 class Question:
-    """One problem for ever."""
+    """Task with a single problem."""
 
     def problem(self, split: str, index: int) -> Problem:
         return Problem("?", "42")
@@ -54,7 +56,7 @@ LARGE = {"task": Question(), "tokenizer": Words(), "max_query_tokens": 2048, **S
 
 
 def run(env: Any, actions: Callable[[int], Any], steps: int) -> float:
-    """Steps a second; episodes that end begin anew."""
+    """Return steps per second. Episodes restart at their end."""
     env.reset(seed=0)
     began = time.perf_counter()
     for i in range(steps):
@@ -64,13 +66,13 @@ def run(env: Any, actions: Callable[[int], Any], steps: int) -> float:
 
 
 def rates(make: Callable[[], Any], actions: Callable[[int], Any], steps: int) -> tuple[float, ...]:
-    """The median and the lowest of several runs."""
+    """Return the median and the minimum of several runs."""
     found = [run(make(), actions, steps) for _ in range(REPEATS)]
     return statistics.median(found), min(found)
 
 
 def full_chunks() -> Callable[[int], Any]:
-    """Chunks as a model would fill them: C tokens, then C - m each, as arrays."""
+    """Return full chunks as arrays: C tokens, then C - m each."""
     rng = np.random.default_rng(0)
     first, later = SIZES["context_size"], SIZES["context_size"] - SIZES["carryover_size"]
     chunks = [rng.integers(0, EOS, first), *(rng.integers(0, EOS, later) for _ in range(22))]
@@ -78,7 +80,7 @@ def full_chunks() -> Callable[[int], Any]:
 
 
 def tokens(vocabulary: int) -> Callable[[int], Any]:
-    """Random tokens other than the end, which are 0, 1 (EOS) and so on by default."""
+    """Return random tokens other than EOS and padding."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(2, vocabulary - 1, 4096)
     return lambda i: drawn[i % 4096]
@@ -121,7 +123,7 @@ def print_speed(scale: float) -> None:
 
 
 def memory(keep_trace: bool, chunks: int) -> int:
-    """Bytes that Python and NumPy hold after so many full chunks of one episode."""
+    """Return the bytes held by Python and NumPy after ``chunks`` full chunks of one episode."""
     env = made(
         "delethink/Thinking-v0", False, **{**LARGE, "max_chunks": chunks + 2}, keep_trace=keep_trace
     )
@@ -146,7 +148,7 @@ def print_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=float, default=1.0, help="fewer or more steps of each case")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of steps")
     print_speed(parser.parse_args().scale)
     print_memory()
 

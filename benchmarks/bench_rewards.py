@@ -1,13 +1,12 @@
-"""How fast rewards are: the pool of verifiers against math-verify called directly.
+"""Speed of rewards: the verifier pool against direct calls of math-verify.
 
     python benchmarks/bench_rewards.py [--calls 2000] [--processes 2] [--rounds 3]
 
-All sides get the same answers and as many processes, in a plain ``multiprocessing.Pool`` or ours.
-Directly means what a script would do: parse the gold answer and the text and verify them, with
-math-verify's own time-outs off. "Ours, plain" is our function in the plain pool: the difference to
-it is what limits and killing cost. The answers are boxed ones of the corpus in tests/data, after a
-paragraph of working; starting the processes is not counted. A last line says how long the event
-loop of a sampler is held up while rewards are computed.
+All variants use the same answers and the same number of processes. "Direct" parses and verifies
+the answers in a ``multiprocessing.Pool``, without math-verify's timeouts. "Reward, plain pool" calls
+the library's reward in the same pool; the difference to the verifier pool is the cost of limits.
+Answers are boxed ones of the corpus in tests/data after a paragraph of working. Starting the
+processes is not counted. The last line is the delay of the event loop while rewards are computed.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ WORKING = (
 
 
 def cases(number: int, distinct: bool) -> list[tuple[str, str]]:
-    """(answer text, gold answer) of ordinary size; all different where ``distinct``."""
+    """Return (answer text, gold answer) pairs, all different with ``distinct``."""
     rows = [json.loads(line) for line in DATA.read_text("utf-8").splitlines()]
-    said = [
+    answers = [
         (row["text"].partition("</think>")[2], row["answer"])
         for row in rows
         if "</think>\\boxed{" in row.get("text", "") and len(row["text"]) < 100
     ]
-    chosen = [said[i % len(said)] for i in range(number)]
-    if distinct:  # another number in each, so that no cache helps
+    chosen = [answers[i % len(answers)] for i in range(number)]
+    if distinct:  # a different number in each, so that no cache applies
         chosen = [(a.replace("}", f"+{i}}}", 1), f"{g}+{i}") for i, (a, g) in enumerate(chosen)]
     return [(WORKING + answer, gold) for answer, gold in chosen]
 
 
-def directly(case: tuple[str, str]) -> float:
+def direct(case: tuple[str, str]) -> float:
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -59,7 +58,7 @@ def directly(case: tuple[str, str]) -> float:
     return float(verify(expected, parse(text, parsing_timeout=None), timeout_seconds=None))
 
 
-def ours(case: tuple[str, str]) -> float:
+def reward(case: tuple[str, str]) -> float:
     return math_equal(f"</think>{case[0]}", case[1])
 
 
@@ -73,7 +72,7 @@ def seconds_plain(
         return time.perf_counter() - began
 
 
-def seconds_here(work: list[tuple[str, str]], processes: int) -> float:
+def seconds_pool(work: list[tuple[str, str]], processes: int) -> float:
     with VerifierPool(VerifierSettings(num_verifiers=processes)) as pool:
         warm = [pool.submit(math_equal, {"text": "</think>1", "answer": "1"}) for _ in range(16)]
         assert all(future.result().status == "ok" for future in warm)
@@ -86,14 +85,15 @@ def seconds_here(work: list[tuple[str, str]], processes: int) -> float:
         return time.perf_counter() - began
 
 
-async def held_up(work: list[tuple[str, str]], processes: int) -> list[float]:
-    """Milliseconds that a turn of the loop took beyond the millisecond asked for."""
+async def loop_delays(work: list[tuple[str, str]], processes: int) -> list[float]:
+    """Return the delays of the event loop in ms, sorted."""
     attempts = [
         Attempt(Problem("q", gold), f"</think>{text}", TraceStop.COMPLETED, 1, 1, 1, 1)
         for text, gold in work
     ]
-    reward = Reward("math", math_equal)
-    with Scorer([reward], settings=VerifierSettings(num_verifiers=processes)) as scorer:
+    with Scorer(
+        [Reward("math", math_equal)], settings=VerifierSettings(num_verifiers=processes)
+    ) as scorer:
         await scorer.score(attempts[:16])
         scoring = [asyncio.ensure_future(scorer.parts(attempt)) for attempt in attempts]
         turns = []
@@ -111,15 +111,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     print(f"{given.calls} verifications, {given.processes} processes, median of {given.rounds}\n")
-    columns = ("directly", "ours, plain", "pool", "pool / directly", "pool / ours, plain")
-    print(f"{'a second':<16}" + "".join(f"{column:>20}" for column in columns))
+    columns = ("direct", "reward, plain pool", "verifier pool", "pool / direct", "pool / plain")
+    print(f"{'per second':<16}" + "".join(f"{column:>20}" for column in columns))
     for name, distinct in (("as they come", False), ("all different", True)):
         work = cases(given.calls, distinct)
-        rounds = [  # side by side, so that all see the same machine
+        rounds = [  # interleaved, so that all variants see the same load
             (
-                seconds_plain(directly, work, given.processes),
-                seconds_plain(ours, work, given.processes),
-                seconds_here(work, given.processes),
+                seconds_plain(direct, work, given.processes),
+                seconds_plain(reward, work, given.processes),
+                seconds_pool(work, given.processes),
             )
             for _ in range(given.rounds)
         ]
@@ -127,9 +127,9 @@ def main() -> None:
         ratios = [statistics.median(r[i] / r[2] for r in rounds) for i in range(2)]
         shown = [f"{speed:>20.0f}" for speed in speeds] + [f"{ratio:>20.2f}" for ratio in ratios]
         print(f"{name:<16}" + "".join(shown))
-    turns = asyncio.run(held_up(cases(given.calls, True), given.processes))
+    turns = asyncio.run(loop_delays(cases(given.calls, True), given.processes))
     print(
-        f"\nthe event loop was held up, in ms: median {statistics.median(turns):.2f}, "
+        f"\ndelay of the event loop in ms: median {statistics.median(turns):.2f}, "
         f"99 % {turns[int(0.99 * len(turns))]:.2f}, longest {turns[-1]:.2f}"
     )
 

@@ -1,4 +1,4 @@
-"""How long the library takes to load and the command to answer, against a bare interpreter.
+"""Start-up time and memory of the library and its command, against a bare interpreter.
 
 Run it with ``python benchmarks/bench_startup.py``; it prints a small table.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from typing import NamedTuple
 
-RUNS, RUNS_OF_HEAVY = 10, 3  # what loads torch takes long
+RUNS, HEAVY_RUNS = 10, 3  # commands loading torch take long
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import delethink": ["-c", "import delethink"],
@@ -29,20 +29,20 @@ HEAVY = {
 }
 
 
-class Taken(NamedTuple):
+class Usage(NamedTuple):
     """Medians over fresh interpreters."""
 
     seconds: float
-    mib: float  # of memory, at most
+    mib: float  # peak memory
 
 
-def measure(arguments: list[str], runs: int) -> Taken:
-    """The first run, which warms the disk cache, does not count."""
+def measure(arguments: list[str], runs: int) -> Usage:
+    """Return medians without the first run, which warms the disk cache."""
     found = [run(arguments) for _ in range(runs + 1)][1:]
-    return Taken(*map(statistics.median, zip(*found, strict=True)))
+    return Usage(*map(statistics.median, zip(*found, strict=True)))
 
 
-def run(arguments: list[str]) -> Taken:
+def run(arguments: list[str]) -> Usage:
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *arguments], stdout=subprocess.DEVNULL
@@ -51,18 +51,18 @@ def run(arguments: list[str]) -> Taken:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"python {' '.join(arguments)} ended with {process.returncode}")
-    return Taken(time.perf_counter() - began, usage.ru_maxrss / 1024)
+    return Usage(time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
 def main() -> None:
     found = {
-        name: measure(command, RUNS_OF_HEAVY if name in HEAVY else RUNS)
+        name: measure(command, HEAVY_RUNS if name in HEAVY else RUNS)
         for name, command in (COMMANDS | HEAVY).items()
     }
     bare = next(iter(found.values())).seconds
     print(f"{'medians':<34}{'seconds':>9}{'ratio':>8}{'MiB':>8}")
-    for name, taken in found.items():
-        print(f"{name:<34}{taken.seconds:>9.3f}{taken.seconds / bare:>8.1f}{taken.mib:>8.0f}")
+    for name, used in found.items():
+        print(f"{name:<34}{used.seconds:>9.3f}{used.seconds / bare:>8.1f}{used.mib:>8.0f}")
 
 
 if __name__ == "__main__":

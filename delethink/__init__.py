@@ -1,11 +1,11 @@
-"""Delethink: reinforcement learning in which a language model thinks in chunks with context resets.
+"""Reinforcement learning of language models that think in chunks with context resets.
 
-The core, in reading order; what is heavier lives in rooms of its own (``delethink.envs``,
-``delethink.rewards``, ``delethink.engines``, ``delethink.training``, ``delethink.evaluation``) and
-is imported from there. Importing this package loads the standard library only.
+The names below are the core, in reading order. The other packages are imported on their own:
+``delethink.envs``, ``delethink.rewards``, ``delethink.engines``, ``delethink.training`` and
+``delethink.evaluation``. Importing this package loads the standard library only.
 """
 
-from delethink.carryover import Ask, Boundary, Carryover
+from delethink.carryover import Ask, Boundary, CarriedLength, Carryover
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import (
     ActionError,
@@ -41,7 +41,7 @@ from delethink.types import (
 __version__ = "0.1.0"
 
 __all__ = [
-    # types: every noun
+    # data types
     "TokenIds",
     "StopReason",
     "ChunkRole",
@@ -49,21 +49,22 @@ __all__ = [
     "Problem",
     "Chunk",
     "Trace",
-    # rule: how thinking is cut into chunks
+    # chunking: sizes, policies and states of chunked thinking
     "ChunkSpec",
     "ThinkingState",
     "start",
-    # carryover and boundary: what goes over a boundary, and where one falls early
+    # carryover policies and early boundaries
     "Carryover",
+    "CarriedLength",
     "Ask",
     "Boundary",
-    # policy: anything that continues a prompt
+    # policies and sampling parameters
     "Policy",
     "Sampling",
     "SchedulingHint",
     "Completion",
     "ScriptedPolicy",
-    # rollout: plays traces
+    # rollouts
     "run_rollout",
     "run_rollouts",
     "derive_seed",

@@ -24,8 +24,8 @@ SCORING = {"tasks", "scoring"}
 # of no other row: the library reaches them by registered name.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "types": {"errors"},
-    "tokens": NOUNS,
+    "types": {"errors", "tokens"},
+    "tokens": {"errors"},  # types use its arrays
     "tokenization": NOUNS | {"tokens"},
     "carryover": NOUNS | {"tokenization", "tokens"},  # some policies read text
     "chunking": NOUNS | {"tokenization", "tokens", "carryover"},

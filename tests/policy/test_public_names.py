@@ -1,4 +1,4 @@
-"""What ``delethink`` offers is what it says it offers."""
+"""``delethink.__all__`` lists exactly the public names."""
 
 from __future__ import annotations
 
