@@ -1,12 +1,12 @@
-"""Predicted against measured seconds of sampling and training on this machine, for both methods.
+"""Predicted against measured seconds of sampling and training on this machine.
 
     python benchmarks/bench_cost.py [--rounds 3] [--traces 16] [--threads 1] [--seed 0]
 
-A model of the toy reasoner's shape, with random weights, thinks for exactly as many tokens as it is
-told, at six lengths, as LongCoT and with Delethink: through the in-process engine and through the
-trainer. Efficiencies are fitted to two of the lengths, as ``delethink cost --calibrate`` does, and
-the table holds the prediction against the measurement at all six. Every figure is the shortest of
-the rounds, which go over all settings in turn: whatever else the machine does can only add to it.
+A model in the shape of the toy reasoner, with random weights, thinks for a fixed number of tokens,
+as LongCoT and with Delethink. The in-process engine samples, and the trainer trains. Efficiencies
+are fitted to two of six lengths, as in ``delethink cost --calibrate``. The table compares
+prediction and measurement at all six. Each figure is the minimum over rounds that alternate between
+the settings, because other load can only add time.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ FORWARD_TOKENS = 4096
 
 
 class Setting(NamedTuple):
-    """A method at a length of thinking."""
+    """A method at one thinking length."""
 
     method: str
     tokens: int
 
     @property
     def spec(self) -> ChunkSpec:
-        """The rule whose budget is just that length."""
+        """Chunk spec with this budget."""
         if self.method == "LongCoT":
             return ChunkSpec.longcot(self.tokens)
         chunks = 1 + (self.tokens - CONTEXT) // (CONTEXT - CARRYOVER)
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--traces", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1, help="one leaves the rest to others")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def make_model() -> PreTrainedModel:
-    """The toy's shape, its weights drawn anew, and room for the longest context."""
+    """Return the toy reasoner with random weights and a window for the longest context."""
     model = load_model("toy", "float32", False)
     config = type(model.config).from_dict(
         model.config.to_dict() | {"max_position_embeddings": QUERY + max(LENGTHS) + 1}
@@ -100,7 +100,7 @@ def make_model() -> PreTrainedModel:
 
 
 def sample(model: PreTrainedModel, setting: Setting, count: int) -> tuple[float, list[Trace]]:
-    """Seconds of sampling, and the traces; no token ends one."""
+    """Sample traces of the full budget and return the seconds and the traces."""
     engine = TransformersEngine(model, eos_ids=[model.config.vocab_size], pad_id=0)
     queries = [tuple(range(3, 12)) * 2 for _ in range(count)]
     queries = [query[:QUERY] for query in queries]
@@ -113,7 +113,7 @@ def sample(model: PreTrainedModel, setting: Setting, count: int) -> tuple[float,
 
 
 def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
-    """The shortest of a few optimizer steps on the traces, in seconds."""
+    """Return the seconds of the fastest of a few optimizer steps on the traces."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = DelethinkTrainer(
@@ -146,23 +146,23 @@ def train(model: PreTrainedModel, traces: list[Trace], steps: int = 3) -> float:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Measure the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._started = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock stops."""
+        """Stop the clock."""
         self.seconds.append(time.perf_counter() - self._started)
 
 
 def report(sampling: dict[Setting, float], training: dict[Setting, float], count: int) -> None:
-    """Fits to two lengths and prints the table."""
+    """Fit the efficiencies to two lengths and print the table."""
     shape, device = model_shape("toy"), accelerator("cpu")
     measured = {s: measurement(s, count, sampling[s], training[s]) for s in sampling}
     chosen = [m for s, m in measured.items() if s.tokens in FITTED]
@@ -178,12 +178,12 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
     for setting, m in measured.items():
         cost = estimate(shape, m.lengths, m.cut, device, found.efficiency, m.workload)
         cells, errors = [], []
-        for theirs, ours in (
+        for actual, predicted in (
             (sampling[setting], float(cost.sampling_seconds)),
             (training[setting], float(cost.training_seconds)),
         ):
-            errors.append(ours / theirs - 1)
-            cells += [f"{theirs:.2f}", f"{ours:.2f}", f"{errors[-1]:+.1%}"]
+            errors.append(predicted / actual - 1)
+            cells += [f"{actual:.2f}", f"{predicted:.2f}", f"{errors[-1]:+.1%}"]
         note = "fitted" if setting.tokens in FITTED else ""
         worst = worst if note else max(worst, *map(abs, errors))
         print("| " + " | ".join([setting.method, f"{setting.tokens:,}", *cells, note]) + " |")
@@ -191,14 +191,14 @@ def report(sampling: dict[Setting, float], training: dict[Setting, float], count
 
 
 def measurement(setting: Setting, count: int, sampling: float, training: float) -> Measurement:
-    """What was timed, as a step of one device."""
+    """Return the timed step of one device."""
     workload = Workload(QUERY, count, 1, 1, 1, extra_passes=0.0, prefix_cache=False)
     lengths = Lengths.constant(setting.tokens)
     return Measurement(lengths, Cut.of(setting.spec), workload, sampling, training)
 
 
 def sweep() -> None:
-    """10,000 lengths, C and m at once, sampling and training, in a batch that memory bounds."""
+    """Estimate 10,000 combinations of length, C and m in one call."""
     rng = np.random.default_rng(0)
     context = rng.uniform(4096, 65_536, 10_000).round()
     cut = Cut(context, (context * rng.uniform(0.1, 0.9, 10_000)).round())
@@ -207,14 +207,14 @@ def sweep() -> None:
 
 
 def peaks() -> tuple[float, float]:
-    """FLOPs a second in a large product of matrices, and bytes a second read and written."""
+    """Return FLOPs per second of a large matrix product, and bytes per second of a copy."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     big, to = torch.randn(2**26), torch.empty(2**26)
     return 2 * 2048**3 / best(lambda: a @ b), 2 * big.nbytes / best(lambda: to.copy_(big))
 
 
 def best(call: Callable[[], object]) -> float:
-    """The shortest of a few times."""
+    """Return the seconds of the fastest of a few calls."""
     seconds = []
     for _ in range(8):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Predicted memory against what a training step on the shipped toy reasoner holds."""
+"""Predicted memory against a training step of the shipped toy reasoner."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from tiny_training import make_config
 from torch.profiler import ProfilerActivity, profile
 
 from delethink import ChunkSpec, StopReason, start
@@ -15,7 +16,6 @@ from delethink.cost.models import model_shape
 from delethink.engines.loading import load_model, load_tokenizer
 from delethink.training.batching import RolloutBatch
 from delethink.training.grpo import DelethinkTrainer
-from delethink.training.grpo_config import DelethinkConfig
 from delethink.types import Chunk, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -24,7 +24,7 @@ GROUP = 8
 
 
 def long_trace(rng: random.Random, spec: ChunkSpec) -> Trace:
-    """A trace that uses up its budget."""
+    """Return a trace of the full budget."""
     state, chunks = start(spec, (3,) * 15), []
     while state.stop is None:
         output = tuple(rng.randrange(3, 16) for _ in range(state.max_new_tokens))
@@ -34,27 +34,19 @@ def long_trace(rng: random.Random, spec: ChunkSpec) -> Trace:
 
 
 def peak_bytes(tmp_path: Path, spec: ChunkSpec, forward_tokens: int) -> int:
-    """The most bytes of tensors alive at once in an optimizer step, its weights included."""
+    """Return the peak bytes of live tensors in an optimizer step, weights included."""
     rng, seen = random.Random(0), list[object]()
     traces = [long_trace(rng, spec) for _ in range(GROUP)]
     model, tokenizer = load_model("toy", "float32", False), load_tokenizer("toy", False)
     trainer = DelethinkTrainer(
         model=model,
         processing_class=tokenizer,
-        args=DelethinkConfig(
-            output_dir=str(tmp_path),
+        args=make_config(
+            tmp_path,
             per_device_train_batch_size=GROUP,
             num_generations=GROUP,
             max_steps=1,
-            loss_type="grpo",
             forward_tokens=forward_tokens,
-            beta=0.0,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            use_cpu=True,
         ),
         train_dataset=Dataset.from_list([{"prompt": "00:00000000001"}]),
         reward_funcs=[lambda prompts, **_: [float(i % 2) for i in range(GROUP)]],

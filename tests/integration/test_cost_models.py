@@ -1,4 +1,4 @@
-"""The estimator's arithmetic against what real models do, counted by torch."""
+"""FLOP formulas against real models, counted by torch."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ PROMPT, NEW = 24, 3
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ModelShape, Path]]:
-    """A small random model of each kind, and its shape as read from its own ``config.json``."""
+    """Return a small random model of each kind and its shape from its ``config.json``."""
     made = {}
     for name, settings in MODELS.items():
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Mod
 
 
 class Counter:
-    """FLOPs of the products that torch's counter sees, rotations left out."""
+    """FLOPs of the products that torch counts, without rotary embeddings."""
 
     def __init__(self) -> None:
         self.flops = 0
@@ -217,13 +217,13 @@ def test_flops_of_decoding(
 
 
 HEADS, RANK, NOPE, ROPE, VALUE = 4, 32, 16, 8, 16
-EXPANSION = 2 * RANK * HEADS * (NOPE + VALUE)  # of a cached latent into its keys and values
+EXPANSION = 2 * RANK * HEADS * (NOPE + VALUE)  # FLOPs to expand a cached latent into keys, values
 
 
 def test_latent_attention_decodes_in_its_latent_space(
     models: dict[str, tuple[Any, ModelShape, Path]], counter: Counter
 ) -> None:
-    """Transformers expands every cached latent for every token; engines absorb the expansion."""
+    """Transformers expands every cached latent for each token; engines absorb the expansion."""
     model, shape, _ = models["latent attention"]
     with torch.no_grad():
         cache = model(ids(PROMPT), use_cache=True).past_key_values
@@ -254,7 +254,7 @@ def test_flops_of_a_training_step(
 def test_linear_attention_does_not_grow_with_the_context(
     name: str, models: dict[str, tuple[Any, ModelShape, Path]], counter: Counter
 ) -> None:
-    """From one token to the next only the full layers have more to do."""
+    """Only the full layers do more work for a later token."""
     model, shape, _ = models[name]
     counts = []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Predicted cache sizes against what vLLM says of the same configurations."""
+"""Predicted cache sizes against vLLM's for the same configurations."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 BLOCK = 16
-SPACE = 2**24  # bytes for the cache of the engine below
+SPACE = 2**24  # bytes of the engine's cache
 
-# An engine of its own process: it would leave threads and a process group in this one.
+# A separate process, because an engine leaves threads and a process group behind.
 ASK_ENGINE = f"""
 import json, sys
 from vllm import LLM
@@ -53,7 +53,7 @@ def test_blocks_of_a_running_engine(tiny_models: tuple[TinyModel, TinyModel]) ->
 
 
 def page_bytes(name: str) -> int:
-    """What vLLM keeps in a block of every layer of a bundled model, by its own classes."""
+    """Return the bytes of a cache block over all layers, from vLLM's own classes."""
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 

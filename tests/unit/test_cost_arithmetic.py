@@ -1,4 +1,4 @@
-"""The sums of the estimator against slow ones that follow the definitions."""
+"""FLOP and memory formulas against slow sums that follow the definitions."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def specs(draw: st.DrawFn) -> ChunkSpec:
     return ChunkSpec(context, carry, 1000, head, outside)
 
 
-def play(spec: ChunkSpec, query: int, thinking: int) -> list[tuple[int, int]]:
-    """(prompt, new) of each chunk, by the rule itself."""
+def chunk_sizes(spec: ChunkSpec, query: int, thinking: int) -> list[tuple[int, int]]:
+    """Return (prompt, new) of each chunk, from the chunk rule itself."""
     state, chunks, left = start(spec, (7,) * query), [], thinking
     while left:
         new = min(left, state.max_new_tokens)
@@ -91,13 +91,13 @@ def test_chunks_are_those_of_the_rule(spec: ChunkSpec, query: int, thinking: int
         if count
     }
     first = (int(chunks.prompt[0]), int(chunks.new[0]))
-    played = play(spec, query, thinking)
-    assert played[0] == first
+    expected = chunk_sizes(spec, query, thinking)
+    assert expected[0] == first
     assert chunks.count[:2].sum() == 1
-    later = {chunk: len(list(same)) for chunk, same in itertools.groupby(played[1:])}
+    later = {chunk: len(list(same)) for chunk, same in itertools.groupby(expected[1:])}
     assert counted == later
-    assert chunks.per_trace == len(played)
-    longest = max(prompt + new for prompt, new in played)
+    assert chunks.per_trace == len(expected)
+    longest = max(prompt + new for prompt, new in expected)
     assert longest_context(thinking, query, Cut.of(spec)) == longest
 
 
@@ -109,7 +109,7 @@ def test_chunks_are_those_of_the_rule(spec: ChunkSpec, query: int, thinking: int
         ({"boundary": LineBreak(4)}, "line_break"),
     ],
 )
-def test_what_the_closed_form_does_not_cover_is_refused(
+def test_carryovers_of_varying_length_and_boundaries_are_refused(
     settings: dict[str, Any], name: str
 ) -> None:
     with pytest.raises(ConfigError, match=name):
@@ -135,12 +135,12 @@ def test_a_new_carryover_states_its_own_length() -> None:
     spec = ChunkSpec(32, 10, 1000, carryover=EveryOther())
     assert Cut.of(spec) == (32, 9, 0, 1)
     chunks = cut_traces(200, 7, Cut.of(spec))
-    played = play(spec, 7, 200)
-    assert chunks.per_trace == len(played)
-    assert (chunks.prompt[2], chunks.new[2]) == played[1] == (7 + 9, 32 - 9)
+    expected = chunk_sizes(spec, 7, 200)
+    assert chunks.per_trace == len(expected)
+    assert (chunks.prompt[2], chunks.new[2]) == expected[1] == (7 + 9, 32 - 9)
 
 
-def test_what_a_cache_of_prefixes_finds() -> None:
+def test_prefix_cache_hits() -> None:
     chunks = cut_traces(100, 40, Cut(32, 16, 0, 10), group=4)
     assert chunks.count.tolist() == [0.25, 0.75, 4, 1]
     assert chunks.cached.tolist() == [0, 32, 48, 48]  # whole blocks of 39, 50 and 50 tokens
@@ -163,7 +163,7 @@ def test_a_pass_is_the_sum_of_its_tokens(shape: ModelShape, start: int, more: in
     assert whole == one_by_one == decode_flops(shape, start, start + more)
 
 
-def test_masked_accounting_counts_every_pair() -> None:
+def test_masked_accounting_counts_all_pairs() -> None:
     masked = forward_flops(MIXED, 3, 9, 1, Accounting.MASKED)
     true = forward_flops(MIXED, 3, 9, 1)
     hidden = 6 * 9 - (4 + 5 + 6 + 7 + 8 + 9), 6 * 9 - (4 + 5 + 6 + 6 + 6 + 6)
@@ -173,13 +173,13 @@ def test_masked_accounting_counts_every_pair() -> None:
 @given(specs(), st.integers(1, 20), st.integers(1, 150))
 def test_a_trace_is_the_sum_of_its_chunks(spec: ChunkSpec, query: int, thinking: int) -> None:
     chunks = cut_traces(thinking, query, Cut.of(spec), prefix_cache=False)
-    played = play(spec, query, thinking)
+    expected = chunk_sizes(spec, query, thinking)
     sampled = sum(
         forward_flops(MIXED, 0, prompt, 1) + decode_flops(MIXED, prompt, prompt + new - 1)
-        for prompt, new in played
+        for prompt, new in expected
     )
     assert sampling_flops(MIXED, chunks) == sampled
-    trained = sum(3 * forward_flops(MIXED, 0, prompt + new, new) for prompt, new in played)
+    trained = sum(3 * forward_flops(MIXED, 0, prompt + new, new) for prompt, new in expected)
     assert training_flops(MIXED, chunks) == trained
 
 
@@ -216,7 +216,7 @@ def test_the_longest_thinking_just_fits(query: int, room: int) -> None:
     assert cache_bytes(MIXED, query + longest) <= room < cache_bytes(MIXED, query + longest + 1)
 
 
-def test_a_cache_that_does_not_grow_takes_any_thinking() -> None:
+def test_a_cache_that_does_not_grow_fits_any_thinking() -> None:
     bounded = ModelShape("bounded", 8, 13, (Layer(SLIDING, FeedForward(100)),))
     assert longest_thinking(bounded, 1, 1e6) == np.inf
     assert longest_thinking(bounded, 1, 10) == 0
@@ -224,7 +224,7 @@ def test_a_cache_that_does_not_grow_takes_any_thinking() -> None:
 
 @SHAPES
 def test_flops_are_the_polynomial(shape: ModelShape) -> None:
-    """Derived from four lengths, it gives every other one, exactly."""
+    """A polynomial from four lengths is exact at all others."""
     for cut in (LONGCOT, Cut(24, 8, 0, 2)):
         polynomial = flops_polynomial(shape, cut, query=5)
         step = 1 if cut is LONGCOT else 16
@@ -253,7 +253,7 @@ def test_the_polynomial_of_longcot_is_the_one_derived_by_hand() -> None:
     assert (found.constant, found.linear, found.quadratic) == (constant, linear, quadratic)
 
 
-def test_crossing_is_the_last_length_at_which_longcot_is_not_dearer() -> None:
+def test_crossing_is_the_last_length_at_which_delethink_is_not_cheaper() -> None:
     assert crossing(lambda n: n**2, lambda n: 1000.0 * n, 10, 10**6) == 1000
     assert crossing(lambda n: n, lambda n: n**2, 10, 10**6) is None
     assert crossing(lambda n: n**2, lambda n: n, 10, 10**6) == 10

@@ -1,4 +1,4 @@
-"""``delethink cost`` as a person types it."""
+"""The command ``delethink cost``: reports, JSON, error texts, calibration."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from delethink.cost.models import model_shape
 QWEN = "--model Qwen/Qwen2.5-1.5B"
 
 
-def ask(capsys: pytest.CaptureFixture[str], words: str) -> str:
+def cost_text(capsys: pytest.CaptureFixture[str], words: str) -> str:
     assert main(["cost", *words.split()]) == 0
     printed = capsys.readouterr()
     assert not printed.err
     return printed.out
 
 
-def ask_json(capsys: pytest.CaptureFixture[str], words: str) -> Any:
+def cost_json(capsys: pytest.CaptureFixture[str], words: str) -> Any:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return json.loads(ask(capsys, words + " --json"), parse_constant=refuse)
+    return json.loads(cost_text(capsys, words + " --json"), parse_constant=refuse)
 
 
-def refuse(capsys: pytest.CaptureFixture[str], words: str) -> str:
+def error_text(capsys: pytest.CaptureFixture[str], words: str) -> str:
     assert main(["cost", *words.split()]) == 2
     printed = capsys.readouterr()
     assert not printed.out
@@ -41,8 +41,8 @@ def refuse(capsys: pytest.CaptureFixture[str], words: str) -> str:
     return line
 
 
-def test_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    text = ask(
+def test_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
+    text = cost_text(
         capsys,
         f"{QWEN} --thinking 24k,96k,1M -C 8192 --carryover-size 4096 --gpu h100 --gpus 8 "
         "--group 8 --prompts 128 --steps 1000 --price 2 --growth --best",
@@ -62,8 +62,8 @@ def test_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines()[:20])) < 100
 
 
-def test_json_holds_what_the_library_says(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask_json(
+def test_json_equals_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = cost_json(
         capsys, f"{QWEN} --thinking 96k -C 8k --carryover-size 2k --gpu a100 --query 300"
     )
     cost = estimate(
@@ -80,31 +80,31 @@ def test_json_holds_what_the_library_says(capsys: pytest.CaptureFixture[str]) ->
     assert answer["crossings"].keys() == {"sampling_flops", "training_flops", "step_seconds"}
 
 
-def test_hybrids_are_told_what_a_reset_does_for_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Only 12 of 48 layers" in ask(capsys, "--model Qwen/Qwen3-Next-80B-A3B-Thinking")
-    bounded = ask(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")
+def test_the_summary_mentions_bounded_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Only 12 of 48 layers" in cost_text(capsys, "--model Qwen/Qwen3-Next-80B-A3B-Thinking")
+    bounded = cost_text(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")
     assert "LongCoT is linear already" in bounded
     assert "never" in bounded
     assert "any length" in bounded
-    assert ask_json(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")["crossings"] == {
+    assert cost_json(capsys, "--model mistralai/Mistral-7B-v0.1 --thinking 96k")["crossings"] == {
         "sampling_flops": None,
         "training_flops": None,
         "step_seconds": None,
     }
 
 
-def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model Qwen/Qwen2.5-7B --gpu rtx4090 --gpus 8 --thinking 10M"
-    text = ask(capsys, words)
+    text = cost_text(capsys, words)
     assert "does not fit" in text
     assert "in one context does not fit on this hardware" in text
     assert "training needs" in text
-    assert ask_json(capsys, words)["thinking"][0]["longcot"]["gpu_hours"] is None
+    assert cost_json(capsys, words)["thinking"][0]["longcot"]["gpu_hours"] is None
 
 
 @pytest.mark.parametrize("name", ["flops", "figure2c", "throughput", "months"])
-def test_the_papers_numbers(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    text = ask(capsys, f"--reproduce {name}")
+def test_reproductions(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = cost_text(capsys, f"--reproduce {name}")
     says = {
         "flops": ["28,850", "17.76", "44,082", "11.80"],
         "figure2c": ["22,100", "6,150", "The largest error is"],
@@ -113,15 +113,17 @@ def test_the_papers_numbers(capsys: pytest.CaptureFixture[str], name: str) -> No
     }
     for part in says[name]:
         assert part in text
-    assert ask_json(capsys, f"--reproduce {name}")
+    assert cost_json(capsys, f"--reproduce {name}")
 
 
 def test_the_papers_accounting_for_any_model(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask_json(capsys, "--accounting paper --thinking 1000000 -C 8192 --carryover-size 4096")
+    answer = cost_json(
+        capsys, "--accounting paper --thinking 1000000 -C 8192 --carryover-size 4096"
+    )
     (row,) = answer["training_flops"]
     assert answer["crossing"] == 28_850
     assert row["longcot"] / row["delethink"] == pytest.approx(17.76, abs=0.005)
-    assert "5.27e+17" in ask(capsys, "--accounting paper --thinking 1000000").replace(
+    assert "5.27e+17" in cost_text(capsys, "--accounting paper --thinking 1000000").replace(
         "5.268", "5.27"
     )
 
@@ -129,26 +131,26 @@ def test_the_papers_accounting_for_any_model(capsys: pytest.CaptureFixture[str])
 def test_a_carryover_policy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     words = f"{QWEN} --thinking 96k -C 8k --carryover-size 4k"
     hours = {
-        name: ask_json(capsys, f"{words} --carryover {name}")["thinking"][0]["delethink"]
+        name: cost_json(capsys, f"{words} --carryover {name}")["thinking"][0]["delethink"]
         for name in ("head_tail", "tail", "none")
     }
     assert hours["none"]["gpu_hours"] < hours["tail"]["gpu_hours"]
     assert hours["head_tail"]["chunks"] == hours["tail"]["chunks"] > hours["none"]["chunks"]
-    assert hours["head_tail"] == ask_json(capsys, words)["thinking"][0]["delethink"]
+    assert hours["head_tail"] == cost_json(capsys, words)["thinking"][0]["delethink"]
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "openai/gpt-oss-120b" in ask(capsys, "--models").splitlines()
+    assert "openai/gpt-oss-120b" in cost_text(capsys, "--models").splitlines()
 
 
 def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "lengths.csv"
     file.write_text("# tokens,traces\n4000,6\n20000,3\n90000\n")
-    seen = ask_json(capsys, f"{QWEN} --lengths {file}")["thinking"][0]
+    seen = cost_json(capsys, f"{QWEN} --lengths {file}")["thinking"][0]
     assert seen["longcot"]["thinking"] == pytest.approx((6 * 4000 + 3 * 20_000 + 90_000) / 10)
-    stretched = ask_json(capsys, f"{QWEN} --lengths {file} --thinking 96k")["thinking"][0]
+    stretched = cost_json(capsys, f"{QWEN} --lengths {file} --thinking 96k")["thinking"][0]
     assert stretched["longcot"]["thinking"] == pytest.approx(96 * 1024)
-    equal = ask_json(capsys, f"{QWEN} --thinking 96k")["thinking"][0]
+    equal = cost_json(capsys, f"{QWEN} --thinking 96k")["thinking"][0]
     assert stretched["longcot"]["sampling_seconds"] > 1.3 * equal["longcot"]["sampling_seconds"]
 
 
@@ -202,7 +204,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     for module in ("matplotlib",) if "--plot" in words else ():
         pytest.importorskip(module)
-    assert says in refuse(capsys, words)
+    assert says in error_text(capsys, words)
     assert not list(tmp_path.iterdir())
 
 
@@ -219,7 +221,7 @@ def test_a_broken_histogram(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str
 ) -> None:
     (tmp_path / "h.csv").write_text(text)
-    assert says in refuse(capsys, f"--lengths {tmp_path / 'h.csv'}")
+    assert says in error_text(capsys, f"--lengths {tmp_path / 'h.csv'}")
 
 
 @pytest.mark.parametrize(
@@ -236,12 +238,12 @@ def test_a_broken_efficiency_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, says: str
 ) -> None:
     (tmp_path / "e.json").write_text(text)
-    assert says in refuse(capsys, f"--efficiency {tmp_path / 'e.json'}")
+    assert says in error_text(capsys, f"--efficiency {tmp_path / 'e.json'}")
 
 
-def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    ask(capsys, f"{QWEN} --plot {tmp_path / 'out.png'}")
+    cost_text(capsys, f"{QWEN} --plot {tmp_path / 'out.png'}")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -251,7 +253,7 @@ TRUTH = Efficiency(decode=0.3, training=0.2, step_seconds=0.002, pass_seconds=0.
 
 
 def write_run(path: Path, context: int, carry: int, chunks: int, length: int) -> Path:
-    """A run directory whose times are those that ``TRUTH`` predicts."""
+    """Write a run directory with the times that ``TRUTH`` predicts."""
     pytest.importorskip("yaml")
     (path / "traces").mkdir(parents=True)
     config = {
@@ -289,7 +291,7 @@ def write_run(path: Path, context: int, carry: int, chunks: int, length: int) ->
             TRUTH,
             workload,
         )
-        slow = 100.0 if step == 1 else 1.0  # the first step pays for what is made once
+        slow = 100.0 if step == 1 else 1.0  # the first step includes one-time costs
         metrics.append(
             {
                 "step": step,
@@ -298,7 +300,7 @@ def write_run(path: Path, context: int, carry: int, chunks: int, length: int) ->
             }
         )
     lines = [json.dumps(row) + "\n" for row in metrics]
-    (path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "seco')  # cut short
+    (path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "seco')  # an unfinished line
     return path
 
 
@@ -309,15 +311,15 @@ def test_calibrating_on_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     ]
     saved = tmp_path / "efficiency.json"
     words = f"--calibrate {runs[0]} {runs[1]} --gpu cpu --save-efficiency {saved}"
-    found = ask_json(capsys, words)
+    found = cost_json(capsys, words)
     assert len(found["sampling_errors"]) == len(found["training_errors"]) == 4
     assert max(map(abs, found["sampling_errors"] + found["training_errors"])) < 0.02
     assert {"step_seconds", "training"} <= set(found["fitted"])
     assert read_efficiency(saved).spread < 0.02
-    text = ask(capsys, words)
+    text = cost_text(capsys, words)
     assert "error of the predicted time" in text
     assert "over 4 steps" in text
-    assert "4 steps of delethink, longcot" in ask(
+    assert "4 steps of delethink, longcot" in cost_text(
         capsys,
         f"--model toy --gpu cpu --gpus 1 --efficiency {saved} -C 90 --carryover-size 45 "
         "--thinking 450 --query 15",
@@ -327,11 +329,11 @@ def test_calibrating_on_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 def test_lengths_from_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 90, 45, 60, 400)
     words = f"--model toy --gpu cpu --gpus 1 --lengths {run} -C 90 --carryover-size 45 --query 15"
-    answer = ask_json(capsys, words)
+    answer = cost_json(capsys, words)
     assert answer["thinking"][0]["longcot"]["thinking"] == pytest.approx(796.5)
 
 
 def test_a_run_without_timed_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 90, 45, 60, 400)
     (run / "metrics.jsonl").write_text("")
-    assert "no step to calibrate on" in refuse(capsys, f"--calibrate {run} --gpu cpu")
+    assert "no step to calibrate on" in error_text(capsys, f"--calibrate {run} --gpu cpu")

@@ -1,4 +1,4 @@
-"""The estimate as a whole: laws it has to obey, the paper's figures, fitting."""
+"""The estimate as a whole: invariants, the paper's figures, fitting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXPERTS = model_shape("Qwen/Qwen3-30B-A3B")
 CUT = Cut(8192, 4096, 0, 100)
 
 
-# -- laws -------------------------------------------------------------------------------------
+# -- invariants -----------------------------------------------------------------------------
 
 
 def test_up_to_the_first_boundary_both_are_the_same() -> None:
@@ -86,7 +86,7 @@ def test_many_lengths_are_thinned_without_moving_the_mean() -> None:
     assert thinned == pytest.approx(float(exact), rel=0.01)
 
 
-def test_a_long_tail_makes_a_step_longer_than_its_mean_says() -> None:
+def test_a_long_tail_makes_a_step_longer() -> None:
     mean = Lengths.constant(16_384)
     tail = Lengths.empirical([8192] * 7 + [73_728], 128)
     assert tail.mean == mean.mean
@@ -103,7 +103,7 @@ def test_steps_of_decoding() -> None:
 
 
 @given(st.integers(1, 4096))
-def test_a_step_reads_the_experts_that_were_chosen(batch: int) -> None:
+def test_a_step_reads_the_chosen_experts(batch: int) -> None:
     moved = float(moved_weight_bytes(EXPERTS, batch, 2))
     dense = EXPERTS.parameters - EXPERTS.expert_weights - EXPERTS.head_weights
     chosen = EXPERTS.expert_weights * (1 - (1 - 8 / 128) ** batch)
@@ -145,12 +145,12 @@ def test_a_large_model_is_spread_over_devices() -> None:
 
 
 @pytest.mark.parametrize("name", ["query", "group", "prompts", "steps", "gpus"])
-def test_a_job_has_at_least_one_of_each(name: str) -> None:
+def test_a_workload_has_at_least_one_of_each(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
         Workload(**{name: 0})
 
 
-def test_arrays_give_what_numbers_give() -> None:
+def test_arrays_equal_single_numbers() -> None:
     lengths = np.array([9000.0, 50_000, 300_000])
     contexts, carries = np.array([4096.0, 8192, 6000]), np.array([1024.0, 4096, 5000])
     many = estimate(DENSE, Lengths.constant(lengths), Cut(contexts, carries), H100)
@@ -210,7 +210,8 @@ def test_the_measured_throughputs() -> None:
 
 
 def test_the_default_efficiencies_are_the_fit_to_the_paper() -> None:
-    """From a start that knows nothing; what the times cannot tell stays where it was put."""
+    """Figures that the times do not determine keep their start value."""
+    pytest.importorskip("scipy")
     start = Efficiency(
         bandwidth=0.5, decode=0.5, prefill=0.5, training=0.5, step_seconds=0, token_seconds=0
     )
@@ -221,21 +222,21 @@ def test_the_default_efficiencies_are_the_fit_to_the_paper() -> None:
         assert getattr(found.efficiency, name) == pytest.approx(getattr(default, name), rel=2e-3)
 
 
-def test_months_do_not_reproduce_and_say_so() -> None:
+def test_gpu_months_do_not_reproduce() -> None:
     rows = {(row.method, row.tokens): row for row in paper.gpu_months()}
     assert rows["LongCoT", 98_304].bars == pytest.approx(30.3, abs=0.05)
     assert rows["LongCoT", 94_000].ours == pytest.approx(27, abs=0.5)
     assert rows["Delethink", 94_000].ours > 8
 
 
-def test_the_paper_counts_plain_attention_only() -> None:
+def test_the_papers_accounting_covers_plain_attention_only() -> None:
     with pytest.raises(UserError, match="plain softmax attention only"):
         paper.paper_training_flops(model_shape("google/gemma-3-1b-pt"), 9000, LONGCOT)
     with pytest.raises(UserError, match="at least C"):
         paper.paper_training_flops(DENSE, 8000, CUT)
 
 
-def test_a_token_of_the_papers_model_keeps_28672_bytes() -> None:
+def test_the_papers_model_caches_28672_bytes_per_token() -> None:
     assert cache_bytes(paper.shape(), 1) == 28_672
     assert weight_bytes(paper.shape()) == pytest.approx(3.55e9, rel=2e-3)
 
@@ -243,7 +244,8 @@ def test_a_token_of_the_papers_model_keeps_28672_bytes() -> None:
 # -- fitting ----------------------------------------------------------------------------------
 
 
-def test_fitting_finds_the_efficiencies_that_made_the_times() -> None:
+def test_fitting_finds_the_efficiencies_behind_the_times() -> None:
+    pytest.importorskip("scipy")
     truth = Efficiency(bandwidth=0.6, training=0.25, token_seconds=2e-5, pass_seconds=0.01)
     measured = []
     for length in (10_000, 30_000, 90_000):
@@ -260,7 +262,7 @@ def test_fitting_finds_the_efficiencies_that_made_the_times() -> None:
         assert getattr(found.efficiency, name) == pytest.approx(getattr(truth, name), rel=0.02)
 
 
-def test_nothing_timed_is_nothing_to_fit() -> None:
+def test_a_fit_needs_times() -> None:
     with pytest.raises(ConfigError, match="no measurement has a time"):
         fit(
             [Measurement(Lengths.constant(9000), CUT, Workload(), None, None)],
@@ -271,5 +273,5 @@ def test_nothing_timed_is_nothing_to_fit() -> None:
         )
 
 
-def test_chunks_can_be_counted() -> None:
+def test_number_of_chunks() -> None:
     assert cut_traces(98_304, 150, CUT).per_trace == 23

@@ -1,4 +1,4 @@
-"""Shapes as they are read from configs, and what is refused."""
+"""Model shapes from configs, and error texts for configs that are not supported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from delethink.cost.hardware import ACCELERATORS, accelerator
 from delethink.cost.models import known_models, model_shape, shape_of_config
 from delethink.errors import ConfigError, ModelError
 
-# Billions of parameters as the makers state them: all, and active ones where there are fewer.
+# Published billions of parameters: total, and active if fewer.
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B": (0.494, None),
     "Qwen/Qwen2.5-1.5B": (1.544, None),
@@ -44,7 +44,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_published(name: str) -> None:
+def test_published_parameter_counts(name: str) -> None:
     shape, (everything, active) = model_shape(name), PUBLISHED[name]
     assert shape.parameters / 1e9 == pytest.approx(everything, rel=2e-3)
     assert shape.active_parameters / 1e9 == pytest.approx(active or everything, rel=5e-3) or (
@@ -69,7 +69,7 @@ def test_every_bundled_model_is_read() -> None:
         ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 7),
     ],
 )
-def test_layers_that_look_at_everything(name: str, unbounded: int) -> None:
+def test_layers_with_full_attention(name: str, unbounded: int) -> None:
     assert model_shape(name).unbounded_layers == unbounded
 
 
@@ -107,14 +107,14 @@ def test_the_text_model_of_a_multimodal_one() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused(change: dict[str, object], says: str) -> None:
+def test_impossible_configs_are_refused(change: dict[str, object], says: str) -> None:
     with pytest.raises(ModelError) as caught:
         shape_of_config({**DENSE, **change}, "mine")
     assert says in str(caught.value)
     assert str(caught.value).startswith("mine: ")
 
 
-def test_files_that_hold_no_config(tmp_path: Path) -> None:
+def test_files_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "empty").mkdir()

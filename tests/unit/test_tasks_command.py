@@ -1,4 +1,4 @@
-"""``delethink tasks`` as a person meets it."""
+"""The command ``delethink tasks``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_it_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_lists_tasks_and_rewards(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "MATH-500" in report["tasks"]["math_500"]
@@ -32,9 +32,9 @@ def test_it_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_shows_problems_and_checks_the_grader(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*AUTOMATON, "-n", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "--- train 1" in said
-    assert "8 gold and 8 wrong answers of 8 problems, 0 not scored as expected" in said
+    printed = capsys.readouterr().out
+    assert "--- train 1" in printed
+    assert "8 gold and 8 wrong answers of 8 problems, 0 not scored as expected" in printed
 
 
 def test_columns_are_named_as_options(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +48,7 @@ def test_columns_are_named_as_options(file: str, capsys: pytest.CaptureFixture[s
     assert report["check"]["failures"] == []
 
 
-def test_a_grader_that_does_not_take_its_gold_is_a_failure(
+def test_a_grader_that_rejects_gold_answers_fails(
     file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--dataset", file, "--problem-key", "question", "--answer-key", "gold"]
@@ -76,13 +76,13 @@ def test_a_mistake_is_one_sentence(
     arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tasks", *arguments]) == 2
-    said = capsys.readouterr().err.strip()
-    assert text in said
-    assert "\n" not in said
+    printed = capsys.readouterr().err.strip()
+    assert text in printed
+    assert "\n" not in printed
 
 
 @pytest.mark.parametrize("arguments", [["automaton", "--nonsense"], ["-n", "-1"], ["--of", "x"]])
-def test_an_option_that_there_is_not_is_refused(arguments: list[str]) -> None:
+def test_unknown_options_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["tasks", *arguments])
     assert caught.value.code == 2
