@@ -1,9 +1,10 @@
-"""Interfaces of engines, and of the workers that hold an engine in the Ray pool.
+"""Interfaces of engines, and of the workers of the Ray pool, which hold one engine each.
 
-Two ways to add an engine. One that runs in this process, or behind HTTP, implements ``Engine``. One
-that runs in Ray workers needs only a class with the methods of ``Worker`` and a subclass of
-``delethink.engines.ray.RayPool`` that names it; the pool brings dispatch, retries, health checks,
-restarts and weight updates. Either class is then registered in the group ``delethink.engines``.
+There are two ways to add an engine. An engine in this process, or behind HTTP, implements
+``Engine``. An engine in Ray workers needs a class with the methods of ``Worker``, and a subclass of
+``delethink.engines.ray.RayPool`` with this class as ``worker_class``; the pool brings dispatch,
+retries, health checks, restarts and weight updates. Either class is then registered in the group
+``delethink.engines``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Engine(Policy, Protocol):
-    """A policy with weights that can be replaced.
+    """A policy with replaceable weights.
 
     Attributes:
-        max_model_tokens: longest sequence (prompt and new tokens) that the engine takes.
+        max_model_tokens: longest sequence (prompt and new tokens) of the engine.
     """
 
     max_model_tokens: int
@@ -41,13 +42,13 @@ class Engine(Policy, Protocol):
         seed: int,
         is_trained: bool,
     ) -> Self:
-        """Make the engine that ``config`` describes.
+        """Make an engine.
 
         Args:
             config: the section ``engine:`` of a recipe.
             model_path: folder or Hugging Face id of the checkpoint.
             model: the model of the trainer, in this process; ``None`` if nothing is trained, and
-                the engine loads what it needs.
+                the engine loads the checkpoint.
             tokenizer: tokenizer of the model.
             trust_remote_code: run code from the model's repository.
             seed: seed of requests without a seed of their own.
@@ -63,7 +64,7 @@ class Engine(Policy, Protocol):
 
         Args:
             weights: whole state of the model under the names of its checkpoint.
-            version: number of weight updates so far; completions carry it as ``policy_version``.
+            version: number of weight updates so far; the ``policy_version`` of completions.
 
         Raises:
             WeightSyncError: the engine refused the weights, or computes with others afterwards.
@@ -85,24 +86,24 @@ class Engine(Policy, Protocol):
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything that a worker needs to start its engine."""
+    """Everything needed to start the engine of a worker."""
 
     model: str  # folder or Hugging Face id
     config: EngineConfig
-    eos_ids: TokenIds  # the only tokens that end an answer
+    eos_ids: TokenIds  # the only tokens to end an answer
     max_model_tokens: int | None  # None: the model's own limit
     trust_remote_code: bool
     seed: int
-    threads: int  # CPU threads of the engine, where it has no GPU
+    threads: int  # CPU threads of an engine without a GPU
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """Properties of an engine that has started."""
+    """Properties of a started engine."""
 
     pid: int
     max_model_tokens: int
-    batch_size: int  # chunks that the engine samples at once
+    batch_size: int  # chunks sampled at once
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,16 @@ class Worker(Protocol):
 
     The pool makes the class an asynchronous Ray actor with one argument, a ``WorkerSpec``, and
     calls ``start`` first. Calls of ``generate`` and ``health`` overlap; the pool calls the other
-    methods only while it waits for no ``generate``. An exception ends the attempt at a chunk:
+    methods only between chunks. An exception ends the attempt at a chunk:
 
     - ``ConnectionError``: the engine is gone, and the pool restarts the worker.
     - ``UserError`` (``ConfigError``, say): the request is at fault, and its caller gets the error.
-    - any other: the chunk goes to another worker. The pool restarts a worker that does nothing but
-      raise.
+    - any other: the chunk goes to another worker. The pool restarts a worker after several errors
+      without a chunk in between.
     """
 
     async def start(self) -> WorkerState:
-        """Start the engine and return once it can sample."""
+        """Start the engine and return once sampling is possible."""
         ...
 
     async def generate(
@@ -138,17 +139,17 @@ class Worker(Protocol):
     ) -> Completion:
         """Sample a chunk, as ``Policy.generate`` does.
 
-        The tokens must depend on the prompt, the seed and the weights alone, so that any worker can
+        The tokens must depend on the prompt, the seed and the weights alone, because any worker may
         repeat the chunk. ``policy_version`` is the version of the last ``update_weights``. A
         cancelled call frees its place in the batch.
         """
         ...
 
     async def health(self) -> EngineCounts:
-        """Return the counters of the engine, without waiting for it.
+        """Return the counters of the engine at once, also while the engine is busy.
 
-        The pool asks every two seconds. A worker that has chunks and whose ``steps`` stay the same
-        counts as hung.
+        The pool calls this every two seconds. A worker with chunks counts as hung if its ``steps``
+        stay the same for ``hang_timeout``.
         """
         ...
 
@@ -161,7 +162,7 @@ class Worker(Protocol):
             version: number of the update.
 
         Returns:
-            The version that the engine runs now.
+            The version of the loaded weights.
 
         Raises:
             WeightSyncError: the weights do not fit the model. The worker then samples nothing until
@@ -193,8 +194,8 @@ class WorkerHandle(Worker, Protocol):
 class WeightSender(Protocol):
     """Path of weights from the trainer's GPU into one worker, for ``weight_transfer`` nccl or ipc.
 
-    Only an engine that supports these needs one: see ``RayPool.make_sender``. The calls block, and
-    the pool makes each in a thread.
+    Engines without these two do without: see ``RayPool.make_sender``. The calls block, and the pool
+    makes each in a thread.
     """
 
     def connect(self) -> None:

@@ -22,10 +22,10 @@ def connect(num_cpus: int) -> bool:
     """Join the running Ray cluster, or start one on this machine.
 
     Args:
-        num_cpus: CPUs of a cluster that is started.
+        num_cpus: CPUs of a newly started cluster.
 
     Returns:
-        ``True`` if this call made the connection, so that the caller has to end it.
+        ``True`` if this call made the connection; the caller then has to end the connection.
 
     Raises:
         ConfigError: the cluster does not answer.
@@ -45,7 +45,7 @@ def _init(num_cpus: int, quiet: dict[str, Any]) -> None:
     try:
         with _loopback():
             ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
-    except ValueError:  # Ray refuses num_cpus for a cluster that is running
+    except ValueError:  # Ray refuses num_cpus for a running cluster
         ray.init(**quiet)
 
 
@@ -64,7 +64,7 @@ def _keep_sigterm_handler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """Let Ray listen on loopback; by default, it listens to the whole network."""
+    """Let Ray listen on loopback instead of the whole network, its default."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -76,7 +76,7 @@ def _loopback() -> Iterator[None]:
 
 
 def cause(error: Exception) -> Exception:
-    """Return the exception that an actor raised, or ``ConnectionError`` if it is dead."""
+    """Return an actor's own exception, or ``ConnectionError`` for a dead actor."""
     if isinstance(error, ray.exceptions.RayTaskError):
         return error.cause if isinstance(error.cause, Exception) else error
     if isinstance(error, ray.exceptions.RayActorError):

@@ -1,4 +1,4 @@
-"""Makes the engine that the section ``engine:`` of a recipe describes.
+"""Makes engines from the section ``engine:`` of a recipe.
 
 The group ``delethink.engines`` of the registry maps names to classes: a further engine is a class
 with ``Engine.create`` and one row there.
@@ -67,7 +67,7 @@ def make_evaluation_engine(
     max_batch_size: int = 256,
     seed: int = 0,
 ) -> Engine:
-    """Make an engine for a model that is not trained; only the engine loads its weights.
+    """Make an engine for a model without a trainer; only the engine loads the weights.
 
     Args:
         config: settings of the engine.

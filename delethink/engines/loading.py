@@ -28,7 +28,7 @@ def locate(model: str) -> str:
     path = _SHIPPED_TOY if model == TOY else Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"the folder {path} has no config.json, so it is no model folder")
+            raise ModelError(f"the folder {path} has no config.json, so no model can be loaded")
         return str(path)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(
@@ -42,7 +42,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """Load the tokenizer of a checkpoint.
 
     Raises:
-        ModelError: it cannot be loaded, or has no end-of-sequence token.
+        ModelError: loading failed, or the tokenizer has no end-of-sequence token.
     """
     _require_transformers()
     from transformers import AutoTokenizer
@@ -60,16 +60,16 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 
 
 def check_end_of_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the end-of-thinking mark survives decoding without special tokens.
+    """Check for the end-of-thinking mark in text decoded without special tokens.
 
     Raises:
-        ModelError: it does not, so rewards would never find an answer.
+        ModelError: the mark is lost, and rewards would never find an answer.
     """
     ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
     if END_OF_THINKING not in reward_text(tokenizer, ids):
         raise ModelError(
-            f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; make "
-            "it an added token that is not special"
+            f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; add "
+            "this token as a non-special one"
         )
 
 
@@ -77,7 +77,7 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
     """Load the causal language model of a checkpoint, with weights from safetensors.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: loading failed.
     """
     _require_transformers()
     from transformers import AutoModelForCausalLM
@@ -121,7 +121,7 @@ class Shell(NamedTuple):
 
 
 def load_shell(model: str, trust_remote_code: bool = False) -> Any:
-    """Load the settings of a model, for code that does not need the weights.
+    """Load the settings of a model, without its weights.
 
     Raises:
         ModelError: they cannot be loaded.
@@ -138,7 +138,7 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the tokens that end an answer: the tokenizer's and those of the generation settings.
+    """Return the end-of-answer tokens of the tokenizer and of the generation settings.
 
     Raises:
         ModelError: the tokenizer's token is outside the model's vocabulary. transformers invents
@@ -166,7 +166,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Return the longest sequence (prompt and new tokens) that a model takes.
+    """Return the longest sequence (prompt and new tokens) of a model.
 
     Raises:
         ModelError: its configuration has no limit.

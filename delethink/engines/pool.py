@@ -1,11 +1,11 @@
-"""Samples chunks on workers that may fail: dispatch, retries, health checks, restarts and weights.
+"""Samples chunks on workers: dispatch, retries, health checks, restarts, weight updates and sleep.
 
-A chunk's way through the pool is ``WorkerPool.generate``: it waits until the scheduler assigns a
-worker, awaits ``worker.generate``, and on an error tries again elsewhere.
+``WorkerPool.generate`` is a chunk's way through the pool: wait until the scheduler assigns a
+worker, await ``worker.generate``, and on an error try again elsewhere.
 
-The pool uses asyncio only, and all of it runs in one event loop. The function that launches workers
-is passed in: ``delethink.engines.ray`` launches Ray actors, and tests launch fakes that fail in
-virtual time.
+The pool uses asyncio only, and runs in one event loop. The function for launching workers is passed
+in: ``delethink.engines.ray`` launches Ray actors, and tests launch fakes with faults in virtual
+time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import dataclasses
 import logging
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, cast
 
 from delethink.config import EngineConfig
-from delethink.engines.base import EngineCounts, WorkerHandle, WorkerState
-from delethink.engines.scheduler import Request, Scheduler, rank, slots
+from delethink.engines.base import WorkerHandle
+from delethink.engines.pool_records import Activity, FaultCounts, PendingChunk, PoolWorker
+from delethink.engines.scheduler import Scheduler, rank, slots
 from delethink.errors import (
     ConfigError,
     DeadlineError,
@@ -40,12 +40,11 @@ _DISPATCH_DELAY_S = 0.002  # lets the chunks of one moment be assigned together,
 _HEALTH_INTERVAL_S = 2.0
 _CHECK_INTERVAL_S = 1.0  # between two checks of timeouts
 _ERROR_PAUSE_S = 1.0  # rest of a worker after an error; others take the chunks
-_MAX_ERROR_ROUNDS = 3  # rests in a row, after which a worker that only raises is restarted
+_MAX_ERROR_ROUNDS = 3  # rests in a row, after which a worker is restarted
 _FIRST_BACKOFF_S = 1.0  # doubles with each restart in a row after the first
 _MAX_BACKOFF_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _METRICS_TIMEOUT_S = 1.0
-_PACE_WINDOW_CHUNKS = 32  # over which the pace of a worker is smoothed
 _MIN_PACE_CHUNKS = 8  # sampled by a worker before its pace counts
 
 
@@ -57,136 +56,8 @@ class _WorkerError(Exception):
     """A worker is of no use any more."""
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
-class _Chunk(Request):
-    """A chunk that a caller of ``generate`` waits for."""
-
-    prompt_ids: TokenIds
-    max_new_tokens: int
-    sampling: Sampling
-    task: asyncio.Task[Any]  # the caller's
-    attempts: int = 0
-    assigned: asyncio.Future[None] | None = None
-    worker: PoolWorker | None = None  # while it is in flight
-    started: float = 0.0  # time at which the worker got it
-    interruption: Exception | None = None
-
-    def interrupt(self, error: Exception) -> None:
-        """End the present attempt with an error, in the way of ``asyncio.timeout``."""
-        if self.interruption is None:
-            self.task.cancel()
-        self.interruption = error
-
-
-@dataclass
-class FaultCounts:
-    """Faults since metrics were last taken."""
-
-    restarts: int = 0
-    chunks_rescheduled: int = 0
-    tokens_lost: int = 0  # sampled by workers that were then lost, an estimate from below
-    chunk_timeouts: int = 0
-    chunks_failed: int = 0
-
-
-@dataclass(eq=False)
-class PoolWorker:
-    """A worker over all its restarts."""
-
-    index: int
-    name: str
-    handle: WorkerHandle | None = None  # of the present life, from one start to the next
-    pid: int = 0  # 0 while there is no process
-    in_service: bool = False
-    missed_heartbeat: bool = False  # its chunks went to other workers
-    given_up: bool = False  # not restarted again
-    reason: str = ""  # for the last loss
-    restarts: int = 0
-    completions: int = 0
-
-    lost: asyncio.Future[str] | None = None  # ends the present life, with the reason
-    failures: int = 0  # lives in a row without a chunk sampled
-    error_rounds: int = 0  # rests in a row
-    resting: bool = False  # after an error
-    chunks: dict[_Chunk, None] = field(default_factory=dict)  # in flight, the oldest first
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    health: asyncio.Task[None] | None = None
-    heard: float = 0.0  # time of the last answer
-    progressed: float = 0.0  # time of the last step of the engine, or without chunks
-    pace: float = 0.0  # seconds per sampled token of a chunk, smoothed
-    paced_chunks: int = 0
-    returned_tokens: int = 0  # in the present life
-    counts: EngineCounts = field(default_factory=EngineCounts)
-    taken: EngineCounts = field(default_factory=EngineCounts)  # counts when metrics were taken
-    taken_completions: int = 0
-    busy_since: float | None = None
-    busy_seconds: float = 0.0  # with a chunk in flight, since metrics were taken
-
-    @property
-    def is_dead(self) -> bool:
-        """Return whether the worker takes no chunks: it restarts, or was given up."""
-        return not self.in_service
-
-    @property
-    def tokens_in_flight(self) -> int:
-        """Return the tokens of its chunks: of prompts, and the limits of new ones."""
-        return sum(chunk.tokens for chunk in self.chunks)
-
-    def start_life(self, state: WorkerState, now: float) -> None:
-        """Reset everything about the previous life."""
-        self.pid, self.in_service, self.missed_heartbeat = state.pid, True, False
-        self.lost = asyncio.get_running_loop().create_future()
-        self.error_rounds, self.resting = 0, False
-        self.heard = self.progressed = now
-        self.counts = self.taken = EngineCounts()
-        self.returned_tokens = self.paced_chunks = 0
-        self.pace = 0.0
-        self.idle.set()
-
-    def add(self, chunk: _Chunk, now: float) -> None:
-        """Record a chunk as in flight."""
-        chunk.worker, chunk.started = self, now
-        self.chunks[chunk] = None
-        if self.idle.is_set():
-            self.idle.clear()
-            self.progressed = self.busy_since = now
-
-    def remove(self, chunk: _Chunk, now: float) -> None:
-        """Record the end of a chunk in flight."""
-        chunk.worker = None
-        del self.chunks[chunk]
-        if not self.chunks:
-            self.busy_seconds = self.busy_seconds_at(now)
-            self.busy_since = None
-            self.idle.set()
-
-    def busy_seconds_at(self, now: float) -> float:
-        """Return the seconds with a chunk in flight since metrics were taken."""
-        return self.busy_seconds + (0.0 if self.busy_since is None else now - self.busy_since)
-
-    def update_health(self, counts: EngineCounts, now: float) -> None:
-        """Record an answer to ``health``."""
-        self.heard = now
-        if counts.steps != self.counts.steps or self.idle.is_set():
-            self.progressed = now
-        self.counts = counts
-
-    def record_completion(self, chunk: _Chunk, num_tokens: int, now: float) -> None:
-        """Record a chunk that was sampled."""
-        self.heard = now
-        self.completions += 1
-        self.returned_tokens += num_tokens
-        self.failures = self.error_rounds = 0
-        self.paced_chunks += 1
-        pace = (now - chunk.started) / max(1, num_tokens)
-        self.pace += (pace - self.pace) / min(self.paced_chunks, _PACE_WINDOW_CHUNKS)
-
-    def __str__(self) -> str:
-        return f"{self.name} (process {self.pid})" if self.pid else self.name
-
-
 class WorkerPool:
-    """Samples chunks on workers, retries those that fail, and restarts workers.
+    """Samples chunks on workers, retries failed chunks, and restarts failed workers.
 
     Args:
         launch: launches the worker of an index; ``WorkerHandle.start`` starts its engine.
@@ -194,7 +65,7 @@ class WorkerPool:
 
     Attributes:
         workers: the workers, until the pool is closed.
-        max_model_tokens: longest sequence (prompt and new tokens) that the workers take.
+        max_model_tokens: longest sequence (prompt and new tokens) of the workers.
     """
 
     def __init__(self, launch: Callable[[int], WorkerHandle], config: EngineConfig) -> None:
@@ -203,7 +74,7 @@ class WorkerPool:
         self.faults = FaultCounts()
         self._launch, self._config = launch, config
         self._scheduler = Scheduler()
-        self._chunks: set[_Chunk] = set()
+        self._chunks: set[PendingChunk] = set()
         self._dispatch_scheduled = False
         self._closed_by: Exception | None = None  # reason why the pool samples nothing ever again
         self._unsound: Exception | None = None  # reason to sample nothing before the next weights
@@ -220,7 +91,7 @@ class WorkerPool:
 
     @property
     def num_waiting(self) -> int:
-        """Return the number of chunks that wait for a worker."""
+        """Return the number of chunks without a worker."""
         return self._scheduler.num_waiting
 
     async def generate(
@@ -234,7 +105,7 @@ class WorkerPool:
             WorkersLostError: no worker is left.
         """
         hint = sampling.hint or SchedulingHint()
-        chunk = _Chunk(
+        chunk = PendingChunk(
             tokens=len(prompt_ids) + max_new_tokens,
             query=hint.query,
             rank=rank(hint, self._config.order),
@@ -264,7 +135,7 @@ class WorkerPool:
         finally:
             self._chunks.discard(chunk)
 
-    async def _wait_for_worker(self, chunk: _Chunk) -> PoolWorker:
+    async def _wait_for_worker(self, chunk: PendingChunk) -> PoolWorker:
         """Wait until the scheduler has assigned a worker."""
         chunk.assigned = asyncio.get_running_loop().create_future()
         self._scheduler.submit(chunk, first=chunk.attempts > 0)
@@ -283,13 +154,13 @@ class WorkerPool:
         now = asyncio.get_running_loop().time()
         for worker, chunk in self._scheduler.assign():
             assert isinstance(worker, PoolWorker)
-            assert isinstance(chunk, _Chunk)
+            assert isinstance(chunk, PendingChunk)
             assert chunk.assigned is not None
             worker.add(chunk, now)
             if not chunk.assigned.done():  # else the caller has just cancelled
                 chunk.assigned.set_result(None)
 
-    async def _sample(self, worker: PoolWorker, chunk: _Chunk) -> Completion:
+    async def _sample(self, worker: PoolWorker, chunk: PendingChunk) -> Completion:
         """Sample a chunk on a worker.
 
         Raises:
@@ -313,7 +184,7 @@ class WorkerPool:
         worker.record_completion(chunk, len(completion.token_ids), now)
         return completion
 
-    def _release(self, chunk: _Chunk) -> None:
+    def _release(self, chunk: PendingChunk) -> None:
         """Take a chunk from its worker, or out of the queue."""
         if (worker := chunk.worker) is None:
             self._scheduler.withdraw(chunk)
@@ -322,7 +193,7 @@ class WorkerPool:
         self._scheduler.release(worker, chunk)
         self._dispatch_soon()
 
-    def _count_attempt(self, chunk: _Chunk, error: _RetryError) -> None:
+    def _count_attempt(self, chunk: PendingChunk, error: _RetryError) -> None:
         """Count a failed attempt, and raise ``PolicyError`` after the last one."""
         chunk.attempts += 1
         if chunk.attempts < self._config.max_attempts:
@@ -333,7 +204,7 @@ class WorkerPool:
         raise PolicyError(f"{error}{suffix}") from None
 
     def _handle_worker_error(self, worker: PoolWorker, error: Exception) -> None:
-        """Pause a worker that raised; restart one that is dead, or does nothing but raise."""
+        """Pause a worker after an error; restart a dead one, or one with errors only."""
         if not worker.in_service:
             return
         if isinstance(error, ConnectionError):
@@ -366,12 +237,12 @@ class WorkerPool:
             chunk.interrupt(error)
 
     def _pause(self, worker: PoolWorker) -> None:
-        """Assign nothing more to a worker; the chunks it has continue."""
+        """Assign no more chunks to a worker; those in flight continue."""
         if worker.in_service:
             self._scheduler.pause(worker)
 
     def _resume(self, worker: PoolWorker) -> None:
-        """Assign chunks to a worker again, unless something else still holds it back."""
+        """Assign chunks to a worker again, unless there is another reason to wait."""
         outdated = self._unsound is not None or worker in self._outdated
         held_back = outdated or worker.resting or worker.missed_heartbeat
         if worker.in_service and self._awake.is_set() and not held_back:
@@ -407,7 +278,7 @@ class WorkerPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(TimeoutError):  # workers that are late are killed below
+        with contextlib.suppress(TimeoutError):  # late workers are killed below
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 stops = [worker.handle.stop() for worker in self.workers if worker.handle]
                 await asyncio.gather(*stops, return_exceptions=True)
@@ -420,7 +291,7 @@ class WorkerPool:
         self.workers = []
 
     async def _supervise(self, worker: PoolWorker) -> None:
-        """Restart a worker each time it is lost, up to ``max_restarts`` times in a row."""
+        """Restart a worker after each loss, up to ``max_restarts`` times in a row."""
         while True:
             assert worker.lost is not None
             self._record_failure(worker, await worker.lost)
@@ -457,7 +328,7 @@ class WorkerPool:
         self._dispatch_soon()
 
     def _mark_lost(self, worker: PoolWorker, reason: str) -> None:
-        """End the life of a worker: its chunks go to others now, ``_supervise`` restarts it."""
+        """End the life of a worker: others take its chunks, and ``_supervise`` restarts it."""
         if not worker.in_service:
             return
         assert worker.lost is not None
@@ -515,7 +386,7 @@ class WorkerPool:
     # -- health --------------------------------------------------------------------------------
 
     async def _check_health(self, worker: PoolWorker, handle: WorkerHandle) -> None:
-        """Ask a worker for its health at intervals; an exception means that it is lost."""
+        """Call ``health`` of a worker at intervals; after an exception the worker is lost."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
@@ -530,7 +401,7 @@ class WorkerPool:
                 self._resume(worker)
 
     async def _check_timeouts(self) -> None:
-        """Act on every timeout that has passed, at intervals."""
+        """Apply all timeouts, at intervals."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
@@ -592,9 +463,9 @@ class WorkerPool:
     # -- weights -------------------------------------------------------------------------------
 
     async def update_weights(self, weights: Any, version: int) -> None:
-        """Load weights into all workers, each as soon as it has no chunk in flight.
+        """Load weights into all workers, each as soon as its chunks in flight are done.
 
-        A worker that fails is restarted with the new weights; one that runs them is enough.
+        A failed worker is restarted with the new weights; one worker with them is enough.
 
         Raises:
             WeightSyncError: all workers refused the weights; nothing is sampled before others come.
@@ -651,12 +522,12 @@ class WorkerPool:
             await self._service_changed.wait()  # a restarted worker has loaded the weights
 
     async def _update_worker(self, worker: PoolWorker, weights: Any, version: int) -> str | bool:
-        """Return whether a worker runs the weights; a text says why it refused them."""
+        """Return ``True`` if a worker has loaded the weights, or the reason of a refusal."""
         handle = worker.handle
         self._pause(worker)
         await worker.idle.wait()
         if handle is None or worker.handle is not handle or not worker.in_service:
-            return False  # after a restart, it has loaded them
+            return False  # restarted, with these weights
         try:
             await self._load_weights(handle, weights, version)
         except WeightSyncError as error:
@@ -671,7 +542,7 @@ class WorkerPool:
         return worker.in_service
 
     async def _load_current_weights(self, handle: WorkerHandle) -> None:
-        """Load the current weights into an engine that has just started, if there are any."""
+        """Load the current weights, if there are any, into a freshly started engine."""
         loaded = None
         while self._unsound is None and self._weights is not None and loaded != self._weights[1]:
             weights, loaded = self._weights
@@ -729,12 +600,14 @@ class WorkerPool:
     async def take_metrics(self) -> dict[str, float]:
         """Return the metrics since the last call.
 
-        Keys are ``<name>`` for the pool and ``worker <i>/<name>`` for a worker: ``queue`` (chunks
-        that wait, or that a worker has, now), ``workers`` (in service), ``batch_occupancy`` (mean
-        chunks per forward pass), ``tokens_per_second``, ``prefix_cache_hit_rate`` (share of prompt
-        tokens), ``chunks``, ``restarts`` and the names of ``FaultCounts``. Rates are over the time
-        with chunks in flight, and left out if there was none; ``restarts`` of a worker counts from
-        the beginning.
+        Keys are ``<name>`` for the pool and ``worker <i>/<name>`` for a worker:
+
+        - ``queue``: chunks without a worker, or chunks of the worker, now.
+        - ``workers``: workers in service, now.
+        - ``chunks``: chunks sampled by the worker.
+        - ``restarts``: restarts; those of a worker count from the beginning.
+        - ``batch_occupancy``, ``tokens_per_second``, ``prefix_cache_hit_rate``: see ``Activity``.
+        - the fields of ``FaultCounts``.
         """
         await self._refresh_counts()
         now = asyncio.get_running_loop().time()
@@ -744,23 +617,16 @@ class WorkerPool:
             "workers": sum(worker.in_service for worker in self.workers),
             **dataclasses.asdict(faults),
         }
-        totals, longest = [EngineCounts()], 0.0
-        for worker in self.workers:
-            counts, worker.taken = _difference(worker.counts, worker.taken), worker.counts
-            seconds, worker.busy_seconds = worker.busy_seconds_at(now), 0.0
-            worker.busy_since = None if worker.busy_since is None else now
-            totals.append(counts)
-            longest = max(longest, seconds)
+        activities = [worker.take_activity(now) for worker in self.workers]
+        for worker, activity in zip(self.workers, activities, strict=True):
             own = {
                 "queue": len(worker.chunks),
-                "chunks": worker.completions - worker.taken_completions,
+                "chunks": activity.chunks,
                 "restarts": worker.restarts,
-                **_rates(counts, seconds),
+                **activity.rates(),
             }
-            worker.taken_completions = worker.completions
             metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
-        total = EngineCounts(*map(sum, zip(*map(dataclasses.astuple, totals), strict=True)))
-        return metrics | _rates(total, longest)
+        return metrics | Activity.total(activities).rates()
 
     async def _refresh_counts(self) -> None:
         """Ask all workers for their counters now; a late answer is not waited for."""
@@ -790,27 +656,8 @@ class WorkerPool:
             self._end(error)
 
 
-def _rates(counts: EngineCounts, seconds: float) -> dict[str, float]:
-    rates = {}
-    if seconds:
-        rates["tokens_per_second"] = counts.tokens / seconds
-    if counts.steps:
-        rates["batch_occupancy"] = counts.running / counts.steps
-    if counts.prefix_queries:
-        rates["prefix_cache_hit_rate"] = counts.prefix_hits / counts.prefix_queries
-    return rates
-
-
-def _difference(now: EngineCounts, before: EngineCounts) -> EngineCounts:
-    """Return the counts in between; all of them if the engine was restarted."""
-    if now.steps < before.steps:
-        return now
-    pairs = zip(dataclasses.astuple(now), dataclasses.astuple(before), strict=True)
-    return EngineCounts(*(a - b for a, b in pairs))
-
-
 def _backoff_s(failures: int) -> float:
-    """Return the seconds before a restart: none after a life that sampled a chunk."""
+    """Return the seconds before a restart: none after a life with a sampled chunk."""
     if failures <= 1:
         return 0.0
     return float(min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (failures - 2)))

@@ -8,8 +8,8 @@
 A chunk takes this way: ``RayPool.generate`` -> ``WorkerPool.generate`` in the thread of the pool ->
 ``_RayWorker.generate``, a plain call of a Ray actor -> ``generate`` of the worker class.
 
-The pool joins the Ray cluster that is running (``RAY_ADDRESS``, ``ray start``, or a submitted job).
-Without one, it starts Ray on this machine, reachable from this machine alone.
+The pool joins a running Ray cluster (``RAY_ADDRESS``, ``ray start``, or a submitted job). Otherwise
+it starts Ray on this machine, reachable from this machine alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from delethink.engines.base import (
     WorkerState,
 )
 from delethink.engines.cluster import cause, connect
-from delethink.engines.pool import FaultCounts, PoolWorker, WorkerPool
+from delethink.engines.pool import WorkerPool
+from delethink.engines.pool_records import FaultCounts, PoolWorker
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.tokens import token_array
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MAX_CALLS = 10_000  # that a worker takes at once; the pool's slots are the real limit
+_MAX_CALLS = 10_000  # concurrent calls of a worker; the pool's slots are the real limit
 _CLOSE_TIMEOUT_S = 60.0
 _METRIC_PREFIX = "engine/"
 
@@ -63,7 +64,7 @@ class RayPool:
     Args:
         model: folder or Hugging Face id of the checkpoint.
         config: the section ``engine:`` of a recipe.
-        eos_ids: tokens that end an answer; the model's own configuration is not read.
+        eos_ids: tokens to end an answer; the model's own configuration is not read.
         max_model_tokens: longest sequence; ``None`` takes the model's own limit.
         trust_remote_code: run code from the model's repository.
         seed: seed of the engines' own streams, for requests without a seed.
@@ -73,10 +74,10 @@ class RayPool:
         ConfigError: Ray cannot provide the resources, or a worker did not start; the text says why.
 
     Attributes:
-        max_model_tokens: longest sequence (prompt and new tokens) that the workers take.
+        max_model_tokens: longest sequence (prompt and new tokens) of the workers.
 
     Chunks wait in this process until a worker has a free slot (``delethink.engines.scheduler``).
-    The chunks of a worker that dies or hangs go to others, and the worker restarts with the current
+    The chunks of a dead or hanging worker go to others, and the worker restarts with the current
     weights (``delethink.engines.pool``). The pool has a thread of its own and is bound to no event
     loop: each training step may bring another one.
     """
@@ -97,7 +98,7 @@ class RayPool:
             raise MissingExtraError("ray", "ray")
         self.config = config
         self.max_model_tokens = 0
-        cpus = _cpus_per_engine(config)
+        cpus = cpus_per_engine(config)
         self._spec = WorkerSpec(
             model=os.fspath(model),
             config=config,
@@ -133,7 +134,7 @@ class RayPool:
         seed: int,
         is_trained: bool,
     ) -> Self:
-        """Make the engine that ``config`` describes; see ``Engine.create``."""
+        """Make an engine; see ``Engine.create``."""
         from delethink.engines.loading import eos_ids, load_shell, locate, longest_sequence
 
         shell = load_shell(model_path, trust_remote_code) if model is None else model
@@ -157,7 +158,7 @@ class RayPool:
         """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``.
 
         Raises:
-            ConfigError: the request is longer than ``max_model_tokens``, or the engine refuses it.
+            ConfigError: the request is longer than ``max_model_tokens``, or invalid for the engine.
             PolicyError: all attempts failed; the text names the last worker and its error.
             DeadlineError: a worker had the chunk for longer than ``chunk_timeout``.
             WorkersLostError: no worker came back in time.
@@ -174,12 +175,12 @@ class RayPool:
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Load new weights into all workers, each as soon as its chunks in flight are done.
 
-        A worker that fails is restarted with the new weights. One worker that runs them is enough,
-        and from then on no chunk is sampled with other weights.
+        A failed worker is restarted with the new weights. One worker with the new weights is
+        enough, and from then on no chunk is sampled with others.
 
         Args:
             weights: whole state of the model under the names of its checkpoint, on any device.
-            version: number of weight updates so far; completions carry it as ``policy_version``.
+            version: number of weight updates so far; the ``policy_version`` of completions.
 
         Raises:
             WeightSyncError: all workers refused the weights; the text has the reason of each.
@@ -216,7 +217,7 @@ class RayPool:
             with contextlib.suppress(TimeoutError, PolicyError):
                 self._thread.run(self._pool.close(), _CLOSE_TIMEOUT_S)
             self._thread.close()
-            self._pool.kill_workers()  # those that did not stop in time
+            self._pool.kill_workers()  # the ones too late to stop
         if self._placement_group is not None and ray.is_initialized():
             ray.util.remove_placement_group(self._placement_group)
         self._placement_group = None
@@ -325,7 +326,7 @@ class _RayWorker:
     def kill(self) -> None:
         if ray.is_initialized():
             ray.kill(self.actor)
-        if self._sender is not None:  # in a thread, because it may wait for the worker
+        if self._sender is not None:  # in a thread: the call may wait for the worker
             threading.Thread(target=self._sender.close, daemon=True).start()
 
 
@@ -412,7 +413,7 @@ async def _result(call: Awaitable[Any]) -> Any:
 
 
 async def _run_in_thread(work: Callable[[], T]) -> T:
-    """Run a blocking call in a daemon thread, because it may never return."""
+    """Run a blocking call in a daemon thread: the call may never return."""
     done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -446,12 +447,13 @@ def _reserve(config: EngineConfig, resources: Mapping[str, float]) -> Any:
     return group
 
 
-def _cpus_per_engine(config: EngineConfig) -> float:
+def cpus_per_engine(config: EngineConfig) -> float:
+    """Return the CPUs reserved for each engine."""
     if config.cpus_per_engine is not None:
         return config.cpus_per_engine
     if config.gpus_per_engine > 0:
         return 1.0
-    # One core is left to the driver: threads of an engine that share a core wait for each other.
+    # One core is left to the driver: engine threads on a shared core wait for each other.
     return max(1.0, (_num_cores() - 1) // config.num_engines)
 
 

@@ -2,13 +2,13 @@
 
 At a boundary the whole state of a trace is its next prompt, so any worker can take any chunk:
 
-1. A worker holds at most ``slots`` chunks. That is a quarter more than its batch, so that the
-   engine never waits for the driver. The other chunks wait here, where any worker can have them.
+1. A worker holds at most ``slots`` chunks: a quarter more than its batch, so the engine never waits
+   for the driver. The other chunks wait here, free for any worker.
 2. The worker with the fewest tokens in flight is served first.
-3. It takes a chunk of the lowest rank. Among equal ranks it prefers a query that it sampled from
-   before (the prefix is in its cache), then a query that no worker has, then the oldest chunk of
-   the longest queue. Another worker that has the prefix takes the chunk instead, if its load
-   exceeds this one's by at most the chunk.
+3. The chunk has the lowest rank. Among equal ranks, a query from the prefix cache of the worker
+   goes first, then a new query, then the oldest chunk of the longest queue. Another worker with the
+   query in its cache takes the chunk instead, if its load exceeds the first one's by at most the
+   chunk.
 
     scheduler = Scheduler()
     scheduler.add_worker("a", slots=80)
@@ -35,7 +35,7 @@ Rank = tuple[float, ...]
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A chunk to be sampled, as the scheduler sees it."""
+    """A chunk to be sampled."""
 
     tokens: int  # prompt tokens and the limit of new ones
     query: Hashable = None  # equal for chunks whose prompts begin alike
@@ -45,10 +45,10 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """Chunks that a worker holds."""
+    """Load of a worker."""
 
     slots: int
-    order: int  # among equal loads, the worker that was added first
+    order: int  # number of the worker; breaks ties
     chunks: int = 0
     tokens: int = 0
     is_paused: bool = False
@@ -64,7 +64,7 @@ class Scheduler:
     def __init__(self, max_queries: int = 2**17) -> None:
         self._max_queries = max_queries
         self._loads: dict[Hashable, _Load] = {}
-        self._open: dict[Hashable, _Load] = {}  # workers with a free slot that are not paused
+        self._open: dict[Hashable, _Load] = {}  # workers with a free slot, not paused
         self._homes: OrderedDict[Hashable, Hashable] = OrderedDict()  # query -> worker
         # Waiting chunks by rank, then by the worker of their query (None: no worker yet).
         self._queues: dict[Rank, dict[Hashable, deque[Request]]] = {}
@@ -95,7 +95,7 @@ class Scheduler:
             queues.setdefault(None, deque()).extend(queues.pop(worker, ()))
 
     def pause(self, worker: Hashable) -> None:
-        """Assign nothing more to a worker; the chunks it holds continue."""
+        """Assign no more chunks to a worker; those in flight continue."""
         self._loads[worker].is_paused = True
         self._update_open(worker)
 
@@ -145,14 +145,14 @@ class Scheduler:
             yield worker, request
 
     def release(self, worker: Hashable, request: Request) -> None:
-        """Free the slot of a chunk that a worker holds no longer."""
+        """Free the slot of a chunk."""
         load = self._loads[worker]
         load.chunks -= 1
         load.tokens -= request.tokens
         self._update_open(worker)
 
     def _next_request(self, worker: Hashable) -> Request:
-        """Take the chunk that a worker should sample out of its queue; some chunk waits."""
+        """Take the next chunk for a worker out of its queue; there is one."""
         while True:
             queues = self._queues[self._ranks[0]]
             request = self._take(queues, worker)
@@ -162,7 +162,7 @@ class Scheduler:
             del self._queues[heapq.heappop(self._ranks)]
 
     def _take(self, queues: dict[Hashable, deque[Request]], worker: Hashable) -> Request | None:
-        """Take a chunk of one rank, or ``None`` if none of that rank waits."""
+        """Take a chunk of one rank; ``None`` if there is none."""
         if (request := _pop(queues, worker)) is not None:
             return request
         while (request := _pop(queues, None)) is not None:
@@ -193,7 +193,7 @@ class Scheduler:
 
 
 def _pop(queues: dict[Hashable, deque[Request]], home: Hashable) -> Request | None:
-    """Take the oldest chunk out of a queue that was not withdrawn, and drop an empty queue."""
+    """Take the oldest chunk out of a queue, without withdrawn ones, and drop an empty queue."""
     queue = queues.get(home)
     while queue:
         request = queue.popleft()
@@ -204,14 +204,14 @@ def _pop(queues: dict[Hashable, deque[Request]], home: Hashable) -> Request | No
 
 
 def slots(batch_size: int) -> int:
-    """Return the chunks that a worker holds: its batch and a quarter more."""
+    """Return the number of slots of a worker: its batch and a quarter more."""
     return batch_size + max(1, batch_size // 4)
 
 
 def rank(hint: SchedulingHint, order: Literal["breadth", "depth"]) -> Rank:
     """Return the rank of a chunk: batches in order, then the trace with most chunks to come.
 
-    Where that number is unknown, "breadth" takes the trace with the fewest chunks so far, whose
+    If unknown, "breadth" takes the trace with the fewest chunks so far, whose
     rest may be the longest, and "depth" the one with the most.
     """
     if hint.expected_chunks is not None:

@@ -41,7 +41,7 @@ class TransformersEngine:
 
     Args:
         model: a causal language model.
-        eos_ids: tokens that end an answer.
+        eos_ids: tokens to end an answer.
         pad_id: token for padding; any id of the vocabulary will do.
         max_batch_size: maximum number of chunks decoded at once.
         seed: seed of the stream for requests without a seed of their own.
@@ -49,7 +49,7 @@ class TransformersEngine:
             effect at once, and ``update_weights`` only counts.
 
     Attributes:
-        max_model_tokens: longest sequence (prompt and new tokens) that the model takes.
+        max_model_tokens: longest sequence (prompt and new tokens) of the model.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TransformersEngine:
         seed: int,
         is_trained: bool,
     ) -> Self:
-        """Make the engine that ``config`` describes; see ``Engine.create``.
+        """Make an engine; see ``Engine.create``.
 
         Without a ``model``, the engine loads the checkpoint onto the GPU, if there is one.
         """
@@ -157,7 +157,7 @@ class TransformersEngine:
         try:
             answers = decoded = self._decode(batch)
             self._count(decoded, time.perf_counter() - started)
-        except Exception as error:  # each request of the batch fails with it
+        except Exception as error:  # all requests of the batch fail
             answers = [error] * len(batch)
         for request, answer in zip(batch, answers, strict=True):
             if request.answer.done():  # the caller has cancelled

@@ -28,9 +28,9 @@ from delethink.types import StopReason, TokenIds
 T = TypeVar("T")
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
-_LOWEST_TEMPERATURE = 0.01  # vLLM raises anything between 0 and this to it
+_LOWEST_TEMPERATURE = 0.01  # vLLM uses this value for anything between 0 and this
 _VERIFIED_UPDATES = 2  # since the start of a worker: the initial weights and the first update
-_LOG_BYTES = 65_536  # end of the logs that is searched for the last error
+_LOG_BYTES = 65_536  # end of the logs, searched for the last error
 # vLLM's own errors only refer to the log of its engine process, where the reason is.
 _ERROR = re.compile(
     r"\b(?!EngineDeadError|EngineGenerateError)\w*(?:Error|Exception): (?!Engine core ).+"
@@ -55,7 +55,7 @@ class VllmWorker:
         self._in_flight: set[str] = set()  # ids of requests
 
     async def start(self) -> WorkerState:
-        """Start the engine, and sample a token so that the first chunk finds it warm.
+        """Start the engine, and sample one token to warm up.
 
         Raises:
             MissingExtraError: vLLM is not installed on this node.
@@ -93,7 +93,7 @@ class VllmWorker:
         """Sample a chunk.
 
         Raises:
-            ConfigError: the temperature is between 0 and the lowest that vLLM takes.
+            ConfigError: the temperature is between 0 and vLLM's lowest one.
             PolicyError: vLLM failed, or the last update of weights did.
             ConnectionError: the engine process is dead.
         """
@@ -137,7 +137,7 @@ class VllmWorker:
         return counts
 
     def _explain(self, error: Exception) -> Exception:
-        """Return an error that says what went wrong in the engine."""
+        """Return an error with the reason from the engine."""
         if self._engine.errored:
             logged = _last_error() or "none"
             return ConnectionError(f"has lost its vLLM engine process; last error logged: {logged}")
@@ -180,7 +180,7 @@ class VllmWorker:
         await self._await(getattr(self._engine, method)(*arguments))
 
     async def confirm_transfer(self, version: int, digests: Mapping[str, str] | None) -> int:
-        """End an update that ``prepare_transfer`` began; return the version.
+        """End the update begun by ``prepare_transfer``; return the version.
 
         Raises:
             WeightSyncError: other weights arrived, or the engine computes with others.
@@ -189,12 +189,12 @@ class VllmWorker:
 
     @property
     def _verifies(self) -> bool:
-        """Whether the engine compares its weights with those sent in this update."""
+        """Return whether this update is verified."""
         always = self._spec.config.verify_weights == "every"
         return always or self._updates < _VERIFIED_UPDATES
 
     async def _begin_update(self) -> None:
-        """End the requests that the pool has given up, and sample nothing until the update ends."""
+        """Abort requests abandoned by the pool, and sample nothing until the end of the update."""
         self._refused = "was interrupted"
         await self._engine.abort(list(self._in_flight))
 
@@ -276,7 +276,7 @@ def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds)
         max_tokens=max_new_tokens,
         ignore_eos=True,  # ignores the model's configuration: eos_ids alone end an answer
         stop_token_ids=list(eos_ids),
-        logprobs=0,  # of the sampled token alone
+        logprobs=0,  # the log-prob of the sampled token alone
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -297,7 +297,7 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
         more = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             "enforce_eager": True,
-            # On the CPU, vLLM's engine dies when it splits the prompt of a request with a seed:
+            # Splitting the prompt of a request with a seed kills vLLM's engine on the CPU, because
             # generators of the CPU cannot be wound back.
             "enable_chunked_prefill": False,
         }
@@ -327,7 +327,7 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
 
 
 def _set_environment(spec: WorkerSpec) -> None:
-    """Set variables that vLLM reads on import and that its engine process inherits."""
+    """Set environment variables for vLLM, before its import; the engine process inherits them."""
     config = spec.config
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -346,7 +346,7 @@ def _set_environment(spec: WorkerSpec) -> None:
 
 
 def _counter_class(instances: list[Any]) -> Callable[..., Any]:
-    """Return a statistics logger for vLLM that counts steps; its instances go into a list."""
+    """Return a statistics logger for vLLM, a step counter; its instances go into a list."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Counter(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are untyped here

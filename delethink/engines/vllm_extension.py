@@ -1,7 +1,7 @@
-"""Code that runs inside vLLM's engine process: weight updates, and an end together with the worker.
+"""Code inside vLLM's engine process: weight updates, and an end together with the worker.
 
-vLLM loads ``WorkerExtension`` and ``Executor`` by name. It does not notice by itself when the
-process that started an engine is gone, so both arrange for an end with the parent:
+vLLM loads ``WorkerExtension`` and ``Executor`` by name. Both arrange for the end of their process
+together with the parent, because vLLM itself does not notice the loss of the parent:
 
     VllmWorker (Ray actor) -> engine process (Executor) -> ranks (WorkerExtension)
 """
@@ -33,9 +33,9 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """End this process when the process that started it ends.
+    """End this process together with its parent.
 
-    The kernel's signal also ends a stopped process. The thread also notices a parent that was gone
+    The kernel's signal also ends a stopped process. The thread also notices a parent lost
     before this call.
     """
     if (parent := multiprocessing.parent_process()) is None:
@@ -61,7 +61,7 @@ class Executor(MultiprocExecutor):  # type: ignore[misc]  # vLLM may not be inst
 
 
 def _return_errors(method: Callable[..., int]) -> Callable[..., int | str]:
-    """Return an exception as text instead of raising it.
+    """Return an exception as text instead of raising.
 
     If one rank of several raises, vLLM leaves the answers of the others in their queues and takes
     them for the answers to its next call.
@@ -81,9 +81,9 @@ class WorkerExtension:
     """Methods mixed into vLLM's own worker class, in each rank.
 
     Weights come as a file (``delethink_load``), or by vLLM's own weight transfer between
-    ``delethink_prepare`` and ``delethink_confirm``. Weights that do not fit are refused before
-    anything is touched. With ``verify``, the parameters that the model computes with are compared
-    with those sent (``delethink.engines.weight_check``).
+    ``delethink_prepare`` and ``delethink_confirm``. Misfitting weights are refused before
+    anything is touched. With ``verify``, the parameters of the running model are compared with
+    those sent (``delethink.engines.weight_check``).
     """
 
     model_runner: Any
@@ -119,11 +119,11 @@ class WorkerExtension:
 
     @_return_errors
     def delethink_confirm(self, version: int, digests: Mapping[str, str] | None) -> int:
-        """End an update that ``delethink_prepare`` began.
+        """End the update begun by ``delethink_prepare``.
 
         Args:
             version: version of the weights.
-            digests: digests of the weights that were sent, to verify the update with.
+            digests: digests of the sent weights, to verify the update.
 
         Returns:
             The version, or the error as text.
@@ -131,7 +131,7 @@ class WorkerExtension:
         for name, digest in (digests or {}).items():
             sent = self._sent[name]
             if sent.values is None or sent.digest() != digest:
-                raise ValueError(f"{name!r} did not arrive as it was sent")
+                raise ValueError(f"{name!r} arrived with other values than those sent")
         return self._confirm(version, verify=digests is not None)
 
     def _prepare(self, shapes: Mapping[str, tuple[int, ...]], verify: bool) -> None:
@@ -161,7 +161,7 @@ class WorkerExtension:
 
 
 def _repack_tied_layers(model: torch.nn.Module) -> None:
-    """Renew the packed copy of a tied output layer, which vLLM leaves as it was on the CPU."""
+    """Renew the packed copy of a tied output layer, which vLLM does not update on the CPU."""
     names = parameter_names(model)
     module: Any
     for module in model.modules():

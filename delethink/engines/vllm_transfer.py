@@ -3,11 +3,11 @@
     trainer's GPU -- NCCL, or CUDA IPC on one GPU --> engine process
     VllmWeightSender (driver) -> VllmWorker (Ray actor) -> AsyncLLM
 
-vLLM moves the bytes and makes the calls that go with them (``vllm.distributed.weight_transfer``).
-Each worker has its own transfer, a group of two sides. So each loads weights as soon as it is idle,
-and a worker that dies disturbs no other.
+vLLM moves the bytes and makes the necessary calls (``vllm.distributed.weight_transfer``). Each
+worker has its own transfer, a group of two sides. So each loads weights as soon as its chunks are
+done, and a dying worker disturbs no other.
 
-This module imports vLLM; a pool imports it only with ``weight_transfer`` nccl or ipc.
+This module imports vLLM; pools use this module only with ``weight_transfer`` nccl or ipc.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class VllmWeightSender:
         transfer: "nccl", or "ipc" for a worker on the same GPU.
         worker: the Ray actor.
         num_ranks: ranks of its engine.
-        device: device that weights are sent from.
+        device: device of the weights to send.
 
-    A worker that dies during an update by IPC leaves a view of that snapshot behind; its memory is
-    free again when this process ends.
+    A worker lost during an update by IPC leaves a view of the snapshot behind; its memory is free
+    again when this process ends.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class VllmWeightSender:
         raise PolicyError("the weight transfer was closed")
 
     def send(self, snapshot: Snapshot, version: int) -> int:
-        """Send weights to the worker and return the version that its engine runs.
+        """Send weights to the worker and return the version its engine then runs.
 
         Raises:
             WeightSyncError: the worker refused the weights, or computes with others.
@@ -91,7 +91,7 @@ class VllmWeightSender:
         return answer
 
     def close(self) -> None:
-        """Close the transfer, also one that waits for a worker that is gone."""
+        """Close the transfer, also while ``connect`` or ``send`` waits for a lost worker."""
         with self._lock:
             self._closed = self._source.closed = True
             sender, self._sender = self._sender, None
@@ -115,7 +115,7 @@ class VllmWeightSender:
             master_address=ray.util.get_node_ip_address(),
             master_port=get_open_port(),
             world_size=1 + self._num_ranks,
-            packed=False,  # packed tensors go over streams that all transfers share
+            packed=False,  # packed tensors go over streams shared by all transfers
         )
 
 
@@ -137,7 +137,7 @@ class _Source(WeightSource):  # type: ignore[misc]  # vLLM may not be installed 
 
 
 class _Client:
-    """vLLM's ``VLLMWeightSyncClient``: calls of the trainer side that go to the worker."""
+    """vLLM's ``VLLMWeightSyncClient``: calls of the trainer side to the worker."""
 
     def __init__(self, worker: Any, close: Callable[[], None]) -> None:
         self._worker, self._close = worker, close
@@ -154,7 +154,7 @@ class _Client:
             self._call("update_weights", WeightTransferUpdateRequest(update_info=update_info))
         except Exception as error:  # raised again
             self.failure = cause(error)
-            self._close()  # the worker receives nothing more, and the sender would wait for it
+            self._close()  # else the sender would wait for the worker
             raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

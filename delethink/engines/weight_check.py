@@ -1,9 +1,9 @@
-"""Checks that a vLLM model computes with the weights that were sent to it.
+"""Checks the weights of a running vLLM model against the weights sent to the engine.
 
-vLLM fuses and packs weights that a checkpoint holds apart (q, k and v become one layer). It spreads
+vLLM fuses and packs separate weights of a checkpoint (q, k and v become one layer), and spreads
 them over the ranks of a tensor-parallel engine. Not all of them are sure to arrive: on the CPU, for
 example, a tied output layer keeps its old weights. The check compares some columns of each weight
-that was sent with those that the model multiplies by.
+sent with the columns used in the model's multiplications.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-_NUM_COLUMNS = 16  # of each matrix, evenly spaced; a training step changes all of them
+_NUM_COLUMNS = 16  # checked of each matrix, evenly spaced; a training step changes all columns
 
 
 class Columns:
-    """Shape of a weight in the checkpoint and, once it has arrived, some of its columns.
+    """Shape of a weight in the checkpoint and, after its arrival, some of its columns.
 
     Attributes:
         shape: shape of the whole tensor.
@@ -56,7 +56,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Pair:
-    """A parameter of a vLLM model and the weights of the checkpoint that make it up."""
+    """A parameter of a vLLM model and its weights in the checkpoint."""
 
     name: str  # in vLLM
     module: Any  # module of the parameter
@@ -64,7 +64,7 @@ class Pair:
 
     @property
     def parameter(self) -> torch.Tensor:
-        """Return vLLM's tensor; on the CPU it may be empty, because layers keep a packed copy."""
+        """Return vLLM's tensor, which may be empty on the CPU: layers keep a packed copy there."""
         tensor: torch.Tensor = getattr(self.module, self.name.rpartition(".")[2])
         return tensor
 
@@ -73,7 +73,7 @@ def pair_weights(model: torch.nn.Module, sent: Mapping[str, Columns]) -> list[Pa
     """Find the weights sent for each parameter of a vLLM model.
 
     Raises:
-        ValueError: a parameter without weights, a name or a shape that the model does not have.
+        ValueError: a parameter without weights, an unknown name, or another shape.
     """
     unused, pairs = set(sent), []
     for name, module, sources in _parameters(model):
@@ -90,7 +90,7 @@ def pair_weights(model: torch.nn.Module, sent: Mapping[str, Columns]) -> list[Pa
 
 
 def check_weights(pairs: list[Pair]) -> None:
-    """Compare all parameters with the weights that were sent.
+    """Compare all parameters with the weights sent.
 
     Raises:
         ValueError: the model computes with other weights; the text names the first.
@@ -98,7 +98,7 @@ def check_weights(pairs: list[Pair]) -> None:
     stale = [pair.name for pair in pairs if not is_loaded(pair)]
     if stale:
         raise ValueError(
-            f"the engine computes with other weights than it was sent: {len(stale)} of "
+            f"the engine computes with other weights than those sent: {len(stale)} of "
             f"{len(pairs)} differ, the first is {stale[0]!r}"
         )
 
@@ -161,7 +161,7 @@ def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any, list[list[str]]]]:
-    """Yield each parameter's name and module, and the lists of names that may make it up."""
+    """Yield each parameter's name and module, and the possible names of its weights."""
     fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     tied = parameter_names(model)
     for prefix, module in model.named_modules():
@@ -187,7 +187,7 @@ def parameter_names(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[str
 
 
 def _check_shape(pair: Pair, names: list[str]) -> None:
-    """Find a wrong shape before vLLM starts to load, because it does not recover from one."""
+    """Find a wrong shape before vLLM loads any weight: vLLM does not recover from one."""
     expected = _checkpoint_shape(pair)
     held = len(getattr(pair.module, "output_partition_sizes", names))
     if len(names) not in (1, held):

@@ -4,8 +4,8 @@ With ``weight_transfer=store`` they go through Ray's object store, to engines an
 
     pack (driver) -> object store -> write (worker) -> read (engine process)
 
-With ``nccl`` and ``ipc`` they go from GPU to GPU, from a ``Snapshot`` that a ``WeightSender`` of
-the engine sends (``delethink.engines.vllm_transfer``).
+With ``nccl`` and ``ipc`` they go from GPU to GPU: a ``WeightSender`` of the engine sends a
+``Snapshot`` (``delethink.engines.vllm_transfer``).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def pack(weights: Mapping[str, torch.Tensor]) -> PackedWeights:
 def write(weights: PackedWeights) -> tuple[int, list[WeightSlot]]:
     """Write weights into an anonymous file in memory.
 
-    The engine process maps the file without a copy. The kernel frees it with the last process that
-    holds it.
+    The engine process maps the file without a copy. The kernel frees the file with the last process
+    using it.
 
     Returns:
         The file descriptor, for the caller to close, and the slot of each weight in the file.
@@ -77,7 +77,7 @@ def local_device() -> torch.device:
 
 
 class Snapshot:
-    """A copy of weights on a GPU that does not change while training continues.
+    """A copy of weights on a GPU, unchanged while training continues.
 
     Args:
         weights: whole state of a model, on any device.

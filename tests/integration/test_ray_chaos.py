@@ -24,7 +24,7 @@ from delethink.types import TokenIds, Trace
 
 need("ray", "vllm", "torch")
 
-from delethink.engines.pool import PoolWorker  # noqa: E402
+from delethink.engines.pool_records import PoolWorker  # noqa: E402
 from delethink.engines.vllm import VllmPool  # noqa: E402
 
 if TYPE_CHECKING:
