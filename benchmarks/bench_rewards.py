@@ -3,8 +3,8 @@
     python benchmarks/bench_rewards.py [--calls 2000] [--processes 2] [--rounds 3]
 
 All variants use the same answers and the same number of processes. "Direct" parses and verifies
-the answers in a ``multiprocessing.Pool``, without math-verify's timeouts. "Reward, plain pool" calls
-the library's reward in the same pool; the difference to the verifier pool is the cost of limits.
+the answers in a ``multiprocessing.Pool``, without math-verify's timeouts. "Reward, plain pool"
+calls the library's reward in the same pool; the verifier pool adds the cost of limits.
 Answers are boxed ones of the corpus in tests/data after a paragraph of working. Starting the
 processes is not counted. The last line is the delay of the event loop while rewards are computed.
 """

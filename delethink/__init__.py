@@ -1,4 +1,4 @@
-"""Reinforcement learning of language models that think in chunks with context resets.
+"""Reinforcement learning of language models thinking in chunks with context resets.
 
 The names below are the core, in reading order. The other packages are imported on their own:
 ``delethink.envs``, ``delethink.rewards``, ``delethink.engines``, ``delethink.training`` and

@@ -1,4 +1,4 @@
-"""Conversion of problems to query token ids, and of token ids to the text that rewards read."""
+"""Conversion of problems to query token ids, and of token ids to the text for rewards."""
 
 from __future__ import annotations
 

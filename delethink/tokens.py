@@ -194,11 +194,6 @@ def memory_of_logprobs(logprobs: Logprobs) -> bytes:
     return LogprobArray.to_array(logprobs).tobytes()
 
 
-def count_in(memory: bytes) -> int:
-    """Return the number of 64-bit numbers in ``memory``."""
-    return len(memory) // _ITEM_BYTES
-
-
 def all_finite(logprobs: Logprobs) -> bool:
     """Return whether every log-prob is finite."""
     if not isinstance(logprobs, LogprobArray):

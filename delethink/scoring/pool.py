@@ -1,9 +1,10 @@
-"""Pool of processes that compute rewards within hard limits of time and memory.
+"""Pool of processes for computing rewards within hard limits of time and memory.
 
 A verifier may stall inside a C function, where no signal handler and no thread can stop it, and may
 use up all memory. Beyond its limits, the process group of a call is killed and replaced. The call
 then gets a verdict with the reason, and other calls continue. No process outlives the owner of the
-pool: the kernel kills a verifier with the thread of its start, and a closed pipe ends it too.
+pool: the kernel kills a verifier with the thread of its start, and verifiers stop when their pipe
+closes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VerdictStatus = Literal["ok", "timeout", "memory", "error"]
 
 _MEMORY_CHECK_INTERVAL_S = 0.05
 _MAX_PREFETCHED_BYTES = 16_384  # a call of this size fits into the pipe of a busy verifier
-_MAX_IN_FLIGHT = 4  # calls sent to a verifier in advance, so that it need not wait
+_MAX_IN_FLIGHT = 4  # calls sent in advance, to save waiting
 
 
 class Verdict(NamedTuple):
@@ -83,7 +84,7 @@ class _Call:
 
 
 class VerifierPool:
-    """Processes that compute rewards, started by the first call.
+    """Verifier processes, started by the first call.
 
     The pool is thread-safe. In asyncio, use ``asyncio.wrap_future``.
 
@@ -246,7 +247,7 @@ class _Owner(threading.Thread):
             if self.verifier is None:
                 self._sent.remove(call)
                 _settle(call, Verdict("error", None, f"cannot start a verifier: {error}"))
-            # A verifier that died after its start is reported for its first call.
+            # The death of a started verifier is reported for its first call.
 
     def _wait_for_first(self) -> None:
         call, verifier = self._sent[0], self.verifier
@@ -299,7 +300,7 @@ class _Verifier:
         self.is_alive = True
 
     def send(self, payload: bytes) -> None:
-        """Send a call. A verifier that does not read it in time is killed.
+        """Send a call. A verifier not reading in time is killed.
 
         Raises:
             OSError: the verifier has died.

@@ -10,8 +10,8 @@ A reward is a function with any of these parameters, by name:
 - ``stop``: a ``TraceStop``;
 - ``correct``: value of the recipe's accuracy reward for the same trace.
 
-Other parameters are settings. A reward returns a number, or ``None`` if it does not apply, and may
-be ``async``. A function with a parameter ``completions`` or ``completion_ids`` follows TRL: it is
+Other parameters are settings. A reward returns a number, or ``None`` where not applicable, and may
+be ``async``. A function with a parameter ``completions`` or ``completion_ids`` follows TRL and is
 called with columns of a batch and returns a list.
 """
 
@@ -54,14 +54,14 @@ class Traits:
 
 
 def light(function: Function) -> Function:
-    """Mark a function with linear run time. The scorer calls it directly."""
+    """Mark a function with linear run time. The scorer calls such a function directly."""
     return _marked(function, Traits("light"))
 
 
 def isolated(
     package: str, extra: str, prepare: Callable[[], None] | None = None
 ) -> Callable[[Function], Function]:
-    """Mark a function that may hang or fill the memory. It runs in a verifier process.
+    """Mark a function to run in a verifier process, because of hangs or memory.
 
     Args:
         package: the required package.
@@ -72,7 +72,7 @@ def isolated(
 
 
 def threaded(check: Callable[[], None]) -> Callable[[Function], Function]:
-    """Mark a function that waits for its own processes. It runs in a thread."""
+    """Mark a function waiting for its own processes, to run in a thread."""
     return lambda function: _marked(function, Traits("thread", check=check))
 
 

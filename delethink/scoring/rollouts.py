@@ -1,4 +1,4 @@
-"""Rollouts with scores: each trace is scored as soon as it ends, while others are sampled."""
+"""Rollouts with scores: each trace is scored at its end, while others are sampled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_attempt(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: Chu
 def attempt_from_text(
     problem: Problem, text: str, length: int | None = None, budget: int = 0, max_chunks: int = 1
 ) -> Attempt:
-    """Return a text as if it had been sampled in one chunk, to test rewards on it."""
+    """Return a text as an attempt of one chunk, to test rewards."""
     length = len(text) if length is None else length
     return Attempt(
         problem, text, TraceStop.COMPLETED, length, 1, max(1, length, budget), max_chunks

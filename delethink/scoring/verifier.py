@@ -1,4 +1,4 @@
-"""Process that computes rewards one after another, started by ``delethink.scoring.pool``.
+"""Process for computing rewards one after another, started by ``delethink.scoring.pool``.
 
 The process reads pickled calls from standard input and answers each with a line of JSON. A verifier
 tricked into running foreign code can therefore lie about its own score, but cannot reach the
@@ -55,7 +55,7 @@ def run_verifier(parent: int, memory: int) -> None:
 
 
 def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Move the pipes to other descriptors, so that prints of a verifier do not mix with answers."""
+    """Move the pipes to other descriptors, to separate prints of a verifier from answers."""
     calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):

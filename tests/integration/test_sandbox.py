@@ -126,7 +126,7 @@ def fenced(code: str) -> str:
         ("print(sum(map(int, input().split())))", 1.0, 1.0),
         ("print(3)", 0.0, 0.5),
         ("print(5)", 0.0, 0.0),
-        ("import os; print(3); os._exit(0)", 0.0, 0.0),  # what is not flushed was not printed
+        ("import os; print(3); os._exit(0)", 0.0, 0.0),  # unflushed output is lost
         ("print(sum(map(int, input().split()))); 1/0", 0.0, 0.0),
         ("print('3\\n4')", 0.0, 0.0),
     ],

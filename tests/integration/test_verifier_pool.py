@@ -1,4 +1,4 @@
-"""Verifiers that stall, crash, fill the memory or fork: each has a verdict, and nothing is left."""
+"""Verifiers that stall, crash, fill the memory or fork get a verdict and leave no process."""
 
 from __future__ import annotations
 

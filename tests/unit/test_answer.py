@@ -1,4 +1,4 @@
-r"""Where the final answer of a trace is: wherever it lies, and never in the query.
+"""The final answer of a trace is found across boundaries and never in the query."""
 
 The cases of a chunk boundary are played: by a policy that says a text, and by the environment.
 """
@@ -60,7 +60,7 @@ def play(text: str, spec: ChunkSpec, problem: Problem) -> Trace:
 
 
 def rewarded(text: str, spec: ChunkSpec, answer: str = "42", prompt: str = "6 x 7?") -> float:
-    """What the environment pays for the trace, which is what the scorer sees too."""
+    """Return the environment's reward, and check it against the reward of the scorer's text."""
     problem = Problem(prompt, answer)
     trace = play(text, spec, problem)
     task = {"name": "automaton", "args": {"min_steps": 1, "max_steps": 2}}

@@ -101,7 +101,7 @@ def test_carried_tokens_are_material_with_a_head_outside_too() -> None:
 
 
 def test_a_head_outside_and_the_tail_never_hold_a_token_twice() -> None:
-    """Where h + m > C, the tail is taken from what the head left over."""
+    """If h + m > C, the tail comes from the tokens after the head."""
     spec = ChunkSpec(8, 6, 4, head_size=4, head_outside=True)
     state = start(spec, QUERY).advance(span(1, 8), StopReason.LENGTH)
     assert state.carried == span(1, 8)

@@ -54,13 +54,13 @@ def set_to(key: str, value: Any) -> Callable[[Any, dict[str, Any]], None]:
         (set_to("max_new_tokens", 5), "must be 0 after the end only|must not exceed|must grow"),
     ],
 )
-def test_facts_that_are_wrong_are_found(kind: type, change: Any, text: str) -> None:
+def test_wrong_info_is_found(kind: type, change: Any, text: str) -> None:
     with pytest.raises(ConformanceError, match=text):
         check_thinking_env(with_info(kind, change))
 
 
 class Forgetful(ThinkingEnv):
-    """Shows another prompt than the rule makes."""
+    """Shows a prompt other than the one of chunk_spec."""
 
     def _observe(self, state: Any, output_ids: Any, ignored: int) -> Any:
         observation, info = super()._observe(state, output_ids, ignored)
@@ -71,14 +71,14 @@ class Forgetful(ThinkingEnv):
 
 
 class Deaf(ThinkingEnv):
-    """Goes on past the end of an answer, as a boundary."""
+    """Treats the end of an answer as a boundary."""
 
     def _first_eos(self, numbers: Any) -> None:
         return None
 
 
 class Tireless(ThinkingEnv):
-    """Begins anew after the end instead of refusing."""
+    """Restarts after the end instead of raising."""
 
     def step(self, action: Any) -> Any:
         if self._state is not None and self._state.stop is not None:
@@ -87,7 +87,7 @@ class Tireless(ThinkingEnv):
 
 
 class Lenient(ThinkingEnv):
-    """Cuts what is too long instead of refusing it."""
+    """Truncates a chunk instead of raising."""
 
     def step(self, action: Any) -> Any:
         limit = self._state.max_new_tokens if self._state else 0
@@ -104,7 +104,7 @@ class Moody(ThinkingEnv):
 
 
 class Wilful(ThinkingEnv):
-    """Draws a problem whatever it is given."""
+    """Ignores the given problem."""
 
     def _begin_episode(self, seed: Any, options: Any) -> Any:
         return super()._begin_episode(seed, None)
@@ -127,7 +127,7 @@ class Outside(ThinkingEnv):
 
 
 class Stale(TokenThinkingEnv):
-    """After a boundary the window shows what was there before."""
+    """Shows the old window after a boundary."""
 
     def _open_chunk(self, state: Any) -> None:
         before = self._buffer.copy()
@@ -150,7 +150,7 @@ class Stale(TokenThinkingEnv):
         (Stale, "the window must have the prompt"),
     ],
 )
-def test_environments_that_break_the_rule_are_found(kind: Any, text: str) -> None:
+def test_environments_breaking_the_contract_are_found(kind: Any, text: str) -> None:
     with pytest.raises(ConformanceError, match=text):
         check_thinking_env(kind(**SIZES))
 

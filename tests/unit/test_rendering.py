@@ -1,4 +1,4 @@
-"""Rendering shows what was written and obeys none of it."""
+"""Rendering shows model output and escapes its control characters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "pre" and self._open:
-            self.parts[self._open] = self.parts[self._open].removeprefix("\n")  # as browsers do
+            self.parts[self._open] = self.parts[self._open].removeprefix("\n")  # browsers drop it too
             self._open = None
 
     def handle_data(self, data: str) -> None:

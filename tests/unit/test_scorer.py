@@ -1,4 +1,4 @@
-"""Rewards put together: weights, what does not apply, what fails, and whose word comes first."""
+"""The scorer: weights, missing values, failed rewards, and the order of rewards."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_the_end_of_the_budget_truncates() -> None:
 
 
 class OnAnotherDevice:
-    """As torch's tensors of other devices are to NumPy."""
+    """Raises in NumPy conversions, like a torch tensor on another device."""
 
     def __array__(self, *arguments: Any, **options: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -202,13 +202,13 @@ def test_a_trace_replayed_through_the_environment_earns_its_reward() -> None:
     assert replay_trace(make(spec), Problem("01:00000", "11110"), trace) == 0.0
 
 
-def test_an_environment_with_another_rule_is_found_out() -> None:
+def test_replay_refuses_an_environment_with_other_chunking() -> None:
     trace = played(ChunkSpec(16, 8, 4, 0), ids("0000:11111</thin"), [*ids("k>11111"), EOS])
     with pytest.raises(RolloutError, match="prompt differs from the prompt of chunk 1"):
         replay_trace(make(ChunkSpec(16, 7, 4, 0)), Problem("01:00000", "11111"), trace)
 
 
-def test_an_environment_that_ends_elsewhere_is_found_out() -> None:
+def test_replay_refuses_an_environment_with_another_end() -> None:
     spec, problem = ChunkSpec(16, 8, 4, 0), Problem("01:00000", "11111")
     trace = played(spec, ids("0000:11111</thin"), [*ids("k>11111"), EOS])
     deaf = make(spec)

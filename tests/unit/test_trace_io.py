@@ -109,7 +109,7 @@ def write(path: Path, **changes: Any) -> Path:
         ({"query_ids": None}, "cannot be read"),
     ],
 )
-def test_what_is_no_record_is_refused_with_its_place(
+def test_an_invalid_record_is_refused_with_its_number(
     tmp_path: Path, changes: dict[str, Any], text: str
 ) -> None:
     path = write(tmp_path / "traces.jsonl", **changes)
@@ -211,12 +211,12 @@ def test_a_trace_thinks_on_past_its_old_budget() -> None:
 
 
 @pytest.mark.parametrize("count", [-1, 3])
-def test_a_trace_is_not_cut_where_it_has_no_chunks(count: int) -> None:
+def test_a_trace_is_not_cut_beyond_its_chunks(count: int) -> None:
     with pytest.raises(RolloutError, match="cannot cut a trace of 2 chunks"):
         cut_trace(record().trace, count)
 
 
-def test_what_does_not_follow_the_rule_is_not_gone_on_with() -> None:
+def test_a_trace_that_does_not_follow_the_spec_is_not_extended() -> None:
     trace, policy = record().trace, ScriptedPolicy([])
     with pytest.raises(RolloutError, match="has ended \\(completed\\)"):
         asyncio.run(extend_trace(policy, SPEC, trace, Sampling()))

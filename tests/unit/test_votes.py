@@ -1,4 +1,4 @@
-"""What a trace answers, as a vote."""
+"""Votes: the answers of traces for majority votes."""
 
 from __future__ import annotations
 
