@@ -1,8 +1,5 @@
 """The final answer of a trace is found across boundaries and never in the query."""
 
-The cases of a chunk boundary are played: by a policy that says a text, and by the environment.
-"""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,7 +23,7 @@ EOS = 1
 
 
 class Characters:
-    """One token a character; the template asks, and opens the thinking itself."""
+    """Tokenizer with one token per character and a template that opens the thinking."""
 
     chat_template = "opens <think>"
 
@@ -44,7 +41,7 @@ TOKENIZER = Characters()
 
 
 def play(text: str, spec: ChunkSpec, problem: Problem) -> Trace:
-    """A trace in which exactly ``text`` is sampled, then EOS, cut by the rule alone."""
+    """Return a trace of ``text`` and EOS, with full chunks."""
     stream = iter([*TOKENIZER(text)["input_ids"], EOS])
 
     def speak(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
