@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.sizes import size
+from delethink.cli.arguments import parse_carryover, size
 from delethink.cost import paper
 from delethink.cost.calibrate import (
     Fit,
@@ -31,7 +31,6 @@ from delethink.cost.models import known_models, model_shape
 from delethink.cost.report import CostPair, CostReport, as_text, plot_costs, table
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError
-from delethink.registry import make
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -141,16 +140,12 @@ def _fit_json(found: Fit) -> str:
 
 def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelShape:
     model = arguments.model
-    if model is not None and _is_number(model):
+    if model is not None and re.fullmatch(r"[\d.,]+[kKmM]?", model):
         raise ConfigError(
             f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
             "carryover size"
         )
     return model_shape(default if model is None else model)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[\d.,]+[kKmM]?", text) is not None
 
 
 def _efficiency(arguments: argparse.Namespace) -> Efficiency:
@@ -176,18 +171,13 @@ def _workload(arguments: argparse.Namespace) -> Workload:
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
-    name, head_size = arguments.carryover, arguments.head_size
-    if name is not None and _is_number(name):
-        raise ConfigError(
-            f"--carryover is the name of a carryover policy, got the number {name!r}: write "
-            f"--carryover-size {name} for the carryover size"
-        )
     context = size(arguments.context_size, "-C")
     carried = arguments.carryover_size
     carried = context // 2 if carried is None else size(carried, "--carryover-size", 0)
-    head: Any = None if head_size is None else size(head_size, "--head-size", 0)
-    # A spec describes head_tail by head_size and head_outside.
-    policy = None if name in (None, "head_tail") else make("delethink.carryovers", name)
+    head: Any = None
+    if arguments.head_size is not None:
+        head = size(arguments.head_size, "--head-size", 0)
+    policy = parse_carryover(arguments.carryover)
     outside = arguments.head_outside
     return Cut.of(ChunkSpec(context, carried, 2, head, outside, policy))
 

@@ -45,7 +45,9 @@ def _add_thinking(command: argparse.ArgumentParser) -> None:
         "--carryover-size", metavar="TOKENS", help="carryover size m (default: half of C)"
     )
     thinking.add_argument(
-        "--carryover", metavar="NAME", help="carryover policy (default head_tail)"
+        "--carryover",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="carryover policy, e.g. tail or sink_window:num_sinks=8 (default head_tail)",
     )
     thinking.add_argument(
         "--head-size",

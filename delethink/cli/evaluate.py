@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib.util
 import json
 import os
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from delethink.carryover import Carryover
+from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
 from delethink.cli.process import set_up_process
-from delethink.cli.sizes import size, sizes
 from delethink.config import EngineConfig, parse_engine
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
@@ -32,7 +29,6 @@ from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.output import output_path
-from delethink.registry import make
 
 _MODES = ("delethink", "longcot")
 _MINIMA = {
@@ -129,12 +125,12 @@ def _apply_defaults(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.in_flight is None:
-        # More than an engine samples at once, so that chunks of unequal lengths keep it busy.
+        # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
         arguments.in_flight = 512 if arguments.base_url is None else 256
 
 
 def _check(arguments: argparse.Namespace) -> EngineConfig:
-    """Check everything that needs no import and no file, and return the engine's settings."""
+    """Check everything without heavy imports, and return the engine's settings."""
     refuse_old_options(arguments)
     packages = ["transformers", "rich", "scipy"] + ["matplotlib"] * (not arguments.no_curves)
     for package in packages:
@@ -238,43 +234,3 @@ def refuse_old_options(arguments: argparse.Namespace) -> None:
     """
     if arguments.old_option is not None:
         raise ConfigError(arguments.old_option)
-    if arguments.carryover is not None and arguments.carryover[:1].isdigit():
-        raise ConfigError(
-            "--carryover is the name of a carryover policy, got the size "
-            f"{arguments.carryover!r}: write --carryover-size {arguments.carryover}"
-        )
-
-
-def parse_carryover(text: str | None) -> Carryover | None:
-    """Return the carryover policy of ``NAME[:KEY=VALUE,...]``; ``None`` for the head and tail.
-
-    Raises:
-        UserError: an unknown name or argument.
-    """
-    if text in (None, "head_tail"):
-        return None
-    found = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text)
-    if found is None:
-        raise ConfigError(f"--carryover must be NAME[:KEY=VALUE,...], got {text!r}")
-    pairs = re.split(r",(?=\w+=)", found[2]) if found[2] else []
-    policy = {"name": found[1], "args": parse_pairs(pairs, "--carryover")}
-    made: Carryover = make("delethink.carryovers", policy)
-    return made
-
-
-def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` texts as a mapping; values are Python literals or plain text.
-
-    Raises:
-        ConfigError: a text of another form.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{option} must be KEY=VALUE, got {pair!r}")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
-    return found

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.evaluate import parse_carryover, parse_pairs, refuse_old_options
+from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
+from delethink.cli.evaluate import refuse_old_options
 from delethink.cli.process import set_up_process
-from delethink.cli.sizes import size, sizes
 from delethink.config import EngineConfig, parse_engine
 from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError

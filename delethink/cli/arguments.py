@@ -1,0 +1,80 @@
+"""Values of command-line arguments: numbers of tokens, KEY=VALUE pairs, carryover policies."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import Any
+
+from delethink.carryover import Carryover
+from delethink.errors import ConfigError
+from delethink.registry import make
+
+_SIZES = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def size(text: str, option: str, minimum: int = 1) -> int:
+    """Return the number of tokens of a text: 8,192 for ``8k``.
+
+    Args:
+        text: value of the option.
+        option: name of the option, for the error.
+        minimum: smallest allowed number.
+
+    Raises:
+        ConfigError: not a whole number of tokens, or below the minimum.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", text.lower())
+    value = float(found[1]) * _SIZES[found[2]] if found else math.nan
+    if not value >= minimum or value != int(value):
+        raise ConfigError(
+            f"{option}: a whole number of tokens, at least {minimum}, like 24576, 24k or 1M, is "
+            f"needed: got {text!r}"
+        )
+    return int(value)
+
+
+def sizes(text: str, option: str, minimum: int = 1) -> list[int]:
+    """Return the numbers of a list: [8192, 16384] for ``8k,16k``."""
+    return [size(part, option, minimum) for part in text.split(",")]
+
+
+def parse_carryover(text: str | None) -> Carryover | None:
+    """Return the carryover policy of ``NAME[:KEY=VALUE,...]``; ``None`` for the head and tail.
+
+    Raises:
+        UserError: a size instead of a name, or an unknown name or argument.
+    """
+    if text is None or text == "head_tail":
+        return None
+    if text[:1].isdigit():
+        raise ConfigError(
+            f"--carryover is the name of a carryover policy, got the size {text!r}: write "
+            f"--carryover-size {text}"
+        )
+    found = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text)
+    if found is None:
+        raise ConfigError(f"--carryover must be NAME[:KEY=VALUE,...], got {text!r}")
+    pairs = re.split(r",(?=\w+=)", found[2]) if found[2] else []
+    policy = {"name": found[1], "args": parse_pairs(pairs, "--carryover")}
+    made: Carryover = make("delethink.carryovers", policy)
+    return made
+
+
+def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` texts as a mapping; values are Python literals or plain text.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{option} must be KEY=VALUE, got {pair!r}")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
