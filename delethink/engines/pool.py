@@ -604,7 +604,7 @@ class WorkerPool:
 
         - ``queue``: chunks without a worker, or chunks of the worker, now.
         - ``workers``: workers in service, now.
-        - ``chunks``: chunks sampled by the worker.
+        - ``chunks``: sampled chunks.
         - ``restarts``: restarts; those of a worker count from the beginning.
         - ``batch_occupancy``, ``tokens_per_second``, ``prefix_cache_hit_rate``: see ``Activity``.
         - the fields of ``FaultCounts``.
@@ -626,7 +626,8 @@ class WorkerPool:
                 **activity.rates(),
             }
             metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
-        return metrics | Activity.total(activities).rates()
+        total = Activity.total(activities)
+        return metrics | {"chunks": total.chunks} | total.rates()
 
     async def _refresh_counts(self) -> None:
         """Ask all workers for their counters now; a late answer is not waited for."""

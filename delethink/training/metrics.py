@@ -273,7 +273,6 @@ METRICS: tuple[Metric, ...] = (
     _engine("restarts", "restarts", "Restarts of workers."),
     _engine("chunks_rescheduled", "chunks", "Chunks of lost workers, sent to other workers."),
     _engine("tokens_lost", "tokens", "Sampled tokens of lost chunks."),
-    _engine("late_answers", "chunks", "Chunks received from a worker after they were rescheduled."),
     _engine("chunk_timeouts", "chunks", "Chunks beyond engine.chunk_timeout."),
     _engine("chunks_failed", "chunks", "Chunks with engine.max_attempts failures."),
     _engine("worker <i>/<name>", "as above",
