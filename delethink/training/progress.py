@@ -116,7 +116,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def plot_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot metrics over steps to a PNG; a metric without values has empty axes."""
     from matplotlib.figure import Figure
 

@@ -30,7 +30,7 @@ from delethink.training.data_parallel import RankGroup, trace_cost
 from delethink.training.grpo import DelethinkTrainer
 from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
 from delethink.training.preflight import Inputs, Prepared, read_inputs, refuse_problems, run_checks
-from delethink.training.progress import TrainingProgress, plot_curves
+from delethink.training.progress import TrainingProgress, plot_metrics
 from delethink.training.resume import RunLocation
 from delethink.training.run_state import (
     TRAINED_SETTING,
@@ -331,4 +331,4 @@ def _fit(
     finally:
         state.prefetch.close()
         state.progress.stop_steps()
-        plot_curves(state.directory.read_metrics(), recipe.name, state.directory.curves)
+        plot_metrics(state.directory.read_metrics(), recipe.name, state.directory.curves)
