@@ -1,11 +1,11 @@
-"""How much of an engine's throughput an evaluation keeps, as a ratio within one run.
+"""Throughput of an evaluation relative to the bare engine.
 
-    python benchmarks/bench_evaluation.py                    # the toy reasoner, transformers
-    python benchmarks/bench_evaluation.py --engine vllm
+    python benchmarks/bench_evaluation.py                    # toy reasoner, transformers
+    python benchmarks/bench_evaluation.py engine=vllm
 
-The evaluation plays its traces with a bounded number in flight; then the same engine gets the very
-same requests (prompt, limit, seed) all at once, which no evaluation could send, because a chunk
-starts from the one before. Printed are the seconds of both and their ratio, in turns.
+The evaluation samples its traces with a bounded number in flight. Then the same engine gets the
+same requests (prompt, limit, seed) all at once, which an evaluation cannot do because a chunk
+depends on the one before. The output has the seconds of both and their ratio.
 """
 
 from __future__ import annotations
@@ -18,68 +18,63 @@ import time
 from pathlib import Path
 from typing import Any
 
-from delethink.engines.factory import make_evaluation_engine
-from delethink.engines.loading import load_tokenizer
-from delethink.evaluation.run import Evaluation, OpenModel, evaluate, load_problems
-from delethink.evaluation.settings import Asked, make_settings
+from delethink.config import parse_engine
+from delethink.evaluation.models import LoadedModel, local_models
+from delethink.evaluation.run import Evaluation, evaluate, load_problems
+from delethink.evaluation.settings import SamplingPlan, make_settings
 
 
-class Recorder:
-    """Passes requests on to an engine and keeps them."""
+class RequestLog:
+    """Policy that forwards requests to another policy and stores them."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
         self.requests: list[Any] = []
 
     async def generate(self, *request: Any) -> Any:
-        """As the engine does."""
+        """See ``Policy``."""
         self.requests.append(request)
-        return await self.engine.generate(*request)
+        return await self.policy.generate(*request)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("values", nargs="*", metavar="engine.key=value")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--in-flight", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
-    asked = parser.parse_args()
-    tokenizer = load_tokenizer("toy")
-    problems = load_problems("automaton", {"min_steps": 16, "max_steps": 24}, asked.problems)
+    arguments = parser.parse_args()
+    engine = parse_engine(["engine=transformers", *arguments.values])
+    problems = load_problems("automaton", {"min_steps": 16, "max_steps": 24}, arguments.problems)
     settings = make_settings(["toy"], ["delethink", "longcot"], [90], [45], [9], head_size=0)
-    engine = make_evaluation_engine(asked.engine, "toy", tokenizer, max_batch_size=asked.batch_size)
-    with contextlib.closing(engine):
+    with local_models(engine)("toy") as loaded:
         print(f"{'mode':10} {'round':>5} {'requests':>9} {'evaluation':>11} {'at once':>8} ratio")
         for setting in settings:
-            for turn in range(asked.rounds + 1):
-                recorder = Recorder(engine)
-                evaluation = Evaluation(
-                    problems, [setting], Asked(asked.samples), in_flight=asked.in_flight
-                )
-                own, at_once = _seconds(evaluation, recorder, tokenizer, engine.max_model_tokens)
-                if turn:  # the first warms up
+            for turn in range(arguments.rounds + 1):
+                log = RequestLog(loaded.policy)
+                plan = SamplingPlan(arguments.samples)
+                evaluation = Evaluation(problems, [setting], plan, in_flight=arguments.in_flight)
+                own, at_once = _seconds(evaluation, log, loaded)
+                if turn:  # round 0 is a warm-up
                     print(
-                        f"{setting.mode:10} {turn:5} {len(recorder.requests):9} {own:9.1f} s "
+                        f"{setting.mode:10} {turn:5} {len(log.requests):9} {own:9.1f} s "
                         f"{at_once:6.1f} s {at_once / own:.2f}",
                         flush=True,
                     )
 
 
-def _seconds(
-    evaluation: Evaluation, recorder: Recorder, tokenizer: Any, window: int
-) -> tuple[float, float]:
+def _seconds(evaluation: Evaluation, log: RequestLog, loaded: LoadedModel) -> tuple[float, float]:
     @contextlib.contextmanager
     def open_model(name: str) -> Any:
-        yield OpenModel(recorder, tokenizer, window)
+        yield loaded._replace(policy=log)
 
     with tempfile.TemporaryDirectory() as folder:
         results = evaluate(evaluation, open_model, Path(folder) / "out")
     (timing,) = results.timing.values()
 
     async def all_at_once() -> None:
-        await asyncio.gather(*(recorder.engine.generate(*r) for r in recorder.requests))
+        await asyncio.gather(*(log.policy.generate(*request) for request in log.requests))
 
     started = time.perf_counter()
     asyncio.run(all_at_once())

@@ -25,20 +25,13 @@ class HeldOutResult:
     setting: str
     num_problems: int
     accuracy: float
-    accuracy_interval: Interval
-    """Wilson's interval."""
-    thinking_tokens: float
-    """Mean length of a trace."""
-    thinking_tokens_interval: Interval
-    """Normal interval."""
-    chunks: float
-    """Mean number of chunks of a trace."""
-    budget_share: float
-    """Share of traces that ran out of budget."""
-    unscored: int = 0
-    """Traces whose reward failed; they count as wrong."""
-    first_error: str | None = None
-    """Error of the first unscored trace."""
+    accuracy_interval: Interval  # Wilson's interval
+    thinking_tokens: float  # mean length of a trace
+    thinking_tokens_interval: Interval  # normal interval
+    chunks: float  # mean number of chunks of a trace
+    budget_share: float  # share of traces that ran out of budget
+    unscored: int = 0  # traces whose reward failed; they count as wrong
+    first_error: str | None = None  # error of the first unscored trace
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -60,7 +53,7 @@ class Evaluator:
         scorer: scores traces; its accuracy reward is 1 if right, else 0.
         tokenizer: renders queries and decodes traces.
         temperature: sampling temperature.
-        seed: seed of the evaluation; the seed of trace i depends on it and i only.
+        seed: seed of the evaluation; trace i derives its own seed from this one and i.
     """
 
     problems: Sequence[Problem]

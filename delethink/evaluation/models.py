@@ -19,7 +19,7 @@ from delethink.policy import Policy
 from delethink.tokenization import Tokenizer, encode, query_ids
 from delethink.types import END_OF_THINKING, Problem
 
-DEFAULT_BATCH_SIZE = 128  # chunks that the transformers engine samples at once
+DEFAULT_BATCH_SIZE = 128  # chunks sampled at once by the transformers engine
 
 
 class LoadedModel(NamedTuple):
@@ -27,8 +27,7 @@ class LoadedModel(NamedTuple):
 
     policy: Policy
     tokenizer: Tokenizer
-    max_model_tokens: int | None
-    """Longest sequence in tokens; ``None`` if unknown."""
+    max_model_tokens: int | None  # longest sequence in tokens; ``None`` if unknown
 
 
 ModelOpener = Callable[[str], AbstractContextManager[LoadedModel]]
@@ -38,7 +37,7 @@ ModelOpener = Callable[[str], AbstractContextManager[LoadedModel]]
 def local_models(
     engine: EngineConfig | None = None, *, trust_remote_code: bool = False, seed: int = 0
 ) -> ModelOpener:
-    """Return an opener that loads each model into an engine of its own.
+    """Return an opener for models in engines of this machine or its Ray cluster.
 
     Args:
         engine: settings of the engine; by default ``EngineConfig()``.
@@ -73,7 +72,7 @@ def served_model(
 ) -> ModelOpener:
     """Return an opener for a model on an OpenAI-compatible server.
 
-    The name that the opener gets is that of the tokenizer and the configuration.
+    The opener takes the name of the tokenizer and the configuration.
 
     Args:
         base_url: address including the version, ``http://127.0.0.1:8000/v1``.
@@ -142,7 +141,7 @@ def settings_for_model(
 def check_window(
     setting: Setting, query_tokens: int, max_model_tokens: int | None, answer_tokens: int = 0
 ) -> None:
-    """Check that the model can hold the contexts of a setting.
+    """Refuse a setting with longer contexts than the model's window.
 
     Args:
         setting: setting to check.
@@ -178,14 +177,14 @@ def longest_query(tokenizer: Tokenizer, problems: Sequence[Problem]) -> int:
 
 
 def answer_room(tokenizer: Tokenizer, plan: SamplingPlan) -> int:
-    """Return the tokens that a forced answer adds to a context."""
+    """Return the number of tokens added to a context by a forced answer."""
     if not plan.forced_answer_tokens:
         return 0
     return plan.forced_answer_tokens + len(encode(tokenizer, END_OF_THINKING))
 
 
 def _longcot_cap(query_tokens: int, max_model_tokens: int, answer_tokens: int) -> int:
-    """Return the largest LongCoT budget that fits in the window.
+    """Return the largest LongCoT budget within the window.
 
     Raises:
         QueryTooLongError: no token of thinking fits.

@@ -1,12 +1,12 @@
 """Probe: measures how much a model loses at a boundary, where the context is reset.
 
-Each trace is scored twice with teacher forcing: given the whole history, and given what remains
-after a reset (query and carryover). Per token, the probe reports the gap in log-likelihood,
-log p(y | history) - log p(y | carried), and the Kullback-Leibler divergence of the next-token
-distributions, KL(history || carried), both in nats.
+Each trace is scored twice with teacher forcing: given the whole history, and given only the query
+and the carryover. Per token, the probe reports two numbers in nats. The gap in log-likelihood is
+log p(y | history) - log p(y | carried). The divergence is that of the next-token distributions,
+KL(history || carried).
 
-Two controls leave the carryover out, or replace it with that of another trace. A model that does
-not use the carryover loses no more in the controls.
+Two controls leave the carryover out, or replace it with another trace's. A model without use for
+the carryover loses no more in the controls.
 
     traces = sample_traces("toy", problems, budget=450)
     findings = probe_model("toy", traces, [ChunkSpec(90, 45, max_chunks=10**6, head_size=0)])
@@ -88,10 +88,8 @@ class ResetCost:
 
     carryover_size: int
     condition: Condition
-    begin: int
-    """First distance in tokens."""
-    end: int
-    """Distance after the last one."""
+    begin: int  # first distance in tokens
+    end: int  # distance after the last one
     gap: TraceMean
     divergence: TraceMean
 
@@ -103,11 +101,11 @@ class Findings:
     Args:
         model: name of the model.
         context_size: C.
-        traces: number of traces that fit in the model's window.
+        traces: number of traces within the model's window.
         passed_over: number of longer traces, which have no whole history to compare with.
         without_boundary: number of fitting traces of a single context.
         lines: cost of a reset by carryover size, condition and distance.
-        repeats: for each trace, the longest run of tokens that recurs a context later.
+        repeats: for each trace, the longest run of tokens recurring a context later.
         answers: number of traces with an answer.
         answers_lost: number of these whose last context holds another answer, or none.
     """
@@ -210,14 +208,14 @@ def probe_model(
         trust_remote_code: run code from the model's repository.
 
     Raises:
-        ConfigError: traces of another tokenizer, or a carryover that the model writes.
+        ConfigError: traces of another tokenizer, or a carryover written by the model.
     """
     tokenizer = load_tokenizer(model, trust_remote_code)
     specs = [spec.bind(tokenizer) for spec in specs]
     for spec in specs:
         if spec.ask is not None:
             raise ConfigError(
-                "a probe cannot use a carryover that the model writes, got "
+                "a probe cannot use a carryover written by the model, got "
                 f"{name_of(spec.effective_carryover)!r}: the traces do not hold it"
             )
     loaded = load_model(model, "float32", trust_remote_code).eval()
@@ -272,7 +270,7 @@ class Probe:
 
         Args:
             traces: traces; longer ones than the window are skipped.
-            specs: chunk sizes that differ in their carryover size.
+            specs: chunk sizes with different carryover sizes.
             controls: spec under which the controls are scored, too.
         """
         for index, trace in enumerate(traces):
@@ -371,7 +369,7 @@ def _compare(
 
 
 def longest_repeat(output_ids: TokenIds, context_size: int) -> int:
-    """Return the length of the longest run of tokens that recurs at least a context later.
+    """Return the length of the longest run of tokens recurring at least a context later.
 
     With bounded states a chain may loop unnoticed, whereas the whole history would show the loop.
     Binary search applies because every part of a recurring run recurs.

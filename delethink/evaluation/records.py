@@ -1,8 +1,8 @@
 """Records of an evaluation on disk: append-only JSON lines, one per trace.
 
 A line is written in one call when its trace ends. So a killed process loses the traces in flight
-and leaves at most one partial line, which the next process removes. Sampled tokens go to a second
-file first, so that results can be read without them. Its last line for a trace counts.
+and leaves at most one partial line. The next process removes the line. Sampled tokens go to a
+second file first, so that results can be read without them. Its last line for a trace counts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ _SETTINGS = "settings.json"
 class SampleKey(NamedTuple):
     """Identity of a trace: a sample of a problem in a setting."""
 
-    setting: str
-    """Key of the setting."""
+    setting: str  # key of the setting
     problem: int
     sample: int
 
@@ -38,22 +37,14 @@ class SampleKey(NamedTuple):
 class BudgetOutcome:
     """Outcome of a trace at one budget."""
 
-    budget: int
-    """Budget in tokens."""
-    score: float
-    """1 if right, else 0."""
-    length: int
-    """Thinking tokens."""
-    chunks: int
-    """Number of chunks."""
-    processed: int
-    """Tokens of all prompts and outputs, the work of an engine without a prefix cache."""
-    out_of_budget: bool
-    """The budget ended the trace."""
-    vote: str | None
-    """Answer for majority votes; ``None`` if there is none."""
-    forced: bool = False
-    """The answer was forced when the budget was spent."""
+    budget: int  # budget in tokens
+    score: float  # 1 if right, else 0
+    length: int  # thinking tokens
+    chunks: int  # number of chunks
+    processed: int  # tokens of all prompts and outputs, the work without a prefix cache
+    out_of_budget: bool  # the budget ended the trace
+    vote: str | None  # answer for majority votes; ``None`` if there is none
+    forced: bool = False  # the answer was forced when the budget was spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +53,11 @@ class Record:
 
     key: SampleKey
     outcomes: tuple[BudgetOutcome, ...]
-    query_tokens: int
-    """Length of the query."""
-    started: float
-    """Start time in seconds since the epoch."""
-    ended: float
-    """End time in seconds since the epoch."""
-    error: str | None = None
-    """Reason of a failed trace, which has no outcomes."""
-    output_ids: tuple[TokenIds, ...] = ()
-    """Sampled tokens of each chunk, stored in a separate file."""
+    query_tokens: int  # length of the query
+    started: float  # start time in seconds since the epoch
+    ended: float  # end time in seconds since the epoch
+    error: str | None = None  # reason of a failed trace, which has no outcomes
+    output_ids: tuple[TokenIds, ...] = ()  # sampled tokens of each chunk, stored in a separate file
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON, without the tokens."""

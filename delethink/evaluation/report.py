@@ -41,7 +41,7 @@ KINDS: dict[ScalingKind, str] = {
 
 _PLAIN_LINES = 10  # lines per setting without a terminal
 _PLAIN_WIDTH = 120  # columns without a terminal
-_REFRESH_INTERVAL_S = 0.25  # of the live line
+_REFRESH_INTERVAL_S = 0.25  # between updates of the progress bar
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class CurvePoint:
     """A point of a scaling curve. Costs are those of all ``k`` samples of a problem."""
 
     setting: str
-    kind: ScalingKind
-    """``avg``: longer thinking, over budgets; ``pass`` and ``maj``: more samples."""
+    kind: ScalingKind  # ``avg``: longer thinking, over budgets; ``pass`` and ``maj``: more samples
     budget: int
     k: int
     accuracy: float
@@ -83,7 +82,7 @@ def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurveP
         high=value.interval.high,
         thinking_tokens=k * row.thinking_tokens.value,
         flops=None if row.flops is None else k * row.flops,
-        # Per sample of each problem, so that curves with different numbers of samples compare.
+        # Per sample of each problem, to compare curves with different numbers of samples.
         seconds=None if row.seconds is None else k * row.seconds * row.problems / row.samples,
     )
 
@@ -101,7 +100,7 @@ def write_curves(rows: Sequence[ResultRow], task: str, folder: Path) -> None:
         (folder / "curves.html").write_text(curves_html(points, title), encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"cannot write the curves to {folder}: {error.strerror}") from None
-    plot_curves(points, title, folder / "curves.png")
+    plot_scaling(points, title, folder / "curves.png")
 
 
 def curves_csv(points: Sequence[CurvePoint]) -> str:
@@ -123,7 +122,7 @@ def curves_html(points: Sequence[CurvePoint], title: str) -> str:
     return page.replace("{{title}}", escape(title)).replace("{{data}}", text)
 
 
-def plot_curves(points: Sequence[CurvePoint], title: str, path: Path) -> None:
+def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:
     """Plot all settings: one row per kind of scaling, one column per axis.
 
     Raises:

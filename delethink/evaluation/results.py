@@ -63,26 +63,19 @@ class ResultRow:
     way: str
     budget: int
     problems: int
-    samples: int
-    """Scored traces."""
-    errors: int
-    """Failed traces; no other number counts them."""
+    samples: int  # scored traces
+    errors: int  # failed traces; no other number counts them
     avg: Estimate
     pass_at: Mapping[int, Estimate]
     maj_at: Mapping[int, Estimate]
     bootstrap: Bootstrap | None
-    out_of_budget: float
-    """Share of traces that the budget ended."""
-    forced: float
-    """Share of traces with a forced answer."""
+    out_of_budget: float  # share of traces ended by the budget
+    forced: float  # share of traces with a forced answer
     thinking_tokens: Estimate
     chunks: float
-    processed_tokens: float
-    """Tokens of all prompts and outputs per trace."""
-    flops: float | None
-    """Estimated FLOPs per trace."""
-    seconds: float | None
-    """Estimated seconds of all traces on the device."""
+    processed_tokens: float  # tokens of all prompts and outputs per trace
+    flops: float | None  # estimated FLOPs per trace
+    seconds: float | None  # estimated seconds of all traces on the device
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -116,10 +109,8 @@ class Results:
 
     rows: list[ResultRow]
     comparisons: list[PairedComparison]
-    errors: Mapping[str, Mapping[str, int]]
-    """Number of failed traces by setting and reason."""
-    timing: Mapping[str, Mapping[str, float]]
-    """Measured times by setting, the only part that differs from run to run."""
+    errors: Mapping[str, Mapping[str, int]]  # number of failed traces by setting and reason
+    timing: Mapping[str, Mapping[str, float]]  # measured times, different in each run
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without the timing."""
@@ -300,7 +291,7 @@ class _Cost:
 
 
 def _comparisons(collected: Sequence[SettingRecords], margin: float) -> list[PairedComparison]:
-    """Compare settings that differ in model or in mode only, at the budgets that they share."""
+    """Compare settings with one model or one mode in common, at their shared budgets."""
     found = []
     for i, first in enumerate(collected):
         for second in collected[i + 1 :]:

@@ -47,7 +47,7 @@ _DEFAULT_COLUMNS = {
     "problem_key": "problem|prompt|question",
     "answer_key": "answer|solution|gold",
 }
-_DEFAULT_PROBLEMS = 256  # of a task without an end
+_DEFAULT_PROBLEMS = 256  # for a task without an end
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,10 @@ class ProblemSet:
 
     name: str
     problems: tuple[Problem, ...]
-    reward: str
-    """Name of the reward that grades."""
+    reward: str  # name of the grading reward
     grade: Grade
-    scorer: Scorer | None = None
-    """Scorer to close."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """Rows of a data set that its filters removed, by reason."""
+    scorer: Scorer | None = None  # scorer to close
+    left_out: Mapping[str, int] = field(default_factory=dict)  # filtered rows by reason
 
     def close(self) -> None:
         """Stop the processes of the reward."""
@@ -87,7 +84,7 @@ def load_problems(
         limit: number of problems; ``None`` for all, or 256 if the task has no end.
         reward: name of the reward; ``None`` for the task's first.
         split: split of a registered task.
-        seed: seed for tasks that take one.
+        seed: seed for tasks with random problems.
 
     Raises:
         UserError: an unknown task, file, column, package or reward, or no problem.
@@ -126,13 +123,13 @@ def _grader(scorer: Scorer) -> Grade:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that decides the records of an evaluation.
+    """Everything with an effect on the records of an evaluation.
 
     Args:
         problems: problems and their grader.
         settings: models and modes.
         plan: number of samples, temperature and seed.
-        engine: name of the engine, stored so that results of two engines are not mixed.
+        engine: name of the engine, stored because results of two engines must not be mixed.
         in_flight: maximum number of traces sampled at the same time.
         keep_tokens: store the sampled tokens.
         weights: digest of the weights by model (``engines.loading.digest``).
@@ -156,7 +153,7 @@ class Evaluation:
         return len(self.problems.problems) * self.plan.samples
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything that decides the records, as plain values."""
+        """Return plain values for ``settings.json``."""
         return {
             "task": self.problems.name,
             "problems": len(self.problems.problems),
@@ -197,7 +194,7 @@ def evaluate(
     retry_errors: bool = False,
     cost_models: Mapping[str, str] | None = None,
 ) -> Results:
-    """Sample every trace that ``output`` does not hold yet, and summarise all traces.
+    """Sample every trace missing in ``output``, and summarise all traces.
 
     Writes ``settings.json``, ``traces.jsonl`` (a line when a trace ends), ``results.json`` and
     ``timing.json``.
@@ -205,7 +202,7 @@ def evaluate(
     Args:
         evaluation: problems, settings and samples.
         open_model: loads a model; one model is open at a time.
-        output: a new folder, or with ``resume`` that of an interrupted evaluation.
+        output: a new folder, or with ``resume`` the folder of an interrupted evaluation.
         analysis: margin, bootstrap and device.
         callback: receives the progress.
         resume: continue the evaluation in ``output``.
@@ -244,9 +241,9 @@ def evaluate(
 
 
 def _matching(evaluation: Evaluation, directory: ResultsDirectory) -> Iterator[Record]:
-    """Yield the records that belong to the evaluation.
+    """Yield the records of this evaluation.
 
-    Samples above the requested number, and records of replaced settings, do not.
+    Samples above the requested number and records of replaced settings are left out.
     """
     budgets = {setting.key: setting.budgets for setting in evaluation.settings}
     problems, samples = len(evaluation.problems.problems), evaluation.plan.samples
@@ -298,7 +295,7 @@ def _sample(
 
 
 def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Report no task that an interrupt ended; the command reports the interrupt itself."""
+    """Hide tasks ended by an interrupt; the command reports the interrupt itself."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
 
@@ -312,10 +309,10 @@ class _Sampler:
     setting: Setting
 
     async def run(self, known: Collection[SampleKey], store: Callable[[Record], None]) -> None:
-        """Sample every trace that is not known, and store each record when its trace ends.
+        """Sample every unknown trace, and store each record when its trace ends.
 
         Raises:
-            UserError: a mistake that concerns every trace; traces in flight are dropped.
+            UserError: a mistake with an effect on every trace; traces in flight are dropped.
         """
         keys = self._missing(known)
 
@@ -332,7 +329,7 @@ class _Sampler:
             await asyncio.gather(*workers, return_exceptions=True)
 
     def _missing(self, known: Collection[SampleKey]) -> Iterator[SampleKey]:
-        """Yield sample 0 of every problem first, so that a running accuracy covers all problems."""
+        """Yield sample 0 of every problem first, for a running accuracy over all problems."""
         for sample in range(self.evaluation.plan.samples):
             for problem in range(len(self.evaluation.problems.problems)):
                 key = SampleKey(self.setting.key, problem, sample)

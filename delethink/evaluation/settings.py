@@ -23,7 +23,7 @@ def cut_to_budget(trace: Trace, spec: ChunkSpec) -> Trace:
     """Return the trace under ``spec``, which has the same chunk rule and a smaller budget.
 
     The chunk rule runs again over the sampled chunks and cuts each one at its limit. With one seed
-    per chunk, the result equals a trace that was sampled with the smaller budget.
+    per chunk, the result equals a trace sampled with the smaller budget.
 
     Raises:
         RolloutError: the trace was sampled under another rule, so a prompt differs.
@@ -64,7 +64,7 @@ def with_budget(spec: ChunkSpec, budget: int) -> ChunkSpec:
     """Return ``spec`` with a smaller budget: fewer chunks, or a shorter LongCoT chunk.
 
     Raises:
-        ConfigError: no number of chunks gives this budget, or the budget is above that of ``spec``.
+        ConfigError: no number of chunks gives this budget, or the budget of ``spec`` is lower.
     """
     if spec.is_longcot:
         smaller = ChunkSpec.longcot(budget)
@@ -95,14 +95,10 @@ def spread_chunks(max_chunks: int, number: int = DEFAULT_BUDGETS) -> tuple[int, 
 class SamplingPlan:
     """Number of samples and the way they are drawn."""
 
-    samples: int = 4
-    """Samples per problem."""
-    temperature: float = 0.6
-    """Sampling temperature; 0 is greedy."""
-    seed: int = 0
-    """Seed of the evaluation."""
-    forced_answer_tokens: int = 0
-    """Tokens of an answer that is sampled when the budget is spent; 0 samples none."""
+    samples: int = 4  # samples per problem
+    temperature: float = 0.6  # sampling temperature; 0 is greedy
+    seed: int = 0  # seed of the evaluation
+    forced_answer_tokens: int = 0  # length of an answer sampled when the budget is spent; 0: none
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -120,10 +116,8 @@ class Setting:
 
     model: str
     mode: Mode
-    spec: ChunkSpec
-    """Chunk sizes at the largest budget."""
-    budgets: tuple[int, ...]
-    """Budgets in tokens, rising; the last one is that of the spec."""
+    spec: ChunkSpec  # chunk sizes at the largest budget
+    budgets: tuple[int, ...]  # in tokens, rising; the last one is the budget of the spec
 
     @cached_property
     def specs(self) -> tuple[ChunkSpec, ...]:
@@ -157,7 +151,7 @@ class Setting:
         return name_of(policy) + arguments.removesuffix("()")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all values that decide the sampled tokens."""
+        """Return all values with an effect on the sampled tokens."""
         return {
             "model": self.model,
             "mode": self.mode,
