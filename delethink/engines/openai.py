@@ -3,7 +3,7 @@
     server = OpenAIServer("http://127.0.0.1:8000/v1", "my-model", tokenizer)
     trace = asyncio.run(run_rollout(server, spec, query, Sampling(0.6, seed=1)))
 
-Token ids are sent and returned if the server supports this (vLLM does). Otherwise prompts and
+Token ids are sent and returned if the server supports them (vLLM does). Otherwise prompts and
 outputs travel as text, and boundaries are only as exact as the tokenizer's round trip. Log-probs
 are not requested: all of them are 0, so the traces cannot be trained on.
 
@@ -38,15 +38,14 @@ class _MalformedError(Exception):
 
 
 class _RefusedError(Exception):
-    """A request that the server rejects in this dialect."""
+    """A request rejected by the server in this dialect."""
 
 
 class ServedModel(NamedTuple):
     """Entry of the server's list of models."""
 
     name: str
-    max_model_tokens: int | None
-    """Longest sequence in tokens; ``None`` if the server does not report a limit."""
+    max_model_tokens: int | None  # longest sequence in tokens; ``None`` if not listed
 
 
 class OpenAIServer:
@@ -56,7 +55,7 @@ class OpenAIServer:
         base_url: address including the version, ``http://127.0.0.1:8000/v1``.
         model: name of the model on the server; ``None`` takes the only model served.
         tokenizer: tokenizer of the model, for servers that accept text only.
-        api_key: key sent with each request; never shown in errors or logs.
+        api_key: key sent with each request; errors and logs hide the key.
         eos_ids: token ids that end an answer.
         retries: maximum retries of a failed request.
         timeout_s: seconds to wait for a response.
@@ -277,7 +276,7 @@ class OpenAIServer:
         )
 
     def _status(self, error: Any) -> str:
-        """Return status and text of an error response, without the key that some servers repeat."""
+        """Return status and text of an error response, without the key some servers repeat."""
         text = " ".join(error.response.text.split()) or "no text"
         text = text.replace(self._api_key, "***") if self._api_key else text
         return f"HTTP {error.status_code}: {text[:200]}"
