@@ -22,6 +22,8 @@ from delethink.tokenization import Tokenizer, encode
 from delethink.tokens import as_list
 from delethink.types import TokenIds
 
+HeadAndTail = tuple[TokenIds, TokenIds]
+
 
 class Ask(NamedTuple):
     """Request for a carryover written by the model, sampled in an extra chunk at a boundary."""
@@ -50,9 +52,7 @@ class Carryover:
     name: ClassVar[str] = ""  # used in error texts; by default the name of the class
     head_outside: bool = False  # whether the head does not count towards the context size C
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """Select the tokens for the start of the next context.
 
         Args:
@@ -112,9 +112,7 @@ class Tail(Carryover):
 
     name: ClassVar[str] = "tail"
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         return window[:0], last(window, size)
 
@@ -141,9 +139,7 @@ class HeadTail(Carryover):
         if self.head_size < 0:
             raise ConfigError(f"head_size must be at least 0, got {self.head_size}")
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         if head is None:
             head, window = window[: self.head_size], window[self.head_size :]
@@ -171,9 +167,7 @@ class Nothing(Carryover):
 
     name: ClassVar[str] = "none"
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         return window[:0], window[:0]
 
@@ -196,9 +190,7 @@ class Full(Carryover):
 
     name: ClassVar[str] = "full"
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         return window[:0], window
 
@@ -222,9 +214,7 @@ class SinkWindow(Carryover):
     name: ClassVar[str] = "sink_window"
     num_sinks: int = 4
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         sinks = window[:0] if head is None else head
         missing = self.num_sinks - len(sinks)
@@ -274,9 +264,7 @@ class StateBlock(Carryover):
         """See ``Carryover``."""
         return self.tokenizer is None
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         return window[:0], last(self._block(window) or window, size)
 
@@ -345,9 +333,7 @@ class Summary(Carryover):
         instruction, _, _ = self._texts()
         return Ask(instruction, self._room(size))
 
-    def carry(
-        self, head: TokenIds | None, window: TokenIds, size: int
-    ) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
         _, before, after = self._texts()
         return window[:0], before + window[: self._room(size)] + after

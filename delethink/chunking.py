@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from delethink.carryover import Ask, Boundary, Carryover, HeadTail, name_of
+from delethink.carryover import Ask, Boundary, Carryover, HeadAndTail, HeadTail, name_of
 from delethink.errors import CarryoverError, ConfigError, PolicyError, QueryTooLongError
 from delethink.tokenization import Tokenizer
 from delethink.tokens import as_token_ids
@@ -158,7 +158,7 @@ class ChunkSpec:
             longest = self.context_size + max(0, carried - self.carryover_size)
         return longest + (len(self.ask.prompt_ids) + self.max_written if self.ask else 0)
 
-    def carry(self, head: TokenIds | None, window: TokenIds) -> tuple[TokenIds, TokenIds]:
+    def carry(self, head: TokenIds | None, window: TokenIds) -> HeadAndTail:
         """Return the head and tail selected by the carryover policy at a boundary.
 
         Args:

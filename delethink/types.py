@@ -13,21 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from delethink.tokens import Logprobs, TokenIds
-
-__all__ = [
-    "END_OF_THINKING",
-    "Attempt",
-    "Chunk",
-    "ChunkRole",
-    "Logprobs",
-    "Problem",
-    "Score",
-    "StopReason",
-    "TokenIds",
-    "Trace",
-    "TraceStop",
-]
+from delethink.tokens import Logprobs as Logprobs
+from delethink.tokens import TokenIds as TokenIds  # re-exported with the other types
 
 END_OF_THINKING = "</think>"  # separates thinking from the answer; does not end a chunk
 
