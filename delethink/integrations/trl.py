@@ -1,8 +1,8 @@
-"""Our rewards as reward functions of a stock ``trl.GRPOTrainer``.
+"""Rewards of this library as reward functions of an unmodified ``trl.GRPOTrainer``.
 
     GRPOTrainer(reward_funcs=[for_trl(math_equal), for_trl(overlong, budget=4096, cache=512)], ...)
 
-Functions of TRL's kind need nothing to be used here: name them in a recipe.
+The other direction needs no adapter: a recipe can name a reward function written for TRL.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from delethink.scoring.reward import Reward
 from delethink.scoring.scorer import Scorer
 from delethink.types import Attempt, Problem, TraceStop
 
-_GOLD = ("answer", "solution", "ground_truth", "target")
-_OWN = {"trainer_state", "log_extra", "log_metric", "environments"}
+_GOLD_COLUMNS = ("answer", "solution", "ground_truth", "target")
+_TRL_ARGUMENTS = {"trainer_state", "log_extra", "log_metric", "environments"}
 
 
 def for_trl(
@@ -28,35 +28,39 @@ def for_trl(
     budget: int | None = None,
     **args: Any,
 ) -> TrlReward:
-    """A function that ``GRPOTrainer`` takes, which computes the reward ``function``.
+    """Return a reward function for ``GRPOTrainer``.
+
+    A reward that cannot be computed is ``None``, which TRL leaves out of the mean, and counts in
+    the metric ``verifier/errors``. The dataset may have a column ``metadata``.
 
     Args:
-        function: one of ours, or of the same kind.
-        accuracy: what says right or wrong, for a ``function`` with the parameter ``correct``.
-        answer_column: the dataset's column with gold answers; by default the first there is of
-            ``answer``, ``solution``, ``ground_truth`` and ``target``.
-        budget: the most tokens of a completion, for rewards of length; by default the longest
+        function: Reward function of this library, or of the same kind.
+        accuracy: Reward function that decides right or wrong, for a ``function`` with the parameter
+            ``correct``.
+        answer_column: Column of the gold answers; by default the first existing one of ``answer``,
+            ``solution``, ``ground_truth`` and ``target``.
+        budget: Maximum tokens of a completion, for rewards of length; by default the longest
             completion of the batch.
-        args: the reward's own settings.
-
-    A reward that cannot be computed is ``None`` there, which TRL leaves out of the mean, and
-    counted in the metric ``verifier/errors``. Rows of the dataset may have a column ``metadata``.
+        args: Settings of the reward.
 
     Raises:
-        UserError: the reward cannot be computed on this machine, or lacks a setting.
+        UserError: The reward cannot be computed on this machine, or a setting is missing.
     """
-    own = Reward(function.__name__, function, args=args)
-    own.check()
-    rewards = [own]
-    if own.needs_correctness:
+    reward = Reward(function.__name__, function, args=args)
+    reward.check()
+    rewards = [reward]
+    if reward.needs_correctness:
         if accuracy is None:
-            raise ConfigError(f"{own.name} builds on right and wrong: name it with accuracy=")
-        rewards.append(Reward(f"accuracy of {own.name}", accuracy, weight=0.0))
+            raise ConfigError(
+                f"{reward.name} has the parameter 'correct': give the function that decides right "
+                "or wrong with accuracy="
+            )
+        rewards.append(Reward(f"accuracy of {reward.name}", accuracy, weight=0.0))
     return TrlReward(tuple(rewards), answer_column, budget)
 
 
 class TrlReward:
-    """What ``for_trl`` returns: called by the trainer, in its event loop, with whole columns."""
+    """Asynchronous reward function, called by TRL with the columns of a batch."""
 
     def __init__(
         self, rewards: tuple[Reward, ...], answer_column: str | None, budget: int | None
@@ -72,57 +76,46 @@ class TrlReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The reward of each completion; ``None`` where there is none."""
-        gold = _gold(columns, self._answer_column)
-        attempts = _attempts(prompts, completions, completion_ids, columns, gold, self._budget)
-        accuracy = self._rewards[-1].name
-        with Scorer(self._rewards, accuracy, pool=shared_pool()) as scorer:
+        """Return the reward of each completion; ``None`` where it cannot be computed."""
+        ids = completion_ids or [()] * len(completions)
+        budget = self._budget or max(map(len, ids), default=1) or 1
+        gold = _gold_answers(columns, self._answer_column)
+        metadata = columns.get("metadata") or [{}] * len(prompts)
+        attempts = [
+            Attempt(
+                problem=Problem(_text(prompt), str(answer), dict(extra or {})),
+                text=_text(completion),
+                stop=TraceStop.COMPLETED,
+                length=len(own_ids),
+                num_chunks=1,
+                budget=budget,
+                max_chunks=1,
+                output_ids=tuple(own_ids),
+            )
+            for prompt, completion, own_ids, answer, extra in zip(
+                prompts, completions, ids, gold, metadata, strict=True
+            )
+        ]
+        with Scorer(self._rewards, self._rewards[-1].name, pool=shared_pool()) as scorer:
             scores = await scorer.score(attempts)
         if log_metric is not None:
             log_metric("verifier/errors", float(sum(bool(score.errors) for score in scores)))
         return [score.parts[self.__name__] for score in scores]
 
 
-def _gold(columns: Mapping[str, Any], answer_column: str | None) -> Sequence[Any]:
-    named = [answer_column] if answer_column else [name for name in _GOLD if name in columns]
-    if not named or named[0] not in columns:
-        raise ConfigError(
-            f"the dataset has no column {answer_column or ' or '.join(_GOLD)} with gold answers; "
-            f"it has {', '.join(sorted(set(columns) - _OWN)) or 'none'}: name one with "
-            "answer_column="
-        )
-    gold: Sequence[Any] = columns[named[0]]
-    return gold
+def _gold_answers(columns: Mapping[str, Any], answer_column: str | None) -> Sequence[Any]:
+    candidates = (answer_column,) if answer_column else _GOLD_COLUMNS
+    for name in candidates:
+        if name in columns:
+            gold: Sequence[Any] = columns[name]
+            return gold
+    existing = ", ".join(sorted(set(columns) - _TRL_ARGUMENTS)) or "none"
+    raise ConfigError(
+        f"the dataset has no column {' or '.join(candidates)} with gold answers, only {existing}: "
+        "name one with answer_column="
+    )
 
 
-def _attempts(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]] | None,
-    columns: Mapping[str, Any],
-    answers: Sequence[Any],
-    budget: int | None,
-) -> list[Attempt]:
-    ids = completion_ids or [()] * len(completions)
-    most = budget or max(map(len, ids), default=1) or 1
-    metadata = columns.get("metadata") or [{}] * len(prompts)
-    return [
-        Attempt(
-            problem=Problem(_text(prompt), str(gold), dict(extra or {})),
-            text=_text(completion),
-            stop=TraceStop.COMPLETED,
-            length=len(own),
-            num_chunks=1,
-            budget=most,
-            max_chunks=1,
-            output_ids=tuple(own),
-        )
-        for prompt, completion, own, gold, extra in zip(
-            prompts, completions, ids, answers, metadata, strict=True
-        )
-    ]
-
-
-def _text(said: Any) -> str:
-    """Of a string, or of the last message of a conversation."""
-    return said if isinstance(said, str) else str(said[-1]["content"])
+def _text(value: Any) -> str:
+    """Return a string, or the content of the last message of a conversation."""
+    return value if isinstance(value, str) else str(value[-1]["content"])

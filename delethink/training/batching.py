@@ -80,7 +80,7 @@ class TraceRow(NamedTuple):
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    logprobs: list[float]  # of the engine
+    logprobs: list[float]  # log-probs in the engine
     env_mask: list[int]  # 1: the token is in the loss
 
 
@@ -113,7 +113,7 @@ class ChunkRow(NamedTuple):
 
     prompt_ids: TokenIds
     output_ids: TokenIds
-    engine_logprobs: Logprobs  # of output_ids
+    engine_logprobs: Logprobs  # [len(output_ids)]
     trace: int  # index in the list of traces; FILLER for a row that only fills a batch
     chunk: int  # index of the chunk in its trace
     start: int  # index of its first output token among the sampled tokens of its trace
@@ -209,7 +209,7 @@ def _pack_sorted(
 ) -> list[list[int]]:
     """Fill one batch after another, each with at most a share ``tolerance`` of padding."""
     batches: list[list[int]] = []
-    tokens = 0  # of the last batch, without padding
+    tokens = 0  # tokens of the last batch, without padding
     for i in order:
         padded = (len(batches[-1]) + 1) * lengths[i] if batches else 0
         tokens += lengths[i]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class RankGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main rank."""
+        """True on the main rank."""
         return self.rank == 0
 
     def broadcast(self, make: Callable[[], T]) -> T:
@@ -141,15 +141,6 @@ class Shards:
         }
 
 
-class _Shard(NamedTuple):
-    """The message to one rank."""
-
-    assignment: Assignment
-    balance: float
-    chunk_tokens: list[int]
-    traces: list[Trace]
-
-
 def shard_traces(
     ranks: RankGroup,
     num_traces: int,
@@ -168,20 +159,20 @@ def shard_traces(
     """
     traces: list[Trace] = []
 
-    def make_shards() -> list[_Shard]:
+    def make_shards() -> list[Shards]:
         traces.extend(run_rollouts())
         costs = [cost(trace) for trace in traces]
         assignment, balance = _assign_steps(costs, ranks.size, num_steps)
         tokens = [sum(chunk_tokens(traces[i]) for i in indices) for indices in assignment]
         return [
-            _Shard(assignment, balance, tokens, [traces[i] for i in indices])
+            Shards(assignment, [traces[i] for i in indices], [], balance, tokens)
             for indices in assignment
         ]
 
-    shard = ranks.scatter(make_shards)
-    if sorted(i for indices in shard.assignment for i in indices) != list(range(num_traces)):
+    shards = ranks.scatter(make_shards)
+    if sorted(i for indices in shards.assignment for i in indices) != list(range(num_traces)):
         raise RuntimeError(f"the shards do not hold each of {num_traces} traces exactly once")
-    return Shards(shard.assignment, shard.traces, traces, shard.balance, shard.chunk_tokens)
+    return replace(shards, all_traces=traces)
 
 
 def _assign_steps(

@@ -221,11 +221,7 @@ class ProgressEvent:
 
 
 class QueuedProgress(TrainingProgress):
-    """Sends the progress of the main rank to the driver.
-
-    Args:
-        events: Ray queue of ``ProgressEvent``.
-    """
+    """Sends the progress of the main rank to the driver, over a Ray queue of ``ProgressEvent``."""
 
     def __init__(self, events: Any) -> None:
         self._events = events
@@ -235,7 +231,7 @@ class QueuedProgress(TrainingProgress):
         self._events.put(ProgressEvent("log", (text,)))
 
     def start_steps(self, total: int, done: int = 0) -> None:
-        """Send the start of the optimizer steps."""
+        """Send the number of optimizer steps."""
         self._events.put(ProgressEvent("start_steps", (total, done)))
 
     def step(self, metrics: Mapping[str, Any], total: int) -> None:
@@ -285,7 +281,8 @@ def _ray_cluster(recipe: Recipe) -> Iterator[None]:
     from delethink.engines.cluster import connect
 
     # Engine and trainer work in turn, so on one machine they may share the cores.
-    started = connect(num_cpus=math.ceil(_num_cores() + _requested(recipe)["CPU"].engine))
+    cores = len(os.sched_getaffinity(0)) + math.ceil(_engine_resources(recipe)["CPU"])
+    started = connect(num_cpus=cores)
     try:
         check_resources(recipe, ray.cluster_resources())
         yield
@@ -294,22 +291,14 @@ def _ray_cluster(recipe: Recipe) -> Iterator[None]:
             ray.shutdown()
 
 
-class _Request(NamedTuple):
-    """Amount of a Ray resource."""
+def _engine_resources(recipe: Recipe) -> dict[str, float]:
+    engine = recipe.engine
+    if choose_engine(engine.name) == "transformers":  # samples in the process of the main rank
+        return {"CPU": 0.0, "GPU": 0.0}
+    from delethink.engines.ray import cpus_per_engine
 
-    trainer: float
-    engine: float
-
-
-def _requested(recipe: Recipe) -> dict[str, _Request]:
-    trainer, number = recipe.trainer, recipe.engine.num_engines
-    engine = {"CPU": 0.0, "GPU": 0.0}
-    if choose_engine(recipe.engine.name) == "vllm":
-        on_gpu = recipe.engine.gpus_per_engine > 0
-        cpus = 1 if on_gpu else max(1, (_num_cores() - 1) // number)
-        engine = {"CPU": number * cpus, "GPU": number * recipe.engine.gpus_per_engine}
-    per_rank = {"CPU": trainer.cpus_per_rank, "GPU": float(trainer.gpus_per_rank)}
-    return {unit: _Request(trainer.num_ranks * per_rank[unit], engine[unit]) for unit in per_rank}
+    number = engine.num_engines
+    return {"CPU": number * cpus_per_engine(engine), "GPU": number * engine.gpus_per_engine}
 
 
 def check_resources(recipe: Recipe, available: Mapping[str, float]) -> None:
@@ -318,19 +307,16 @@ def check_resources(recipe: Recipe, available: Mapping[str, float]) -> None:
     Raises:
         ConfigError: The cluster has fewer. Ray would wait without end.
     """
-    for unit, request in _requested(recipe).items():
-        total = available.get(unit, 0.0)
-        if request.trainer + request.engine > total:
-            engines = f" and the engines {request.engine:g}" if request.engine else ""
+    trainer, engines = recipe.trainer, _engine_resources(recipe)
+    for unit, per_rank in (("CPU", trainer.cpus_per_rank), ("GPU", trainer.gpus_per_rank)):
+        total, ranks = available.get(unit, 0.0), trainer.num_ranks * per_rank
+        if ranks + engines[unit] > total:
+            also = f" and the engines {engines[unit]:g}" if engines[unit] else ""
             raise ConfigError(
-                f"trainer.num_ranks={recipe.trainer.num_ranks} ranks need {request.trainer:g} "
-                f"{unit}s{engines}, and the Ray cluster has {total:g}: use fewer ranks, or join a "
-                "larger cluster with RAY_ADDRESS"
+                f"trainer.num_ranks={trainer.num_ranks} ranks need {ranks:g} {unit}s{also}, and "
+                f"the Ray cluster has {total:g}: use fewer ranks, or join a larger cluster with "
+                "RAY_ADDRESS"
             )
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def rank_error(error: Exception) -> Exception:

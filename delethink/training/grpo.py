@@ -2,8 +2,8 @@
 
 A dataset row is a trace, so the advantages are TRL's own, over traces. TRL also keeps the data, the
 training loop, logging and checkpoints. The loss is ``loss.py``: a sum over tokens, which can be
-taken in parts. Each packed batch of chunks is forwarded and goes through the backward pass at once,
-so nothing is computed twice and memory does not grow with the length of a trace.
+taken in parts. Each packed batch of chunks goes through the forward and backward pass alone, so
+nothing is computed twice. Memory does not grow with the length of a trace.
 
 TRL calls ``rollout_func`` experimental, so its version is pinned. Its private methods are used here
 only: ``_generate_and_score_completions`` for advantages, ``_calculate_rewards``,
@@ -105,6 +105,11 @@ class NonFinite(NamedTuple):
     traces: list[int]
 
 
+def raise_nonfinite(found: NonFinite) -> None:
+    """Raise ``NonFiniteError``."""
+    raise NonFiniteError(f"step {found.step}: a {found.quantity} is not finite")
+
+
 class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     """``GRPOTrainer`` over traces of chunks.
 
@@ -129,7 +134,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         *args: Any,
         run_rollouts: Callable[[list[dict[str, Any]]], RolloutBatch],
         on_sampled: Callable[[ScoredBatch], None],
-        on_nonfinite: Callable[[NonFinite], None] | None = None,
+        on_nonfinite: Callable[[NonFinite], None] = raise_nonfinite,
         ranks: RankGroup | None = None,
         cost: Callable[[Trace], float] = chunk_tokens,
         **kwargs: Any,
@@ -139,11 +144,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         check_deterministic(self.model, self.model.config.get_text_config().vocab_size)
         self.loss_settings = LossSettings.from_config(self.args)
         self._run_rollouts, self._on_sampled = run_rollouts, on_sampled
-        self._on_nonfinite = on_nonfinite or _raise_nonfinite
-        self._ranks, self._cost = ranks or RankGroup(), cost
-        # The current batch.
-        self._examples: list[dict[str, Any]] = []  # of this rank; of all ranks on the main rank
-        self._rewards: list[dict[str, float | None]] = []  # of all traces
+        self._on_nonfinite, self._cost = on_nonfinite, cost
+        self._ranks = ranks or RankGroup()
+        # The current batch. The main rank has the examples of all ranks, and all ranks all rewards.
+        self._examples: list[dict[str, Any]] = []
+        self._rewards: list[dict[str, float | None]] = []
         self._shards: Shards | None = None
         self._micro_batches: list[MicroBatch] = []
         # Since the last optimizer step, or since they were last read.
@@ -173,7 +178,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
 
     @property
     def is_between_batches(self) -> bool:
-        """Whether the next optimizer step samples a new batch."""
+        """True if the next optimizer step samples a new batch."""
         micro_batches: int = self.args.steps_per_generation * self.num_iterations
         done: int = self._step
         return done % micro_batches == 0
@@ -268,7 +273,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         ]
 
     def _is_trainable(self, trace: Trace) -> bool:
-        """Whether a trace can enter the loss, whatever its rewards."""
+        """Return whether a trace can enter the loss, regardless of its rewards."""
         masked = self.args.mask_out_of_budget and trace.stop is TraceStop.BUDGET
         return trace.length > 0 and not masked
 
@@ -277,33 +282,18 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
 
     def _split_micro_batches(self, traces: list[TrainingTrace]) -> list[MicroBatch]:
         """Split the traces of this rank, and count each optimizer step over all ranks."""
-        num_steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
-        step_traces, size = len(traces) // num_steps, self.args.per_device_train_batch_size
-        micro_batches, total = [], Counter[str]()
-        for first in range(0, len(traces), step_traces):
-            window = traces[first : first + step_traces]
+        size = self.args.per_device_train_batch_size
+        step_size, micro_batches = size * self.args.gradient_accumulation_steps, []
+        for first in range(0, len(traces), step_size):
+            window = traces[first : first + step_size]
             lengths = [t.trace.length for t in window if t.in_loss]
             own = torch.tensor([len(lengths), sum(lengths)], device=self.accelerator.device)
             number, tokens = self.accelerator.reduce(own, reduction="sum").tolist()
             step = StepSize(max(1, number), max(1, tokens), self.max_completion_length)
-            total += Counter(traces=number, tokens=tokens)
             micro_batches += [
-                MicroBatch(window[i : i + size], step) for i in range(0, step_traces, size)
+                MicroBatch(window[i : i + size], step) for i in range(0, step_size, size)
             ]
-        self._check_sampled(total["traces"], total["tokens"])
         return micro_batches
-
-    def _check_sampled(self, traces: int, tokens: int) -> None:
-        """Compare the shards of all ranks with the sampled batch, which the main rank knows."""
-        if self._ranks.size == 1 or not self._ranks.is_main:
-            return
-        sampled = zip(self.shards.all_traces, self._rewards, strict=True)
-        lengths = [trace.length for trace, rewards in sampled if self._is_in_loss(trace, rewards)]
-        if (traces, tokens) != (len(lengths), sum(lengths)):
-            raise RuntimeError(
-                f"{traces} traces of {tokens} tokens are in the loss of all ranks, but "
-                f"{len(lengths)} of {sum(lengths)} tokens were sampled for it"
-            )
 
     # -- loss ----------------------------------------------------------------------------------
 
@@ -537,10 +527,6 @@ def _zero_with_gradient(model: Any) -> torch.Tensor:
     parameter = next(p for p in model.parameters() if p.requires_grad)
     zero: torch.Tensor = 0.0 * parameter.sum()
     return zero
-
-
-def _raise_nonfinite(found: NonFinite) -> None:
-    raise NonFiniteError(f"step {found.step}: a {found.quantity} is not finite")
 
 
 def remove_dropout(model: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Trains on traces of random tokens in one or several processes, and says what came of it."""
+"""Train on traces of random tokens on one or several ranks, and return the results."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny_models import make_qwen2
+from tiny_training import GROUP, VOCABULARY, make_config, make_tokenizer
 
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
-VOCABULARY, GROUP, LEARNING_RATE, HANGS_AFTER_S = 12, 4, 0.5, 120
+LEARNING_RATE, COLLECTIVE_TIMEOUT_S = 0.5, 120
 
 
 @dataclass(frozen=True)
 class Case:
-    """Traces by their numbers of chunks, negative where they ran out of budget, and settings."""
+    """Numbers of chunks of the traces, negative if out of budget, and settings."""
 
     chunks: tuple[int, ...]
     loss: dict[str, Any] = field(default_factory=dict)
-    micro_batch: int = 8  # traces, over all processes
-    cost_is_equal: bool = False  # so that traces stay in the order given
+    micro_batch: int = 8  # traces, over all ranks
+    cost_is_equal: bool = False  # traces stay in the given order
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Outcome:
-    """What the first process knows afterwards."""
+    """Results of the main rank."""
 
     parameters: dict[str, torch.Tensor]
     losses: list[float]
     statistics: Any
     work: Any
     metrics: dict[str, Any]
-    order: list[list[int]]
-    trained: list[list[list[int]]]  # by process, places of each micro-batch
+    assignment: list[list[int]]
+    trained: list[list[list[int]]]  # by rank, trace indices of each micro-batch
     gathered: dict[str, torch.Tensor] | None = None  # weights for an engine
     saved: dict[str, torch.Tensor] | None = None
 
@@ -73,19 +74,8 @@ def make_model() -> Any:
     return make_qwen2(3, scale=4, **sizes, tie_word_embeddings=False).double()
 
 
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    own = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t2"))
-    own.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
-
-
 def train(case: Case, strategy: str, folder: str) -> Outcome | None:
-    """In each process; only the first one has an outcome."""
+    """Train on this rank; only the main rank returns an outcome."""
     from accelerate.state import AcceleratorState
     from datasets import Dataset
     from safetensors.torch import load_file
@@ -94,7 +84,7 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     from delethink.training.batching import RolloutBatch
     from delethink.training.data_parallel import RankGroup
     from delethink.training.grpo import DelethinkTrainer
-    from delethink.training.grpo_config import DelethinkConfig, rank_settings
+    from delethink.training.grpo_config import rank_settings
     from delethink.training.weights import GatherWeights
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -108,23 +98,12 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_generation": micro_batches,
-        "num_generations": GROUP,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
         "max_steps": 1,
         "temperature": 0.7,
         "max_completion_length": 100,
         "max_grad_norm": 1e9,
         "optim": "sgd",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "shuffle_dataset": False,
-        "beta": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
         "max_failed_share": 0.5,
     }
     if ranks.size > 1:
@@ -145,7 +124,7 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     trainer = Spy(
         model=model,
         processing_class=make_tokenizer(),
-        args=DelethinkConfig(output_dir=folder, **(settings | case.loss | case.settings)),
+        args=make_config(folder, **(settings | case.loss | case.settings)),
         train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
         reward_funcs=[lambda trace, **_: [rewards[traces.index(t)] for t in trace]],
         run_rollouts=lambda examples: RolloutBatch(examples, traces),
@@ -175,25 +154,25 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     )
 
 
-def train_together(cases: dict[str, Case], strategy: str, num_processes: int = 2) -> Any:
-    """The outcomes of several processes, by name of the case."""
+def train_on_ranks(cases: dict[str, Case], strategy: str, num_ranks: int = 2) -> Any:
+    """Return the outcomes of several ranks, by name of the case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (num_processes, port, cases, strategy, folder)
-        mp.spawn(_process, args=arguments, nprocs=num_processes)
+        arguments = (num_ranks, port, cases, strategy, folder)
+        mp.spawn(_run_rank, args=arguments, nprocs=num_ranks)
         return torch.load(Path(folder) / "outcomes", weights_only=False)
 
 
-def _process(
+def _run_rank(
     rank: int, size: int, port: int, cases: dict[str, Case], strategy: str, folder: str
 ) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS_AFTER_S))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
         outcomes = {name: train(case, strategy, f"{folder}/{name}") for name, case in cases.items()}
         if rank == 0:

@@ -92,7 +92,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_give_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
     code, printed, errors = run(tmp_path, "trainer.num_ranks=2", f"trainer.strategy={strategy}")
     assert code == 0, errors
-    assert f"starting 2 processes that train together: {strategy}" in printed
+    assert f"starting 2 ranks: {strategy}" in printed
     assert printed.strip().endswith("run directory: " + str(tmp_path / "run"))
     assert texts(tmp_path) == texts(alone)
     for one, two in zip(metrics(alone), metrics(tmp_path), strict=True):
@@ -156,5 +156,5 @@ def test_more_ranks_than_cores_are_refused(tmp_path: Path) -> None:
     sizes = [f"training.per_device_train_batch_size={number}", "training.num_generations=2"]
     code, _, errors = run(tmp_path, f"trainer.num_ranks={number}", *sizes)
     assert code == 2, errors
-    assert f"num_ranks={number} processes ask for {number} CPUs" in errors
+    assert f"num_ranks={number} ranks need {number} CPUs" in errors
     assert not (tmp_path / "run").exists()

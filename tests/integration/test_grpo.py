@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from reference_objective import Settings
 from tiny_models import make_qwen2
+from tiny_training import GROUP, VOCABULARY, make_config, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -35,25 +36,18 @@ from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
 
-VOCABULARY, GROUP, TEMPERATURE, LEARNING_RATE, BUDGET = 12, 4, 0.7, 0.5, 256
+TEMPERATURE, LEARNING_RATE, BUDGET = 0.7, 0.5, 256
 UNEQUAL = [3, 1, 5, 2, 4, 1, 1, 6]
 SETTINGS = Settings(group=GROUP, temperature=TEMPERATURE, budget=BUDGET)
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    own = Tokenizer(WordLevel(vocabulary, unk_token="t2"))
-    own.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
+    return make_tokenizer()
 
 
 class PlainHead:
-    """TRL's fused head in the precision of the model."""
+    """TRL's fused head, in the precision of the model."""
 
     @staticmethod
     def apply(
@@ -92,7 +86,7 @@ def make_model() -> PreTrainedModel:
 def random_trace(
     rng: random.Random, query: tuple[int, ...], num_chunks: int, ends: bool = True
 ) -> Trace:
-    """Chunks of a few tokens; the log-probs of the engine are off, some beyond the bound."""
+    """Return chunks of a few tokens, with engine log-probs that differ from the model's."""
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(2, VOCABULARY) for _ in range(n))
@@ -126,29 +120,17 @@ def out_of_budget(trace: Trace) -> Trace:
 def config(folder: Path, **options: Any) -> DelethinkConfig:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
         "steps_per_generation": options.get("gradient_accumulation_steps", 1),
-        "num_generations": GROUP,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
         "max_steps": 1,
         "temperature": TEMPERATURE,
         "max_completion_length": BUDGET,
         "epsilon_high": 0.26,
         "max_grad_norm": 1e9,
         "optim": "sgd",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "shuffle_dataset": False,
-        "beta": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
         "max_failed_share": 0.5,
     }
-    return DelethinkConfig(output_dir=str(folder), **(settings | options))
+    return make_config(folder, **(settings | options))
 
 
 class Spy(DelethinkTrainer):
@@ -198,7 +180,7 @@ def assert_as_the_formula(
     rewards: list[float | None],
     settings: Settings = SETTINGS,
 ) -> None:
-    """Every parameter, after the same steps on the same traces, to 1e-9 of its largest change."""
+    """Compare every parameter after the same steps, to 1e-9 of the largest change."""
     model, first = make_model(), dict(make_model().named_parameters())
     losses = reference.train(model, traces, rewards, trainer.steps(), LEARNING_RATE, settings)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -234,7 +216,7 @@ def assert_same(actual: Spy, expected: Spy, tolerance: float = 1e-9) -> None:
     [([1] * 8, 0), ([4] * 8, 1), (UNEQUAL, 2), ([1, 12, 1, 1, 2, 1, 9, 1], 3)],
     ids=["one chunk each", "many chunks", "unequal", "very unequal"],
 )
-def test_loss_and_gradient_are_the_formulas(
+def test_loss_and_gradient_equal_the_formula(
     tmp_path: Path, tokenizer: Any, counts: list[int], seed: int
 ) -> None:
     traces, rewards = random_batch(seed, counts)
@@ -245,7 +227,7 @@ def test_loss_and_gradient_are_the_formulas(
 
 @pytest.mark.usefixtures("in_float64")
 def test_eos_on_a_boundary(tmp_path: Path, tokenizer: Any) -> None:
-    """As the last token of a full chunk, and as the only token of a chunk."""
+    """EOS is the last token of a full chunk, or the only token of a chunk."""
     traces, rewards = random_batch(4, UNEQUAL)
     full = Chunk((5, 6, 7), (3, 4, 9, 2, 8, 7, 1), (-1.0,) * 7, StopReason.EOS)
     alone = Chunk((5, 6, 7, 2), (1,), (-0.5,), StopReason.EOS)
@@ -282,7 +264,7 @@ def test_eos_on_a_boundary(tmp_path: Path, tokenizer: Any) -> None:
 def test_every_objective_over_several_steps_on_a_batch(
     tmp_path: Path, tokenizer: Any, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
-    """Three passes over two optimizer steps: from the second on, ratios differ and are clipped."""
+    """Three passes over two optimizer steps: ratios differ from 1 after the first pass."""
     traces, rewards = random_batch(7, UNEQUAL)
     trainer = train(
         tmp_path,
@@ -301,7 +283,7 @@ def test_every_objective_over_several_steps_on_a_batch(
 
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("delta", [None, 1.3])
-def test_ratios_are_clipped_on_both_sides_and_for_the_third_time_where_asked(
+def test_ratios_are_clipped_on_both_sides_with_and_without_dual_clip(
     tmp_path: Path, tokenizer: Any, delta: float | None
 ) -> None:
     traces, rewards = random_batch(8, UNEQUAL)
@@ -329,7 +311,7 @@ def test_divergence_from_the_first_weights(tmp_path: Path, tokenizer: Any) -> No
     assert trainer.pop_statistics().total["kl"] > 0
 
 
-# -- what must not matter ----------------------------------------------------------------------
+# -- invariances ----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -402,7 +384,7 @@ def cut_with_full_carryover(trace: Trace) -> Trace:
 def test_one_chunk_is_an_unmodified_grpo_trainer(
     tmp_path: Path, tokenizer: Any, loss_type: Any
 ) -> None:
-    """With TRL's own head: the same data through TRL's own trainer, several steps on a batch."""
+    """The same data through TRL's own trainer and head, with several steps on a batch."""
     traces, rewards = random_batch(2, [1] * 8)
     options = {
         "num_iterations": 2,
@@ -444,7 +426,7 @@ def test_the_fused_head_is_a_plain_one(tmp_path: Path, tokenizer: Any) -> None:
         assert (change - expected[name]).abs().max().item() < 1e-5 * largest
 
 
-# -- traces without a place in the loss --------------------------------------------------------
+# -- traces outside the loss --------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -509,7 +491,7 @@ def test_too_many_failures_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
         train(tmp_path, tokenizer, traces, rewards, max_failed_share=0.1)
 
 
-# -- what is proved and measured ---------------------------------------------------------------
+# -- checks and statistics ---------------------------------------------------------------------
 
 
 def test_a_dropped_trace_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -525,7 +507,7 @@ def test_a_dropped_trace_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_what_is_measured_is_measured_by_place_of_the_chunk(tmp_path: Path, tokenizer: Any) -> None:
+def test_statistics_by_index_of_the_chunk(tmp_path: Path, tokenizer: Any) -> None:
     traces, rewards = random_batch(9, UNEQUAL)
     seen = train(tmp_path, tokenizer, traces, rewards).pop_statistics()
     model = make_model()
@@ -593,7 +575,7 @@ def test_adapters_alone_are_trained_and_their_gradient_is_the_formulas(
     assert len(moved) == sum("lora_B" in name for name in adapted)
 
 
-def test_adapters_are_served_merged_under_the_names_of_the_checkpoint() -> None:
+def test_adapters_are_merged_under_the_names_of_the_checkpoint() -> None:
     peft = pytest.importorskip("peft")
     model = make_model()
     names = set(model.state_dict())
@@ -617,7 +599,7 @@ def test_adapters_are_served_merged_under_the_names_of_the_checkpoint() -> None:
 # -- randomness --------------------------------------------------------------------------------
 
 
-def test_dropout_of_every_kind_is_taken_out(tmp_path: Path, tokenizer: Any) -> None:
+def test_every_kind_of_dropout_is_removed(tmp_path: Path, tokenizer: Any) -> None:
     traces, rewards = random_batch(4, UNEQUAL)
     model = make_qwen2(
         3,
@@ -635,7 +617,7 @@ def test_dropout_of_every_kind_is_taken_out(tmp_path: Path, tokenizer: Any) -> N
     assert trainer.model.model.layers[0].mlp.down_proj[1].p == 0.0
 
 
-def test_a_model_that_is_random_while_it_trains_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_random_model_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     class Noise(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + torch.randn_like(x) if self.training else x

@@ -11,26 +11,23 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import make_qwen2
+from tiny_training import GROUP, VOCABULARY, make_config, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from delethink.errors import NonFiniteError
 from delethink.training.batching import RolloutBatch, ScoredBatch
-from delethink.training.grpo import DelethinkTrainer, NonFinite
-from delethink.training.grpo_config import DelethinkConfig
+from delethink.training.grpo import DelethinkTrainer, NonFinite, raise_nonfinite
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
 
-VOCABULARY, GROUP, POISON = 12, 4, 11
+POISON = 11
 PLAIN, BROKEN = (5, 6, 7, 1), (5, POISON, 6, 1)
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    own = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t2"))
-    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1")
+    return make_tokenizer()
 
 
 def trace(ids: tuple[int, ...], engine_logprob: float = -1.0) -> Trace:
@@ -39,10 +36,10 @@ def trace(ids: tuple[int, ...], engine_logprob: float = -1.0) -> Trace:
 
 
 def poisoned_model(poison: float) -> Any:
-    """The square of the poisonous token's embedding overflows in the first norm.
+    """Return a model in which the square of one embedding overflows in the first norm.
 
-    Where the embedding itself is finite, log-probs are too, and only gradients are NaN; where it is
-    infinite, everything after the token is NaN.
+    With a finite embedding only gradients are NaN. With an infinite one, all log-probs after the
+    token are NaN.
     """
     model = make_qwen2(3, scale=2, vocab_size=VOCABULARY, tie_word_embeddings=False)
     with torch.no_grad():
@@ -51,7 +48,7 @@ def poisoned_model(poison: float) -> Any:
 
 
 def healthy(model: Any) -> torch.Tensor:
-    """All weights but the poison, on end."""
+    """Return all weights but the poisoned embedding, concatenated."""
     with torch.no_grad():
         parts = [
             p[:POISON] if p is model.get_input_embeddings().weight else p
@@ -80,41 +77,30 @@ class Run:
         batches, batch_rewards = iter(traces), iter(rewards)
         settings: dict[str, Any] = {
             "per_device_train_batch_size": GROUP,
-            "num_generations": GROUP,
             "max_steps": len(traces),
             "learning_rate": 0.01,
             "weight_decay": 0.1,
-            "lr_scheduler_type": "constant",
             "scale_rewards": "none",
-            "loss_type": "grpo",
-            "beta": 0.0,
-            "bf16": False,
-            "gradient_checkpointing": False,
             "logging_nan_inf_filter": False,
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "use_cpu": True,
         }
         self.trainer = DelethinkTrainer(
             model=poisoned_model(poison),
             processing_class=tokenizer,
-            args=DelethinkConfig(output_dir=str(folder), **(settings | options)),
+            args=make_config(folder, **(settings | options)),
             train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces))]),
             reward_funcs=[lambda prompts, **_: next(batch_rewards)],
             run_rollouts=lambda examples: RolloutBatch(examples, next(batches)),
-            on_sampled=self._see,
+            on_sampled=self._record,
             on_nonfinite=on_nonfinite or self.found.append,
         )
 
     def train(self) -> Run:
         self.trainer.train()
-        self._see(None)
+        self._record(None)
         return self
 
-    def _see(self, sampled: ScoredBatch | None) -> None:
-        """Weights and Adam's count before each step, and after the last."""
+    def _record(self, sampled: ScoredBatch | None) -> None:
+        """Record the weights and the step count of Adam before each step and after the last."""
         model, states = self.trainer.model, list(self.trainer.optimizer.state.values())
         self.weights.append(healthy(model))
         self.moments.append(int(states[0]["step"]) if states else 0)
@@ -132,7 +118,7 @@ REWARDS = [1.0, 0.0, 0.0, 1.0]
 
 @pytest.mark.parametrize("forward_tokens", [10_000, 6])
 @pytest.mark.parametrize("micro_batch", [GROUP, 1])
-def test_a_log_prob_that_is_none_leaves_weights_and_moments_alone(
+def test_a_nonfinite_log_prob_leaves_weights_and_moments_unchanged(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, micro_batch: int, forward_tokens: int
 ) -> None:
     options = {
@@ -154,7 +140,7 @@ def test_a_log_prob_that_is_none_leaves_weights_and_moments_alone(
 
 
 def test_an_infinite_loss_is_found(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Rewards that float32 just holds, times the bound of the correction for the engine."""
+    """The largest rewards of float32, times the cap of the engine correction."""
     far, unlikely = [3e38, -3e38, 3e38, -3e38], [trace(t.output_ids, -50.0) for t in GOOD]
     run = Run(tmp_path, tokenizer, [unlikely, GOOD], [far, REWARDS]).train()
     assert [(found.step, found.quantity, found.traces) for found in run.found] == [(1, "loss", [])]
@@ -163,10 +149,8 @@ def test_an_infinite_loss_is_found(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert torch.isfinite(run.weights[-1]).all()
 
 
-def test_a_gradient_that_is_none_is_found(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Every log-prob and the loss are finite, and yet the step would have made NaN of the model."""
+def test_a_nonfinite_gradient_is_found(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Every log-prob and the loss are finite, but the step would make the weights NaN."""
     run = Run(tmp_path, tokenizer, [BAD, GOOD], [REWARDS] * 2).train()
     assert run.found == [NonFinite(1, "gradient", [])]
     assert torch.equal(run.weights[0], run.weights[1])
@@ -178,7 +162,7 @@ def test_a_gradient_that_is_none_is_found(
 def test_a_gradient_too_large_for_its_norm_is_found(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, max_grad_norm: float
 ) -> None:
-    """The loss is finite; clipped to its norm, such a gradient would become zero in silence."""
+    """The loss is finite; clipping to the norm would silently make this gradient zero."""
     large = [1e30, -1e30, 0.0, 0.0]
     options = {"max_grad_norm": max_grad_norm}
     run = Run(tmp_path, tokenizer, [GOOD, GOOD], [large, REWARDS], **options).train()
@@ -187,13 +171,13 @@ def test_a_gradient_too_large_for_its_norm_is_found(
     assert run.moments == [0, 0, 1]
 
 
-def test_what_is_finite_is_not_touched(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_finite_steps_are_taken(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     run = Run(tmp_path, tokenizer, [GOOD, GOOD], [REWARDS] * 2).train()
     assert run.found == []
     assert run.moments == [0, 1, 2]
 
 
-def test_whoever_is_told_may_stop_before_anything_changes(
+def test_the_callback_can_stop_the_run_before_any_change(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def stop(found: NonFinite) -> None:
@@ -204,3 +188,8 @@ def test_whoever_is_told_may_stop_before_anything_changes(
     with pytest.raises(ArithmeticError, match="gradient"):
         run.trainer.train()
     assert torch.equal(before, healthy(run.trainer.model))
+
+
+def test_without_a_callback_the_step_is_an_error() -> None:
+    with pytest.raises(NonFiniteError, match="step 3: a loss is not finite"):
+        raise_nonfinite(NonFinite(3, "loss", []))

@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same loss, the same gradient, nothing lost between them."""
+"""Two ranks train like one: the same loss, the same gradient, no trace lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_in_ranks import LEARNING_RATE, Case, Outcome, make_model, train, train_together
+from train_in_ranks import LEARNING_RATE, Case, Outcome, make_model, train, train_on_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -20,10 +20,12 @@ CASES = {
     "one trace of twelve chunks in batches of a chunk": Case(
         (12, 1, 1, 1, 1, 1, 1, 1), {"forward_tokens": 20}, micro_batch=2
     ),
-    "a process has nothing to train on": Case(
+    "a rank has nothing to train on": Case(
         (3, 2, 4, 3, -2, -1, -3, -2), {"mask_out_of_budget": True}, cost_is_equal=True
     ),
-    "nobody has anything to train on": Case((-1,) * 8, {"mask_out_of_budget": True}, micro_batch=4),
+    "no rank has anything to train on": Case(
+        (-1,) * 8, {"mask_out_of_budget": True}, micro_batch=4
+    ),
     "accumulated": Case((3, 1, 5, 2, 4, 1, 1, 6), micro_batch=4),
     "several steps on a batch": Case(
         (3, 1, 5, 2, 4, 1, 1, 6),
@@ -45,11 +47,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def together(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return request.param, train_together(CASES, request.param)
+    return request.param, train_on_ranks(CASES, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_take_the_steps_of_one(
+def test_two_ranks_take_the_steps_of_one(
     alone: dict[str, Outcome], together: tuple[str, dict[str, Outcome]], name: str
 ) -> None:
     one, two = alone[name], together[1][name]
@@ -57,7 +59,7 @@ def test_two_processes_take_the_steps_of_one(
     first = dict(make_model().named_parameters())
     moved = {n: (p - first[n]) / LEARNING_RATE for n, p in one.parameters.items()}
     largest = max(change.abs().max().item() for change in moved.values())
-    assert (largest == 0) == name.startswith("nobody")
+    assert (largest == 0) == name.startswith("no rank")
     for n, change in moved.items():
         actual = (two.parameters[n] - first[n]) / LEARNING_RATE
         # Norms in the model and advantages on the way are float32: the agreement ends there.
@@ -65,7 +67,7 @@ def test_two_processes_take_the_steps_of_one(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_trace_is_trained_on_in_one_process_as_often_as_it_should_be(
+def test_every_trace_is_trained_on_by_one_rank_in_every_pass(
     alone: dict[str, Outcome], together: tuple[str, dict[str, Outcome]], name: str
 ) -> None:
     one, two = alone[name], together[1][name]
@@ -79,7 +81,7 @@ def test_every_trace_is_trained_on_in_one_process_as_often_as_it_should_be(
     assert two.statistics.total["trained_tokens"] == one.statistics.total["trained_tokens"]
 
 
-def test_work_is_dealt_out_evenly_and_said(together: tuple[str, dict[str, Outcome]]) -> None:
+def test_traces_are_balanced_over_ranks(together: tuple[str, dict[str, Outcome]]) -> None:
     metrics = together[1]["unequal chunks"].metrics
     assert 0.8 < metrics["balance"] <= 1
     assert metrics["traces_by_process"] == [4, 4]
@@ -88,7 +90,7 @@ def test_work_is_dealt_out_evenly_and_said(together: tuple[str, dict[str, Outcom
     assert together[1]["one trace of twelve chunks in batches of a chunk"].metrics["balance"] < 0.8
 
 
-def test_the_first_process_has_and_saves_whole_weights(
+def test_the_main_rank_has_and_saves_full_weights(
     together: tuple[str, dict[str, Outcome]],
 ) -> None:
     strategy, outcomes = together

@@ -1,4 +1,4 @@
-"""Our rewards in a stock ``GRPOTrainer``, which knows nothing of this library."""
+"""Rewards of this library in an unmodified ``GRPOTrainer``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_answers_are_taken_from_the_columns_people_have() -> None:
 
 
 def test_mistakes_are_explained() -> None:
-    with pytest.raises(ConfigError, match="it has level: name one with answer_column="):
+    with pytest.raises(ConfigError, match="only level: name one with answer_column="):
         call(for_trl(exact_match), completions=["1", "2"], level=[1, 2], log_extra=print)
     with pytest.raises(ConfigError, match="accuracy="):
         for_trl(cosine)
