@@ -198,13 +198,13 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ("-m toy --task automatn", "unknown task 'automatn'. Did you mean 'automaton'?"),
-        ("-m ./nowhere --task problems.jsonl", "no model folder nowhere"),
+        ("-m ./nowhere --task problems.jsonl", "the model folder nowhere does not exist"),
         ("-m toy --task problems.jsonl --mode delethonk", "Did you mean 'delethink'?"),
         ("-m toy --task problems.jsonl --reward exac", "Did you mean 'exact'?"),
-        ("-m toy --task nowhere.jsonl", "there is no data set nowhere.jsonl"),
+        ("-m toy --task nowhere.jsonl", "the data set nowhere.jsonl does not exist"),
         ("-m toy --task problems.txt", "unknown task 'problems.txt'"),
         ("-m toy --task empty.jsonl", "has no problem"),
-        ("-m toy --task broken.jsonl", "broken.jsonl: row 2 is no object but a list"),
+        ("-m toy --task broken.jsonl", "row 2 of broken.jsonl must be an object, got list"),
         (
             "-m toy --task problems.jsonl --task-arg answer_key=x",
             "has no column 'x'. Allowed:",
@@ -231,6 +231,10 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
         ("-m toy --task problems.jsonl -C 90 -o problems.jsonl/x", "cannot write"),
         ("-m toy --task problems.jsonl -C 90 --base-url 127.0.0.1:1", "must start with http://"),
         ("-m toy --task problems.jsonl -C 90 --base-url http://127.0.0.1:9/v1", "cannot be rea"),
+        (
+            "-m toy --task problems.jsonl --base-url http://127.0.0.1:9/v1 engine=vllm",
+            "engine settings have no effect: remove engine=vllm",
+        ),
         ("-m toy --task problems.jsonl --served-model x", "--served-model needs --base-url"),
         ("-m toy --task problems.jsonl --carryover 4k", "write --carryover-size 4k"),
         ("-m toy --task problems.jsonl --carryover tial", "Did you mean 'tail'?"),
@@ -255,7 +259,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_behind(
     before = sorted(tmp_path.rglob("*"))
     plain = ["--task-arg", "template={problem}"] if "jsonl" in arguments else []
     plain += [] if "--reward" in arguments else ["--reward", "exact"]
-    done = run(*plain, *arguments.split(), "engine=transformers", cwd=tmp_path)
+    plain += [] if "--base-url" in arguments else ["engine=transformers"]
+    done = run(*arguments.split(), *plain, cwd=tmp_path)
     assert done.code == 2
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1

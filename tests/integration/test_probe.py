@@ -114,7 +114,7 @@ def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixt
         ),
         ("-m toy --traces other.jsonl -C 90 engine=vllm", "engine settings have no effect"),
         ("-m toy --traces other.jsonl -C none", "-C: a whole number of tokens"),
-        ("-m ./nowhere --traces other.jsonl -C 90", "no model folder nowhere"),
+        ("-m ./nowhere --traces other.jsonl -C 90", "the model folder nowhere does not exist"),
         ("-m toy --traces other.jsonl -C 90 -o full", "full is not empty"),
     ],
 )
