@@ -184,16 +184,6 @@ def joined(parts: Iterable[TokenIds]) -> TokenArray:
     return TokenArray(numbers)
 
 
-def memory_of(ids: TokenIds) -> bytes:
-    """Return the ids as native 64-bit integers, one after the other."""
-    return TokenArray.to_array(ids).tobytes()
-
-
-def memory_of_logprobs(logprobs: Logprobs) -> bytes:
-    """Return the log-probs as native doubles, one after the other."""
-    return LogprobArray.to_array(logprobs).tobytes()
-
-
 def all_finite(logprobs: Logprobs) -> bool:
     """Return whether every log-prob is finite."""
     if not isinstance(logprobs, LogprobArray):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from delethink.errors import RolloutError
-from delethink.tokens import joined, memory_of, memory_of_logprobs
+from delethink.tokens import joined, logprob_array
 from delethink.training.loss import StepSize
 from delethink.types import Logprobs, TokenIds, Trace
 
@@ -130,7 +130,7 @@ class ChunkRow(NamedTuple):
 
     def engine_logprobs_on(self, device: torch.device) -> torch.Tensor:
         """Return the engine's log-probs in float64: [len(output_ids)]."""
-        numbers = np.frombuffer(memory_of_logprobs(self.engine_logprobs))
+        numbers = np.array(logprob_array(self.engine_logprobs))
         return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
@@ -240,8 +240,7 @@ class ForwardBatch:
         longest = max(row.length for row in rows)
         ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
         for padded, row in zip(ids, rows, strict=True):
-            memory = memory_of(joined([row.prompt_ids, row.output_ids]))
-            padded[: row.length] = np.frombuffer(memory, np.int64)
+            padded[: row.length] = joined([row.prompt_ids, row.output_ids])
         self.ids = torch.from_numpy(ids).to(device)
         columns = torch.arange(longest - self.prompt_size, device=device)
         first = torch.tensor([len(r.prompt_ids) - self.prompt_size for r in rows], device=device)
