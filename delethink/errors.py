@@ -74,8 +74,8 @@ class MissingExtraError(UserError, ImportError):
 
     def __str__(self) -> str:
         return (
-            f"{self.package} is not installed; "
-            f"install it with: pip install 'delethink[{self.extra}]'"
+            f"{self.package} is not installed; install it from the clone of the repository: "
+            f"pip install -e '.[{self.extra}]'"
         )
 
 

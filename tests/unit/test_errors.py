@@ -87,7 +87,7 @@ def test_a_missing_extra_says_what_to_type() -> None:
     error = pickle.loads(pickle.dumps(MissingExtraError("vllm", "gpu")))
     assert (error.package, error.extra) == ("vllm", "gpu")
     assert "vllm is not installed" in str(error)
-    assert "pip install 'delethink[gpu]'" in str(error)
+    assert "pip install -e '.[gpu]'" in str(error)
 
 
 @pytest.mark.parametrize("name", ["contxt_size", "context_sizes", "contextsize", "context-size"])

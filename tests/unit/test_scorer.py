@@ -221,7 +221,7 @@ def test_a_missing_package_is_named_before_anything_runs() -> None:
     def verifier(text: str) -> float:
         return 1.0
 
-    with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[math\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[math\]'"):
         Reward("verifier", verifier).check()
 
 

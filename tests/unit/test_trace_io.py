@@ -167,7 +167,7 @@ def test_without_the_packages_for_it_parquet_says_what_to_install(
         lambda: list(read_traces(tmp_path / "x.parquet")),
         lambda: to_dataset([record()]),
     ):
-        with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[train\]'"):
+        with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[train\]'"):
             work()
 
 

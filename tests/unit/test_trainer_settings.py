@@ -85,7 +85,7 @@ def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "ray" else found(name)
     )
-    with pytest.raises(MissingExtraError, match=r"pip install 'delethink\[ray\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[ray\]'"):
         prepare(recipe("trainer.num_ranks=2"))
 
 
