@@ -40,10 +40,13 @@ ARROWS: dict[str, set[str]] = {
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"registry", "scoring", "tasks", "trace_io"},
     "config": CHUNKS | {"registry"},
-    "cost": CHUNKS,
+    "cost": CHUNKS | SETTINGS,  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
-    "evaluation": ROLLOUT | SETTINGS | SCORING | {"cost", "engines", "evaluation.metrics"},
+    "evaluation": ROLLOUT
+    | SETTINGS
+    | SCORING
+    | {"cost", "engines", "evaluation.metrics", "trace_io"},
     "training": ROLLOUT
     | SETTINGS
     | SCORING
