@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_run(finished: tuple[Path, str], tmp_path: 
         ("task.name=automato", ["unknown task", "'automaton'"]),
         ("task.args.widht=3", ["'automaton' has no parameter 'widht'", "'width'"]),
         ("rewards={exakt: 1}", ["unknown reward", "'exact'"]),
-        ("model=./nowhere", ["no model folder", "nowhere"]),
+        ("model=./nowhere", ["the model folder nowhere does not exist"]),
         ("output=/dev/null/run", ["cannot write the run to /dev/null/run"]),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_query_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     values["max_position_embeddings"] = 40
     settings.write_text(json.dumps(values))
     done = run("model=./model", cwd=tmp_path)
-    assert_one_sentence(done, "the query has 15 tokens", "may have 8 at most")
+    assert_one_sentence(done, "the query has 15 tokens", "may have at most 8")
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -89,7 +89,7 @@ def test_the_quickstart_passes_all_checks() -> None:
     [
         (["task.name=automato"], "unknown task 'automato'"),
         (["task.args.widht=3"], "'widht'"),
-        (["model=./nowhere"], "no model folder"),
+        (["model=./nowhere"], "the model folder nowhere does not exist"),
         (["rewards={exakt: 1}"], "'exakt'"),
         (
             ["engine=transformers", "engine.num_engines=3"],
@@ -156,7 +156,7 @@ def test_the_memory_of_an_unknown_architecture_is_not_checked(model: Path) -> No
     change(model / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
     check = found(f"model={model}", name="memory")
     assert check.status == "not checked"
-    assert "no formula here covers model_type 'gpt2'" in check.found
+    assert "model_type 'gpt2' is not supported" in check.found
 
 
 def test_a_disk_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
