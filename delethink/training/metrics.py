@@ -268,7 +268,7 @@ METRICS: tuple[Metric, ...] = (
     _engine("batch_occupancy", "chunks", "Mean number of chunks in a forward pass.", _SAMPLED),
     _engine("tokens_per_second", "tokens/s", "Sampled tokens per second of sampling.", _SAMPLED),
     _engine("prefix_cache_hit_rate", "share of prompt tokens", "Prompt tokens found in the cache."),
-    _engine("queue", "chunks", "Chunks waiting for a worker or for its engine, now."),
+    _engine("queue", "chunks", "Chunks without a worker, now; of a worker: its chunks."),
     _engine("workers", "workers", "Workers in service, now."),
     _engine("restarts", "restarts", "Restarts of workers."),
     _engine("chunks_rescheduled", "chunks", "Chunks of lost workers, sent to other workers."),
