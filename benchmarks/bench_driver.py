@@ -4,9 +4,9 @@
 
 The workers are real Ray actors without an engine: a chunk takes a fixed time, 20 % more or less,
 and its tokens are made up. So more workers fit on a machine than it has cores for, and the driver
-does what it would do on a cluster. Each round runs the same number of chunks of the same size
-twice: through rollouts and ``RayPool``, and as bare calls ``await worker.generate.remote(...)``.
-CPU time is that of all threads of the driver's process, Ray's own included.
+does what it would do on a cluster. Each round runs chunks of the same sizes twice: through rollouts
+and ``RayPool``, and as bare calls ``await worker.generate.remote(...)``. CPU time is that of all
+threads of the driver's process, Ray's own included.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def row(sizes: tuple[int, int, int], options: argparse.Namespace) -> str:
         for turn in range(options.rounds):
             for run in ("pool", "bare") if turn % 2 == 0 else ("bare", "pool"):
                 if run == "bare":
-                    calls = number * (max_chunks + 1) // 2
-                    bare.append(1e6 * measure(call_actors(pool, calls, sizes))[1] / calls)
+                    calls = requests(specs, number)
+                    bare.append(1e6 * measure(call_actors(pool, calls))[1] / len(calls))
                 else:
                     chunks = [0]
                     seconds, cpu = measure(roll_out(pool, specs, number, rng, chunks))
@@ -171,15 +171,25 @@ async def roll_out(
         chunks[0] += sum(len(trace.chunks) for traces in done for trace in traces)
 
 
-async def call_actors(pool: RayPool, number: int, sizes: tuple[int, int, int]) -> None:
+def requests(specs: list[ChunkSpec], number: int) -> list[tuple[int, int]]:
+    """Return (prompt tokens, new tokens) of all chunks of so many traces."""
+    found = []
+    for i in range(number):
+        spec = specs[i % len(specs)]
+        later = spec.context_size - spec.carryover_size
+        found.append((QUERY_TOKENS, spec.context_size))
+        found += [(QUERY_TOKENS + spec.carryover_size, later)] * (spec.max_chunks - 1)
+    return found
+
+
+async def call_actors(pool: RayPool, sizes: list[tuple[int, int]]) -> None:
     """Call the actors of a pool directly, with as many calls in flight as the pool has."""
-    context, carryover, _ = sizes
-    prompt, new = token_array([5] * (QUERY_TOKENS + carryover)), context - carryover
     actors = [worker.handle.actor for worker in pool.workers]  # type: ignore[union-attr]
-    left = itertools.count()
+    left = iter(sizes)
 
     async def call(actor: Any) -> None:
-        while next(left) < number:
+        for prompt_tokens, new in left:
+            prompt = token_array([5] * prompt_tokens)
             await actor.generate.remote(prompt, new, Sampling(1.0, 1))
 
     in_flight = slots(pool.config.max_batch_size or 1)

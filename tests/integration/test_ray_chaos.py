@@ -41,7 +41,7 @@ CHUNKS_BETWEEN_EVENTS = 25
 EVENTS = [("kill", "worker")] * 2 + [("kill", "engine")] * 2
 EVENTS += [("hang", "worker"), ("hang", "engine")]
 EVENTS += [("pause", "worker")] * 7 + [("pause", "engine")] * 8 + [("silence", "worker")]
-SECONDS = {"pause": 0.5, "silence": 8.0}  # until it goes on
+SECONDS = {"pause": 0.5, "silence": 8.0}  # until SIGCONT
 
 
 @dataclass
@@ -92,17 +92,17 @@ async def damage(what: str, whom: str, worker: PoolWorker) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def play_step(policy: VllmPool | Chaos, step: int, longest: int) -> list[Trace]:
+def roll_out_step(policy: VllmPool | Chaos, step: int, longest: int) -> list[Trace]:
     samplings = [Sampling(seed=derive_seed(SEED, step, i)) for i in range(len(QUERIES))]
 
-    async def play() -> list[Trace]:
+    async def scenario() -> list[Trace]:
         traces = await run_rollouts(policy, SPEC, QUERIES, samplings, longest)
         if isinstance(policy, Chaos):
             await asyncio.gather(*policy.tasks)
             policy.tasks.clear()
         return traces
 
-    return asyncio.run(play())
+    return asyncio.run(scenario())
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
     while chaos.to_come:
         step = len(steps)
         pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)
-        steps.append(play_step(chaos, step, pool.max_model_tokens))
+        steps.append(roll_out_step(chaos, step, pool.max_model_tokens))
         processes |= started()
         metrics = pool.take_metrics()
         restarts += metrics["engine/restarts"]
@@ -152,7 +152,7 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
     assert rescheduled > 0
     for step, traces in enumerate(steps):
         pool.update_weights(tiny_models[step % 2].model.state_dict(), version=step + 1)
-        undisturbed = play_step(pool, step, pool.max_model_tokens)
+        undisturbed = roll_out_step(pool, step, pool.max_model_tokens)
         assert [trace.query_ids for trace in traces] == QUERIES
         for trace, same in zip(traces, undisturbed, strict=True):
             assert trace.error is None

@@ -1,4 +1,4 @@
-"""Two Ray nodes on one machine, of which one is lost while traces are played."""
+"""Two Ray nodes on one machine, of which one is lost while traces are sampled."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def raylet_of(node: Any) -> int:
     return int(raylet.process.pid)
 
 
-def play(pool: VllmPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
+def roll_out(pool: VllmPool, on_end: Any = lambda index, trace: None) -> list[Trace]:
     samplings = [Sampling(seed=i) for i in range(len(QUERIES))]
     return asyncio.run(
         run_rollouts(pool, SPEC, QUERIES, samplings, pool.max_model_tokens, on_end=on_end)
@@ -93,7 +93,7 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
         assert sorted(raylets) == sorted(map(raylet_of, (cluster.head_node, lost)))
         victim = pool.workers[raylets.index(raylet_of(lost))]
         pool.update_weights(tiny_models[1].model.state_dict(), version=1)
-        undisturbed = play(pool)
+        undisturbed = roll_out(pool)
         process = psutil.Process(victim.pid)
         gone = [process, *process.children(recursive=True)]
 
@@ -102,7 +102,7 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
                 cluster.remove_node(lost, allow_graceful=False)
                 assert_gone(gone)  # else all traces might be done before it is
 
-        traces = play(pool, on_end=lose_node)
+        traces = roll_out(pool, on_end=lose_node)
         assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
         assert all(trace.error is None for trace in traces)
 
@@ -110,7 +110,7 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
         wait_until(lambda: victim.restarts and not victim.is_dead)
         assert node_of(victim.pid) not in raylets
         before = victim.completions
-        traces = play(pool)
+        traces = roll_out(pool)
         assert {c.policy_version for trace in traces for c in trace.chunks} == {1}
         assert [trace.output_ids for trace in traces] == [t.output_ids for t in undisturbed]
         assert victim.completions > before

@@ -61,11 +61,11 @@ def complete(
 ) -> list[Completion]:
     """All at once, in an event loop of their own."""
 
-    async def play() -> list[Completion]:
+    async def scenario() -> list[Completion]:
         pairs = zip(prompts, samplings, strict=True)
         return await asyncio.gather(*[pool.generate(p, limit, s) for p, s in pairs])
 
-    return asyncio.run(play())
+    return asyncio.run(scenario())
 
 
 def assert_greedy(model: TinyModel, prompt: TokenIds, completion: Completion) -> None:
@@ -159,7 +159,7 @@ def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
     prompts = [tuple(random.Random(k).choices(range(2, 24), k=240)) for k in range(256)]
     samplings = [Sampling(seed=k) for k in range(256)]
 
-    async def play() -> tuple[list[Completion], list[Completion]]:
+    async def scenario() -> tuple[list[Completion], list[Completion]]:
         early = [asyncio.create_task(pool.generate((5,), 250, Sampling(seed=i))) for i in range(64)]
         await asyncio.sleep(0.05)
         update = asyncio.create_task(asyncio.to_thread(pool.update_weights, weights, 3))
@@ -169,7 +169,7 @@ def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
         await update
         return answers
 
-    early, late = asyncio.run(play())
+    early, late = asyncio.run(scenario())
     assert {completion.policy_version for completion in early} == {2}
     assert {completion.policy_version for completion in late} == {3}
     for k in (0, 100, 255):
@@ -266,7 +266,7 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
     samplings = [Sampling(seed=i) for i in range(64)]
     undisturbed = complete(pool, [(5,)] * 64, 250, samplings)
 
-    async def play() -> list[Completion]:
+    async def scenario() -> list[Completion]:
         requests = [pool.generate((5,), 250, sampling) for sampling in samplings]
         tasks = [asyncio.create_task(request) for request in requests]
         await asyncio.sleep(0.05)
@@ -274,7 +274,7 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
         return await asyncio.gather(*tasks)
 
     engine = psutil.Process(victim.pid).children(recursive=True)
-    answers = asyncio.run(play())
+    answers = asyncio.run(scenario())
     assert [answer.token_ids for answer in answers] == [c.token_ids for c in undisturbed]
     assert_gone(engine)
     pool.update_weights(tiny_models[1].model.state_dict(), version=9)

@@ -155,7 +155,7 @@ def test_shared_weights_are_in_force_at_once(model: Any) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(model: Any) -> None:
-    with pytest.raises(WeightSyncError, match="refused new weights"):
+    with pytest.raises(WeightSyncError, match="refused the new weights"):
         engine_of(model).update_weights({"nonsense": torch.zeros(1)}, version=1)
 
 

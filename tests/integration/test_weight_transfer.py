@@ -79,12 +79,12 @@ def make_pool(
 def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
     """Every worker samples what a plain forward pass of the model gives."""
 
-    async def play() -> list[Completion]:
+    async def scenario() -> list[Completion]:
         greedy = Sampling(temperature=0.0)
         return await asyncio.gather(*[pool.generate(PROMPT, 24, greedy) for _ in range(4)])
 
     before = [worker.completions for worker in pool.workers]
-    for completion in asyncio.run(play()):
+    for completion in asyncio.run(scenario()):
         choices, logprobs = model.forward(PROMPT, completion.token_ids)
         assert list(completion.token_ids) == choices
         assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)

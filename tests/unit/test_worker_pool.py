@@ -79,7 +79,7 @@ async def sample(pool: WorkerPool, *seeds: int, prompt: TokenIds = (5,)) -> list
     return await asyncio.gather(*[pool.generate(prompt, 30, Sampling(seed=s)) for s in seeds])
 
 
-def test_traces_are_those_that_one_worker_would_play() -> None:
+def test_traces_do_not_depend_on_the_number_of_workers() -> None:
     alone: list[Trace] = run(FakeCluster(1, batch_size=1), roll_out)
     assert alone == undisturbed()
 
