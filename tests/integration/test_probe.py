@@ -110,7 +110,7 @@ def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixt
         ("-m toy --traces other.jsonl -C 90 --carryover 45", "write --carryover-size 45"),
         (
             "-m toy --traces other.jsonl -C 90 --carryover summary",
-            "carryover that the model writes",
+            "carryover written by the model",
         ),
         ("-m toy --traces other.jsonl -C 90 engine=vllm", "engine settings have no effect"),
         ("-m toy --traces other.jsonl -C none", "-C: a whole number of tokens"),
