@@ -21,13 +21,7 @@ from typing import Any
 from delethink.errors import ConfigError
 from delethink.scoring.answer import final_answer
 from delethink.scoring.reward import threaded
-from delethink.scoring.sandbox import (
-    Sandbox,
-    SandboxLimits,
-    SandboxResult,
-    check_sandbox,
-    run_python,
-)
+from delethink.scoring.sandbox import Sandbox, SandboxLimits, check_sandbox, run_python
 from delethink.types import END_OF_THINKING
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -59,7 +53,7 @@ def passes_tests(
 
     Args:
         text: the trace.
-        metadata: metadata of the problem; without tests the reward is ``None``.
+        metadata: of the problem; without tests the reward is ``None``.
         partial: return the share of passed tests. By default the first failure ends the run.
         seconds: time limit of each test.
         memory_mb: memory limit of each test.
@@ -94,52 +88,41 @@ def extract_code(text: str, end: str | None = END_OF_THINKING) -> str | None:
 def _passes(
     run: Sandbox, code: str, test: Mapping[str, Any], function: str | None, limits: SandboxLimits
 ) -> bool:
-    if test.get("type", "stdin") == "stdin":
-        ran = run(code, str(test["input"]), limits)
-        return _ended(ran) and same_output(ran.stdout, str(test["output"]))
+    is_functional = test.get("type", "stdin") != "stdin"
     mark = secrets.token_hex(16)
-    if function is None:
-        raise ConfigError(
-            'a functional test needs the name of the function in metadata["function"]'
-        )
-    call = _CALL.format(name=function, mark=mark)
-    ran = run(code + call, str(test["input"]), limits)
-    _, found, value = ran.stdout.rpartition(mark)
-    return _ended(ran) and bool(found) and _same_value(value, str(test["output"]))
-
-
-def _ended(ran: SandboxResult) -> bool:
-    return ran.status == "ended" and ran.exit_code == 0
+    if is_functional:
+        if function is None:
+            raise ConfigError(
+                'a functional test needs the name of the function in metadata["function"]'
+            )
+        code += _CALL.format(name=function, mark=mark)
+    ran = run(code, str(test["input"]), limits)
+    if ran.status != "ended" or ran.exit_code != 0:
+        return False
+    if not is_functional:
+        return same_output(ran.stdout, str(test["output"]))
+    _, found, value = ran.stdout.rpartition(mark)  # absent if the program ended before its call
+    try:
+        return bool(found) and bool(json.loads(value) == json.loads(str(test["output"])))
+    except json.JSONDecodeError:
+        return False
 
 
 def same_output(output: str, expected: str) -> bool:
     """Return whether two outputs are equal by line, ignoring spaces and number formats."""
-    lines, wanted = _lines(output), _lines(expected)
-    if len(lines) != len(wanted):
-        return False
-    return all(_same_line(a, b) for a, b in zip(lines, wanted, strict=True))
+    lines, wanted = output.strip().splitlines(), expected.strip().splitlines()
+    return len(lines) == len(wanted) and all(map(_same_words, lines, wanted))
 
 
-def _lines(text: str) -> list[str]:
-    return [" ".join(line.split()) for line in text.strip().splitlines()]
-
-
-def _same_line(line: str, expected: str) -> bool:
-    if line == expected:
-        return True
+def _same_words(line: str, expected: str) -> bool:
     words, wanted = line.split(), expected.split()
+    if words == wanted:
+        return True
     try:
         return len(words) == len(wanted) and all(
             Decimal(a) == Decimal(b) for a, b in zip(words, wanted, strict=True)
         )
     except InvalidOperation:
-        return False
-
-
-def _same_value(value: str, expected: str) -> bool:
-    try:
-        return bool(json.loads(value) == json.loads(expected))
-    except json.JSONDecodeError:
         return False
 
 

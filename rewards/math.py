@@ -42,16 +42,12 @@ def math_equal(text: str, answer: str, end: str | None = END_OF_THINKING) -> flo
 
 
 def _plain(answer: str) -> str:
-    """Return the answer for comparison as text, before parsing."""
     return _SPACE.sub("", _clean(answer)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
 def _clean(answer: str) -> str:
     """Replace thin spaces, Unicode signs and a final full stop, which math-verify cannot parse."""
-    answer = answer.translate(_AS_ASCII)
-    for thin in ("\\,", "\\!", "\\;"):
-        answer = answer.replace(thin, "")
-    answer = answer.strip().strip("$").strip()
+    answer = re.sub(r"\\[,!;]", "", answer.translate(_AS_ASCII)).strip().strip("$").strip()
     return answer if answer.endswith("..") else answer.removesuffix(".").removesuffix(",")
 
 

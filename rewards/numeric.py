@@ -19,6 +19,7 @@ _NUMBER = re.compile(
     rf"(?:{_UNIT_NAME}(?:[/*]{_UNIT_NAME}){{0,3}})?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_NARROW = {r"\times": "x", r"\cdot": "x", r"\%": "%", r"\$": "", "{,}": ","}
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 
 
@@ -38,11 +39,8 @@ def numeric(
     gold = parse_number(extract_answer(answer, None) or answer)
     if gold is None:
         return None
-    final = extract_answer(text, end)
-    found = None if final is None else parse_number(final)
-    if found is None:
-        return 0.0
-    return float(abs(found - gold) <= max(absolute, relative * abs(gold)))
+    found = parse_number(extract_answer(text, end) or "")
+    return float(found is not None and abs(found - gold) <= max(absolute, relative * abs(gold)))
 
 
 def parse_number(text: str) -> float | None:
@@ -57,21 +55,13 @@ def parse_number(text: str) -> float | None:
         return None
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u00d7", "x")
     text = _FRACTION.sub(r"\1/\2", _UNIT.sub(r"\1", text))
-    for wide, narrow in (
-        (r"\times", "x"),
-        (r"\cdot", "x"),
-        (r"\%", "%"),
-        (r"\$", ""),
-        ("{,}", ","),
-    ):
+    for wide, narrow in _NARROW.items():
         text = text.replace(wide, narrow)
     text = re.sub(r"\^\{([^{}]*)\}", r"^\1", text).strip("$ ").replace("\\,", "")
     text = text.removeprefix("=").strip()
     parts = _NUMBER.fullmatch("".join(text.split()).rstrip("."))
-    return None if parts is None else _value(parts)
-
-
-def _value(parts: re.Match[str]) -> float | None:
+    if parts is None:
+        return None
     try:
         value = float((parts["number"] or parts["top"]).replace(",", ""))
         value /= float((parts["bottom"] or "1").replace(",", ""))

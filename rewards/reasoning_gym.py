@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from delethink.rewards.exact import normalize
+from delethink.rewards.match import normalize
 from delethink.scoring.answer import extract_answer, final_answer
 from delethink.scoring.reward import isolated
 from delethink.types import END_OF_THINKING
@@ -37,21 +37,17 @@ def gym_score(
     if metadata["dataset"] in _BROKEN_SCORERS:
         return float(normalize(final) == normalize(str(metadata["entry"]["answer"])))
     dataset = _dataset(metadata["dataset"], json.dumps(metadata.get("config", {}), sort_keys=True))
-    points = _points(dataset, final, metadata["entry"])
-    return points if partial else float(points >= 1.0 - 1e-9)
-
-
-def _points(dataset: Any, final: str, entry: Mapping[str, Any]) -> float:
-    """Return the scorer's points; 0 if it raises for this answer but accepts the gold answer."""
+    entry = metadata["entry"]
     try:
-        return float(dataset.score_answer(answer=final, entry=entry))
+        points = float(dataset.score_answer(answer=final, entry=entry))
     except MemoryError:
         raise
-    except Exception:  # scorers may raise anything
+    except Exception:  # scorers may raise anything; the answer is at fault if the gold one passes
         gold = entry.get("answer")
         if isinstance(gold, str) and dataset.score_answer(answer=gold, entry=entry) > 0:
             return 0.0
         raise
+    return points if partial else float(points >= 1.0 - 1e-9)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from delethink.engines.loading import TOY, eos_ids, load_model, load_tokenizer, 
 from delethink.engines.transformers import TransformersEngine
 from delethink.envs.automaton import AutomatonTask, solution_lines
 from delethink.evaluation.heldout import Evaluator
-from delethink.rewards.exact import exact_match
+from delethink.rewards.match import exact_match
 from delethink.scoring.reward import Reward
 from delethink.scoring.scorer import Scorer
 from delethink.tokenization import query_ids, reward_text

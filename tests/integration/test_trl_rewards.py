@@ -12,8 +12,8 @@ from trl import GRPOConfig
 from delethink.engines.loading import TOY, load_model, load_tokenizer
 from delethink.errors import ConfigError
 from delethink.integrations.trl import for_trl
-from delethink.rewards.exact import exact_match
 from delethink.rewards.length import cosine, overlong
+from delethink.rewards.match import exact_match
 from delethink.rewards.math import math_equal
 from delethink.training.grpo import GRPOTrainer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from delethink.chunking import ChunkSpec
 from delethink.envs.thinking import ThinkingEnv
 from delethink.policy import Sampling, ScriptedPolicy
-from delethink.rewards.exact import normalized_match
+from delethink.rewards.match import normalized_match
 from delethink.rollout import replay_trace, run_rollout
 from delethink.scoring.answer import extract_answer, last_box
 from delethink.scoring.rollouts import make_attempt

@@ -11,7 +11,7 @@ from delethink.envs.automaton import (
     solution_lines,
 )
 from delethink.errors import ConfigError
-from delethink.rewards.exact import exact_match, final_answer
+from delethink.rewards.match import exact_match, final_answer
 
 
 def test_rule_30_as_published() -> None:

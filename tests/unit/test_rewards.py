@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from delethink.errors import ConfigError
 from delethink.registry import names, resolve
 from delethink.rewards.code import extract_code, same_output
-from delethink.rewards.crossword import crossword
 from delethink.rewards.format import closes_thinking, language, well_formed
 from delethink.rewards.length import chunks, cosine, overlong, ternary
+from delethink.rewards.match import crossword
 from delethink.rewards.numeric import parse_number
 from delethink.scoring.reward import INPUTS, traits_of
 from delethink.types import TraceStop

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from delethink.errors import ConfigError, MissingExtraError
-from delethink.rewards.exact import exact_match
 from delethink.rewards.length import cosine, overlong
+from delethink.rewards.match import exact_match
 from delethink.scoring.reward import Reward, isolated, light
 from delethink.scoring.scorer import Scorer, ScoringRules
 from delethink.types import Attempt, Problem, Score, TraceStop

@@ -15,7 +15,7 @@ from delethink.envs.automaton import AutomatonTask
 from delethink.envs.thinking import ThinkingEnv, TokenSequence
 from delethink.errors import ActionError, QueryTooLongError, RolloutError
 from delethink.policy import Sampling, ScriptedPolicy
-from delethink.rewards.exact import exact_match
+from delethink.rewards.match import exact_match
 from delethink.rollout import replay_trace, run_rollout
 from delethink.types import Problem, Trace
 
