@@ -23,7 +23,7 @@ from delethink.cost.calibrate import (
     read_steps,
     write_efficiency,
 )
-from delethink.cost.compare import cheapest_cuts, crossings, flops_polynomial, growth
+from delethink.cost.compare import crossings
 from delethink.cost.estimate import Cost, Lengths, Workload, estimate, interval, longest_that_fits
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
@@ -68,7 +68,7 @@ def _report(arguments: argparse.Namespace) -> CostReport:
     lengths = _lengths(arguments, cut, -(-workload.traces // workload.gpus))
     last = lengths[-1]
     twice = Lengths(last.values * 2, last.longest * 2)
-    report = CostReport(
+    return CostReport(
         shape=shape,
         cut=cut,
         device=device,
@@ -83,16 +83,6 @@ def _report(arguments: argparse.Namespace) -> CostReport:
         longest_that_fits=longest_that_fits(shape, device, efficiency, workload),
         doubling=float(cost(twice, LONGCOT).flops / cost(last, LONGCOT).flops),
     )
-    if arguments.growth:
-        base = float(cut.context_size)
-        for name, method in (("LongCoT", LONGCOT), ("Delethink", cut)):
-            report.growth[name] = growth(shape, method, device, efficiency, workload, base)
-            report.polynomials[name] = flops_polynomial(shape, method, workload.query)
-    if arguments.best:
-        head = int(cut.fixed_head)
-        choices = cheapest_cuts(shape, last, device, efficiency, workload, head=head)
-        report = dataclasses.replace(report, choices=choices)
-    return report
 
 
 def _calibrate(arguments: argparse.Namespace) -> str:

@@ -96,8 +96,6 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     output = command.add_argument_group("output")
-    output.add_argument("--growth", action="store_true", help="add the growth with the length")
-    output.add_argument("--best", action="store_true", help="add the cheapest values of C and m")
     output.add_argument(
         "--accounting",
         choices=["true", "paper"],

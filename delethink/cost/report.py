@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from delethink.cost.compare import Crossings, Growth, Polynomial, SizeChoice
+from delethink.cost.compare import Crossings
 from delethink.cost.estimate import Cost, Lengths, Workload, estimate
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency
@@ -50,9 +50,6 @@ class CostReport:
     crossings: Crossings
     longest_that_fits: float
     doubling: float  # LongCoT's FLOPs at twice the last length, relative to the last length
-    growth: dict[str, Sequence[Growth]] = field(default_factory=dict)
-    polynomials: dict[str, Polynomial] = field(default_factory=dict)
-    choices: Sequence[SizeChoice] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; infinity and NaN become ``None``."""
@@ -79,19 +76,6 @@ class CostReport:
             "crossings": self.crossings._asdict(),
             "longest_longcot_that_fits": _json_value(self.longest_that_fits),
             "longcot_flops_of_a_doubling": _json_value(self.doubling),
-            "growth": {name: [g._asdict() for g in rows] for name, rows in self.growth.items()},
-            "training_flops_polynomial": {
-                name: [float(c) for c in polynomial]
-                for name, polynomial in self.polynomials.items()
-            },
-            "cheapest_cuts": [
-                {
-                    "context_size": choice.context_size,
-                    "carryover_size": choice.carryover_size,
-                    "gpu_hours": _json_value(choice.cost.gpu_hours),
-                }
-                for choice in self.choices
-            ],
             "in_words": summary(self),
         }
 
@@ -106,10 +90,6 @@ def as_text(report: CostReport) -> str:
     parts = [_heading(report)]
     parts += [_pair_table(report, pair) for pair in report.pairs]
     parts.append(_crossings_table(report))
-    if report.growth:
-        parts.append(_growth_tables(report))
-    if report.choices:
-        parts.append(_choices_table(report))
     parts.append(summary(report))
     return "\n\n".join(parts)
 
@@ -220,39 +200,6 @@ def _crossings_table(report: CostReport) -> str:
     lines.append(["longest thinking in one context that fits an engine", fits])
     lines.append(["longest thinking with Delethink that fits", "any length"])
     return table(["Delethink is always cheaper beyond", ""], lines)
-
-
-def _growth_tables(report: CostReport) -> str:
-    tables = []
-    for name, rows in report.growth.items():
-        lines = [
-            [
-                f"{g.factor} n = {g.thinking:,.0f}",
-                *(f"{v:.2f}" for v in (g.flops, g.memory, g.training, g.sampling)),
-            ]
-            for g in rows
-        ]
-        heads = [f"{name}, times its cost at n", "FLOPs", "cache", "training", "sampling"]
-        tables.append(table(heads, lines))
-    formulas = [
-        f"training FLOPs of a trace of n tokens, {name}: {formula}"
-        for name, formula in report.polynomials.items()
-    ]
-    return "\n\n".join([*tables, "\n".join(formulas)])
-
-
-def _choices_table(report: CostReport) -> str:
-    lines = [
-        [
-            f"C = {c.context_size:,}, m = {c.carryover_size:,}",
-            _figure(float(c.cost.gpu_hours)),
-            f"{float(c.cost.cache_bytes) / 1e9:.3g}",
-        ]
-        for c in report.choices
-    ]
-    note = "This compares time alone: accuracy at these sizes has to be measured."
-    heads = ["cheapest sizes at the last length", "GPU-hours", "cache, GB"]
-    return table(heads, lines) + "\n" + note
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

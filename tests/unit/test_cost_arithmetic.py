@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from delethink.carryover import (
     Tail,
     last,
 )
-from delethink.cost.compare import crossing, flops_polynomial
+from delethink.cost.compare import crossing
 from delethink.cost.flops import (
     CACHE_BLOCK_TOKENS,
     LONGCOT,
@@ -222,35 +221,24 @@ def test_a_cache_that_does_not_grow_fits_any_thinking() -> None:
     assert longest_thinking(bounded, 1, 10) == 0
 
 
-@SHAPES
-def test_flops_are_the_polynomial(shape: ModelShape) -> None:
-    """A polynomial from four lengths is exact at all others."""
-    for cut in (LONGCOT, Cut(24, 8, 0, 2)):
-        polynomial = flops_polynomial(shape, cut, query=5)
-        step = 1 if cut is LONGCOT else 16
-        for n in range(24, 24 + 40 * step, step):
-            value = polynomial.constant + polynomial.linear * n + polynomial.quadratic * n * n
-            exact = training_flops(shape, cut_traces(n, 5, cut))
-            assert value == Fraction(int(exact))
-    assert flops_polynomial(shape, Cut(24, 8), 5).quadratic == 0
-    assert flops_polynomial(shape, LONGCOT, 5).quadratic > 0
-
-
-def test_the_polynomial_of_longcot_is_the_one_derived_by_hand() -> None:
+def test_training_flops_of_longcot_are_the_polynomial_derived_by_hand() -> None:
     sympy = pytest.importorskip("sympy")
-    n, p, q = sympy.symbols("n p q", positive=True)
-    weights, head, pair = sympy.symbols("N H a", positive=True)
-    pairs = sympy.summation(p + 1, (p, 0, q + n - 1))
-    derived = sympy.Poly(sympy.expand(3 * (2 * weights * (q + n) + 2 * head * n + pair * pairs)), n)
-    values = {
-        weights: QUADRATIC.token_weights,
-        head: QUADRATIC.head_weights,
-        pair: 2 * FULL.pair_flops,
-        q: 5,
-    }
-    quadratic, linear, constant = (c.subs(values) for c in derived.all_coeffs())
-    found = flops_polynomial(QUADRATIC, LONGCOT, query=5)
-    assert (found.constant, found.linear, found.quadratic) == (constant, linear, quadratic)
+    n, p = sympy.symbols("n p", positive=True)
+    query = 5
+    pairs = sympy.summation(p + 1, (p, 0, query + n - 1))
+    weights = 2 * QUADRATIC.token_weights * (query + n) + 2 * QUADRATIC.head_weights * n
+    derived = sympy.Poly(sympy.expand(3 * (weights + 2 * FULL.pair_flops * pairs)), n)
+    assert derived.degree() == 2
+    for thinking in range(1, 200):
+        exact = training_flops(QUADRATIC, cut_traces(thinking, query, LONGCOT))
+        assert exact == int(derived.eval(thinking))
+
+
+@SHAPES
+def test_training_flops_of_delethink_are_linear_at_full_chunks(shape: ModelShape) -> None:
+    lengths = 24 + 16 * np.arange(40)
+    costs = training_flops(shape, cut_traces(lengths, 5, Cut(24, 8, 0, 2)))
+    assert len(set(np.diff(costs))) == 1
 
 
 def test_crossing_is_the_last_length_at_which_delethink_is_not_cheaper() -> None:

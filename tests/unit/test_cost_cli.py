@@ -45,16 +45,13 @@ def test_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     text = cost_text(
         capsys,
         f"{QWEN} --thinking 24k,96k,1M -C 8192 --carryover-size 4096 --gpu h100 --gpus 8 "
-        "--group 8 --prompts 128 --steps 1000 --price 2 --growth --best",
+        "--group 8 --prompts 128 --steps 1000 --price 2",
     )
     for part in (
         "Qwen/Qwen2.5-1.5B: 1.54 B parameters, 28 layers",
         "1,048,576 thinking tokens per trace",
         "price of the run",
         "Delethink is always cheaper beyond",
-        "LongCoT, times its cost at n",
-        "training FLOPs of a trace of n tokens, Delethink:",
-        "cheapest sizes",
         "times fewer GPU-hours than LongCoT",
     ):
         assert part in text

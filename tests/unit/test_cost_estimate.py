@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from delethink.cost import paper
 from delethink.cost.calibrate import Measurement, fit
-from delethink.cost.compare import cheapest_cuts, crossings, growth
+from delethink.cost.compare import crossings
 from delethink.cost.estimate import Lengths, Workload, estimate, interval, longest_that_fits
 from delethink.cost.flops import LONGCOT, Cut, cut_traces
 from delethink.cost.hardware import Efficiency, accelerator
@@ -37,23 +37,25 @@ def test_up_to_the_first_boundary_both_are_the_same() -> None:
 
 
 def test_delethink_is_linear_and_flat_and_longcot_is_neither() -> None:
-    rows = {
-        name: growth(DENSE, cut, H100, Efficiency(), Workload(), base=8192 * 8, factors=(1, 16))[-1]
-        for name, cut in (("longcot", LONGCOT), ("delethink", CUT))
-    }
-    assert rows["delethink"].flops == pytest.approx(16, rel=0.1)
-    assert rows["delethink"].sampling == pytest.approx(16, rel=0.1)
-    assert rows["delethink"].memory == 1
-    assert rows["longcot"].flops > 150
-    assert rows["longcot"].sampling > 200
-    assert rows["longcot"].memory == pytest.approx(16, rel=0.01)
+    lengths = Lengths.constant(8192 * 8 * np.array([1, 16]))
+    longcot, delethink = (estimate(DENSE, lengths, cut, H100) for cut in (LONGCOT, CUT))
+
+    def growth(costs: np.ndarray) -> float:
+        return float(costs[1] / costs[0])
+
+    assert growth(delethink.flops) == pytest.approx(16, rel=0.1)
+    assert growth(delethink.sampling_seconds) == pytest.approx(16, rel=0.1)
+    assert growth(delethink.cache_bytes) == 1
+    assert growth(longcot.flops) > 150
+    assert growth(longcot.sampling_seconds) > 200
+    assert growth(longcot.cache_bytes) == pytest.approx(16, rel=0.01)
 
 
 def test_where_every_layer_is_bounded_longcot_is_linear_too() -> None:
     windows = model_shape("mistralai/Mistral-7B-v0.1")
-    row = growth(windows, LONGCOT, H100, Efficiency(), Workload(), base=2**17, factors=(1, 8))[-1]
-    assert row.flops == pytest.approx(8, rel=0.01)
-    assert row.memory == 1
+    cost = estimate(windows, Lengths.constant(2**17 * np.array([1, 8])), LONGCOT, H100)
+    assert cost.flops[1] / cost.flops[0] == pytest.approx(8, rel=0.01)
+    assert cost.cache_bytes[1] == cost.cache_bytes[0]
     assert crossings(windows, CUT, H100, Efficiency(), Workload()).training_flops is None
 
 
@@ -170,18 +172,6 @@ def test_uncertainty_surrounds_the_estimate_and_is_seeded() -> None:
     assert (low, high) == interval(DENSE, lengths, CUT, H100, seed=3)
     sure = dataclasses.replace(Efficiency(), spread=0.0)
     assert interval(DENSE, lengths, CUT, H100, sure) == pytest.approx((hours, hours))
-
-
-def test_the_cheapest_cut_is_the_cheapest_of_all() -> None:
-    lengths, workload = Lengths.constant(98_304), Workload()
-    best = cheapest_cuts(DENSE, lengths, H100, Efficiency(), workload, head=100)
-    seconds = [float(choice.cost.step_seconds) for choice in best]
-    assert seconds == sorted(seconds)
-    for context in (4096, 8192, 16_384):
-        for carry in (1024, 2048, context // 2):
-            cut = Cut(context, carry, 0, 100)
-            assert seconds[0] <= estimate(DENSE, lengths, cut, H100).step_seconds
-    assert cheapest_cuts(DENSE, Lengths.constant(2000), H100, Efficiency(), workload) == []
 
 
 # -- the paper --------------------------------------------------------------------------------
