@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from delethink.errors import ConfigError
+from delethink.tasks import check_split
 from delethink.types import END_OF_THINKING, Problem
 
 MAX_STEPS = 99  # the countdown has two digits
@@ -59,10 +60,9 @@ class AutomatonTask:
 
     Args:
         min_steps: minimum number of steps.
-        max_steps: maximum number of steps.
+        max_steps: maximum number of steps, at most 99.
         width: number of cells.
         rule: Wolfram's number of the automaton.
-        seed: seed of all problems.
     """
 
     rewards: ClassVar[dict[str, float]] = {"exact": 1.0}
@@ -86,8 +86,7 @@ class AutomatonTask:
 
     def problem(self, split: str, index: int) -> Problem:
         """Return problem ``index`` of ``split`` (``"train"`` or ``"heldout"``)."""
-        if split not in ("train", "heldout"):
-            raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")
+        check_split(split)
         rng = random.Random(f"{self.seed}/{split}/{index}")
         steps = rng.randint(self.min_steps, self.max_steps)
         while True:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from delethink.envs.sources import PassRates, SourceRow, read_rows
+from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.tasks import check_split
 from delethink.types import END_OF_THINKING, Problem
@@ -18,16 +18,12 @@ from delethink.types import END_OF_THINKING, Problem
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 Convert = Callable[["DatasetSpec", SourceRow], Problem | None]
-Demonstrate = Callable[[Problem], tuple[str | None, str | None]]
+Demonstrate = Callable[[Problem], tuple[str | None, str]]
 
 
 def demonstrate_boxed(problem: Problem) -> tuple[str, str]:
     """Return the gold answer in a box, and a wrong number in a box."""
-    return _boxed(problem.answer), _boxed("-987654321")
-
-
-def _boxed(answer: str) -> str:
-    return f"Let me see.{END_OF_THINKING}The answer is \\boxed{{{answer}}}."
+    return f"\\boxed{{{problem.answer}}}", "\\boxed{-987654321}"
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,9 @@ class DatasetTask:
     heldout: Sequence[Problem]
     rewards: Mapping[str, float]
     left_out: Mapping[str, int]  # problems removed by each filter
-    seed: int = 0
-    name: str = "dataset"
-    demonstrate: Demonstrate = demonstrate_boxed
+    seed: int
+    name: str
+    demonstrate: Demonstrate
 
     def problem(self, split: str, index: int) -> Problem:
         """Return problem ``index`` of ``split``.
@@ -69,8 +65,10 @@ class DatasetTask:
         return len(self.heldout if split == "heldout" else self.train)
 
     def demonstrations(self, problem: Problem) -> tuple[str | None, str | None]:
-        """Return a right and a wrong answer."""
-        return self.demonstrate(problem)
+        """Return a right answer, if there is one, and a wrong answer."""
+        right, wrong = self.demonstrate(problem)
+        before = f"Let me see.{END_OF_THINKING}"
+        return None if right is None else before + right, before + wrong
 
 
 @lru_cache(maxsize=4)
@@ -82,10 +80,8 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 
 def convert_plain(spec: DatasetSpec, row: SourceRow) -> Problem | None:
     """Convert a row with a problem and an answer column; ``None`` if one is empty."""
-    question, answer = spec.value(row, spec.problem_key), spec.value(row, spec.answer_key)
-    if question is None or answer is None:
-        return None
-    question, answer = str(question).strip(), str(answer).strip()
+    values = spec.value(row, spec.problem_key), spec.value(row, spec.answer_key)
+    question, answer = ("" if value is None else str(value).strip() for value in values)
     if not question or not answer:
         return None
     metadata = {key: spec.value(row, key) for key in spec.metadata_keys}
@@ -111,7 +107,7 @@ class DatasetSpec:
         for_evaluation: hold out all problems.
         heldout_share: share of held-out problems, chosen by a hash of the problem; 1 means all.
         convert: converts a row to a problem.
-        demonstrate: returns a right and a wrong answer of a problem.
+        demonstrate: returns a right and a wrong answer, without thinking.
     """
 
     name: str
@@ -121,7 +117,7 @@ class DatasetSpec:
     files: str | None = None
     problem_key: str = "problem"
     answer_key: str = "answer"
-    metadata_keys: tuple[str, ...] = ()
+    metadata_keys: Sequence[str] = ()
     template: str = BOXED
     system: str | None = None
     rewards: Mapping[str, float] = field(default_factory=lambda: {"math": 1.0})
@@ -166,25 +162,26 @@ class DatasetSpec:
         Raises:
             ConfigError: a data set, column or template is missing or invalid.
         """
-        replaced: dict[str, Any] = {
+        replaced = {
             "dataset": dataset,
             "split": split,
             "config": config,
             "files": files,
             "problem_key": problem_key,
             "answer_key": answer_key,
-            "metadata_keys": None if metadata_keys is None else tuple(metadata_keys),
+            "metadata_keys": metadata_keys,
             "template": template,
             "system": system,
             "rewards": None if reward is None else {reward: 1.0},
             "heldout_share": heldout_share,
         }
-        spec = replace(self, **{key: value for key, value in replaced.items() if value is not None})
-        spec.check()
+        given: dict[str, Any] = {k: value for k, value in replaced.items() if value is not None}
+        spec = replace(self, **given)
+        spec._check()
         rates = PassRates.read(pass_rate_key, pass_rates, min_pass_rate, max_pass_rate)
-        return _TaskBuilder(spec, rates, eval_dataset, eval_split).build(seed)
+        return _build(spec, rates, eval_dataset, eval_split, seed)
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise a ``ConfigError`` for a missing data set or an invalid template or share."""
         if self.dataset is None:
             raise ConfigError(
@@ -229,79 +226,62 @@ class DatasetSpec:
         return Problem(self.template.replace("{problem}", question), answer, metadata, before)
 
 
-@dataclass(frozen=True)
-class _TaskBuilder:
-    """Builds one task, and counts the problems removed by each filter."""
+def _build(
+    spec: DatasetSpec,
+    rates: PassRates,
+    eval_dataset: str | None,
+    eval_split: str | None,
+    seed: int,
+) -> DatasetTask:
+    left_out: Counter[str] = Counter()
+    train, heldout = _read_problems(spec, rates, left_out), {}
+    if spec.for_evaluation:
+        train, heldout = {}, train
+    elif eval_dataset or eval_split:
+        source = replace(spec, dataset=eval_dataset or spec.dataset, split=eval_split or spec.split)
+        heldout = _read_problems(source, rates, left_out, "heldout_")
+        left_out["also_heldout"] = len(train.keys() & heldout.keys())
+    else:
+        heldout = {k: known for k, known in train.items() if _is_held_out(k, spec.heldout_share)}
+    train = {key: known for key, known in train.items() if key not in heldout}
+    task = DatasetTask(
+        rates.select(train.values(), left_out),
+        [problem for problem, _ in heldout.values()],
+        spec.rewards,
+        {name: number for name, number in left_out.items() if number},
+        seed,
+        name=spec.name if spec.name != "dataset" else str(spec.dataset),
+        demonstrate=spec.demonstrate,
+    )
+    if not task.train and not task.heldout:
+        counts = ", ".join(f"{number} {name}" for name, number in left_out.items())
+        raise ConfigError(f"the data set {spec.dataset} has no problem left: {counts or 'no rows'}")
+    return task
 
-    spec: DatasetSpec
-    rates: PassRates
-    eval_dataset: str | None
-    eval_split: str | None
-    left_out: Counter[str] = field(default_factory=Counter)
 
-    def build(self, seed: int) -> DatasetTask:
-        spec = self.spec
-        problems = self._problems(spec, "")
-        if spec.for_evaluation:
-            train, heldout = [], problems
-        elif self.eval_dataset or self.eval_split:
-            source = replace(
-                spec,
-                dataset=self.eval_dataset or spec.dataset,
-                split=self.eval_split or spec.split,
-            )
-            heldout = self._problems(source, "heldout_")
-            heldout_keys = {_key(problem) for problem in heldout}
-            train = [problem for problem in problems if _key(problem) not in heldout_keys]
-            self.left_out["also_heldout"] = len(problems) - len(train)
-        else:
-            train, heldout = [], []
-            for problem in problems:
-                is_held_out = _is_held_out(problem, spec.heldout_share)
-                (heldout if is_held_out else train).append(problem)
-        train = self._filter_by_pass_rate(train)
-        left_out = {name: number for name, number in self.left_out.items() if number}
-        if not train and not heldout:
-            counts = ", ".join(f"{number} {name}" for name, number in self.left_out.items())
-            raise ConfigError(
-                f"the data set {spec.dataset} has no problem left: {counts or 'no rows'}"
-            )
-        return DatasetTask(
-            train=[_without_mark(problem) for problem in train],
-            heldout=[_without_mark(problem) for problem in heldout],
-            rewards=spec.rewards,
-            left_out=left_out,
-            seed=seed,
-            name=spec.name if spec.name != "dataset" else str(spec.dataset),
-            demonstrate=spec.demonstrate,
-        )
-
-    def _problems(self, spec: DatasetSpec, prefix: str) -> list[Problem]:
-        """Return the different problems, without those with contradictory answers."""
-        assert spec.dataset is not None
-        found: dict[str, Problem] = {}
-        answers: dict[str, set[str]] = {}
-        rows = read_rows(spec.dataset, spec.split, spec.config, spec.files)
-        for number, row in enumerate(rows, 1):
-            problem = _convert_row(spec, row, number)
-            if problem is None:
-                self.left_out[prefix + "without_problem_or_answer"] += 1
-                continue
-            problem = self.rates.mark(problem, row)
-            key = _key(problem)
-            self.left_out[prefix + "duplicates"] += key in found
-            found.setdefault(key, problem)
-            answers.setdefault(key, set()).add(problem.answer)
-        contradictory = [key for key in found if len(answers[key]) > 1]
-        self.left_out[prefix + "contradictory"] += len(contradictory)
-        return [problem for key, problem in found.items() if len(answers[key]) == 1]
-
-    def _filter_by_pass_rate(self, problems: list[Problem]) -> list[Problem]:
-        kept = [problem for problem in problems if self.rates.keeps(problem)]
-        unknown = sum(self.rates.is_unknown(problem) for problem in problems)
-        self.left_out["pass_rate_unknown"] = unknown
-        self.left_out["pass_rate_out_of_range"] = len(problems) - len(kept) - unknown
-        return kept
+def _read_problems(
+    spec: DatasetSpec, rates: PassRates, left_out: Counter[str], prefix: str = ""
+) -> dict[str, RatedProblem]:
+    """Return the different problems by key, without those with contradictory answers."""
+    assert spec.dataset is not None
+    found: dict[str, RatedProblem] = {}
+    contradictory = set()
+    rows = read_rows(spec.dataset, spec.split, spec.config, spec.files)
+    for number, row in enumerate(rows, 1):
+        problem = _convert_row(spec, row, number)
+        if problem is None:
+            left_out[prefix + "without_problem_or_answer"] += 1
+            continue
+        # Case and white space make no different problem.
+        key = " ".join(problem.prompt.casefold().split())
+        if key not in found:
+            found[key] = problem, rates.rate(problem, row)
+            continue
+        left_out[prefix + "duplicates"] += 1
+        if problem.answer != found[key][0].answer:
+            contradictory.add(key)
+    left_out[prefix + "contradictory"] += len(contradictory)
+    return {key: known for key, known in found.items() if key not in contradictory}
 
 
 def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | None:
@@ -316,18 +296,8 @@ def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | No
         ) from error
 
 
-def _without_mark(problem: Problem) -> Problem:
-    kept = {key: value for key, value in problem.metadata.items() if key != PassRates.MARK}
-    return Problem(problem.prompt, problem.answer, kept, problem.before)
-
-
-def _key(problem: Problem) -> str:
-    """Return the prompt without differences of case and white space."""
-    return " ".join(problem.prompt.casefold().split())
-
-
-def _is_held_out(problem: Problem, share: float) -> bool:
-    digest = hashlib.blake2b(_key(problem).encode(), digest_size=8).digest()
+def _is_held_out(key: str, share: float) -> bool:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 

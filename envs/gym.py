@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
@@ -28,7 +27,6 @@ class GymTask:
 
     Args:
         member: the name in reasoning-gym.
-        seed: seed of all problems.
         config: settings of the task in reasoning-gym.
         template: the prompt, with ``{problem}`` in place of the question.
     """
@@ -72,29 +70,18 @@ class GymTask:
 
     def _make(self, seed: int) -> Any:
         """Return a data set of one question."""
-        name, config = self.member, dict(self.config)
-        try:
-            return self._gym.create_dataset(name, **config, seed=seed, size=1)
-        except (TypeError, ValueError, AssertionError) as error:
-            if name not in self._names:
-                raise ConfigError(
-                    f"reasoning-gym has no task {name!r}.{did_you_mean(name, self._names)}"
-                ) from None
-            raise ConfigError(f"invalid config of reasoning_gym/{name}: {error}") from None
-
-    @cached_property
-    def _gym(self) -> Any:
         try:
             import reasoning_gym
+            from reasoning_gym.factory import DATASETS
         except ImportError:
             raise MissingExtraError("reasoning-gym", "tasks") from None
-        return reasoning_gym
-
-    @property
-    def _names(self) -> list[str]:
-        from reasoning_gym.factory import DATASETS
-
-        return sorted(DATASETS)
+        name = self.member
+        if name not in DATASETS:
+            raise ConfigError(f"reasoning-gym has no task {name!r}.{did_you_mean(name, DATASETS)}")
+        try:
+            return reasoning_gym.create_dataset(name, **self.config, seed=seed, size=1)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"invalid config of reasoning_gym/{name}: {error}") from None
 
 
 def _hash(text: str) -> int:

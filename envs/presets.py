@@ -17,7 +17,7 @@ from typing import Any
 from delethink.envs.dataset import DatasetSpec
 from delethink.envs.sources import SourceRow
 from delethink.errors import ConfigError
-from delethink.types import END_OF_THINKING, Problem
+from delethink.types import Problem
 
 CHOICES = (
     "{problem}\n\nThink step by step. Choose one of the options, and put its letter within "
@@ -52,8 +52,7 @@ def convert_choices(spec: DatasetSpec, row: SourceRow) -> Problem | None:
 def demonstrate_choice(problem: Problem) -> tuple[str, str]:
     """Return the right letter and a wrong letter."""
     wrong = "ABCD"[("ABCD".index(problem.answer) + 1) % 4]
-    answer = f"Let me see.{END_OF_THINKING}\\boxed{{%s}}"
-    return answer % problem.answer, answer % wrong
+    return f"\\boxed{{{problem.answer}}}", f"\\boxed{{{wrong}}}"
 
 
 def convert_program(spec: DatasetSpec, row: SourceRow) -> Problem | None:
@@ -75,8 +74,8 @@ def convert_program(spec: DatasetSpec, row: SourceRow) -> Problem | None:
 
 def demonstrate_program(problem: Problem) -> tuple[str | None, str]:
     """Return the data set's solution, if any, and a program without output."""
-    answer = f"Let me see.{END_OF_THINKING}```python\n%s\n```"
-    return (answer % problem.answer if problem.answer else None), answer % "pass"
+    solution = f"```python\n{problem.answer}\n```" if problem.answer else None
+    return solution, "```python\npass\n```"
 
 
 def _tests(cases: Any) -> list[dict[str, Any]]:
@@ -145,14 +144,8 @@ def _grid(state: dict[str, Any], positions: dict[str, tuple[int, int, int]]) -> 
 def demonstrate_crossword(problem: Problem) -> tuple[str, str]:
     """Return the solution, and the solution with one wrong word."""
     solution = json.loads(problem.answer)
-    wrong = dict(solution)
-    first = next(iter(solution))
-    wrong[first] = solution[first][::-1] + "x"
-    answers = [
-        f"Let me see.{END_OF_THINKING}" + "\n".join(f"{k}: {v}" for k, v in words.items())
-        for words in (solution, wrong)
-    ]
-    return answers[0], answers[1]
+    right = [f"{name}: {word}" for name, word in solution.items()]
+    return "\n".join(right), "\n".join([right[0] + "x", *right[1:]])
 
 
 deepscaler = DatasetSpec("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset")

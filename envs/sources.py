@@ -6,16 +6,19 @@ import csv
 import glob
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.types import Problem
 
 SourceRow = dict[str, Any]
+RatedProblem = tuple[Problem, float | None]  # with its measured pass rate
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -38,7 +41,7 @@ def read_rows(
     """
     path = Path(dataset).expanduser()
     if path.is_file():
-        return list(_read_file(path))
+        return _read_file(path)
     if path.is_dir():
         return [row for file in _files(path, split, config, files) for row in _read_file(file)]
     if path.suffix in _SUFFIXES or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
@@ -49,28 +52,27 @@ def read_rows(
 def _files(folder: Path, split: str, config: str | None, pattern: str | None) -> list[Path]:
     present = sorted(
         file
-        for file in folder.rglob("*")
+        for file in (path.relative_to(folder) for path in folder.rglob("*"))
         if file.suffix in _SUFFIXES
         and file.name not in _METADATA_FILES
         and ".cache" not in file.parts
     )
-    names = {file: file.relative_to(folder).as_posix() for file in present}
     if pattern is not None:
-        chosen = [f for f in present if fnmatch(f.name, pattern) or fnmatch(names[f], pattern)]
+        chosen = [f for f in present if fnmatch(f.name, pattern) or fnmatch(f.as_posix(), pattern)]
     else:
-        of_config = [f for f in present if config is not None and config in names[f]] or present
-        chosen = [f for f in of_config if _is_of_split(f.relative_to(folder), split)]
+        of_config = [f for f in present if config and config in f.as_posix()] or present
+        chosen = [f for f in of_config if _is_of_split(f, split)]
         if not chosen and len(of_config) == 1:
             chosen = of_config
     if not chosen:
-        listed = ", ".join(list(names.values())[:10]) or "no such file"
+        listed = ", ".join(file.as_posix() for file in present[:10]) or "no such file"
         what = f"matching {pattern!r}" if pattern else f"of the split {split!r}"
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        more = f" and {len(present) - 10} more" if len(present) > 10 else ""
         raise ConfigError(
             f"the folder {folder} has no file {what} ({', '.join(_SUFFIXES)}); it has {listed}"
             f"{more}"
         )
-    return chosen
+    return [folder / file for file in chosen]
 
 
 def _is_of_split(file: Path, split: str) -> bool:
@@ -78,63 +80,52 @@ def _is_of_split(file: Path, split: str) -> bool:
     return stem == split or stem.startswith(f"{split}-") or split in file.parts[:-1]
 
 
-def _read_file(file: Path) -> Iterator[SourceRow]:
+def _read_file(file: Path) -> list[SourceRow]:
     try:
         if file.suffix == ".parquet":
-            yield from _read_parquet(file)
-        elif file.suffix == ".csv":
+            return _read_parquet(file)
+        if file.suffix == ".csv":
             csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
             with file.open(encoding="utf-8", newline="") as lines:
-                yield from csv.DictReader(lines)
-        elif file.suffix == ".json" and (values := _whole_json(file)) is not None:
-            yield from _check_rows(values, file)
-        elif file.suffix in _SUFFIXES:
-            with file.open(encoding="utf-8") as lines:
-                yield from _check_rows(_json_lines(lines, file), file)
-        else:
+                return list(csv.DictReader(lines))
+        if file.suffix not in _SUFFIXES:
             raise ConfigError(f"{file} has an unknown suffix; allowed: {', '.join(_SUFFIXES)}")
+        rows = _read_json(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"row {number} of {file} must be an object, got {type(row).__name__}")
+    return rows
 
 
-def _whole_json(file: Path) -> list[Any] | None:
-    """Return the list of a JSON file, or of its key ``data``; ``None`` for JSON lines."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return None
-    rows = value.get("data") if isinstance(value, dict) else value
-    return rows if isinstance(rows, list) else [value]
+def _read_json(file: Path) -> list[Any]:
+    """Return the list of a JSON file, the one under its key ``data``, or JSON lines."""
+    if file.suffix == ".json":
+        with suppress(json.JSONDecodeError):  # raised for JSON lines
+            value = json.loads(file.read_text(encoding="utf-8"))
+            listed = value.get("data") if isinstance(value, dict) else value
+            return listed if isinstance(listed, list) else [value]
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{file}, line {number} is not JSON: {error.msg}") from None
+    return rows
 
 
-def _json_lines(lines: Iterable[str], file: Path) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}, line {number} is not JSON: {error.msg}") from None
-
-
-def _check_rows(values: Iterable[Any], file: Path) -> Iterator[SourceRow]:
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, dict):
-            raise ConfigError(
-                f"row {number} of {file} must be an object, got {type(value).__name__}"
-            )
-        yield value
-
-
-def _read_parquet(file: Path) -> Iterator[SourceRow]:
+def _read_parquet(file: Path) -> list[SourceRow]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "tasks") from None
     try:
-        yield from pyarrow.parquet.read_table(file).to_pylist()
+        rows: list[SourceRow] = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{file} is not Parquet: {error}") from None
+    return rows
 
 
 def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> list[SourceRow]:
@@ -165,8 +156,6 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
 class PassRates:
     """Range of pass rates for training problems, and measured rates by prompt."""
 
-    MARK: ClassVar[str] = "delethink_pass_rate"  # metadata key of a problem's rate
-
     key: str | None = None  # column with the rate
     by_prompt: Mapping[str, float] | None = None
     minimum: float = 0.0
@@ -191,32 +180,29 @@ class PassRates:
             )
         return cls(key, None if path is None else _read_rates(path), minimum, maximum)
 
-    def mark(self, problem: Problem, row: SourceRow) -> Problem:
-        """Return the problem with its measured pass rate, if any, in its metadata."""
-        if self.key is None and self.by_prompt is None:
-            return problem
-        rate = self.by_prompt.get(problem.prompt) if self.by_prompt is not None else None
-        if self.key is not None:
-            if self.key not in row:
-                raise ConfigError(
-                    f"the data set has no column {self.key!r}.{did_you_mean(self.key, row)}"
-                )
-            rate = None if row[self.key] is None else _number(row[self.key])
-        if rate is None:
-            return problem
-        return replace(problem, metadata={**problem.metadata, self.MARK: rate})
+    def rate(self, problem: Problem, row: SourceRow) -> float | None:
+        """Return the measured pass rate of a problem, if any."""
+        if self.key is None:
+            return self.by_prompt.get(problem.prompt) if self.by_prompt is not None else None
+        if self.key not in row:
+            raise ConfigError(
+                f"the data set has no column {self.key!r}.{did_you_mean(self.key, row)}"
+            )
+        return None if row[self.key] is None else _number(row[self.key])
 
-    def is_unknown(self, problem: Problem) -> bool:
-        """Return whether the filter needs a rate and the problem has none."""
-        is_needed = self.key is not None or self.by_prompt is not None
-        return is_needed and self.MARK not in problem.metadata
-
-    def keeps(self, problem: Problem) -> bool:
-        """Return whether the rate of the problem is in the range. No rate means no."""
-        if self.key is None and self.by_prompt is None:
-            return True
-        rate = problem.metadata.get(self.MARK)
-        return rate is not None and self.minimum <= rate <= self.maximum
+    def select(self, rated: Iterable[RatedProblem], left_out: Counter[str]) -> list[Problem]:
+        """Return the problems with a rate in the range, and count the others in ``left_out``."""
+        selected = []
+        for problem, rate in rated:
+            if self.key is None and self.by_prompt is None:
+                selected.append(problem)
+            elif rate is None:
+                left_out["pass_rate_unknown"] += 1
+            elif self.minimum <= rate <= self.maximum:
+                selected.append(problem)
+            else:
+                left_out["pass_rate_out_of_range"] += 1
+        return selected
 
 
 def _read_rates(path: str) -> dict[str, float]:

@@ -109,6 +109,13 @@ def test_an_evaluation_split_of_the_same_folder(tmp_path: Path) -> None:
     assert (task.size("train"), task.size("heldout")) == (20, 10)
 
 
+def test_files_below_a_cache_of_the_folder_are_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "copy"  # the folder itself may be in a cache
+    write_lines(folder / "train.jsonl", numbers(3))
+    write_lines(folder / ".cache" / "train.jsonl", numbers(5))
+    assert len(read_rows(str(folder), "train")) == 3
+
+
 def test_doubles_contradictions_and_gaps_are_counted(tmp_path: Path) -> None:
     rows = [
         *numbers(3),
