@@ -14,12 +14,12 @@ grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib.util
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from delethink.errors import ConfigError, MissingExtraError, PolicyError
+import openai
+
+from delethink.errors import ConfigError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.tokenization import Tokenizer
 from delethink.types import StopReason, TokenIds
@@ -33,19 +33,8 @@ _RETRIED_STATUSES = {408, 409, 429}  # and 500 and above; the openai client retr
 _CONNECT_TIMEOUT_S = 20.0
 
 
-class _MalformedError(Exception):
-    """A response without a usable completion."""
-
-
-class _RefusedError(Exception):
-    """A request rejected by the server in this dialect."""
-
-
-class ServedModel(NamedTuple):
-    """Entry of the server's list of models."""
-
-    name: str
-    max_model_tokens: int | None  # longest sequence in tokens; ``None`` if not listed
+class _RefusedError(ConfigError):
+    """A request rejected by the server, perhaps only in this dialect."""
 
 
 class OpenAIServer:
@@ -60,9 +49,12 @@ class OpenAIServer:
         retries: maximum retries of a failed request.
         timeout_s: seconds to wait for a response.
 
+    Attributes:
+        dialect: form in which tokens travel; ``None`` before the first request.
+        max_model_tokens: longest sequence in tokens; ``None`` if the server does not list it.
+
     Raises:
         ConfigError: the server cannot be reached, rejects the key, or does not serve the model.
-        MissingExtraError: the ``openai`` package is not installed.
     """
 
     def __init__(
@@ -76,28 +68,28 @@ class OpenAIServer:
         retries: int = 8,
         timeout_s: float = 600.0,
     ) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise MissingExtraError("openai", "eval")
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(
                 f"--base-url must start with http:// or https://, got {base_url!r}; for example "
                 "http://127.0.0.1:8000/v1"
             )
-        self.base_url = base_url.rstrip("/")
-        self._tokenizer = tokenizer
-        self._eos_ids = tuple(eos_ids)
+        self.base_url = base_url
+        self.dialect: Dialect | None = None
+        self._tokenizer: Any = tokenizer
+        self._eos_ids = list(eos_ids)
         self._api_key = api_key
         self._retries = retries
-        self._timeout_s = timeout_s
-        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
-        self._dialect: Dialect | None = None
+        connect_s = min(timeout_s, _CONNECT_TIMEOUT_S)
+        self._options: dict[str, Any] = {
+            "base_url": base_url,
+            # Without a value here, the client sends OPENAI_API_KEY to any server.
+            "api_key": api_key or "EMPTY",
+            # No limit on the wait for a free connection, of which there are 1,000.
+            "timeout": openai.Timeout(timeout_s, connect=connect_s, pool=None),
+        }
+        self._clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
         self._negotiation = asyncio.Lock()
         self.model, self.max_model_tokens = self._find_model(model)
-
-    @property
-    def dialect(self) -> Dialect | None:
-        """Form in which tokens travel; ``None`` before the first request."""
-        return self._dialect
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -108,20 +100,15 @@ class OpenAIServer:
             ConfigError: the server rejects the request, the key or the model; a retry is useless.
             PolicyError: the request failed, and so did its retries.
         """
-        if self._dialect is None:
+        if self.dialect is None:
             async with self._negotiation:
-                if self._dialect is None:
-                    self._dialect = await self._negotiate(prompt_ids)
-        return await self._complete(self._dialect, prompt_ids, max_new_tokens, sampling)
+                self.dialect = self.dialect or await self._negotiate(prompt_ids)
+        return await self._complete(self.dialect, prompt_ids, max_new_tokens, sampling)
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""
         if client := self._clients.pop(asyncio.get_running_loop(), None):
             await client.close()
-
-    def close(self) -> None:
-        """Drop all connections. Safe to call twice."""
-        self._clients.clear()
 
     async def _negotiate(self, prompt_ids: TokenIds) -> Dialect:
         """Return the most exact dialect in which the server samples one token."""
@@ -129,9 +116,7 @@ class OpenAIServer:
         for dialect in _DIALECTS:
             try:
                 await self._complete(dialect, prompt_ids, 1, Sampling(0.0))
-            except ConfigError as error:
-                if not isinstance(error.__cause__, _RefusedError):
-                    raise
+            except _RefusedError as error:
                 refusals.append(error)
                 continue
             if dialect != "ids":
@@ -146,18 +131,26 @@ class OpenAIServer:
     ) -> Completion:
         """Send one request, again if the response is malformed."""
         request = self._request(dialect, prompt_ids, max_new_tokens, sampling)
-        reason = ""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:  # connections belong to one loop
+            self._clients[loop] = openai.AsyncOpenAI(max_retries=self._retries, **self._options)
         for _ in range(self._retries + 1):
             try:
-                response = await self._post(request)
+                response = await self._clients[loop].completions.create(**request)
                 return self._completion(dialect, response, max_new_tokens)
-            except _RefusedError as error:
-                raise ConfigError(
-                    f"the server at {self.base_url} rejects the request: {error}"
-                ) from error
-            except _MalformedError as error:
-                reason = str(error)
-        raise PolicyError(f"malformed responses, also after {self._retries} retries: {reason}")
+            except openai.APIStatusError as error:
+                if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
+                    raise self._refusal(error) from None
+                reason = self._status(error)
+                break
+            except openai.APIConnectionError as error:
+                reason = _reason(error)
+                break
+            except _RefusedError:
+                raise
+            except ValueError as error:  # not JSON, or not a completion
+                reason = f"malformed response: {error}"
+        raise PolicyError(f"the request failed, also after {self._retries} retries: {reason}")
 
     def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -169,7 +162,6 @@ class OpenAIServer:
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": 1.0,
-            "stream": False,
         }
         if sampling.seed is not None:
             request["seed"] = sampling.seed
@@ -186,123 +178,48 @@ class OpenAIServer:
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
                 "skip_special_tokens": False,
-                "stop_token_ids": list(self._eos_ids),
+                "stop_token_ids": self._eos_ids,
             }
         return request
 
-    async def _post(self, request: dict[str, Any]) -> Any:
-        """Send one request; the client retries failed connections and transient statuses.
-
-        Raises:
-            PolicyError: the request failed, and so did its retries.
-            ConfigError: the server rejects the key.
-            _RefusedError: the server rejects the request.
-            _MalformedError: the response is not JSON.
-        """
-        import openai
-
-        try:
-            return await self._client().completions.create(**request)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise self._key_error(error) from None
-        except openai.APIStatusError as error:
-            status = self._status(error)
-            if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
-                raise _RefusedError(status) from None
-            raise PolicyError(f"failed, also after {self._retries} retries: {status}") from None
-        except openai.APIConnectionError as error:
-            reason = _reason(error)
-            raise PolicyError(f"failed, also after {self._retries} retries: {reason}") from None
-        except ValueError as error:
-            raise _MalformedError(f"not JSON: {error}") from None
-
     def _completion(self, dialect: Dialect, response: Any, max_new_tokens: int) -> Completion:
-        """Check a response and convert it."""
+        """Convert a response; a malformed one is a ``ValueError``."""
         try:
             choice = response.choices[0]
             reason, text = choice.finish_reason, choice.text
             ids = choice.model_extra.get("token_ids")
         except (AttributeError, IndexError, TypeError):
-            raise _MalformedError(f"no completion in {str(response)[:80]!r}") from None
+            raise ValueError(f"no completion in {str(response)[:80]!r}") from None
         if reason not in _STOP_REASONS:
             known = ", ".join(_STOP_REASONS)
-            raise _MalformedError(f"unknown finish_reason {reason!r}; known: {known}")
+            raise ValueError(f"unknown finish_reason {reason!r}; known: {known}")
         stop = _STOP_REASONS[reason]
         if ids is None:
             if dialect == "ids":
-                raise _RefusedError("no token ids in the response")
-            ids = self._encode(text, stop, max_new_tokens)
+                raise _RefusedError(f"the server at {self.base_url} returns no token ids")
+            # The tokens of the text may outnumber the sampled ones.
+            ends = self._eos_ids[:1] if stop is StopReason.EOS else []
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = ids[: max_new_tokens - len(ends)] + ends
         if not ids:
-            raise _MalformedError("no token in the response")
-        if len(ids) > max_new_tokens or not all(isinstance(token, int) for token in ids):
-            raise _MalformedError(f"{len(ids)} tokens for a request of at most {max_new_tokens}")
+            raise ValueError("no token in the response")
         return Completion(tuple(ids), (0.0,) * len(ids), stop)
 
-    def _encode(self, text: str, stop: StopReason, max_new_tokens: int) -> list[int]:
-        """Return the token ids of ``text``, whose number may differ from the sampled ones."""
-        encode: Any = self._tokenizer
-        ids = list(encode(text, add_special_tokens=False)["input_ids"])
-        if stop is StopReason.EOS:
-            return ids[: max_new_tokens - 1] + list(self._eos_ids[:1])
-        return ids[:max_new_tokens]
-
-    def _client(self) -> Any:
-        """Return the client of the running event loop, since connections belong to one loop."""
-        import openai
-
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            self._clients[loop] = openai.AsyncOpenAI(**self._options(self._retries))
-        return self._clients[loop]
-
-    def _options(self, retries: int) -> dict[str, Any]:
-        """Return the arguments of ``openai.OpenAI`` and ``openai.AsyncOpenAI``."""
-        import openai
-
-        connect_s = min(self._timeout_s, _CONNECT_TIMEOUT_S)
-        return {
-            "base_url": self.base_url,
-            # Without a value here, the client sends OPENAI_API_KEY to any server.
-            "api_key": self._api_key or "EMPTY",
-            "max_retries": retries,
-            # No limit on the wait for a free connection, of which there are 1,000.
-            "timeout": openai.Timeout(self._timeout_s, connect=connect_s, pool=None),
-        }
-
-    def _key_error(self, error: Any) -> ConfigError:
-        return ConfigError(
-            f"the server at {self.base_url} rejects the API key ({self._status(error)}); set the "
-            "key in the environment variable that --api-key-env names"
-        )
-
-    def _status(self, error: Any) -> str:
-        """Return status and text of an error response, without the key some servers repeat."""
-        text = " ".join(error.response.text.split()) or "no text"
-        text = text.replace(self._api_key, "***") if self._api_key else text
-        return f"HTTP {error.status_code}: {text[:200]}"
-
-    def _find_model(self, model: str | None) -> ServedModel:
-        """Return the server's entry of ``model``; a server need not list its models.
-
-        Raises:
-            ConfigError: the server cannot be reached, rejects the key, or lists other models only.
-        """
-        import openai
-
+    def _find_model(self, model: str | None) -> tuple[str, int | None]:
+        """Return the name and longest sequence of ``model``; a server need not list its models."""
         listed: dict[str, Any] = {}
         try:
-            with openai.OpenAI(**self._options(retries=0)) as client:
-                page = client.models.list()
-            with contextlib.suppress(TypeError, AttributeError):
-                listed = {str(entry.id): entry for entry in page.data}
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise self._key_error(error) from None
-        except (openai.APIStatusError, ValueError):
-            pass  # no list of models
+            with openai.OpenAI(max_retries=0, **self._options) as client:
+                listed = {str(entry.id): entry for entry in client.models.list().data}
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(
                 f"the server at {self.base_url} cannot be reached: {_reason(error)}"
             ) from None
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                raise self._refusal(error) from None
+        except (ValueError, TypeError, AttributeError):
+            pass  # no list of models
         if model is None and len(listed) == 1:
             model = next(iter(listed))
         if model is None or (listed and model not in listed):
@@ -312,11 +229,26 @@ class OpenAIServer:
                 "--served-model"
             )
         window = getattr(listed.get(model), "max_model_len", None)
-        return ServedModel(model, window if isinstance(window, int) else None)
+        return model, window if isinstance(window, int) else None
+
+    def _refusal(self, error: openai.APIStatusError) -> ConfigError:
+        if error.status_code not in (401, 403):
+            return _RefusedError(
+                f"the server at {self.base_url} rejects the request: {self._status(error)}"
+            )
+        return ConfigError(
+            f"the server at {self.base_url} rejects the API key ({self._status(error)}); set the "
+            "key in the environment variable that --api-key-env names"
+        )
+
+    def _status(self, error: openai.APIStatusError) -> str:
+        """Return status and text of an error response, without the key some servers repeat."""
+        text = " ".join(error.response.text.split()) or "no text"
+        text = text.replace(self._api_key, "***") if self._api_key else text
+        return f"HTTP {error.status_code}: {text[:200]}"
 
 
 def _reason(error: Exception) -> str:
     """Return the type and text of the error behind the client's own."""
     cause = error.__cause__ or error
-    text = str(cause).strip()
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return f"{type(cause).__name__}: {cause}".strip(": ")

@@ -12,8 +12,7 @@ from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig
 from delethink.engines.factory import make_evaluation_engine
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
-from delethink.engines.openai import OpenAIServer
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.policy import Policy
 from delethink.tokenization import Tokenizer, encode, query_ids
@@ -79,7 +78,14 @@ def served_model(
         served_name: name of the model on the server; ``None`` takes the only model served.
         trust_remote_code: run code from the tokenizer's repository.
         options: further arguments of ``OpenAIServer``: ``api_key``, ``retries``, ``timeout_s``.
+
+    Raises:
+        MissingExtraError: the ``openai`` package is not installed.
     """
+    try:
+        from delethink.engines.openai import OpenAIServer
+    except ImportError:
+        raise MissingExtraError("openai", "eval") from None
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
@@ -88,8 +94,7 @@ def served_model(
         ends = eos_ids(shell, tokenizer)
         server = OpenAIServer(base_url, served_name, tokenizer, eos_ids=ends, **options)
         window = longest_sequence(shell)
-        with contextlib.closing(server):
-            yield LoadedModel(server, tokenizer, min(window, server.max_model_tokens or window))
+        yield LoadedModel(server, tokenizer, min(window, server.max_model_tokens or window))
 
     return open_model
 

@@ -134,7 +134,7 @@ def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialec
 
     async def over_http() -> list[tuple[int, ...]]:
         if dialect == "text":
-            served._dialect = "text"
+            served.dialect = "text"
         traces = await run_rollouts(served, spec, queries, samplings)
         await served.disconnect()
         assert all(trace.stop is TraceStop.COMPLETED for trace in traces), traces[0].error
