@@ -8,8 +8,8 @@ from pathlib import Path
 from delethink.cli.process import set_up_process
 from delethink.config import Recipe, load_recipe
 from delethink.errors import MissingExtraError
+from delethink.training.checkpointing import load_run, open_run
 from delethink.training.preflight import prepare
-from delethink.training.resume import load_run, open_run
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
@@ -21,7 +21,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     from delethink.training.progress import TrainingProgress
 
     progress = TrainingProgress()
-    if location.is_finished(prepared.recipe):
+    if location.exists and location.directory.finished_step == recipe.training.max_steps:
         progress.finished(location.directory, prepared.recipe.thinking.spec())
         return 0
     set_up_process()

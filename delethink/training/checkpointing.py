@@ -1,8 +1,9 @@
-"""Atomic checkpoints: complete or absent, written between batches only.
+"""Checkpoints, and the rules by which a run is resumed from its newest one.
 
 The trainer of ``transformers`` saves and loads weights, optimizer, scheduler, random states and its
 own state. A checkpoint here also holds the state of the run and a list of its files with their
-sizes. It is written under another name, and renamed when all files are on the disk.
+sizes. It is complete or absent: it is written under another name, and renamed when all files are on
+the disk.
 """
 
 from __future__ import annotations
@@ -11,17 +12,30 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from delethink.config import Recipe, dump_recipe, load_recipe
+from delethink.engines.loading import digest
+from delethink.errors import ConfigError, RunDirectoryError, UserError
+from delethink.output import output_path
+from delethink.training.run_directory import (
+    PART,
+    TRAINED_SETTING,
+    RunDirectory,
+    move_into_place,
+    write_text,
+)
 
-from delethink.errors import RunDirectoryError
-from delethink.training.run_directory import PART, move_into_place, write_text
-from delethink.training.weights import has_adapters, merged_state_dict
+if TYPE_CHECKING:
+    from delethink.training.progress import TrainingProgress
+
+FINAL_CHECKPOINT = "final"
+CHECKPOINT_PREFIX = "checkpoint-"
+_STATE_FILE, _WRITING = "delethink.json", f"writing{PART}"
 
 # Messages of torch.save if it cannot write; they do not include the reason of the system.
 _TORCH_WRITE_ERRORS = (
@@ -30,7 +44,152 @@ _TORCH_WRITE_ERRORS = (
     "iostream error",
     "file write failed",
 )
-_PREFIX, _STATE_FILE, _WRITING = "checkpoint-", "delethink.json", f"writing{PART}"
+
+# Settings of speed, memory and storage, which change neither the traces nor the training.
+_MAY_CHANGE = {
+    "output",
+    "preflight",
+    "scoring.num_verifiers",
+    "trainer.cpus_per_rank",
+    "trainer.gpus_per_rank",
+    "training.forward_tokens",
+    "training.gradient_checkpointing",
+    "training.max_failed_share",
+    "training.on_nonfinite",
+    "training.report_to",
+    "training.save_steps",
+    "training.save_total_limit",
+}
+# Settings of the engine with an effect on the traces; all others may change.
+_ENGINE_MUST_MATCH = {
+    "engine.name",
+    "engine.dtype",
+    "engine.chunk_timeout",
+    "engine.rollout_timeout",
+    "engine.order",
+}
+_MAX_STEPS = "training.max_steps"
+
+# -- the run directory of a recipe -------------------------------------------------------------
+
+
+class RunLocation(NamedTuple):
+    """The directory of a run."""
+
+    directory: RunDirectory
+    exists: bool  # the run was started before
+    changed: dict[str, list[Any]]  # [old, new] value of each changed setting, by dotted key
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe of a run directory, to resume the run there.
+
+    Raises:
+        ConfigError: the directory holds no run, or an override is wrong.
+    """
+    if not RunDirectory.holds_run(path):
+        raise ConfigError(
+            f"{path} is a directory without a run; give a recipe or the directory of a run"
+        )
+    recipe = load_recipe(path / "config.yaml", overrides or ())
+    return recipe.model_copy(update={"output": path})
+
+
+def run_path(recipe: Recipe) -> Path:
+    """Return the run directory of a recipe: ``output``, or a new one under ``runs``."""
+    name = f"{recipe.name}-seed{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return output_path(recipe.output or Path("runs") / name)
+
+
+def open_run(recipe: Recipe) -> RunLocation:
+    """Create the run directory of a resolved recipe, or open an existing one.
+
+    Raises:
+        RunDirectoryError: the directory cannot be written, or holds other files or another run.
+    """
+    path = run_path(recipe)
+    if not RunDirectory.holds_run(path):
+        directory = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        return RunLocation(directory, False, {})
+    changed = changed_settings(path, recipe)
+    return RunLocation(RunDirectory.reopen(path), True, changed)
+
+
+def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
+    """Compare a resolved recipe with the recipe of the run in a directory.
+
+    Returns:
+        The [old, new] values of different settings, by dotted key.
+
+    Raises:
+        RunDirectoryError: the initial weights differ, or a setting not allowed to.
+    """
+    try:
+        before = load_recipe(path / "config.yaml")
+    except UserError as error:
+        raise RunDirectoryError(
+            f"cannot resume the run in {path}, because its config.yaml cannot be read ({error}); "
+            "choose another directory with output=PATH"
+        ) from None
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(recipe.model_dump(mode="json"))
+    changed = {
+        key: [old.get(key), new.get(key)]
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+    wrong = [
+        f"{key} ({there} there, {here} here)"
+        for key, (there, here) in changed.items()
+        if key not in _MAY_CHANGE | {_MAX_STEPS}
+        and (not key.startswith("engine.") or key in _ENGINE_MUST_MATCH)
+    ]
+    if wrong:
+        raise RunDirectoryError(
+            f"{path} holds a run of another recipe: {', '.join(wrong)}; give the same values to "
+            "resume it, or choose another directory with output=PATH"
+        )
+    directory = RunDirectory(path)
+    first, now = directory.first_weights, digest(recipe.model)
+    if None not in (first, now) and first != now:
+        raise RunDirectoryError(
+            f"{path} holds a run of other initial weights than those of {recipe.model} now; "
+            "restore them to resume it, or choose another directory with output=PATH"
+        )
+    changed.pop("output", None)
+    if _MAX_STEPS in changed:
+        _check_max_steps(directory, old[_MAX_STEPS], recipe)
+    return changed
+
+
+def _check_max_steps(directory: RunDirectory, old: int, recipe: Recipe) -> None:
+    """Refuse another number of steps if the steps done so far would have been different."""
+    new, schedule = recipe.training.max_steps, recipe.training.lr_scheduler_type
+    if schedule in ("linear", "cosine"):  # over all steps
+        raise RunDirectoryError(
+            f"{directory.path} holds a run of {_MAX_STEPS}={old}, not {new}; with "
+            f"training.lr_scheduler_type={schedule} the learning rate of every step depends on it: "
+            "give the same value to resume the run, or start from its weights in another "
+            f"directory: model={directory.checkpoints / FINAL_CHECKPOINT} output=PATH"
+        )
+    metrics = directory.read_metrics()
+    if metrics and new < (done := metrics[-1]["step"]):
+        raise RunDirectoryError(
+            f"{directory.path} holds a run that has done {done} steps, more than {_MAX_STEPS}={new}"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves by dotted key; an empty mapping is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# -- checkpoints -------------------------------------------------------------------------------
 
 
 class Checkpoint(NamedTuple):
@@ -41,128 +200,71 @@ class Checkpoint(NamedTuple):
     run_state: dict[str, Any]
 
 
-def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest complete checkpoint, and the names of incomplete ones with reasons.
+def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) -> Checkpoint | None:
+    """Reset a run directory to its newest complete checkpoint, and return the checkpoint.
 
-    A checkpoint is complete if every file exists in its full size.
+    Returns:
+        ``None`` without a complete checkpoint; the run then starts at the first step.
+
+    Raises:
+        RunDirectoryError: the run is finished and its last checkpoint is gone, or a file cannot be
+            written.
     """
-    steps = [
-        int(number)
-        for entry in folder.glob(f"{_PREFIX}*")
-        if (number := entry.name.removeprefix(_PREFIX)).isdecimal()
+    directory = location.directory
+    for unfinished in directory.checkpoints.glob(f"*{PART}"):
+        shutil.rmtree(unfinished)
+        progress.log("removed an incomplete checkpoint")
+    checkpoint = _newest_checkpoint(directory.checkpoints, progress)
+    step = checkpoint.step if checkpoint else 0
+    finished = directory.finished_step
+    if finished is not None and step < finished:
+        raise RunDirectoryError(
+            f"{directory.path} holds a finished run of {finished} steps whose last checkpoint is "
+            f"gone; to train further, start from its weights: "
+            f"model={directory.checkpoints / FINAL_CHECKPOINT} output=PATH"
+        )
+    for key, (old, new) in location.changed.items():
+        progress.log(f"{key} was {old} and is {new} from here on")
+    rows = directory.read_table()
+    if step < recipe.training.max_steps or _MAX_STEPS in location.changed:
+        rows = [row for row in rows if row["setting"] != TRAINED_SETTING]
+    directory.write_table(rows)
+    superseded = directory.reset_to(step, dump_recipe(recipe), location.changed)
+    start = f"after step {step}" if step else "from the first step, as there is no checkpoint"
+    progress.log(f"resuming the run {start}")
+    if superseded:
+        progress.log(
+            f"moved the files of {len(superseded)} later steps, up to step {superseded[-1]}, to "
+            f"{directory.path / 'superseded'}; these steps run again"
+        )
+    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in directory.read_metrics()})
+    if missing:
+        progress.log(f"metrics.jsonl lacks {len(missing)} steps, the first is step {missing[0]}")
+    return checkpoint
+
+
+def _newest_checkpoint(folder: Path, progress: TrainingProgress) -> Checkpoint | None:
+    """Return the newest checkpoint of which every file exists in its full size."""
+    numbers = [
+        path.name.removeprefix(CHECKPOINT_PREFIX) for path in folder.glob(f"{CHECKPOINT_PREFIX}*")
     ]
-    rejected: list[str] = []
-    for step in sorted(steps, reverse=True):
-        path = folder / f"{_PREFIX}{step}"
+    for step in sorted((int(number) for number in numbers if number.isdecimal()), reverse=True):
+        path = folder / f"{CHECKPOINT_PREFIX}{step}"
         try:
-            return Checkpoint(path, step, _read_state(path)), rejected
+            if not (path / _STATE_FILE).is_file():
+                raise ValueError(f"{_STATE_FILE} is missing")
+            state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+            for name, size in state["files"].items():
+                if not (path / name).is_file() or (path / name).stat().st_size != size:
+                    raise ValueError(f"{name} is incomplete")
+            return Checkpoint(path, step, dict(state["run"]))
         except (OSError, ValueError, KeyError) as error:
-            rejected.append(f"{path.name} ({error})")
-    return None, rejected
+            progress.log(f"skipped an incomplete checkpoint: {path.name} ({error})")
+    return None
 
 
-def remove_unfinished(folder: Path) -> bool:
-    """Remove checkpoints whose writing was interrupted, and return whether there were any."""
-    unfinished = list(folder.glob(f"*{PART}"))
-    for path in unfinished:
-        shutil.rmtree(path)
-    return bool(unfinished)
-
-
-class AtomicCheckpoints(Trainer):  # type: ignore[misc]  # transformers' trainer is untyped
-    """Mixin for trainers: write complete checkpoints.
-
-    The trainer needs an attribute ``is_between_batches``, true when a checkpoint may be written.
-
-    Args:
-        run_state: returns the state of the run, to save beside the trainer's own.
-    """
-
-    def __init__(self, *args: Any, run_state: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._run_state = run_state
-        self._writing: Path | None = None  # directory of the checkpoint being written
-        self.add_callback(_BetweenBatches(self))
-
-    def save_weights(self, name: str) -> None:
-        """Save the weights alone, completely or not at all.
-
-        Raises:
-            RunDirectoryError: they cannot be written.
-        """
-        self._write_complete(Path(self.args.output_dir) / name, self._save_merged)
-
-    def _save_merged(self, path: Path) -> None:
-        """Save merged weights, which load like any other, and the adapters beside them."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not has_adapters(model):
-            self.save_model(str(path))
-            return
-        self.save_model(str(path / "adapter"))
-        base = model.get_base_model()
-        base.save_pretrained(path, state_dict=merged_state_dict(base))
-        self.processing_class.save_pretrained(path)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        name = f"{_PREFIX}{self.state.global_step}"
-
-        def write(part: Path) -> None:
-            self._writing = part.parent
-            try:
-                super(AtomicCheckpoints, self)._save_checkpoint(model, trial)
-            finally:
-                self._writing = None
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _write_state(part, self.state.global_step, self._run_state())
-
-        self._write_complete(folder / name, write)
-        if self.args.should_save:
-            rotate_checkpoints(str(folder), self.args.save_total_limit)
-
-    def _write_complete(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Call ``write`` with a temporary directory, and move its result to ``path``."""
-        writing = path.parent / _WRITING
-        try:
-            if self.args.should_save:
-                shutil.rmtree(writing, ignore_errors=True)
-                (writing / path.name).mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            write(writing / path.name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                move_into_place(writing / path.name, path)
-                writing.rmdir()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = _write_error(error, path.parent)
-            if reason is None:
-                raise
-            shutil.rmtree(writing, ignore_errors=True)
-            raise RunDirectoryError(
-                f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are complete: "
-                "free some space, and the same command resumes from the newest"
-            ) from error
-
-
-class _BetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Delay checkpoints until the trainer is between batches."""
-
-    def __init__(self, trainer: AtomicCheckpoints) -> None:
-        self._trainer, self._is_due = trainer, False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Decide whether to save after this step."""
-        is_due = self._is_due or control.should_save
-        control.should_save = is_due and self._trainer.is_between_batches
-        self._is_due = is_due and not control.should_save
-        return control
-
-
-def _write_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
+def write_run_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
+    """Write the state of the run into a checkpoint, with a list of its files."""
     sizes = {
         str(file.relative_to(path)): file.stat().st_size
         for file in sorted(path.rglob("*"))
@@ -172,19 +274,41 @@ def _write_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
     write_text(path / _STATE_FILE, json.dumps(state, indent=2))
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """Return the state of the run in a checkpoint.
+@contextmanager
+def complete_folder(path: Path, is_writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """Let all ranks fill a temporary folder, and move it to ``path`` when they are done.
+
+    Args:
+        path: folder to write.
+        is_writer: whether this rank creates and moves the folder.
+        wait: waits for all ranks.
 
     Raises:
-        OSError, ValueError, KeyError: the checkpoint is incomplete.
+        RunDirectoryError: a file cannot be written.
     """
-    if not (path / _STATE_FILE).is_file():
-        raise ValueError(f"{_STATE_FILE} is missing")
-    state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-    for name, size in state["files"].items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise ValueError(f"{name} is incomplete")
-    return dict(state["run"])
+    from safetensors import SafetensorError
+
+    writing = path.parent / _WRITING
+    part = writing / path.name
+    try:
+        if is_writer:
+            shutil.rmtree(writing, ignore_errors=True)
+            part.mkdir(parents=True)
+        wait()
+        yield part
+        wait()
+        if is_writer:
+            move_into_place(part, path)
+            writing.rmdir()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _write_error(error, path.parent)
+        if reason is None:
+            raise
+        shutil.rmtree(writing, ignore_errors=True)
+        raise RunDirectoryError(
+            f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are complete: "
+            "free some space, and the same command resumes from the newest"
+        ) from error
 
 
 def _write_error(error: BaseException, folder: Path) -> str | None:

@@ -22,9 +22,9 @@ from delethink.config import Recipe
 from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, DelethinkError, MissingExtraError
 from delethink.evaluation.heldout import HeldOutResult
+from delethink.training.checkpointing import RunLocation
 from delethink.training.preflight import Prepared, prepare
 from delethink.training.progress import TrainingProgress
-from delethink.training.resume import RunLocation
 from delethink.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -1,21 +1,18 @@
 """Checks before a run: names and settings, then inputs, then memory, disk and rewards.
 
-``prepare`` resolves the names of a recipe without loading any data or model. ``read_inputs`` reads
-tokenizer, configuration and problems. ``run_checks`` runs ``CHECKS`` in their order. None of them
-loads weights.
+``prepare`` resolves the names of a recipe, ``read_inputs`` reads tokenizer, configuration and
+problems, and ``run_checks`` compares them with this machine. None of them loads weights.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from delethink.chunking import ChunkSpec, start
-from delethink.config import Recipe, TaskConfig, with_rewards
+from delethink.config import EngineConfig, Recipe, with_rewards
 from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
 from delethink.cost.shape import ModelShape
@@ -33,16 +30,9 @@ from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
 from delethink.tokenization import check_thinking_is_open, query_ids
-from delethink.training.resume import run_path
-from delethink.training.system import (
-    Memory,
-    device_memory,
-    folder_size,
-    free_disk,
-    num_devices,
-    process_memory,
-)
-from delethink.types import Problem
+from delethink.training.checkpointing import run_path
+from delethink.training.system import Memory, device_memory, free_disk, process_memory
+from delethink.types import Problem, Score
 
 # -- names and settings ------------------------------------------------------------------------
 
@@ -142,20 +132,19 @@ class Inputs(NamedTuple):
     longest_query: dict[str, int]  # by split, in tokens
 
     @property
-    def max_model_tokens(self) -> int:
-        """Longest sequence of the model, in tokens."""
-        return longest_sequence(self.shell)
-
-    @property
     def longest_context(self) -> int:
         """Longest sequence of any chunk, prompt and output, in tokens."""
         return max(self.longest_query.values()) + self.spec.max_thinking_context
 
     @property
+    def longcot_context(self) -> int:
+        """Longest sequence of LongCoT with the same budget, in tokens."""
+        return max(self.longest_query.values()) + self.spec.budget
+
+    @property
     def max_chunks(self) -> int:
         """Most chunks of a trace, including chunks that write a carryover."""
-        boundaries = self.spec.max_chunks - 1
-        return self.spec.max_chunks + (boundaries if self.spec.ask else 0)
+        return self.spec.max_chunks + (self.spec.max_chunks - 1 if self.spec.ask else 0)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -179,10 +168,19 @@ def read_inputs(prepared: Prepared) -> Inputs:
     shell = load_shell(recipe.model, recipe.trust_remote_code)
     eos_ids(shell, tokenizer)
     num_train = training.num_batches * training.traces_per_batch // training.num_generations
-    num_heldout, heldout = recipe.evaluation.num_problems, recipe.evaluation.task or recipe.task
+    evaluated = recipe.evaluation.task or recipe.task
     selected = {
-        "train": _select(prepared.task, "train", num_train, recipe.task, tokenizer),
-        "heldout": _select(prepared.evaluation_task, "heldout", num_heldout, heldout, tokenizer),
+        split: select_problems(
+            task,
+            split,
+            number,
+            lambda problem: len(query_ids(tokenizer, problem)),
+            config.max_query_tokens,
+        )
+        for split, task, number, config in (
+            ("train", prepared.task, num_train, recipe.task),
+            ("heldout", prepared.evaluation_task, recipe.evaluation.num_problems, evaluated),
+        )
     }
     spec, max_model_tokens = recipe.thinking.spec().bind(tokenizer), longest_sequence(shell)
     longest = {}
@@ -195,18 +193,7 @@ def read_inputs(prepared: Prepared) -> Inputs:
     return Inputs(tokenizer, shell, spec, selected, longest)
 
 
-def _select(
-    task: Task, split: str, number: int, config: TaskConfig, tokenizer: Any
-) -> SelectedProblems:
-    def length(problem: Problem) -> int:
-        return len(query_ids(tokenizer, problem))
-
-    return select_problems(task, split, number, length, config.max_query_tokens)
-
-
 # -- checks ------------------------------------------------------------------------------------
-
-CheckStatus = Literal["ok", "warning", "problem", "not checked"]
 
 _BYTES_PER_GIB = 2**30
 _LIBRARY_BYTES = 0.8 * _BYTES_PER_GIB  # memory of a process after importing the trainer
@@ -223,29 +210,23 @@ class Check(NamedTuple):
     """Result of a check."""
 
     name: str
-    status: CheckStatus
+    status: Literal["ok", "warning", "problem", "not checked"]
     found: str
     advice: str = ""
 
 
-class Plan(NamedTuple):
-    """A run with its inputs."""
-
-    prepared: Prepared
-    inputs: Inputs
-    path: Path  # run directory
-    shape: ModelShape | ModelError  # sizes of the model, or the reason why they are unknown
-
-
 def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
     """Run all checks; the run directory need not exist yet."""
-    shape: ModelShape | ModelError
+    checks = [*_check_devices(), _check_tokenizer(inputs), _check_context(inputs)]
+    recipe = prepared.recipe
     try:
-        shape = shape_of_config(inputs.shell.config.to_dict(), prepared.recipe.model)
+        shape = shape_of_config(inputs.shell.config.to_dict(), recipe.model)
     except ModelError as error:
-        shape = error
-    plan = Plan(prepared, inputs, path, shape)
-    return [result for check in CHECKS for result in check(plan)]
+        checks.append(Check("memory", "not checked", str(error)))
+    else:
+        checks += _check_memory(recipe, inputs, shape)
+        checks.append(_check_disk(recipe, inputs, shape, path))
+    return checks + _check_rewards(prepared, inputs.selected["train"].problems[0], inputs)
 
 
 def check_recipe(recipe: Recipe) -> list[Check]:
@@ -259,117 +240,101 @@ def check_recipe(recipe: Recipe) -> list[Check]:
         try:
             inputs = read_inputs(prepared)
         except UserError as error:
-            problem = prepared.task.problem("train", 0)
-            rewards = list(_check_scorers(prepared, problem, None))
-            return [*results, Check("inputs", "problem", str(error)), *rewards]
-        return [*results, *run_checks(prepared, inputs, run_path(prepared.recipe))]
+            results.append(Check("inputs", "problem", str(error)))
+            return results + _check_rewards(prepared, prepared.task.problem("train", 0), None)
+        return results + run_checks(prepared, inputs, run_path(prepared.recipe))
     finally:
         prepared.close()
 
 
-def refuse_problems(checks: list[Check], how: Literal["refuse", "warn"]) -> None:
-    """Raise a ``ConfigError`` with all problems, unless ``how`` is "warn"."""
+def refuse_problems(checks: list[Check]) -> None:
+    """Raise a ``ConfigError`` with all problems."""
     found = [f"{c.name}: {c.found}; {c.advice}" for c in checks if c.status == "problem"]
-    if found and how == "refuse":
+    if found:
         raise ConfigError(f"preflight: {'; '.join(found)}; preflight=warn starts the run anyway")
 
 
-def check_devices(plan: Plan) -> Iterator[Check]:
+def _check_devices() -> list[Check]:
     """Check the number of GPUs: TRL's trainer requires one per process."""
-    if (number := num_devices()) > 1 and "WORLD_SIZE" not in os.environ:
-        yield Check(
-            "devices",
-            "problem",
-            f"{number} GPUs are visible and the trainer uses one",
-            "choose it with CUDA_VISIBLE_DEVICES",
-        )
+    import torch
+
+    if (number := torch.cuda.device_count()) <= 1 or "WORLD_SIZE" in os.environ:
+        return []
+    found = f"{number} GPUs are visible and the trainer uses one"
+    return [Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES")]
 
 
-def check_tokenizer(plan: Plan) -> Iterator[Check]:
+def _check_tokenizer(inputs: Inputs) -> Check:
     """Show end tokens and chat template, and check for a doubled start token."""
-    tokenizer = plan.inputs.tokenizer
-    ids = query_ids(tokenizer, plan.inputs.selected["train"].problems[0])
-    ends = eos_ids(plan.inputs.shell, tokenizer)
+    tokenizer = inputs.tokenizer
+    ids = query_ids(tokenizer, inputs.selected["train"].problems[0])
     template = "a chat template" if tokenizer.chat_template else "no chat template"
-    listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends)
+    listed = ", ".join(
+        f"{tokenizer.convert_ids_to_tokens(end)} ({end})"
+        for end in eos_ids(inputs.shell, tokenizer)
+    )
     text = str(tokenizer.decode(list(ids)))
     found = f"ends with {listed}; {template}, a query ends with {text[-30:]!r}"
     bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == (bos, bos):
-        yield Check(
-            "tokenizer",
-            "warning",
-            f"{found}, and begins with two {tokenizer.bos_token}",
-            "remove the token from the chat template: the tokenizer adds it already",
-        )
-    else:
-        yield Check("tokenizer", "ok", found)
-
-
-def check_context(plan: Plan) -> Iterator[Check]:
-    """Compare contexts with the longest sequence of the model."""
-    inputs, spec = plan.inputs, plan.inputs.spec
-    query, available = max(inputs.longest_query.values()), inputs.max_model_tokens
-    found = (
-        f"queries of up to {query} tokens and a context of {spec.context_size} need "
-        f"{inputs.longest_context} of the model's {available}; a budget of {spec.budget} in up to "
-        f"{spec.max_chunks} chunks"
+    if bos is None or ids[:2] != (bos, bos):
+        return Check("tokenizer", "ok", found)
+    return Check(
+        "tokenizer",
+        "warning",
+        f"{found}, and begins with two {tokenizer.bos_token}",
+        "remove the token from the chat template: the tokenizer adds it already",
     )
-    if query + spec.budget > available:
-        yield Check(
-            "context",
-            "warning",
-            f"{found}; LongCoT would need {query + spec.budget}",
-            "the table will have no row for LongCoT",
-        )
-    else:
-        yield Check("context", "ok", found)
 
 
-def check_memory(plan: Plan) -> Iterator[Check]:
+def _check_context(inputs: Inputs) -> Check:
+    """Compare contexts with the longest sequence of the model."""
+    spec, available = inputs.spec, longest_sequence(inputs.shell)
+    found = (
+        f"queries of up to {max(inputs.longest_query.values())} tokens and a context of "
+        f"{spec.context_size} need {inputs.longest_context} of the model's {available}; a budget "
+        f"of {spec.budget} in up to {spec.max_chunks} chunks"
+    )
+    if inputs.longcot_context <= available:
+        return Check("context", "ok", found)
+    found = f"{found}; LongCoT would need {inputs.longcot_context}"
+    return Check("context", "warning", found, "the table will have no row for LongCoT")
+
+
+def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Check]:
     """Compare the peak memory of trainer and engines with the memory of this machine.
 
     The estimate of the trainer is within a tenth of measured steps (docs/guide/cost.md). That of
     the engine assumes full caches and batches.
     """
-    if isinstance(plan.shape, ModelError):
-        yield Check("memory", "not checked", str(plan.shape))
-        return
-    recipe, device, ram = plan.prepared.recipe, device_memory(), process_memory()
+    device, ram = device_memory(), process_memory()
     memory, factor, extra = (
         (device, 1.0, 0.0) if device else (ram, _CPU_OVERHEAD_FACTOR, _LIBRARY_BYTES)
     )
-    trainer = _trainer_bytes(plan, plan.shape, factor)
+    trainer = _trainer_bytes(recipe, inputs, shape, factor)
     if choose_engine(recipe.engine.name) == "transformers":
         # Weights and the state of Adam; there are no gradients while the engine samples.
-        sampling = weight_bytes(plan.shape, 12) + factor * _sampling_bytes(plan, plan.shape)
-        yield _compare(
-            "memory",
-            extra + max(trainer, sampling),
-            memory,
-            f"training takes {_gib(trainer)}, sampling in the same process {_gib(sampling)}",
-            "lower training.forward_tokens or evaluation.num_problems, or use a smaller model",
-        )
-        return
+        sampling = weight_bytes(shape, 12) + factor * _sampling_bytes(recipe, inputs, shape)
+        needed = extra + max(trainer, sampling)
+        found = f"training takes {_gib(trainer)}, sampling in the same process {_gib(sampling)}"
+        advice = "lower training.forward_tokens or evaluation.num_problems, or use a smaller model"
+        return [_compare("memory", needed, memory, found, advice)]
     # Every rank has a GPU of its own; on the CPU, the ranks share the memory.
     ranks = 1 if device else recipe.trainer.num_ranks
-    each = f" on each of {ranks} ranks" if ranks > 1 else ""
-    yield _compare(
-        "memory",
-        ranks * (trainer + extra),
-        memory,
-        f"training takes {_gib(trainer)}{each}",
-        "lower training.forward_tokens, or use a smaller model",
-    )
-    yield _check_workers(plan, plan.shape, device, ram)
+    found = f"training takes {_gib(trainer)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    advice = "lower training.forward_tokens, or use a smaller model"
+    return [
+        _compare("memory", ranks * (trainer + extra), memory, found, advice),
+        _check_workers(recipe.engine, inputs, shape, device, ram),
+    ]
 
 
-def _check_workers(plan: Plan, shape: ModelShape, device: Memory | None, ram: Memory) -> Check:
+def _check_workers(
+    engine: EngineConfig, inputs: Inputs, shape: ModelShape, device: Memory | None, ram: Memory
+) -> Check:
     """Compare the cache of a worker with one context, and all workers with the memory."""
-    engine = plan.prepared.recipe.engine
     size = 4 if engine.engine_dtype == "float32" else 2
     weights = weight_bytes(shape, size)
-    cache = float(cache_bytes(shape, plan.inputs.longest_context, size, block=16))
+    cache = float(cache_bytes(shape, inputs.longest_context, size, block=16))
     found = (
         f"{engine.num_engines} workers with {_gib(weights)} of weights each; the cache of a "
         f"context takes {_gib(cache)}"
@@ -386,19 +351,17 @@ def _check_workers(plan: Plan, shape: ModelShape, device: Memory | None, ram: Me
     return _compare("engine", needed, ram, found, advice)
 
 
-def _trainer_bytes(plan: Plan, shape: ModelShape, factor: float) -> float:
+def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, factor: float) -> float:
     """Return the memory of a rank; ``factor`` multiplies the activations."""
-    recipe, training, inputs = plan.prepared.recipe, plan.prepared.recipe.training, plan.inputs
-    longest = inputs.longest_context
+    training, longest = recipe.training, inputs.longest_context
     micro_batch = training.per_device_train_batch_size * inputs.max_chunks * longest
-    tokens = max(longest, min(training.forward_tokens, micro_batch))
-    states = weight_bytes(shape, 16)  # weights, gradients, and the state of Adam
     peak = training_bytes(
         shape,
-        tokens,
+        max(longest, min(training.forward_tokens, micro_batch)),
         dtype_bytes=2 if training.bf16 else 4,
         by_layer=training.gradient_checkpointing,
     )
+    states = weight_bytes(shape, 16)  # weights, gradients, and the state of Adam
     activations = float(peak) - states
     if training.lora:
         states -= weight_bytes(shape, 12)  # Frozen weights have neither gradients nor a state.
@@ -409,11 +372,10 @@ def _trainer_bytes(plan: Plan, shape: ModelShape, factor: float) -> float:
     return states + factor * activations
 
 
-def _sampling_bytes(plan: Plan, shape: ModelShape) -> float:
+def _sampling_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:
     """Return the memory of caches and logits in the largest batch, of training or evaluation."""
-    recipe, inputs = plan.prepared.recipe, plan.inputs
-    longest = longcot = max(inputs.longest_query.values()) + inputs.spec.budget
-    if longcot > inputs.max_model_tokens:  # then LongCoT is not evaluated
+    longest = inputs.longcot_context
+    if longest > longest_sequence(inputs.shell):  # then LongCoT is not evaluated
         longest = inputs.longest_context
     evaluated = min(_MAX_BATCH_SIZE, recipe.evaluation.num_problems)
     trained = min(_MAX_BATCH_SIZE, recipe.training.traces_per_batch)
@@ -424,57 +386,43 @@ def _sampling_bytes(plan: Plan, shape: ModelShape) -> float:
     return caches + _MAX_BATCH_SIZE * shape.vocabulary_size * 4 * _LOGIT_COPIES
 
 
-def check_disk(plan: Plan) -> Iterator[Check]:
+def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -> Check:
     """Compare the size of checkpoints and traces with the free disk space."""
-    if isinstance(plan.shape, ModelError):
-        return
-    training, free = plan.prepared.recipe.training, free_disk(plan.path)
-    one = weight_bytes(plan.shape, 4 if training.lora else 12)  # weights and the state of Adam
+    training, free = recipe.training, free_disk(path)
+    one = weight_bytes(shape, 4 if training.lora else 12)  # weights and the state of Adam
     # While a checkpoint is written, the oldest is still there.
     kept = training.save_total_limit + 1 if training.save_steps else 0
-    checkpoints = kept * one + weight_bytes(plan.shape, 4)
-    needed = max(one, checkpoints - folder_size(plan.path / "checkpoints"))
-    sampled, read = plan.inputs.spec.budget, plan.inputs.max_prompt_tokens
-    trace = sampled * _BYTES_PER_SAMPLED_TOKEN + read * _BYTES_PER_PROMPT_TOKEN
+    checkpoints = kept * one + weight_bytes(shape, 4)
+    present = sum(f.stat().st_size for f in (path / "checkpoints").rglob("*") if f.is_file())
+    needed = max(one, checkpoints - present)
+    trace = (
+        inputs.spec.budget * _BYTES_PER_SAMPLED_TOKEN
+        + inputs.max_prompt_tokens * _BYTES_PER_PROMPT_TOKEN
+    )
     traces = training.num_batches * training.traces_per_batch * trace
     found = (
         f"checkpoints take {_gib(checkpoints)} ({_gib(one)} each), traces at most {_gib(traces)}; "
-        f"{_gib(free)} are free at {plan.path}"
+        f"{_gib(free)} are free at {path}"
     )
-    advice = (
+    if needed + traces <= _WARNING_SHARE * free:
+        return Check("disk", "ok", found)
+    return Check(
+        "disk",
+        "problem" if needed > free else "warning",
+        found,
         "free some space, choose another output=PATH, or keep fewer checkpoints: "
-        "training.save_total_limit=1"
+        "training.save_total_limit=1",
     )
-    if needed > free:
-        yield Check("disk", "problem", found, advice)
-    elif needed + traces > _WARNING_SHARE * free:
-        yield Check("disk", "warning", found, advice)
-    else:
-        yield Check("disk", "ok", found)
 
 
-def check_rewards(plan: Plan) -> Iterator[Check]:
+def _check_rewards(prepared: Prepared, problem: Problem, inputs: Inputs | None) -> list[Check]:
     """Score a right and a wrong answer to the first problem of each task."""
-    problem = plan.inputs.selected["train"].problems[0]
-    yield from _check_scorers(plan.prepared, problem, plan.inputs)
-
-
-CHECKS: tuple[Callable[[Plan], Iterator[Check]], ...] = (
-    check_devices,
-    check_tokenizer,
-    check_context,
-    check_memory,
-    check_disk,
-    check_rewards,
-)
-
-
-def _check_scorers(prepared: Prepared, problem: Problem, inputs: Inputs | None) -> Iterator[Check]:
-    yield _check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs)
+    checks = [_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs)]
     if prepared.recipe.evaluation.task is not None:
-        heldout = prepared.evaluation_task.problem("heldout", 0)
         task, scorer = prepared.evaluation_task, prepared.evaluation_scorer
-        yield _check_scorer("rewards of evaluation", scorer, task, heldout, inputs)
+        heldout = task.problem("heldout", 0)
+        checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs))
+    return checks
 
 
 def _check_scorer(
@@ -488,42 +436,34 @@ def _check_scorer(
             "the task has no example of a right and a wrong answer",
             "give the task a method demonstrations(problem)",
         )
-    texts = [str(answer) for answer in answers]
-    right, wrong = scorer.score_now([_attempt(problem, text, inputs) for text in texts])
+    attempts = []
+    for text in map(str, answers):
+        if inputs is None:
+            attempts.append(attempt_from_text(problem, text))
+        else:
+            spec = inputs.spec
+            length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
+            attempts.append(attempt_from_text(problem, text, length, spec.budget, spec.max_chunks))
+    right, wrong = scorer.score_now(attempts)
     advice = "see the scores of the task's answers: delethink tasks NAME --check 8"
     for score, answer in ((right, "the right answer"), (wrong, "the wrong answer")):
         if score.errors:
             reward, reason = next(iter(score.errors.items()))
             return Check(name, "problem", f"{reward} cannot score {answer}: {reason}", advice)
-    found = f"right answer {_parts(right)}, wrong answer {_parts(wrong)}"
+    found = f"right answer {_describe(right)}, wrong answer {_describe(wrong)}"
     accuracy = scorer.accuracy
     if right.parts[accuracy] != 1 or wrong.parts[accuracy] != 0:
         return Check(name, "problem", f"{found}; {accuracy} must give 1 and 0", advice)
-    if not _total(right) > _total(wrong):
-        return Check(
-            name,
-            "problem",
-            f"{found}: the right answer has no higher reward",
-            "change the weights of the rewards",
-        )
+    if not right.total > wrong.total:
+        found = f"{found}: the right answer has no higher reward"
+        return Check(name, "problem", found, "change the weights of the rewards")
     return Check(name, "ok", found)
 
 
-def _attempt(problem: Problem, text: str, inputs: Inputs | None) -> Any:
-    if inputs is None:
-        return attempt_from_text(problem, text)
-    ids = inputs.tokenizer(text, add_special_tokens=False)["input_ids"]
-    spec = inputs.spec
-    return attempt_from_text(problem, text, len(ids), spec.budget, spec.max_chunks)
-
-
-def _parts(score: Any) -> str:
+def _describe(score: Score) -> str:
     known = [f"{name} {value:g}" for name, value in score.parts.items() if value is not None]
-    return f"{_total(score):g} ({', '.join(known)})"
-
-
-def _total(score: Any) -> float:
-    return -math.inf if score.total is None else float(score.total)
+    total = "none" if score.total is None else f"{score.total:g}"
+    return f"{total} ({', '.join(known)})"
 
 
 def _compare(name: str, needed: float, memory: Memory, found: str, advice: str) -> Check:

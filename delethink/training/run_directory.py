@@ -22,6 +22,7 @@ from delethink.errors import RunDirectoryError
 from delethink.training.system import processor
 
 PART = ".part"  # suffix of incomplete files and folders
+TRAINED_SETTING = "after RL, Delethink"  # last row of table.json
 
 
 def write_text(path: Path, text: str) -> None:

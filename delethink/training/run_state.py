@@ -31,7 +31,6 @@ from delethink.training.weights import GatherWeights, merged_state_dict
 from delethink.types import Problem, Score, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, index of the problem
-TRAINED_SETTING = "after RL, Delethink"  # last row of the table
 _MAX_SKIPPED_STEPS = 10  # in a row
 
 

@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-_UNLIMITED_BYTES = 2**60  # control groups without a limit report a larger number
-
 
 def processor() -> str:
     """Return the number of cores and the name of the processor.
@@ -21,17 +19,15 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    values: dict[str, list[str]] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        values.setdefault(key.strip(), []).append(value.strip())
-    names = values.get("model name")
-    if not names:
+    pairs = [line.partition(":") for line in lines]
+    cores = sum(key.strip() == "model name" for key, _, _ in pairs)
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+    if not cores:
         return platform.processor()
+    name = f"{cores} x {values['model name']}"
     if "cpu family" not in values or "model" not in values:
-        return f"{len(names)} x {names[0]}"
-    family, model = values["cpu family"][0], values["model"][0]
-    return f"{len(names)} x {names[0]} (family {family}, model {model})"
+        return name
+    return f"{name} (family {values['cpu family']}, model {values['model']})"
 
 
 class Memory(NamedTuple):
@@ -52,25 +48,15 @@ def process_memory() -> Memory:
     for line in meminfo.read_text(encoding="ascii").splitlines():
         key, _, rest = line.partition(":")
         values[key] = int(rest.split()[0]) * 1024
-    memory = Memory("RAM", values["MemTotal"], values["MemAvailable"])
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+    total, free = values["MemTotal"], values["MemAvailable"]
+    for limit_file, used_file in (  # control groups, versions 2 and 1
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, used = _read_number(Path(limit_file)), _read_number(Path(used_file))
-        if limit is not None and limit < min(memory.total, _UNLIMITED_BYTES):
-            return Memory("RAM", limit, max(0, min(memory.free, limit - (used or 0))))
-    return memory
-
-
-def num_devices() -> int:
-    """Return the number of visible GPUs."""
-    import torch
-
-    return torch.cuda.device_count()
+        limit, used = _cgroup_number(limit_file), _cgroup_number(used_file)
+        if limit is not None and limit < total:  # groups without a limit report a larger number
+            return Memory("RAM", limit, max(0, min(free, limit - (used or 0))))
+    return Memory("RAM", total, free)
 
 
 def device_memory() -> Memory | None:
@@ -89,13 +75,8 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def folder_size(folder: Path) -> int:
-    """Return the bytes of all files under a folder; 0 if there is no such folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _read_number(path: Path) -> int | None:
+def _cgroup_number(name: str) -> int | None:
     try:
-        return int(path.read_text(encoding="ascii"))
+        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii"))
     except (OSError, ValueError):  # no such group, or "max"
         return None

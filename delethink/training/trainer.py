@@ -6,43 +6,38 @@ start the engine, evaluate the base model, train, and evaluate the trained model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import rotate_checkpoints
 
-from delethink.config import Recipe, dump_recipe
+from delethink.config import Recipe
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
-from delethink.errors import RunDirectoryError
+from delethink.errors import ConfigError
 from delethink.tasks import left_out_of
 from delethink.training.checkpointing import (
-    AtomicCheckpoints,
+    CHECKPOINT_PREFIX,
+    FINAL_CHECKPOINT,
     Checkpoint,
-    find_checkpoint,
-    remove_unfinished,
+    RunLocation,
+    complete_folder,
+    resume,
+    write_run_state,
 )
 from delethink.training.data_parallel import RankGroup, trace_cost
 from delethink.training.grpo import DelethinkTrainer
 from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
-from delethink.training.preflight import Inputs, Prepared, read_inputs, refuse_problems, run_checks
+from delethink.training.preflight import Inputs, Prepared, read_inputs, run_checks
 from delethink.training.progress import TrainingProgress, plot_metrics
-from delethink.training.resume import RunLocation
-from delethink.training.run_state import (
-    TRAINED_SETTING,
-    Example,
-    ResultsTable,
-    RunState,
-    make_example,
-)
+from delethink.training.run_directory import TRAINED_SETTING, RunDirectory
+from delethink.training.run_state import Example, ResultsTable, RunState, make_example
 from delethink.training.step_metrics import forward_metrics, logger_values
-from delethink.training.weights import GatherWeights
-
-FINAL_CHECKPOINT = "final"
+from delethink.training.weights import GatherWeights, has_adapters, merged_state_dict
 
 
 def train(
@@ -81,7 +76,9 @@ def _train(
     inputs = read_inputs(prepared)
     progress.log(f"run directory: {directory.path}")
     checks = run_checks(prepared, inputs, directory.path)
-    refuse_problems(checks, recipe.preflight)
+    problems = [f"{c.name}: {c.found}; {c.advice}" for c in checks if c.status == "problem"]
+    if problems and recipe.preflight == "refuse":
+        raise ConfigError(f"preflight: {'; '.join(problems)}; preflight=warn starts the run anyway")
     for check in checks:
         if check.status != "ok":
             progress.log(f"{check.status}: {check.name}: {check.found}; {check.advice}")
@@ -90,7 +87,7 @@ def _train(
     settings = trl_config(recipe, inputs.spec, directory.checkpoints)
     sampling_model = _sampling_model(recipe, model, settings.device)
     checkpoint = resume(location, recipe, progress) if location.exists else None
-    _report_problems(prepared, inputs, location, progress)
+    _report_problems(prepared, inputs, directory, progress)
 
     progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
     engine = make_engine(
@@ -125,95 +122,54 @@ def _sampling_model(recipe: Recipe, model: Any, device: Any) -> Any:
     return copy.to(device)
 
 
-# -- resuming ----------------------------------------------------------------------------------
-
-
-def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) -> Checkpoint | None:
-    """Reset a run directory to its newest complete checkpoint, and return the checkpoint.
-
-    Returns:
-        ``None`` without a complete checkpoint; the run then starts at the first step.
-
-    Raises:
-        RunDirectoryError: the run is finished and its last checkpoint is gone, or a file cannot be
-            written.
-    """
-    directory, max_steps = location.directory, recipe.training.max_steps
-    if remove_unfinished(directory.checkpoints):
-        progress.log("removed an incomplete checkpoint")
-    checkpoint, rejected = find_checkpoint(directory.checkpoints)
-    for text in rejected:
-        progress.log(f"skipped an incomplete checkpoint: {text}")
-    step = checkpoint.step if checkpoint else 0
-    finished = directory.finished_step
-    if finished is not None and step < finished:
-        raise RunDirectoryError(
-            f"{directory.path} holds a finished run of {finished} steps whose last checkpoint is "
-            f"gone; to train further, start from its weights: "
-            f"model={directory.checkpoints / FINAL_CHECKPOINT} output=PATH"
-        )
-    for key, (old, new) in location.changed.items():
-        progress.log(f"{key} was {old} and is {new} from here on")
-    rows = directory.read_table()
-    if step < max_steps or "training.max_steps" in location.changed:
-        rows = [row for row in rows if row["setting"] != TRAINED_SETTING]
-    directory.write_table(rows)
-    superseded = directory.reset_to(step, dump_recipe(recipe), location.changed)
-    start = f"after step {step}" if step else "from the first step, as there is no checkpoint"
-    progress.log(f"resuming the run {start}")
-    if superseded:
-        progress.log(
-            f"moved the files of {len(superseded)} later steps, up to step {superseded[-1]}, to "
-            f"{directory.path / 'superseded'}; these steps run again"
-        )
-    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in directory.read_metrics()})
-    if missing:
-        progress.log(f"metrics.jsonl lacks {len(missing)} steps, the first is step {missing[0]}")
-    return checkpoint
-
-
 def _report_problems(
-    prepared: Prepared, inputs: Inputs, location: RunLocation, progress: TrainingProgress
+    prepared: Prepared, inputs: Inputs, directory: RunDirectory, progress: TrainingProgress
 ) -> None:
     """Write and print the numbers of used and omitted problems."""
-    tasks = {"train": prepared.task, "heldout": prepared.evaluation_task}
-    counts: dict[str, dict[str, Any]] = {
-        split: {
-            "taken": len(taken.problems),
-            "overlong_queries": taken.overlong,
-            "longest_query_passed_over": taken.longest,
-            "left_out": left_out_of(tasks[split]),
+    counts: dict[str, dict[str, Any]] = {}
+    for split, task in (("train", prepared.task), ("heldout", prepared.evaluation_task)):
+        selected, left_out = inputs.selected[split], left_out_of(task)
+        counts[split] = {
+            "taken": len(selected.problems),
+            "overlong_queries": selected.overlong,
+            "longest_query_passed_over": selected.longest,
+            "left_out": left_out,
         }
-        for split, taken in inputs.selected.items()
-    }
-    location.directory.write_problems(counts)
-    for split, taken in inputs.selected.items():
-        if taken.overlong:
+        if selected.overlong:
             progress.log(
-                f"{split}: skipped {taken.overlong} of {taken.overlong + len(taken.problems)} "
-                f"problems whose queries are too long (the longest has {taken.longest} tokens)"
+                f"{split}: skipped {selected.overlong} of "
+                f"{selected.overlong + len(selected.problems)} problems whose queries are too long "
+                f"(the longest has {selected.longest} tokens)"
             )
-        if left_out := counts[split]["left_out"]:
+        if left_out:
             listed = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
             progress.log(f"{split}: left out of the data set: {listed}")
+    directory.write_problems(counts)
 
 
 # -- training ----------------------------------------------------------------------------------
 
 
-class RunTrainer(AtomicCheckpoints, DelethinkTrainer):
+class RunTrainer(DelethinkTrainer):
     """``DelethinkTrainer`` with complete checkpoints and the metrics of a run.
 
     Args:
         on_step: receives the trainer's metrics of each step and returns the whole line for the
             experiment trackers.
+        run_state: returns the state of the run, to save beside the trainer's own.
     """
 
     def __init__(
-        self, *args: Any, on_step: Callable[[dict[str, Any]], dict[str, Any]], **kwargs: Any
+        self,
+        *args: Any,
+        on_step: Callable[[dict[str, Any]], dict[str, Any]],
+        run_state: Callable[[], dict[str, Any]],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._on_step = on_step
+        self._on_step, self._run_state = on_step, run_state
+        self._output_dir: str | None = None  # while a checkpoint is written
+        self.add_callback(_SaveBetweenBatches(self))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add the metrics of a run to the logs of a step."""
@@ -229,6 +185,60 @@ class RunTrainer(AtomicCheckpoints, DelethinkTrainer):
             line = self._on_step(metrics)
             logs = logs | (logger_values(line) if self.args.report_to else {})
         super().log(logs, start_time)
+
+    def save_weights(self, name: str) -> None:
+        """Save the weights alone, completely or not at all.
+
+        Low-rank adapters are merged, so that the weights load like any others, and also saved
+        beside them.
+
+        Raises:
+            RunDirectoryError: they cannot be written.
+        """
+        with self._complete_folder(name) as path:
+            model = self.accelerator.unwrap_model(self.model)
+            if not has_adapters(model):
+                self.save_model(str(path))
+                return
+            self.save_model(str(path / "adapter"))
+            base = model.get_base_model()
+            base.save_pretrained(path, state_dict=merged_state_dict(base))
+            self.processing_class.save_pretrained(path)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        with self._complete_folder(f"{CHECKPOINT_PREFIX}{step}") as path:
+            self._output_dir = str(path.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._output_dir = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_run_state(path, step, self._run_state())
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def _complete_folder(self, name: str) -> AbstractContextManager[Path]:
+        path = Path(self.args.output_dir) / name
+        return complete_folder(path, self.args.should_save, self.accelerator.wait_for_everyone)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._output_dir or str(super()._get_output_dir(trial))
+
+
+class _SaveBetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformers' are untyped
+    """Delay checkpoints until the trainer is between batches."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self._trainer, self._is_due = trainer, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Decide whether to save after this step."""
+        is_due = self._is_due or control.should_save
+        control.should_save = is_due and self._trainer.is_between_batches
+        self._is_due = is_due and not control.should_save
+        return control
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
@@ -254,7 +264,7 @@ def make_trainer(
     *,
     model: Any,
     train_dataset: list[Example],
-    callbacks: Sequence[TrainerCallback],
+    callbacks: list[TrainerCallback],
     **options: Any,
 ) -> RunTrainer:
     """Return the trainer of a recipe; all ranks use the dataset of the main rank."""
@@ -264,7 +274,7 @@ def make_trainer(
         ranks=ranks,
         cost=trace_cost(model.config.to_dict()),
         peft_config=lora(recipe.training.lora),
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         **options,
     )
     trainer.remove_callback(PrinterCallback)
@@ -281,22 +291,6 @@ def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | No
     trainer.save_weights(FINAL_CHECKPOINT)
 
 
-def _write_step(
-    state: RunState, table: ResultsTable, trainer_metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the metrics of a step, evaluate if due, and return the line."""
-    line = {
-        **trainer_metrics,
-        "policy_version": state.policy_version,
-        "step_skipped": 0,
-        **state.metrics.values,
-        "heldout_accuracy": table.accuracy_at(trainer_metrics["step"]),
-    }
-    state.directory.add_metrics(line)
-    state.progress.step(line, state.recipe.training.max_steps)
-    return line
-
-
 def _fit(
     state: RunState,
     table: ResultsTable,
@@ -309,6 +303,20 @@ def _fit(
     recipe = state.recipe
     if checkpoint is not None:
         state.load_state_dict(checkpoint.run_state)
+
+    def write_step(trainer_metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write the metrics of a step, evaluate if due, and return the line."""
+        line = {
+            **trainer_metrics,
+            "policy_version": state.policy_version,
+            "step_skipped": 0,
+            **state.metrics.values,
+            "heldout_accuracy": table.accuracy_at(trainer_metrics["step"]),
+        }
+        state.directory.add_metrics(line)
+        state.progress.step(line, recipe.training.max_steps)
+        return line
+
     trainer = make_trainer(
         recipe,
         ranks,
@@ -320,7 +328,7 @@ def _fit(
         run_rollouts=state.sample_batch,
         on_sampled=state.on_sampled,
         on_nonfinite=state.on_nonfinite,
-        on_step=partial(_write_step, state, table),
+        on_step=write_step,
         run_state=state.state_dict,
         callbacks=[state.weights.gathered, StepCallback(state)],
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.training.resume import changed_settings, load_run
+from delethink.training.checkpointing import changed_settings, load_run
 from delethink.training.rollouts import PromptCursor
 from delethink.training.run_directory import RunDirectory
 
