@@ -58,37 +58,5 @@ def make_engine(
     )
 
 
-def make_evaluation_engine(
-    config: EngineConfig,
-    model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    trust_remote_code: bool = False,
-    max_batch_size: int = 256,
-    seed: int = 0,
-) -> Engine:
-    """Make an engine for a model without a trainer; only the engine loads the weights.
-
-    Args:
-        config: settings of the engine.
-        model_path: folder, Hugging Face id, or ``"toy"``.
-        tokenizer: tokenizer of the model.
-        trust_remote_code: run code from the model's repository.
-        max_batch_size: chunks decoded at once by an engine in this process, unless ``config`` says.
-        seed: seed of requests without a seed of their own.
-    """
-    if choose_engine(config.name) == "transformers" and config.max_batch_size is None:
-        config = config.model_copy(update={"max_batch_size": max_batch_size})
-    return make_engine(
-        config,
-        model_path,
-        None,
-        tokenizer,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        is_trained=False,
-    )
-
-
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

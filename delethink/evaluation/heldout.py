@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from delethink.chunking import ChunkSpec
@@ -15,7 +16,7 @@ from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer
 from delethink.tokenization import Tokenizer, query_ids
-from delethink.types import Problem, Score, Trace, TraceStop
+from delethink.types import Problem, TraceStop
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class HeldOutResult:
     thinking_tokens: float  # mean length of a trace
     thinking_tokens_interval: Interval  # normal interval
     chunks: float  # mean number of chunks of a trace
-    budget_share: float  # share of traces that ran out of budget
+    budget_share: float  # share of traces out of budget
     unscored: int = 0  # traces whose reward failed; they count as wrong
     first_error: str | None = None  # error of the first unscored trace
 
@@ -39,7 +40,7 @@ class HeldOutResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeldOutResult:
-        """Return the row that ``as_dict`` wrote."""
+        """Return the row written by ``as_dict``."""
         intervals = ("accuracy_interval", "thinking_tokens_interval")
         return cls(**{**values, **{name: tuple(values[name]) for name in intervals}})
 
@@ -48,16 +49,11 @@ class HeldOutResult:
 class Evaluator:
     """Runs one trace per held-out problem and scores it.
 
-    Args:
-        problems: held-out problems.
-        scorer: scores traces; its accuracy reward is 1 if right, else 0.
-        tokenizer: renders queries and decodes traces.
-        temperature: sampling temperature.
-        seed: seed of the evaluation; trace i derives its own seed from this one and i.
+    The seed of trace i derives from ``seed`` and i.
     """
 
     problems: Sequence[Problem]
-    scorer: Scorer
+    scorer: Scorer  # the accuracy reward must be 1 if right, else 0
     tokenizer: Tokenizer
     temperature: float
     seed: int
@@ -76,7 +72,7 @@ class Evaluator:
             policy: policy to sample from.
             spec: chunk sizes.
             setting: name of the row.
-            max_model_tokens: longest sequence of the model, in tokens.
+            max_model_tokens: longest sequence of the model; ``None`` checks nothing.
             limit: number of problems.
 
         Raises:
@@ -101,9 +97,6 @@ class Evaluator:
                 max_model_tokens,
             )
         )
-        return self._summarise(setting, traces, scores)
-
-    def _summarise(self, setting: str, traces: list[Trace], scores: list[Score]) -> HeldOutResult:
         failed = [trace for trace in traces if trace.stop.is_failure]
         if failed:
             raise RolloutError(
@@ -113,12 +106,11 @@ class Evaluator:
         name, n = self.scorer.accuracy, len(traces)
         errors = [score.errors[name] for score in scores if name in score.errors]
         values = [score.parts[name] for score in scores if name not in score.errors]
-        for value in values:
-            if value not in (0, 1):
-                raise ConfigError(
-                    f"the reward {name!r} gave {value}, and an accuracy needs 0 or 1; name another "
-                    "reward with evaluation.reward"
-                )
+        if wrong := set(values) - {0, 1}:
+            raise ConfigError(
+                f"the reward {name!r} gave {wrong.pop()}, and an accuracy needs 0 or 1; name "
+                "another reward with evaluation.reward"
+            )
         right = values.count(1)
         lengths = [float(trace.length) for trace in traces]
         return HeldOutResult(
@@ -126,10 +118,10 @@ class Evaluator:
             num_problems=n,
             accuracy=right / n,
             accuracy_interval=wilson(right, n),
-            thinking_tokens=sum(lengths) / n,
+            thinking_tokens=fmean(lengths),
             thinking_tokens_interval=mean_interval(lengths),
-            chunks=sum(len(trace.thinking) for trace in traces) / n,
-            budget_share=sum(trace.stop is TraceStop.BUDGET for trace in traces) / n,
+            chunks=fmean(len(trace.thinking) for trace in traces),
+            budget_share=fmean(trace.stop is TraceStop.BUDGET for trace in traces),
             unscored=len(errors),
             first_error=next(iter(errors), None),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +28,18 @@ class Interval(NamedTuple):
     high: float
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A value and its 95 % confidence interval."""
 
     value: float
-    interval: Interval
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> Interval:
+        """Both ends of the interval."""
+        return Interval(self.low, self.high)
 
 
 def wilson(successes: float, n: int) -> Interval:
@@ -63,12 +71,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def clustered_mean(values_P: Sequence[Sequence[float]]) -> Estimate:
     """Return the mean over problems of means over samples, with Student's t interval.
 
-    A single problem gets an interval without width.
+    The interval of a single problem has no width.
     """
     means = _problem_means(values_P)
     mean, n = float(means.mean()), len(means)
     half = t_quantile(0.975, n - 1) * float(means.std(ddof=1)) / n**0.5 if n > 1 else 0.0
-    return Estimate(mean, Interval(mean - half, mean + half))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def avg_at_n(scores_P: Scores) -> Estimate:
@@ -78,7 +86,7 @@ def avg_at_n(scores_P: Scores) -> Estimate:
         ValueError: no problem, or a problem without samples.
     """
     means = _problem_means(scores_P)
-    return Estimate(float(means.mean()), proportion_interval(means, _mean_samples(scores_P)))
+    return _estimate(means, _mean_samples(scores_P))
 
 
 def pass_at_k(scores_P: Scores, k: int) -> Estimate:
@@ -90,9 +98,7 @@ def pass_at_k(scores_P: Scores, k: int) -> Estimate:
         ValueError: a problem has fewer than ``k`` samples, or a score is neither 0 nor 1.
     """
     values = np.array([_pass_at_k(len(s), _count_right(s), k) for s in scores_P])
-    if not values.size:
-        raise ValueError("pass@k needs at least one problem")
-    return Estimate(float(values.mean()), proportion_interval(values, _mean_samples(scores_P)))
+    return _estimate(values, _mean_samples(scores_P))
 
 
 def _pass_at_k(n: int, right: int, k: int) -> float:
@@ -114,10 +120,7 @@ def maj_at_n(votes_P: Sequence[Sequence[str | None]], scores_P: Scores) -> Estim
         scores_P: scores of the same samples.
     """
     pairs = zip(votes_P, scores_P, strict=True)
-    values = np.array([majority(votes, scores) for votes, scores in pairs])
-    if not values.size:
-        raise ValueError("maj@n needs at least one problem")
-    return Estimate(float(values.mean()), proportion_interval(values))
+    return _estimate(np.array([majority(votes, scores) for votes, scores in pairs]))
 
 
 def majority(votes: Sequence[str | None], scores: Sequence[float]) -> float:
@@ -152,8 +155,12 @@ def maj_at_k(
         picks = [rng.permutation(len(votes))[:k] for _ in range(draws if k < len(votes) else 1)]
         means = [majority([votes[i] for i in pick], [scores[i] for i in pick]) for pick in picks]
         values.append(sum(means) / len(means))
-    interval = proportion_interval(np.array(values), _mean_samples(scores_P))
-    return Estimate(float(np.mean(values)), interval)
+    return _estimate(np.array(values), _mean_samples(scores_P))
+
+
+def _estimate(values_P: npt.NDArray[np.float64], samples: float = 1.0) -> Estimate:
+    interval = proportion_interval(values_P, samples)
+    return Estimate(float(values_P.mean()), *interval)
 
 
 def proportion_interval(values_P: npt.NDArray[np.float64], samples: float = 1.0) -> Interval:
@@ -187,7 +194,8 @@ def _score_interval(p: float, trials: float, quantile: float) -> Interval:
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """Second setting minus first, on the same problems.
 
     ``verdict`` is ``"better"`` or ``"worse"`` (of the second), ``"no difference"`` (the whole
@@ -204,7 +212,7 @@ class Difference(NamedTuple):
 def compare_paired(first_P: Scores, second_P: Scores, margin: float = 0.02) -> Difference:
     """Compare two settings problem by problem, with Student's t over the differences.
 
-    Pairing removes the spread that both settings share, so the interval is narrower than those of
+    Pairing removes the spread shared by both settings, so the interval is narrower than those of
     the two accuracies suggest. If all differences are equal, their spread is unknown, and the
     half-width is Wilson's upper bound for no success in as many trials.
 
@@ -232,21 +240,16 @@ def compare_paired(first_P: Scores, second_P: Scores, margin: float = 0.02) -> D
     else:
         half = t_quantile(0.975, n - 1) * error
         p_value = 2 * float(_special().stdtr(n - 1, -abs(mean) / error))
-    interval = Interval(max(-1.0, mean - half), min(1.0, mean + half))
-    return Difference(mean, interval, p_value, n, _verdict(interval, margin))
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
+    if -margin <= low and high <= margin:
+        verdict = "no difference"
+    else:
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not enough data"
+    return Difference(mean, Interval(low, high), p_value, n, verdict)
 
 
-def _verdict(interval: Interval, margin: float) -> str:
-    if -margin <= interval.low and interval.high <= margin:
-        return "no difference"
-    if interval.low > 0:
-        return "better"
-    if interval.high < 0:
-        return "worse"
-    return "not enough data"
-
-
-class Bootstrap(NamedTuple):
+@dataclass(frozen=True)
+class Bootstrap:
     """Result of resampling the samples of each problem; the problems stay the same."""
 
     mean: float

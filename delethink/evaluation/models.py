@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from delethink.carryover import Carryover
 from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig
-from delethink.engines.factory import make_evaluation_engine
+from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
@@ -18,7 +18,7 @@ from delethink.policy import Policy
 from delethink.tokenization import Tokenizer, encode, query_ids
 from delethink.types import END_OF_THINKING, Problem
 
-DEFAULT_BATCH_SIZE = 128  # chunks sampled at once by the transformers engine
+_BATCH_SIZE = 128  # chunks sampled at once by the transformers engine, unless set by the user
 
 
 class LoadedModel(NamedTuple):
@@ -44,17 +44,20 @@ def local_models(
         seed: seed of requests without a seed of their own.
     """
     config = engine or EngineConfig()
+    if config.max_batch_size is None and choose_engine(config.name) == "transformers":
+        config = config.model_copy(update={"max_batch_size": _BATCH_SIZE})
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
         tokenizer = load_tokenizer(model, trust_remote_code)
-        opened = make_evaluation_engine(
+        opened = make_engine(
             config,
             model,
+            None,  # only the engine loads the weights
             tokenizer,
             trust_remote_code=trust_remote_code,
-            max_batch_size=config.max_batch_size or DEFAULT_BATCH_SIZE,
             seed=seed,
+            is_trained=False,
         )
         with contextlib.closing(opened):
             yield LoadedModel(opened, tokenizer, opened.max_model_tokens)
@@ -126,16 +129,22 @@ def settings_for_model(
 
     Raises:
         ConfigError: a context is longer than the window.
+        QueryTooLongError: with ``cap_longcot``, no token of thinking fits.
     """
     tokenizer = load_tokenizer(model, trust_remote_code)
     window = longest_sequence(load_shell(model, trust_remote_code))
     longest, answer = longest_query(tokenizer, problems), answer_room(tokenizer, plan)
+    cap = None
+    if cap_longcot:
+        cap = window - longest - answer
+        # Raises an error if no token of thinking fits.
+        start(ChunkSpec.longcot(max(cap, 1)), (0,) * longest, window - answer)
     settings = make_settings(
         [model],
         modes,
         context_sizes,
         carryover=carryover and carryover.bind(tokenizer),
-        longcot_cap=_longcot_cap(longest, window, answer) if cap_longcot else None,
+        longcot_cap=cap,
         **sizes,
     )
     for setting in settings:
@@ -186,15 +195,3 @@ def answer_room(tokenizer: Tokenizer, plan: SamplingPlan) -> int:
     if not plan.forced_answer_tokens:
         return 0
     return plan.forced_answer_tokens + len(encode(tokenizer, END_OF_THINKING))
-
-
-def _longcot_cap(query_tokens: int, max_model_tokens: int, answer_tokens: int) -> int:
-    """Return the largest LongCoT budget within the window.
-
-    Raises:
-        QueryTooLongError: no token of thinking fits.
-    """
-    room = max_model_tokens - query_tokens - answer_tokens
-    spec = ChunkSpec.longcot(max(room, 1))
-    start(spec, (0,) * query_tokens, max_model_tokens - answer_tokens)
-    return room

@@ -16,13 +16,12 @@ the carryover loses no more in the controls.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,7 @@ from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.config import EngineConfig
 from delethink.engines.loading import load_model, load_tokenizer, longest_sequence
-from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError
+from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import clustered_mean
 from delethink.evaluation.models import local_models, longest_query
 from delethink.policy import Sampling
@@ -57,23 +56,20 @@ class ScoredBoundary(NamedTuple):
     """The chunk after a boundary, scored under one condition.
 
     Args:
-        trace: index of the trace.
-        chunk: index of the chunk, from 1.
-        carryover_size: m.
-        condition: content of the context in place of the carryover.
         gap: log p(y | history) - log p(y | context), in nats [T].
         divergence: KL(history || context) of the next token, in nats [T].
     """
 
-    trace: int
-    chunk: int
+    trace: int  # index of the trace
+    chunk: int  # index of the chunk, from 1
     carryover_size: int
     condition: Condition
     gap: npt.NDArray[np.float64]
     divergence: npt.NDArray[np.float64]
 
 
-class TraceMean(NamedTuple):
+@dataclass(frozen=True)
+class TraceMean:
     """Mean over traces with its 95 % interval, in nats."""
 
     mean: float
@@ -96,38 +92,17 @@ class ResetCost:
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of a probe.
-
-    Args:
-        model: name of the model.
-        context_size: C.
-        traces: number of traces within the model's window.
-        passed_over: number of longer traces, which have no whole history to compare with.
-        without_boundary: number of fitting traces of a single context.
-        lines: cost of a reset by carryover size, condition and distance.
-        repeats: for each trace, the longest run of tokens recurring a context later.
-        answers: number of traces with an answer.
-        answers_lost: number of these whose last context holds another answer, or none.
-    """
+    """Results of a probe."""
 
     model: str
     context_size: int
-    traces: int
-    passed_over: int
-    without_boundary: int
-    lines: Sequence[ResetCost]
-    repeats: Sequence[int]
-    answers: int
-    answers_lost: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        values = asdict(self)
-        values["lines"] = [
-            {**asdict(line), "gap": line.gap._asdict(), "divergence": line.divergence._asdict()}
-            for line in self.lines
-        ]
-        return values
+    traces: int  # traces within the model's window
+    passed_over: int  # longer traces, which have no whole history to compare with
+    without_boundary: int  # fitting traces of a single context
+    lines: Sequence[ResetCost]  # by carryover size, condition and distance
+    repeats: Sequence[int]  # by trace, the longest run of tokens recurring a context later
+    answers: int  # traces with an answer
+    answers_lost: int  # traces whose last context holds another answer, or none
 
     @property
     def totals(self) -> list[ResetCost]:
@@ -276,34 +251,38 @@ class Probe:
         for index, trace in enumerate(traces):
             if not self.fits(trace):
                 continue
-            other = traces[index - 1] if len(traces) > 1 else None  # the last one, for the first
             for spec in specs:
-                conditions = list(CONDITIONS) if spec == controls else list(CONDITIONS)[:1]
-                yield from self._score(index, trace, other, spec, conditions)
+                other = None
+                if spec == controls and len(traces) > 1:
+                    other = first_carryover(
+                        traces[index - 1], spec
+                    )  # the last trace, for the first
+                yield from self._score(index, trace, spec, spec == controls, other)
 
     @torch.no_grad()
     def _score(
         self,
         index: int,
         trace: Trace,
-        other: Trace | None,
         spec: ChunkSpec,
-        conditions: Sequence[Condition],
+        with_controls: bool,
+        other: TokenIds | None,
     ) -> Iterator[ScoredBoundary]:
         chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
         if len(chunks) < 2:
             return
         history = self._history(trace.query_ids, [output for _, output in chunks])
-        borrowed = None if other is None else first_carryover(other, spec)
         for number, ((state, output), expected) in enumerate(zip(chunks, history, strict=True)):
             if number == 0:
                 continue
-            for condition in conditions:
-                context = _context(state, condition, borrowed)
-                if context is not None:
-                    gap, divergence = _compare(expected, self._logprobs(context, output), output)
-                    size = spec.carryover_size
-                    yield ScoredBoundary(index, number, size, condition, gap, divergence)
+            contexts: dict[Condition, TokenIds] = {"carried": state.prompt_ids}
+            if with_controls:
+                contexts["none"] = state.query_ids
+                if other is not None:
+                    contexts["other"] = (*state.query_ids, *other)
+            for condition, context in contexts.items():
+                gap, divergence = _compare(expected, self._logprobs(context, output), output)
+                yield ScoredBoundary(index, number, spec.carryover_size, condition, gap, divergence)
 
     def _history(self, query_ids: TokenIds, outputs: Sequence[TokenIds]) -> Iterator[torch.Tensor]:
         """Yield log-probs [T, V] of each chunk's tokens given the whole history before them."""
@@ -346,16 +325,6 @@ def first_carryover(trace: Trace, spec: ChunkSpec) -> TokenIds | None:
     """Return the tokens carried over a trace's first boundary; ``None`` without a boundary."""
     chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
     return tuple(chunks[1][0].carried) if len(chunks) > 1 else None
-
-
-def _context(
-    state: ThinkingState, condition: Condition, borrowed: TokenIds | None
-) -> TokenIds | None:
-    if condition == "carried":
-        return tuple(state.prompt_ids)
-    if condition == "none":
-        return tuple(state.query_ids)
-    return None if borrowed is None else (*state.query_ids, *borrowed)
 
 
 def _compare(
@@ -427,19 +396,14 @@ def reset_costs(boundaries: Sequence[ScoredBoundary]) -> list[ResetCost]:
 
 
 def _trace_mean(traces: Sequence[int], values: Sequence[npt.NDArray[np.float64]]) -> TraceMean:
-    """Average over traces, since tokens of one trace are correlated.
-
-    Args:
-        traces: index of the trace of each array.
-        values: values of tokens.
-    """
+    """Average arrays of tokens over their traces, since tokens of one trace are correlated."""
     by_trace: dict[int, list[float]] = {}
     for trace, tokens in zip(traces, values, strict=True):
         by_trace.setdefault(trace, []).extend(tokens.tolist())
-    mean, interval = clustered_mean(list(by_trace.values()))
+    mean = clustered_mean(list(by_trace.values()))
     if len(by_trace) == 1:
-        return TraceMean(mean, float("-inf"), float("inf"), 1)
-    return TraceMean(mean, *interval, len(by_trace))
+        return TraceMean(mean.value, float("-inf"), float("inf"), 1)
+    return TraceMean(mean.value, mean.low, mean.high, len(by_trace))
 
 
 def distance_edges(longest: int) -> list[int]:
@@ -459,7 +423,7 @@ def write_findings(findings: Findings, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "probe.md").write_text(findings_page(findings), encoding="utf-8")
-        text = json.dumps(findings.as_dict(), indent=2) + "\n"
+        text = json.dumps(asdict(findings), indent=2) + "\n"
         (folder / "probe.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"cannot write to {folder}: {error.strerror}") from None
@@ -528,11 +492,8 @@ def plot_findings(findings: Findings, path: Path) -> None:
     """Plot loss and divergence against the distance from the boundary.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
         ConfigError: the image cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "eval")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -1,8 +1,8 @@
 """Records of an evaluation on disk: append-only JSON lines, one per trace.
 
-A line is written in one call when its trace ends. So a killed process loses the traces in flight
-and leaves at most one partial line. The next process removes the line. Sampled tokens go to a
-second file first, so that results can be read without them. Its last line for a trace counts.
+A line is written in one call when its trace ends. A killed process loses the traces in flight and
+leaves at most one partial line, removed by the next process. Sampled tokens go to a second file
+first, since results do not need them. The last line for a trace counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,26 +61,17 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON, without the tokens."""
-        return {
-            **self.key._asdict(),
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "query_tokens": self.query_tokens,
-            "started": self.started,
-            "ended": self.ended,
-            "error": self.error,
-        }
+        values = asdict(replace(self, output_ids=()))
+        del values["key"], values["output_ids"]
+        return {**self.key._asdict(), **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
         """Return the record that ``to_json`` wrote."""
-        return cls(
-            key=SampleKey(values["setting"], values["problem"], values["sample"]),
-            outcomes=tuple(BudgetOutcome(**outcome) for outcome in values["outcomes"]),
-            query_tokens=values["query_tokens"],
-            started=values["started"],
-            ended=values["ended"],
-            error=values["error"],
-        )
+        others = dict(values)
+        key = SampleKey(*(others.pop(name) for name in SampleKey._fields))
+        outcomes = tuple(BudgetOutcome(**outcome) for outcome in others.pop("outcomes"))
+        return cls(key, outcomes, **others)
 
 
 class ResultsDirectory:
@@ -125,7 +116,7 @@ class ResultsDirectory:
 
         Raises:
             RunDirectoryError: no evaluation in the folder, other settings without ``force``, or
-                another process that writes there.
+                another process writing there.
         """
         try:
             before = dict(json.loads((path / _SETTINGS).read_text(encoding="utf-8")))
@@ -226,25 +217,21 @@ class ResultsDirectory:
             for name in (_TRACES, _TOKENS):
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
                 self._files[name] = file = os.open(self.path / name, flags, 0o644)
-                self._lock(file)
+                try:  # two processes in one folder would sample every trace twice
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise
+                except OSError:
+                    pass  # a file system without locks
                 os.ftruncate(file, _end_of_last_line(file))
-            self.write(_SETTINGS, json.dumps({**settings, **self.forced}, indent=2) + "\n")
-        except RunDirectoryError:
-            raise
-        except OSError as error:
-            raise _write_error(self.path, error) from None
-
-    def _lock(self, file: int) -> None:
-        """Lock a file: two processes in one folder would sample every trace twice."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirectoryError(
                 f"another process is writing to {self.path}: wait until it ends, or choose "
                 "another folder with -o PATH"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            raise _write_error(self.path, error) from None
+        self.write(_SETTINGS, json.dumps({**settings, **self.forced}, indent=2) + "\n")
 
 
 def _is_compatible(name: str, old: Any, new: Any) -> bool:
@@ -254,13 +241,12 @@ def _is_compatible(name: str, old: Any, new: Any) -> bool:
     if name == "models":
         return all(new.get(model) == weights for model, weights in old.items())
     if name == "settings":
-        return all(any(_is_same_setting(one, other) for other in new) for one in old)
+        # Shared keys only: another release may store more or fewer of them.
+        return all(
+            any(all(one[key] == other[key] for key in one.keys() & other.keys()) for other in new)
+            for one in old
+        )
     return bool(old == new)
-
-
-def _is_same_setting(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Compare shared keys only: another release may store more or fewer of them."""
-    return all(old[key] == new[key] for key in old.keys() & new.keys())
 
 
 def _end_of_last_line(file: int) -> int:

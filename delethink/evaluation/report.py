@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -14,14 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError
-from delethink.evaluation.metrics import Estimate, proportion_interval
+from delethink.errors import ConfigError, RunDirectoryError
+from delethink.evaluation.metrics import Estimate, avg_at_n
 from delethink.evaluation.records import Record
 from delethink.evaluation.results import ResultRow, Results
 from delethink.evaluation.settings import Setting
@@ -78,8 +75,8 @@ def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurveP
         budget=row.budget,
         k=k,
         accuracy=value.value,
-        low=value.interval.low,
-        high=value.interval.high,
+        low=value.low,
+        high=value.high,
         thinking_tokens=k * row.thinking_tokens.value,
         flops=None if row.flops is None else k * row.flops,
         # Per sample of each problem, to compare curves with different numbers of samples.
@@ -91,26 +88,20 @@ def write_curves(rows: Sequence[ResultRow], task: str, folder: Path) -> None:
     """Write ``curves.csv``, ``curves.html`` and ``curves.png``.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
         RunDirectoryError: a file cannot be written.
+        ConfigError: the image cannot be written.
     """
     points, title = curve_points(rows), f"test-time scaling on {Path(task).name}"
     try:
-        (folder / "curves.csv").write_text(curves_csv(points), encoding="utf-8")
+        with (folder / "curves.csv").open("w", encoding="utf-8") as file:
+            names = [field.name for field in fields(CurvePoint)]
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(point) for point in points)
         (folder / "curves.html").write_text(curves_html(points, title), encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"cannot write the curves to {folder}: {error.strerror}") from None
     plot_scaling(points, title, folder / "curves.png")
-
-
-def curves_csv(points: Sequence[CurvePoint]) -> str:
-    """Return a CSV table with one line per point."""
-    text = io.StringIO()
-    names = [field.name for field in fields(CurvePoint)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
-    return text.getvalue()
 
 
 def curves_html(points: Sequence[CurvePoint], title: str) -> str:
@@ -126,11 +117,8 @@ def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:
     """Plot all settings: one row per kind of scaling, one column per axis.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
         ConfigError: the image cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "eval")
     from matplotlib.figure import Figure
 
     axes_shown = [axis for axis in AXES if any(getattr(p, axis) is not None for p in points)]
@@ -141,8 +129,20 @@ def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:
     for row, (kind, name) in zip(panels, KINDS.items(), strict=True):
         for axes, axis in zip(row, axes_shown, strict=True):
             for i, setting in enumerate(settings):
-                own = [p for p in points if p.setting == setting and p.kind == kind]
-                _draw(axes, [p for p in own if getattr(p, axis)], axis, setting, f"C{i}")
+                own = [p for p in points if (p.setting, p.kind) == (setting, kind)]
+                line = [p for p in own if getattr(p, axis)]
+                axes.errorbar(
+                    [getattr(p, axis) for p in line],
+                    [p.accuracy for p in line],
+                    yerr=(
+                        [max(0.0, p.accuracy - p.low) for p in line],
+                        [max(0.0, p.high - p.accuracy) for p in line],
+                    ),
+                    marker=".",
+                    capsize=2,
+                    label=setting,
+                    color=f"C{i}",
+                )
             axes.set_xscale("log")
             axes.set_xlabel(AXES[axis])
             axes.grid(alpha=0.3)
@@ -153,22 +153,6 @@ def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the image {path}: {error}") from None
-
-
-def _draw(axes: Any, line: Sequence[CurvePoint], axis: str, label: str, colour: str) -> None:
-    if not line:
-        return
-    below = [max(0.0, point.accuracy - point.low) for point in line]
-    above = [max(0.0, point.high - point.accuracy) for point in line]
-    axes.errorbar(
-        [getattr(point, axis) for point in line],
-        [point.accuracy for point in line],
-        yerr=(below, above),
-        marker=".",
-        capsize=2,
-        label=label,
-        color=colour,
-    )
 
 
 class EvaluationProgress:
@@ -188,7 +172,7 @@ class EvaluationProgress:
     def on_setting_begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
         """Print the setting and start a progress bar."""
         self._total, self._done, self._failed = total, 0, 0
-        self._right: dict[int, tuple[float, int]] = {}  # problem -> (right samples, samples)
+        self._scores: dict[int, list[float]] = {}  # by problem
         self._shown = 0.0
         self._started, self._tokens, self._new = time.monotonic(), 0, 0
         for record in known:
@@ -246,19 +230,15 @@ class EvaluationProgress:
         self._done += 1
         if record.error is not None:
             self._failed += 1
-            return
-        right, number = self._right.get(record.key.problem, (0.0, 0))
-        score = record.outcomes[-1].score
-        self._right[record.key.problem] = (right + score, number + 1)
+        else:
+            self._scores.setdefault(record.key.problem, []).append(record.outcomes[-1].score)
 
     def _text(self) -> str:
         rate = self._tokens / max(1e-9, time.monotonic() - self._started)
         failed = f"  {self._failed} failed" if self._failed else ""
-        if not self._right:
+        if not self._scores:
             return f"no score yet{failed}"
-        means = np.array([right / number for right, number in self._right.values()])
-        samples = (self._done - self._failed) / len(means)
-        accuracy = Estimate(float(means.mean()), proportion_interval(means, samples))
+        accuracy = avg_at_n(list(self._scores.values()))
         return f"accuracy {_share(accuracy)}  {rate:.0f} tokens/s{failed}"
 
 
@@ -266,29 +246,25 @@ def _rows_table(setting: str, rows: Sequence[ResultRow]) -> Table:
     n = max(rows[0].pass_at)
     problems = f"{rows[0].problems} problems, {rows[0].samples} traces"
     table = Table(title=f"{setting}: {problems}, 95 % intervals over problems", box=SIMPLE_HEAD)
-    heads = ["budget", "accuracy", f"pass@{n}", f"maj@{n}", "out of\nbudget", "thinking\ntokens"]
-    heads += ["chunks", "tokens\nprocessed", "failed\ntraces"]
-    heads += [f"avg@{b.k} by\nbootstrap"] if (b := rows[0].bootstrap) else []
-    for name in heads:
-        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*_cells(row, n))
+        cells = {
+            "budget": f"{row.budget:,}",
+            "accuracy": _share(row.avg),
+            f"pass@{n}": f"{row.pass_at[n].value:.3f}",
+            f"maj@{n}": f"{row.maj_at[n].value:.3f}",
+            "out of\nbudget": f"{row.out_of_budget:.1%}",
+            "thinking\ntokens": f"{row.thinking_tokens.value:,.0f}",
+            "chunks": f"{row.chunks:.1f}",
+            "tokens\nprocessed": f"{row.processed_tokens:,.0f}",
+            "failed\ntraces": str(row.errors),
+        }
+        if b := row.bootstrap:
+            cells[f"avg@{b.k} by\nbootstrap"] = f"{b.mean:.4f} ± {b.sd:.4f}"
+        if not table.columns:
+            for head in cells:
+                table.add_column(head, justify="right")
+        table.add_row(*cells.values())
     return table
-
-
-def _cells(row: ResultRow, n: int) -> list[str]:
-    cells = [
-        f"{row.budget:,}",
-        _share(row.avg),
-        f"{row.pass_at[n].value:.3f}",
-        f"{row.maj_at[n].value:.3f}",
-        f"{row.out_of_budget:.1%}",
-        f"{row.thinking_tokens.value:,.0f}",
-        f"{row.chunks:.1f}",
-        f"{row.processed_tokens:,.0f}",
-        str(row.errors),
-    ]
-    return cells + ([f"{b.mean:.4f} ± {b.sd:.4f}"] if (b := row.bootstrap) else [])
 
 
 def _comparison_table(results: Results) -> Table:
@@ -298,13 +274,13 @@ def _comparison_table(results: Results) -> Table:
     for name in ("budget", "difference", "p", "verdict"):
         table.add_column(name, justify="right")
     for comparison in results.comparisons:
-        difference, low_high = comparison.difference, comparison.difference.interval
+        difference, (low, high) = comparison.difference, comparison.difference.interval
         pair = (comparison.first_budget, comparison.second_budget)
         table.add_row(
             comparison.first,
             comparison.second,
             f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} / {pair[1]:,}",
-            f"{difference.value:+.3f} ({low_high.low:+.3f} to {low_high.high:+.3f})",
+            f"{difference.value:+.3f} ({low:+.3f} to {high:+.3f})",
             f"{difference.p_value:.3f}",
             difference.verdict,
         )
@@ -312,4 +288,4 @@ def _comparison_table(results: Results) -> Table:
 
 
 def _share(number: Estimate) -> str:
-    return f"{number.value:.3f} ({number.interval.low:.3f}-{number.interval.high:.3f})"
+    return f"{number.value:.3f} ({number.low:.3f}-{number.high:.3f})"

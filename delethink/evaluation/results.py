@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from delethink.cost.estimate import Lengths, Workload, estimate
 from delethink.cost.flops import Cut, cut_traces, sampling_flops
 from delethink.cost.hardware import Accelerator
 from delethink.cost.models import model_shape
-from delethink.cost.shape import ModelShape
 from delethink.errors import UserError
 from delethink.evaluation.metrics import (
     Bootstrap,
@@ -77,16 +77,6 @@ class ResultRow:
     flops: float | None  # estimated FLOPs per trace
     seconds: float | None  # estimated seconds of all traces on the device
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        values = asdict(self)
-        for name in ("avg", "thinking_tokens"):
-            values[name] = _plain(getattr(self, name))
-        for name in ("pass_at", "maj_at"):
-            values[name] = {str(k): _plain(value) for k, value in getattr(self, name).items()}
-        values["bootstrap"] = None if self.bootstrap is None else self.bootstrap._asdict()
-        return values
-
 
 @dataclass(frozen=True)
 class PairedComparison:
@@ -97,10 +87,6 @@ class PairedComparison:
     first_budget: int
     second_budget: int
     difference: Difference
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {**asdict(self), "difference": self.difference._asdict()}
 
 
 @dataclass(frozen=True)
@@ -115,8 +101,8 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without the timing."""
         return {
-            "rows": [row.as_dict() for row in self.rows],
-            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
+            "rows": [asdict(row) for row in self.rows],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
             "errors": self.errors,
         }
 
@@ -132,7 +118,7 @@ class SettingRecords:
     query_tokens: dict[int, int] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        """Add a record; a later record of a trace replaces an earlier one."""
+        """Add a record; the last one of a trace counts."""
         key = (record.key.problem, record.key.sample)
         self.query_tokens[record.key.problem] = record.query_tokens
         self.spans.append((record.started, record.ended))
@@ -150,19 +136,14 @@ class SettingRecords:
             samples.setdefault(problem, []).append(self.outcomes[problem, sample][index])
         return samples
 
-    @property
-    def seconds(self) -> float:
-        """Wall time during which traces were sampled, without pauses between runs."""
-        total, until = 0.0, -np.inf
-        for start, end in sorted(self.spans):
-            total += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return float(total)
-
     def timing(self) -> dict[str, float]:
-        """Return the measured time and rates."""
+        """Return the seconds of sampling, without pauses between runs, and rates."""
+        seconds, until = 0.0, float("-inf")
+        for start, end in sorted(self.spans):
+            seconds += max(0.0, end - max(start, until))
+            until = max(until, end)
         last = [outcomes[-1] for outcomes in self.outcomes.values()]
-        tokens, seconds = sum(outcome.length for outcome in last), self.seconds
+        tokens = sum(outcome.length for outcome in last)
         return {
             "seconds": seconds,
             "thinking_tokens": tokens,
@@ -196,13 +177,18 @@ def summarise(
     for records in collected:
         if records.outcomes:
             model = records.setting.model
-            cost = _Cost.of(records, (cost_models or {}).get(model, model), analysis.device)
+            cost_model = (cost_models or {}).get(model, model)
             for i, budget in enumerate(records.setting.budgets):
-                rows.append(_row(records, budget, records.at(i), cost, analysis))
+                rows.append(_row(records, budget, records.at(i), cost_model, analysis))
     return Results(
         rows=rows,
         comparisons=_comparisons(collected, analysis.margin),
-        errors={r.setting.key: _count(r.errors.values()) for r in collected if r.errors},
+        errors={
+            # The most frequent reason first; the order of equally frequent ones is stable.
+            r.setting.key: dict(Counter(sorted(r.errors.values())).most_common())
+            for r in collected
+            if r.errors
+        },
         timing={r.setting.key: r.timing() for r in collected if r.spans},
     )
 
@@ -211,14 +197,15 @@ def _row(
     records: SettingRecords,
     budget: int,
     samples: Samples,
-    cost: _Cost | None,
+    cost_model: str,
     analysis: AnalysisSettings,
 ) -> ResultRow:
     scores = _scores(samples)
     votes = [[o.vote for o in outcomes] for outcomes in samples.values()]
     every = [outcome for outcomes in samples.values() for outcome in outcomes]
-    ks = _powers_of_two(min(map(len, scores)))
-    flops, seconds = cost.at(every) if cost else (None, None)
+    most = min(map(len, scores))
+    ks = sorted({most, *(1 << i for i in range(most.bit_length()))})  # 1, 2, 4, … and the most
+    flops, seconds = _cost(records, every, cost_model, analysis.device)
     bootstrap = None
     if analysis.bootstrap_k:
         bootstrap = bootstrap_avg(scores, analysis.bootstrap_k, analysis.resamples, analysis.seed)
@@ -240,54 +227,41 @@ def _row(
             for k in ks
         },
         bootstrap=bootstrap,
-        out_of_budget=_mean([o.out_of_budget for o in every]),
-        forced=_mean([o.forced for o in every]),
+        out_of_budget=fmean(o.out_of_budget for o in every),
+        forced=fmean(o.forced for o in every),
         thinking_tokens=clustered_mean([[o.length for o in s] for s in samples.values()]),
-        chunks=_mean([o.chunks for o in every]),
-        processed_tokens=_mean([o.processed for o in every]),
+        chunks=fmean(o.chunks for o in every),
+        processed_tokens=fmean(o.processed for o in every),
         flops=flops,
         seconds=seconds,
     )
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Cost estimates for the traces of a setting."""
-
-    shape: ModelShape
-    cut: Cut
-    query: int
-    problems: int
-    group: int
-    device: Accelerator | None
-
-    @classmethod
-    def of(cls, records: SettingRecords, model: str, device: Accelerator | None) -> _Cost | None:
-        """Return ``None`` if the estimator does not know the model or the carryover."""
-        try:
-            shape, cut = model_shape(model), Cut.of(records.setting.spec)
-        except UserError:
-            return None
-        problems = {problem for problem, _ in records.outcomes}
-        group = max(1, round(len(records.outcomes) / len(problems)))
-        query = round(sum(records.query_tokens.values()) / len(records.query_tokens))
-        return cls(shape, cut, query, len(problems), group, device)
-
-    def at(self, outcomes: Sequence[BudgetOutcome]) -> tuple[float, float | None]:
-        """Return FLOPs per trace, and seconds of all traces on one device."""
-        lengths = np.array([o.length for o in outcomes], float)
-        chunks = cut_traces(lengths, self.query, self.cut, self.group)
-        flops = float(sampling_flops(self.shape, chunks).mean())
-        if self.device is None:
-            return flops, None
-        workload = Workload(self.query, self.group, self.problems, gpus=1)
-        batch = Lengths.empirical(lengths, workload.traces)
-        try:
-            cost = estimate(self.shape, batch, self.cut, self.device, None, workload)
-        except UserError:  # the model does not fit on one device
-            return flops, None
-        seconds = float(cost.sampling_seconds)
-        return flops, seconds if np.isfinite(seconds) else None
+def _cost(
+    records: SettingRecords,
+    outcomes: Sequence[BudgetOutcome],
+    model: str,
+    device: Accelerator | None,
+) -> tuple[float | None, float | None]:
+    """Estimate FLOPs per trace and seconds of all traces; ``None`` where no estimate exists."""
+    try:
+        shape, cut = model_shape(model), Cut.of(records.setting.spec)
+    except UserError:  # an unknown model or carryover
+        return None, None
+    problems = len({problem for problem, _ in records.outcomes})
+    group = max(1, round(len(records.outcomes) / problems))
+    query = round(fmean(records.query_tokens.values()))
+    lengths = np.array([o.length for o in outcomes], float)
+    flops = float(sampling_flops(shape, cut_traces(lengths, query, cut, group)).mean())
+    if device is None:
+        return flops, None
+    workload = Workload(query, group, problems, gpus=1)
+    batch = Lengths.empirical(lengths, workload.traces)
+    try:
+        seconds = float(estimate(shape, batch, cut, device, None, workload).sampling_seconds)
+    except UserError:  # the model does not fit on one device
+        return flops, None
+    return flops, seconds if np.isfinite(seconds) else None
 
 
 def _comparisons(collected: Sequence[SettingRecords], margin: float) -> list[PairedComparison]:
@@ -316,22 +290,3 @@ def _comparisons(collected: Sequence[SettingRecords], margin: float) -> list[Pai
 
 def _scores(samples: Samples) -> list[list[float]]:
     return [[o.score for o in outcomes] for outcomes in samples.values()]
-
-
-def _powers_of_two(most: int) -> list[int]:
-    """Return 1, 2, 4, … and ``most`` itself."""
-    ks = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
-    return ks if ks[-1] == most else [*ks, most]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    """Count reasons, the most frequent first, in a stable order."""
-    return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
-
-
-def _plain(number: Estimate) -> dict[str, Any]:
-    return {"value": number.value, "low": number.interval.low, "high": number.interval.high}

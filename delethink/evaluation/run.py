@@ -91,13 +91,12 @@ def load_problems(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of problems must be at least 1, got {limit}")
-    name, task_arguments = task, dict(arguments)
     path = Path(task).expanduser()
     if path.suffix in _FILE_SUFFIXES:
-        name = "dataset"
         file = {"dataset": str(path), "heldout_share": 1.0}
-        task_arguments = {**file, **_DEFAULT_COLUMNS, **arguments}
-    made = make_task(name, task_arguments, seed)
+        made = make_task("dataset", {**file, **_DEFAULT_COLUMNS, **arguments}, seed)
+    else:
+        made = make_task(task, dict(arguments), seed)
     size = task_size(made, split)
     number = (limit or _DEFAULT_PROBLEMS) if size is None else min(limit or size, size)
     if not number:
@@ -105,10 +104,7 @@ def load_problems(
     chosen = reward or next(iter(rewards_of(made)), "exact")
     scorer = make_scorer({chosen: RewardConfig()}, chosen, ScoringConfig())
     problems = tuple(select_problems(made, split, number).problems)
-    return ProblemSet(task, problems, chosen, _grader(scorer), scorer, left_out_of(made))
 
-
-def _grader(scorer: Scorer) -> Grade:
     async def grade(attempt: Attempt) -> float | None:
         # A finished future instead of a task: an interrupt inside a task would be lost.
         parts: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -118,7 +114,7 @@ def _grader(scorer: Scorer) -> Grade:
             raise RuntimeError(f"{scorer.accuracy}: {score.errors[scorer.accuracy]}")
         return score.parts[scorer.accuracy]
 
-    return grade
+    return ProblemSet(task, problems, chosen, grade, scorer, left_out_of(made))
 
 
 @dataclass(frozen=True)
@@ -126,12 +122,7 @@ class Evaluation:
     """Everything with an effect on the records of an evaluation.
 
     Args:
-        problems: problems and their grader.
-        settings: models and modes.
-        plan: number of samples, temperature and seed.
         engine: name of the engine, stored because results of two engines must not be mixed.
-        in_flight: maximum number of traces sampled at the same time.
-        keep_tokens: store the sampled tokens.
         weights: digest of the weights by model (``engines.loading.digest``).
     """
 
@@ -139,8 +130,8 @@ class Evaluation:
     settings: Sequence[Setting]
     plan: SamplingPlan = field(default_factory=SamplingPlan)
     engine: str = "transformers"
-    in_flight: int = 64
-    keep_tokens: bool = True
+    in_flight: int = 64  # maximum number of traces sampled at the same time
+    keep_tokens: bool = True  # store the sampled tokens
     weights: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -274,21 +265,12 @@ def _sample(
         if callback is not None:
             callback.on_trace_end(record)
 
-    async def run(setting: Setting) -> None:
-        asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
-        try:
-            await _Sampler(evaluation, loaded, setting).run(known, store)
-        finally:
-            disconnect = getattr(loaded.policy, "disconnect", None)
-            if disconnect is not None:  # connections belong to this event loop
-                await disconnect()
-
     for setting in settings:
         if callback is not None:
             own = [record for key, record in known.items() if key.setting == setting.key]
             callback.on_setting_begin(setting, evaluation.traces_per_setting, own)
         try:
-            asyncio.run(run(setting))
+            asyncio.run(_Sampler(evaluation, loaded, setting).run(known, store))
         finally:
             if callback is not None:
                 callback.on_setting_end()
@@ -314,10 +296,17 @@ class _Sampler:
         Raises:
             UserError: a mistake with an effect on every trace; traces in flight are dropped.
         """
-        keys = self._missing(known)
+        asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
+        # Sample 0 of every problem first, for a running accuracy over all problems.
+        keys = (
+            SampleKey(self.setting.key, problem, sample)
+            for sample in range(self.evaluation.plan.samples)
+            for problem in range(len(self.evaluation.problems.problems))
+        )
+        missing = (key for key in keys if key not in known)
 
         async def work() -> None:
-            for key in keys:  # one iterator for all workers
+            for key in missing:  # one iterator for all workers
                 store(await self._record(key))
 
         workers = [asyncio.ensure_future(work()) for _ in range(self.evaluation.in_flight)]
@@ -327,14 +316,9 @@ class _Sampler:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-
-    def _missing(self, known: Collection[SampleKey]) -> Iterator[SampleKey]:
-        """Yield sample 0 of every problem first, for a running accuracy over all problems."""
-        for sample in range(self.evaluation.plan.samples):
-            for problem in range(len(self.evaluation.problems.problems)):
-                key = SampleKey(self.setting.key, problem, sample)
-                if key not in known:
-                    yield key
+            disconnect = getattr(self.loaded.policy, "disconnect", None)
+            if disconnect is not None:  # connections belong to this event loop
+                await disconnect()
 
     async def _record(self, key: SampleKey) -> Record:
         """Sample one trace and score it at every budget."""
@@ -348,43 +332,37 @@ class _Sampler:
         trace = await run_rollout(
             self.loaded.policy, self.setting.spec, query, sampling, self.loaded.max_model_tokens
         )
-        outcomes: tuple[BudgetOutcome, ...] = ()
+        outcomes: list[BudgetOutcome] = []
         failure = (trace.error or trace.stop.value) if trace.stop.is_failure else None
         if failure is None:
             try:
-                outcomes = await self._outcomes(trace, problem, sampling)
+                for budget, spec in zip(self.setting.budgets, self.setting.specs, strict=True):
+                    if outcomes and not outcomes[-1].out_of_budget:
+                        # A larger budget changes nothing.
+                        outcomes.append(replace(outcomes[-1], budget=budget))
+                    else:
+                        outcomes.append(await self._outcome(spec, trace, problem, sampling))
             except (UserError, WorkersLostError):
                 raise
             except Exception as error:  # graders and engines may raise anything
-                failure = f"{type(error).__name__}: {error}"
-        keep = self.evaluation.keep_tokens
+                failure, outcomes = f"{type(error).__name__}: {error}", []
         return Record(
             key=key,
-            outcomes=outcomes,
+            outcomes=tuple(outcomes),
             query_tokens=len(query),
             started=started,
             ended=time.time(),
             error=failure,
-            output_ids=tuple(c.output_ids for c in trace.chunks) if keep else (),
+            output_ids=tuple(chunk.output_ids for chunk in trace.chunks)
+            if self.evaluation.keep_tokens
+            else (),
         )
-
-    async def _outcomes(
-        self, trace: Trace, problem: Problem, sampling: Sampling
-    ) -> tuple[BudgetOutcome, ...]:
-        """Score the trace at each budget; from the first sufficient budget on, nothing changes."""
-        outcomes: list[BudgetOutcome] = []
-        for budget, spec in zip(self.setting.budgets, self.setting.specs, strict=True):
-            if outcomes and not outcomes[-1].out_of_budget:
-                outcomes.append(replace(outcomes[-1], budget=budget))
-            else:
-                cut = cut_to_budget(trace, spec)
-                outcomes.append(await self._outcome(spec, cut, problem, sampling))
-        return tuple(outcomes)
 
     async def _outcome(
         self, spec: ChunkSpec, trace: Trace, problem: Problem, sampling: Sampling
     ) -> BudgetOutcome:
-        """Score the trace at one budget, with a forced answer if the plan has one."""
+        """Score the trace cut to a budget, with a forced answer if the plan has one."""
+        trace = cut_to_budget(trace, spec)
         attempt = make_attempt(problem, trace, self.loaded.tokenizer, spec)
         out_of_budget = trace.stop is TraceStop.BUDGET
         forced = (

@@ -26,7 +26,7 @@ def cut_to_budget(trace: Trace, spec: ChunkSpec) -> Trace:
     per chunk, the result equals a trace sampled with the smaller budget.
 
     Raises:
-        RolloutError: the trace was sampled under another rule, so a prompt differs.
+        RolloutError: the trace was sampled under another rule.
     """
     if trace.stop.is_failure:
         return trace
@@ -38,25 +38,17 @@ def cut_to_budget(trace: Trace, spec: ChunkSpec) -> Trace:
                 f"a trace cannot be cut to {spec}: chunk {len(chunks)} starts from another prompt "
                 "than under this rule"
             )
-        kept = _cut_chunk(chunk, state.max_new_tokens)
-        chunks.append(kept)
-        state = state.advance(kept.output_ids, kept.stop)
+        limit = state.max_new_tokens
+        if len(chunk.output_ids) > limit:
+            output_ids, logprobs = chunk.output_ids[:limit], chunk.logprobs[:limit]
+            chunk = replace(chunk, output_ids=output_ids, logprobs=logprobs, stop=StopReason.LENGTH)
+        chunks.append(chunk)
+        state = state.advance(chunk.output_ids, chunk.stop)
         if state.stop is not None:
             return Trace(trace.query_ids, tuple(chunks), state.stop)
     raise RolloutError(
         f"a trace cannot be cut to {spec}: its {trace.length} tokens end before the budget of "
         f"{spec.budget}"
-    )
-
-
-def _cut_chunk(chunk: Chunk, limit: int) -> Chunk:
-    if len(chunk.output_ids) <= limit:
-        return chunk
-    return replace(
-        chunk,
-        output_ids=chunk.output_ids[:limit],
-        logprobs=chunk.logprobs[:limit],
-        stop=StopReason.LENGTH,
     )
 
 
@@ -95,9 +87,9 @@ def spread_chunks(max_chunks: int, number: int = DEFAULT_BUDGETS) -> tuple[int, 
 class SamplingPlan:
     """Number of samples and the way they are drawn."""
 
-    samples: int = 4  # samples per problem
-    temperature: float = 0.6  # sampling temperature; 0 is greedy
-    seed: int = 0  # seed of the evaluation
+    samples: int = 4  # per problem
+    temperature: float = 0.6  # 0 is greedy
+    seed: int = 0
     forced_answer_tokens: int = 0  # length of an answer sampled when the budget is spent; 0: none
 
     def __post_init__(self) -> None:
@@ -184,7 +176,7 @@ def make_settings(
         context_sizes: values of C.
         carryover_sizes: values of m; by default half of each C.
         max_chunks: values of I; a single value is the largest, and smaller ones are spread below.
-        head_size: head of what is carried; ``None`` for min(100, m // 4).
+        head_size: size of the head; ``None`` for min(100, m // 4).
         head_outside: carry the head on top of m.
         carryover: policy instead of the head and tail, bound to a tokenizer if necessary.
         longcot_cap: upper limit of LongCoT's budgets.
