@@ -7,7 +7,9 @@ answer, ``truncated`` means the budget is used up.
 
 from __future__ import annotations
 
+import html
 import inspect
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, SupportsFloat, TypeVar
@@ -15,7 +17,6 @@ from typing import Any, SupportsFloat, TypeVar
 import gymnasium
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
-from delethink.envs.rendering import render_ansi, render_html
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.registry import make, resolve
@@ -36,16 +37,28 @@ from delethink.types import (
 
 Observation = TypeVar("Observation")
 Action = TypeVar("Action")
-_HTML_FACTS = ("chunk", "num_sampled", "budget_left", "role", "stop")
-
 RewardFunction = Callable[[str, str], SupportsFloat]  # (text of a finished trace, gold answer)
+
+_HTML_FACTS = ("chunk", "num_sampled", "budget_left", "role", "stop")
+_STYLE = (
+    ".delethink{font:14px/1.5 ui-monospace,monospace;max-width:60em}"
+    ".delethink pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.5em;"
+    "border-left:4px solid}"
+    ".delethink h2{font-size:1em;margin:1em 0 .2em}"
+    ".delethink .query{border-color:#5b6abf}"
+    ".delethink .carried{border-color:#c27c0e}"
+    ".delethink .new{border-color:#2e8b57}"
+)
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 DEFAULT_TASK = {"name": "automaton", "args": {"min_steps": 2, "max_steps": 6}}
 DEFAULT_SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=0)
 
 
 class EpisodeEnv(gymnasium.Env[Observation, Action]):
-    """Abstract base class. One episode is one trace. Subclasses add spaces and ``step``.
+    """Abstract base class. One episode is one trace.
+
+    Subclasses add the spaces, ``_begin`` and ``step``.
 
     Args:
         task: source of problems: a registered name, ``{"name": ..., "args": ...}``, or any object
@@ -103,7 +116,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self.render_mode, self.keep_trace = render_mode, keep_trace
         self.problem: Problem | None = None
         self._state: ThinkingState | None = None
-        self._chunks: list[tuple[TokenIds, StopReason, ChunkRole]] = []  # with keep_trace
+        self._chunks: list[tuple[ThinkingState, TokenIds, StopReason]] = []  # with keep_trace
         self._last_output: TokenIds = ()
 
     def _make_spec(self, chunk_spec: ChunkSpec | None, sizes: dict[str, Any]) -> ChunkSpec:
@@ -155,8 +168,15 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
 
     # -- episodes ------------------------------------------------------------------------------
 
-    def _begin_episode(self, seed: int | None, options: dict[str, Any] | None) -> ThinkingState:
-        """Draw a problem, or use ``options["problem"]``, and return the first state."""
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode with a drawn problem, or with ``options["problem"]``.
+
+        Raises:
+            QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
+            ConfigError: an option is unknown.
+        """
         super().reset(seed=seed)
         self.problem = _problem_from(options or {}) or self.task.problem(
             self.split, int(self.np_random.integers(2**31))
@@ -168,7 +188,11 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             )
         self._state = start(self.chunk_spec, token_array(query), self.longest_context)
         self._chunks, self._last_output = [], ()
-        return self._state
+        return self._begin(self._state)
+
+    def _begin(self, state: ThinkingState) -> tuple[Observation, dict[str, Any]]:
+        """Return the first observation and ``info`` of an episode."""
+        raise NotImplementedError
 
     def _running_state(self) -> ThinkingState:
         if self._state is None:
@@ -183,7 +207,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         state = before.advance(output_ids, stop)
         self._state, self._last_output = state, output_ids
         if self.keep_trace:
-            self._chunks.append((output_ids, stop, before.role))
+            self._chunks.append((before, output_ids, stop))
         return state, 0.0 if state.stop is None else self._score(before, state)
 
     def _score(self, before: ThinkingState, after: ThinkingState) -> float:
@@ -207,7 +231,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
 
     def _thinking(self) -> TokenIds:
         """Return all thinking tokens of the episode."""
-        return joined(ids for ids, _, role in self._chunks if role is ChunkRole.THINKING)
+        return joined(ids for before, ids, _ in self._chunks if before.role is ChunkRole.THINKING)
 
     @property
     def trace(self) -> Trace:
@@ -219,21 +243,19 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         if self._state is None or not self.keep_trace:
             why = "call reset() first" if self.keep_trace else "create it with keep_trace=True"
             raise ActionError(f"the environment has no trace; {why}")
-        state, chunks = start(self.chunk_spec, self._state.query_ids), []
-        for output_ids, stop, _ in self._chunks:
-            chunks.append(
-                Chunk(
-                    prompt_ids=tuple(state.prompt_ids),
-                    output_ids=tuple(output_ids),
-                    logprobs=(),
-                    stop=stop,
-                    carried=len(state.prompt_ids) - len(state.query_ids),
-                    policy_version=None,
-                    role=state.role,
-                )
+        chunks = tuple(
+            Chunk(
+                prompt_ids=tuple(before.prompt_ids),
+                output_ids=tuple(output_ids),
+                logprobs=(),
+                stop=stop,
+                carried=len(before.prompt_ids) - len(before.query_ids),
+                policy_version=None,
+                role=before.role,
             )
-            state = state.advance(output_ids, stop)
-        return Trace(tuple(state.query_ids), tuple(chunks), state.stop or TraceStop.CUT)
+            for before, output_ids, stop in self._chunks
+        )
+        return Trace(tuple(self._state.query_ids), chunks, self._state.stop or TraceStop.CUT)
 
     # -- info and rendering --------------------------------------------------------------------
 
@@ -254,11 +276,12 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             return None
         state = self._state
         query, carried = self._text(state.query_ids), self._text(state.carried)
+        name, ids = self._new_output()
         if self.render_mode == "ansi":
-            name, ids = self._all_output()
+            if self.keep_trace:
+                name, ids = "sampled so far", self._thinking() + self._unfinished_chunk()
             return render_ansi({"query": query, "carried": carried, name: self._text(ids)})
         facts = self._facts(state)
-        name, ids = self._new_output()
         return render_html(
             [
                 ("query", "query", query),
@@ -268,11 +291,12 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             {key.replace("_", " "): facts[key] for key in _HTML_FACTS},
         )
 
-    def _all_output(self) -> tuple[str, TokenIds]:
-        return ("sampled so far", self._thinking()) if self.keep_trace else self._new_output()
-
     def _new_output(self) -> tuple[str, TokenIds]:
         return "last chunk", self._last_output
+
+    def _unfinished_chunk(self) -> TokenIds:
+        """Return the tokens after the last finished chunk."""
+        return ()
 
     def _text(self, ids: TokenIds) -> str:
         return str(self.tokenizer.decode(as_list(ids)))
@@ -312,3 +336,43 @@ def _problem_from(options: dict[str, Any]) -> Problem | None:
     if problem is not None and not isinstance(problem, Problem):
         raise ConfigError(f"options['problem'] must be a delethink.Problem, got {problem!r:.80}")
     return problem
+
+
+# Model output is untrusted: control characters are spelled out, so they cannot move a terminal's
+# cursor, and characters with a meaning in HTML are escaped.
+
+
+def render_ansi(parts: Mapping[str, str]) -> str:
+    """Return each part below its name in brackets."""
+    return "\n".join(f"[{name}]\n{visible(text)}" for name, text in parts.items())
+
+
+def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, object]) -> str:
+    """Return self-contained HTML without scripts, one section for each part.
+
+    Args:
+        parts: (CSS class, heading, text) of each part.
+        facts: names and values for the line on top.
+    """
+    # HTML drops one line break after <pre>. The extra one keeps a leading line break of the text.
+    line = " · ".join(f"{name} {value}" for name, value in facts.items())
+    sections = "".join(
+        f'<section><h2>{_escape(heading)}</h2><pre class="{_escape(kind)}">\n{_escape(text)}</pre>'
+        "</section>"
+        for kind, heading, text in parts
+    )
+    return f'<style>{_STYLE}</style><div class="delethink"><p>{_escape(line)}</p>{sections}</div>'
+
+
+def visible(text: str) -> str:
+    """Return the text with control and invisible characters spelled out."""
+    return "".join(
+        c.encode("unicode_escape").decode("ascii")
+        if c not in "\n\t" and unicodedata.category(c) in _INVISIBLE
+        else c
+        for c in text
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(visible(text), quote=True)

@@ -72,16 +72,8 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         )
         self.observation_space = UnicodeText(self.longest_context * token, pieces=pieces)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode with a drawn problem, or with ``options["problem"]``.
-
-        Raises:
-            QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
-            ConfigError: an option is unknown.
-        """
-        return self._observe(self._begin_episode(seed, options), (), 0)
+    def _begin(self, state: ThinkingState) -> tuple[Any, dict[str, Any]]:
+        return self._observe(state, (), 0)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Add one chunk to the trace.
@@ -91,11 +83,12 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         """
         state = self._running_state()
         numbers = self._action_ids(action, state)
-        ids, end = token_array(numbers), self._first_eos(numbers)
-        if end is None:
-            output_ids, stop = state.truncate(ids, StopReason.LENGTH)
+        ids = token_array(numbers)
+        ends = np.logical_or.reduce([numbers == e for e in self.eos_ids]).nonzero()[0]
+        if ends.size:
+            output_ids, stop = state.truncate(ids[: int(ends[0]) + 1], StopReason.EOS)
         else:
-            output_ids, stop = state.truncate(ids[: end + 1], StopReason.EOS)
+            output_ids, stop = state.truncate(ids, StopReason.LENGTH)
         if len(output_ids) > state.max_new_tokens:
             raise ActionError(
                 f"this chunk may have at most {state.max_new_tokens} tokens, got {len(output_ids)}"
@@ -106,7 +99,6 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         return observation, reward, terminated, truncated, info
 
     def _action_ids(self, action: Any, state: ThinkingState) -> Ids:
-        """Return the token ids of an action."""
         space = self.action_space
         if self.interface == "text":
             if not space.contains(action):
@@ -117,7 +109,10 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             ids = np.asarray(encode(self.tokenizer, action))
             space = TokenSequence(self.vocabulary, max(1, len(ids)), min_length=1)
         else:
-            ids = _to_numpy(action)
+            try:
+                ids = np.asarray(action)
+            except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor on another device
+                ids = np.asarray(None)  # outside every space
         if not space.contains(ids):
             raise ActionError(
                 f"an action must be 1 to {state.max_new_tokens} token ids below "
@@ -125,17 +120,12 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             )
         return ids.astype(np.int64, copy=False)
 
-    def _first_eos(self, numbers: Ids) -> int | None:
-        ends = [found[0] for e in self.eos_ids if (found := (numbers == e).nonzero()[0]).size]
-        return int(min(ends)) if ends else None
-
     def _observe(
         self, state: ThinkingState, output_ids: TokenIds, ignored: int
     ) -> tuple[Any, dict[str, Any]]:
         prompt_ids = state.prompt_ids
         info = self._facts(state)
-        info["prompt_ids"], info["output_ids"] = prompt_ids, output_ids
-        info["ignored"] = ignored
+        info |= {"prompt_ids": prompt_ids, "output_ids": output_ids, "ignored": ignored}
         if self.interface == "tokens":
             return np.array(prompt_ids, np.int64), info
         position = retokenized_at(self.tokenizer, prompt_ids)
@@ -147,11 +137,3 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         if hasattr(self.tokenizer, "get_vocab"):
             return max(map(len, self.tokenizer.get_vocab()))
         return max(len(self._text((i,))) for i in range(self.vocabulary))
-
-
-def _to_numpy(action: Any) -> Any:
-    """Return an action as an array, or an array outside every space."""
-    try:
-        return np.asarray(action)
-    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor on another device
-        return np.asarray(None)

@@ -57,16 +57,8 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         self._limit = 0  # maximum new tokens of the chunk; 0 after the end
         self._chunk_facts: dict[str, Any] = {}  # info when the chunk began
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Window, dict[str, Any]]:
-        """Start an episode with a drawn problem, or with ``options["problem"]``.
-
-        Raises:
-            QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
-            ConfigError: an option is unknown.
-        """
-        self._open_chunk(self._begin_episode(seed, options))
+    def _begin(self, state: ThinkingState) -> tuple[Window, dict[str, Any]]:
+        self._open_chunk(state)
         return self._window(), self._info()
 
     def step(self, action: Any) -> tuple[Window, float, bool, bool, dict[str, Any]]:
@@ -104,7 +96,6 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         return token
 
     def _current_chunk(self) -> TokenIds:
-        """Return the tokens of the current chunk."""
         start = self._width + self._first
         return token_array(self._buffer[start : self._width + self._used].astype(np.int64))
 
@@ -142,8 +133,5 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
     def _new_output(self) -> tuple[str, TokenIds]:
         return "this chunk", self._current_chunk() if self._limit else self._last_output
 
-    def _all_output(self) -> tuple[str, TokenIds]:
-        if not self.keep_trace:
-            return self._new_output()
-        chunk = self._current_chunk() if self._limit else ()
-        return "sampled so far", self._thinking() + chunk
+    def _unfinished_chunk(self) -> TokenIds:
+        return self._current_chunk() if self._limit else ()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import delethink.envs  # noqa: F401 - registers the ids
-from delethink.envs.rendering import render_ansi, render_html, visible
+from delethink.envs.episode import render_ansi, render_html, visible
 from delethink.types import Problem
 
 PROBLEM = Problem("01:00000", "11111")
@@ -35,7 +35,8 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "pre" and self._open:
-            self.parts[self._open] = self.parts[self._open].removeprefix("\n")  # browsers drop it too
+            # Browsers drop a line break after the tag too.
+            self.parts[self._open] = self.parts[self._open].removeprefix("\n")
             self._open = None
 
     def handle_data(self, data: str) -> None:
