@@ -30,7 +30,7 @@ from delethink.training import grpo
 from delethink.training.batching import RolloutBatch, ScoredBatch
 from delethink.training.grpo import DelethinkTrainer, GRPOTrainer
 from delethink.training.grpo_config import DelethinkConfig
-from delethink.training.loss import TokenBatch
+from delethink.training.loss import LOSSES, Loss, TokenBatch
 from delethink.training.weights import merged_state_dict
 from delethink.types import Chunk, StopReason, Trace, TraceStop
 
@@ -61,7 +61,7 @@ class PlainHead:
         logits = (hidden @ weight.T if bias is None else hidden @ weight.T + bias) / temperature
         logprobs = logits.log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy.detach(), None, None, None
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy, None, None, None
 
 
 @pytest.fixture
@@ -422,6 +422,31 @@ def test_the_fused_head_is_a_plain_one(tmp_path: Path, tokenizer: Any) -> None:
     start = dict(first.named_parameters())
     expected = {n: start[n] - p for n, p in model.named_parameters()}
     largest = max(change.abs().max().item() for change in expected.values())
+    for name, change in gradient(trainer).items():
+        assert (change - expected[name]).abs().max().item() < 1e-5 * largest
+
+
+def test_entropies_carry_their_gradient(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entropy bonus is a line of ``token_losses`` (CONTRIBUTING.md)."""
+    bonus = Loss(lambda ratio, batch, settings: -batch.entropies, LOSSES["grpo"].weight)
+    monkeypatch.setitem(LOSSES, "grpo", bonus)
+    traces, rewards = random_batch(4, UNEQUAL)
+    trainer = train(tmp_path, tokenizer, traces, rewards, vllm_importance_sampling_correction=False)
+    model = make_model()
+    loss = torch.zeros((), dtype=torch.float64)
+    for trace in traces:
+        for chunk in trace.chunks:
+            ids = torch.tensor([list(chunk.prompt_ids) + list(chunk.output_ids)])
+            logits = model(ids).logits[0, len(chunk.prompt_ids) - 1 : -1] / TEMPERATURE
+            logprobs = logits.log_softmax(-1)
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+            loss = loss - entropies.sum() / (len(traces) * trace.length)
+    loss.backward()
+    expected = {n: LEARNING_RATE * p.grad for n, p in model.named_parameters()}
+    largest = max(change.abs().max().item() for change in expected.values())
+    assert largest > 0
     for name, change in gradient(trainer).items():
         assert (change - expected[name]).abs().max().item() < 1e-5 * largest
 
