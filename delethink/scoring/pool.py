@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from delethink.errors import ConfigError
-from delethink.scoring.lockdown import LIBRARY
 from delethink.scoring.reward import is_importable
+from delethink.scoring.sandbox import LIBRARY
 from delethink.scoring.verifier import HEADER
 
 VerdictStatus = Literal["ok", "timeout", "memory", "error"]

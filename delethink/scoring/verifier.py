@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from delethink.scoring import lockdown
 from delethink.scoring.reward import traits_of
+from delethink.scoring.sandbox import exit_with_parent, limit_resources, lock_down, python_folders
 
 HEADER = struct.Struct("=Q")  # length in bytes of the pickled call after it
 _MAX_FILE_BYTES = 1 << 20
@@ -32,7 +32,7 @@ def run_verifier(parent: int, memory: int) -> None:
         parent: id of the parent process; this process is killed when the parent ends.
         memory: bytes of address space in addition to the loaded libraries.
     """
-    lockdown.exit_with_parent(parent)
+    exit_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     calls, answers = _private_pipes()
     locked = False
@@ -41,8 +41,8 @@ def run_verifier(parent: int, memory: int) -> None:
         try:
             function, is_new = _load(module, name)
             if not locked:
-                lockdown.limit_resources(_address_space() + memory, None, _MAX_FILE_BYTES)
-                lockdown.lock_down(lockdown.python_folders(sys.path))
+                limit_resources(_address_space() + memory, None, _MAX_FILE_BYTES)
+                lock_down(python_folders(sys.path))
                 locked = True
             if is_new:
                 _write(answers, {"loaded": name})

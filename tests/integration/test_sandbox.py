@@ -12,13 +12,12 @@ import pytest
 
 from delethink.errors import ConfigError
 from delethink.rewards.code import passes_tests
-from delethink.scoring import lockdown
-from delethink.scoring.sandbox import SandboxLimits, SandboxResult, run_python
+from delethink.scoring.sandbox import SandboxLimits, SandboxResult, missing, run_python
 
 pytestmark = pytest.mark.integration
-if lockdown.missing():
+if missing():
     pytest.skip(
-        f"this kernel cannot keep code from {lockdown.missing()}, and it must not be run without",
+        f"this kernel cannot keep code from {missing()}, and it must not be run without",
         allow_module_level=True,
     )
 
