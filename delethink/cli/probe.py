@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import dataclasses
 import json
 import sys
 from datetime import datetime
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
-from delethink.cli.evaluate import refuse_old_options
-from delethink.cli.process import set_up_process
+from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine
 from delethink.engines.factory import choose_engine
-from delethink.errors import ConfigError, MissingExtraError, RunDirectoryError
+from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
 from delethink.output import output_path
 
@@ -30,28 +29,25 @@ _MAX_CHUNKS = 10**6  # more than any trace has
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, then load or sample traces, score them, and write the findings."""
-    refuse_old_options(arguments)
-    for package in ("torch", "transformers", "scipy", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "eval")
+    require_packages("eval", "torch", "transformers", "scipy", "matplotlib")
     if (arguments.traces is None) == (arguments.task is None):
         raise ConfigError("a probe needs traces: pass either --traces PATH or --task NAME")
     engine = _engine(arguments)
     specs = _specs(arguments)
-    output = _output(arguments)
+    name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+    output = output_path(arguments.output or Path("probes") / name)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunDirectoryError(f"{output} is not empty; choose another folder with -o PATH")
     set_up_process()
     from delethink.evaluation.probe import load_traces, probe_model, write_findings
 
-    if arguments.traces is not None:
-        traces = load_traces(arguments.traces)
-    else:
-        traces = _sample(arguments, engine)
+    traces = load_traces(arguments.traces) if arguments.traces else _sample(arguments, engine)
     findings = probe_model(
         arguments.model, traces, specs, trust_remote_code=arguments.trust_remote_code
     )
     write_findings(findings, output)
     if arguments.json:
-        print(json.dumps(findings.as_dict() | {"output": str(output)}, indent=2))
+        print(json.dumps(dataclasses.asdict(findings) | {"output": str(output)}, indent=2))
     else:
         print((output / "probe.md").read_text(encoding="utf-8"))
         print(f"results: {output}")
@@ -75,21 +71,12 @@ def _specs(arguments: argparse.Namespace) -> list[ChunkSpec]:
     context, sizes_text = size(arguments.context_size, "-C"), arguments.carryover_size
     default = [m for m in (context // 8, context // 4, context // 2) if m]
     carryover_sizes = sizes(sizes_text, "--carryover-size", 0) if sizes_text else default
-    head = arguments.head_size
-    heads: dict[str, Any] = {} if head is None else {"head_size": size(head, "--head-size", 0)}
+    head: Any = None if arguments.head_size is None else size(arguments.head_size, "--head-size", 0)
     policy = parse_carryover(arguments.carryover)
     return [
-        ChunkSpec(context, m, _MAX_CHUNKS, carryover=policy, **heads)
+        ChunkSpec(context, m, _MAX_CHUNKS, head, carryover=policy)
         for m in sorted(set(carryover_sizes))
     ]
-
-
-def _output(arguments: argparse.Namespace) -> Path:
-    name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-    output = output_path(arguments.output or Path("probes") / name)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunDirectoryError(f"{output} is not empty; choose another folder with -o PATH")
-    return output
 
 
 def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:

@@ -1,13 +1,16 @@
-"""Settings of a process that samples or trains, made before heavy imports."""
+"""Preparation of a process for sampling or training, before heavy imports."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import logging
 import os
 import warnings
 from contextlib import suppress
+
+from delethink.errors import MissingExtraError
 
 
 def set_up_process() -> None:
@@ -41,13 +44,15 @@ def _keep_freed_memory() -> None:
     On CPUs, decoding and training free and allocate the same large tensors again and again. If each
     goes back to the kernel, half of a long decode is spent on clearing pages.
     """
-    trim_threshold, top_pad, mmap_max = (
-        -1,
-        -2,
-        -4,
-    )  # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of malloc.h
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**26)
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 2**26)  # M_TOP_PAD
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Raise ``MissingExtraError`` if a package of an extra is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -13,78 +14,54 @@ from delethink.errors import ConfigError
 from delethink.registry import make_task, names, resolve
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
-from delethink.tasks import (
-    SPLITS,
-    Task,
-    demonstrations_of,
-    left_out_of,
-    rewards_of,
-    task_size,
-)
+from delethink.tasks import SPLITS, Task, demonstrations_of, left_out_of, rewards_of, task_size
 from delethink.tokenization import query_ids
 from delethink.types import Problem
 
+_TASK_OPTIONS = ("dataset", "split", "problem_key", "answer_key")  # arguments of the task
 
-def run(
-    name: str | None,
-    overrides: Sequence[str],
-    options: Mapping[str, str | None],
-    *,
-    number: int,
-    checks: int,
-    split: str | None,
-    model: str | None,
-    seed: int,
-    as_json: bool,
-) -> int:
+
+def run(arguments: argparse.Namespace) -> int:
     """Print all tasks and rewards, or the problems of one task and the check of its grader.
-
-    Args:
-        name: task; ``None`` lists all tasks and rewards.
-        overrides: arguments of the task as ``key=value``.
-        options: further arguments of the task; ``None`` values are ignored.
-        number: number of problems to show.
-        checks: number of problems to grade.
-        split: ``"train"`` or ``"heldout"``; ``None``: training problems if there are any.
-        model: render prompts with the chat template of this model.
-        seed: seed of the task.
-        as_json: print JSON.
 
     Returns:
         The exit code: 1 if the grader rejects a gold answer or accepts a wrong one.
     """
-    if name is None:
-        report: dict[str, Any] = {"tasks": _summaries("tasks"), "rewards": _summaries("rewards")}
-        print(json.dumps(report, indent=2) if as_json else _list_text(report))
+    if arguments.name is None:
+        listed = {"tasks": _summaries("tasks"), "rewards": _summaries("rewards")}
+        print(json.dumps(listed, indent=2) if arguments.json else _list_text(listed))
         return 0
-    if model is not None:
-        locate(model)
-    given = {key: value for key, value in options.items() if value is not None}
-    task = make_task(name, parse_values(overrides) | given, seed)
+    if arguments.model is not None:
+        locate(arguments.model)
+    given = {key: getattr(arguments, key) for key in _TASK_OPTIONS}
+    given = {key: value for key, value in given.items() if value is not None}
+    task = make_task(arguments.name, parse_values(arguments.values) | given, arguments.seed)
     sizes = {each: task_size(task, each) for each in SPLITS}
-    split = split or ("heldout" if sizes["train"] == 0 else "train")
-    problems = _first_problems(task, split, max(number, checks))
+    split = arguments.of or ("heldout" if sizes["train"] == 0 else "train")
+    number, size = max(arguments.number, arguments.check), sizes[split]
+    number = number if size is None else min(number, size)
+    problems = [task.problem(split, i) for i in range(number)]
+    check = _check_grader(task, problems[: arguments.check]) if arguments.check else None
     report = {
-        "task": name,
+        "task": arguments.name,
         "sizes": sizes,
         "left_out": left_out_of(task),
         "rewards": rewards_of(task),
         "split": split,
-        "problems": [_problem_json(problem, model) for problem in problems[:number]],
-        "check": _check_grader(task, problems[:checks]) if checks else None,
+        "problems": [_problem_json(p, arguments.model) for p in problems[: arguments.number]],
+        "check": check,
     }
-    print(json.dumps(report, indent=2, default=str) if as_json else _text(report))
-    return 1 if checks and report["check"]["failures"] else 0
+    print(json.dumps(report, indent=2, default=str) if arguments.json else _text(report))
+    return 1 if check and check["failures"] else 0
 
 
 def _summaries(group: str) -> dict[str, str]:
-    known = names(f"delethink.{group}")
-    return {name: _summary(resolve(f"delethink.{group}", name)) for name in sorted(known)}
-
-
-def _summary(value: Any) -> str:
-    own = getattr(value, "summary", None)
-    return str(own or (inspect.getdoc(value) or "").partition("\n")[0])
+    summaries = {}
+    for name in sorted(names(f"delethink.{group}")):
+        value = resolve(f"delethink.{group}", name)
+        first_line = (inspect.getdoc(value) or "").partition("\n")[0]
+        summaries[name] = str(getattr(value, "summary", None) or first_line)
+    return summaries
 
 
 def _list_text(report: Mapping[str, Mapping[str, str]]) -> str:
@@ -94,23 +71,15 @@ def _list_text(report: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join([*lines, "details of a task: delethink tasks NAME [key=value ...] -n 3"])
 
 
-def _first_problems(task: Task, split: str, number: int) -> list[Problem]:
-    size = task_size(task, split)
-    return [task.problem(split, i) for i in range(number if size is None else min(number, size))]
-
-
 def _problem_json(problem: Problem, model: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
     if model is None:
-        prompt = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
-        return {"prompt": prompt, "answer": problem.answer, "metadata": sorted(problem.metadata)}
-    tokenizer = load_tokenizer(model)
-    ids = query_ids(tokenizer, problem)
-    return {
-        "prompt": str(tokenizer.decode(list(ids))),
-        "tokens": len(ids),
-        "answer": problem.answer,
-        "metadata": sorted(problem.metadata),
-    }
+        shown["prompt"] = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
+    else:
+        tokenizer = load_tokenizer(model)
+        ids = query_ids(tokenizer, problem)
+        shown |= {"prompt": str(tokenizer.decode(list(ids))), "tokens": len(ids)}
+    return {**shown, "answer": problem.answer, "metadata": sorted(problem.metadata)}
 
 
 def _check_grader(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 from pathlib import Path
 
-from delethink.cli.process import set_up_process
+from delethink.cli.process import require_packages, set_up_process
 from delethink.config import Recipe, load_recipe
-from delethink.errors import MissingExtraError
 from delethink.training.checkpointing import load_run, open_run
 from delethink.training.preflight import prepare
 
 
-def run(recipe_path: str, overrides: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Check the recipe before heavy imports, then train."""
-    recipe = read_recipe(recipe_path, overrides)
-    _require("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
+    recipe = read_recipe(arguments.recipe, arguments.values)
+    packages = ("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
+    require_packages("train", *packages)
     prepared = prepare(recipe)
     location = open_run(prepared.recipe)
     from delethink.training.progress import TrainingProgress
@@ -41,9 +41,3 @@ def read_recipe(path: str, overrides: list[str]) -> Recipe:
     if (folder := Path(path)).is_dir():
         return load_run(folder, overrides)
     return load_recipe(path, overrides)
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "train")

@@ -1,14 +1,12 @@
-"""Options of ``delethink eval`` and ``delethink probe``, without heavy imports.
-
-``delethink --help`` loads this module.
-"""
+"""Options of the commands, without heavy imports because ``delethink --help`` loads them."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from delethink.errors import ConfigError
 
 _OLD_ENGINE_OPTIONS = {
     "--engine": "engine",
@@ -20,23 +18,20 @@ _OLD_ENGINE_OPTIONS = {
 
 
 class _OldOption(argparse.Action):
-    """Stores a sentence with the new name of an option; the command then refuses the option."""
+    """Refuses an option of an earlier release."""
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
+        self, parser: object, namespace: object, values: object, option_string: str | None = None
     ) -> None:
-        namespace.old_option = f"{option_string} {values} is now written {self.const}={values}"
+        raise ConfigError(f"{option_string} {values} is now written {self.const}={values}")
 
 
 def add_eval_options(command: argparse.ArgumentParser) -> None:
-    """Add the options of ``delethink eval``. The preset fills in a value of ``None``."""
+    """Add the options of ``delethink eval``; the preset sets ``None`` values."""
     add = command.add_argument_group("model and problems").add_argument
     add(
-        *("-m", "--model"),
+        "-m",
+        "--model",
         action="append",
         required=True,
         help="folder, Hugging Face id, or toy for the shipped model; for several, use commas or "
@@ -75,7 +70,7 @@ def add_probe_options(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of problems and traces (default 0)")
     _add_engine(add)
     add = command.add_argument_group("boundaries (k is 1,024; lists with commas)").add_argument
-    add(*("-C", "--context-size"), default="8k", metavar="TOKENS", help="context size C (8k)")
+    add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (8k)")
     default = "default C/8, C/4 and C/2; controls use the largest"
     add("--carryover-size", metavar="LIST", help=f"carryover sizes m ({default})")
     _add_carryover(add)
@@ -96,12 +91,15 @@ def _add_thinking(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("thinking (k is 1,024; lists with commas)").add_argument
     modes = "delethink,longcot"
     add("--mode", default=modes, metavar="LIST", help="delethink, longcot, or both (default)")
-    add(*("-C", "--context-size"), metavar="LIST", help="context sizes C (default 8k)")
+    add(
+        *("-C", "--context-size"), default="8k", metavar="LIST", help="context sizes C (default 8k)"
+    )
     add("--carryover-size", metavar="LIST", help="carryover sizes m (default: half of each C)")
     _add_carryover(add)
     add("--head-outside", action="store_true", help="carry the head on top of m")
     add(
         "--max-chunks",
+        default="5",
         metavar="LIST",
         help="numbers of chunks I; traces of the largest are cut to the smaller ones; a single "
         "number is spread over five budgets (default 5)",
@@ -128,8 +126,8 @@ def _add_carryover(add: Any) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("sampling").add_argument
-    add(*("-n", "--samples"), type=int, metavar="N", help="samples per problem (default 4)")
-    add("--temperature", type=float, help="sampling temperature (default 0.6)")
+    add("-n", "--samples", type=int, metavar="N", help="samples per problem (default 4)")
+    add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
     add("--seed", type=int, default=0, help="seed of problems and samples (default 0)")
     add(
         "--force-answer",
@@ -157,7 +155,7 @@ def _add_engine(add: Any) -> None:
         help="engine settings as in a recipe, e.g. engine=vllm engine.num_engines=2",
     )
     for option, new in _OLD_ENGINE_OPTIONS.items():
-        add(option, action=_OldOption, const=new, dest="old_option", help=argparse.SUPPRESS)
+        add(option, action=_OldOption, const=new, help=argparse.SUPPRESS)
     add("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
@@ -209,3 +207,117 @@ def _add_analysis(command: argparse.ArgumentParser) -> None:
 def _add_output(add: Any, parent: str) -> None:
     add("-o", "--output", type=Path, metavar="PATH", help=f"new folder (default {parent}/…)")
     add("--json", action="store_true", help="print JSON; progress goes to stderr")
+
+
+def add_cost_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink cost``."""
+    add = command.add_argument_group("model").add_argument
+    add(
+        "-m",
+        "--model",
+        help="known model, folder or file with a config.json, Hugging Face id, or figures as "
+        "hidden_size=…,num_hidden_layers=… (default: the paper's DeepSeek-R1-Distill-Qwen-1.5B)",
+    )
+    add("--models", action="store_true", help="list the known models and exit")
+    add = command.add_argument_group("thinking (k is 1,024, M is 1,048,576)").add_argument
+    add("--thinking", metavar="LIST", help="thinking tokens per trace (default 24k,96k,1M)")
+    add(
+        "--lengths",
+        type=Path,
+        metavar="PATH",
+        help="distribution of the lengths: a run directory, or lines of LENGTH or LENGTH,COUNT; "
+        "with --thinking, scaled to those means",
+    )
+    add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (default 8k)")
+    add("--carryover-size", metavar="TOKENS", help="carryover size m (default: half of C)")
+    _add_carryover(add)
+    add("--head-outside", action="store_true", help="carry the head on top of m")
+    add("--query", default="256", metavar="TOKENS", help="query length (default 256)")
+    _add_hardware(command)
+    add = command.add_argument_group("workload").add_argument
+    for name, default, text in (
+        ("--group", 8, "traces per query"),
+        ("--prompts", 128, "queries per step"),
+        ("--steps", 1000, "training steps"),
+    ):
+        add(name, type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    add = command.add_argument_group("output").add_argument
+    add(
+        "--accounting",
+        choices=["true", "paper"],
+        default="true",
+        help="paper: only training FLOPs, counted as in the paper (default true)",
+    )
+    add(
+        "--reproduce",
+        choices=["figure2c", "flops", "months", "throughput"],
+        help="print the paper's figures next to this estimate's and exit",
+    )
+    add(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="fit the efficiencies to the timed steps of runs and exit",
+    )
+    add("--save-efficiency", type=Path, metavar="FILE", help="file for the fit of --calibrate")
+    add("--seed", type=int, default=0, help="seed of the 5 %% to 95 %% range (default 0)")
+    add("--plot", type=Path, metavar="FILE", help="plot costs over the length, e.g. cost.png")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _add_hardware(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("hardware").add_argument
+    add(
+        "--gpu",
+        default="h100",
+        help="a100, h100, h200, b200, mi300x, l40s, rtx4090 or cpu (default h100)",
+    )
+    add("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
+    add("--parallel", type=int, metavar="N", help="GPUs per engine (default: as few as possible)")
+    add("--price", type=float, metavar="PRICE", help="price per GPU-hour")
+    add(
+        "--efficiency",
+        type=Path,
+        metavar="FILE",
+        help="efficiencies from --save-efficiency (default: fitted to the paper's times)",
+    )
+
+
+def add_train_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink train``."""
+    add = command.add_argument
+    add("recipe", help="YAML file (see recipes/), or the directory of a run to resume")
+    text = "override of a recipe key, such as training.max_steps=9 or engine=vllm"
+    add("values", nargs="*", metavar="key=value", help=text)
+
+
+def add_doctor_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink doctor``."""
+    add = command.add_argument
+    add("recipe", nargs="?", help="recipe, or the directory of a run")
+    add("values", nargs="*", metavar="key=value", help="override of a recipe key")
+    add("--json", action="store_true", help="print JSON")
+
+
+def add_tasks_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink tasks``."""
+    add = command.add_argument
+    add("name", nargs="?", help="task to show; left out, all tasks and rewards are listed")
+    add("values", nargs="*", metavar="key=value", help="argument of the task, as in task.args")
+    add("--dataset", help="file, folder or Hugging Face data set to read")
+    add("--split", help="split of the data set")
+    add("--problem-key", help="column of the problem")
+    add("--answer-key", help="column of the gold answer")
+    add("--of", choices=("train", "heldout"), help="problems to show: training or held-out")
+    add("-n", "--number", type=_count, default=1, help="number of problems to show (default 1)")
+    add("--check", type=_count, default=8, help="number of problems to grade (default 8)")
+    add("--model", help="render prompts with this model's chat template")
+    add("--seed", type=int, default=0, help="seed of the task (default 0)")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0, got {text!r}")
+    return int(text)
