@@ -58,7 +58,7 @@ from delethink.training.loss import (
     token_losses,
     token_weight,
 )
-from delethink.training.step_metrics import StepStatistics, TokenStatistics
+from delethink.training.metrics import StepStatistics, TokenStatistics
 from delethink.types import Trace, TraceStop
 
 _TRL_GENERATION = "trl.generation.vllm_generation"

@@ -1,20 +1,23 @@
-"""The table of metrics.
+"""The table of metrics, and their values in an optimizer step.
 
 ``METRICS`` lists every key of ``metrics.jsonl``. The line on the terminal, the loggers and the
 reference documentation read it. One row adds a metric of output tokens (``of_tokens``) or of
 sampled traces (``of_batch``): it holds the formula. Other metrics are measured by the engine, in
-``run_state.py`` or in ``trainer.py``. ``step_metrics.py`` collects the values.
+``run_state.py`` or in ``trainer.py``.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from delethink.types import Score, Trace, TraceStop
 
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 
     from delethink.training.loss import TokenBatch, TokenLosses
 
-LOGGER_PREFIX = "delethink/"  # names in Weights & Biases, TensorBoard and Trackio
 EVERY_STEP = "every step"
 EVERY_BATCH = "first step on a batch"
 Source = Literal["batch", "tokens", "forward", "optimizer", "clock", "ranks", "engine", "held-out"]
@@ -120,10 +122,6 @@ def _staleness(batch: TraceBatch) -> float:
     return total / max(1, sum(tokens for _, tokens in batch.ages))
 
 
-def _has_mixed_versions(trace: Trace) -> bool:
-    return len({chunk.policy_version for chunk in trace.chunks if chunk.output_ids}) > 1
-
-
 def _values_by_reward(batch: TraceBatch) -> dict[str, list[float]]:
     return {
         name: [v for score in batch.scores if (v := score.parts.get(name)) is not None]
@@ -178,9 +176,9 @@ METRICS: tuple[Metric, ...] = (
     _batch("tokens_left_out", "tokens", "Sampled tokens of the traces left out of the loss.",
            lambda b: sum(t.length for t, ok in zip(b.traces, b.in_loss, strict=True) if not ok)),
     _batch("budget_share", "share of traces", "Traces out of budget.",
-           lambda b: b.share(lambda trace: trace.stop is TraceStop.BUDGET)),
+           lambda b: b.share(lambda t: t.stop is TraceStop.BUDGET)),
     _batch("failed_share", "share of traces", "Traces ended by an error or an abort.",
-           lambda b: b.share(lambda trace: trace.stop.is_failure)),
+           lambda b: b.share(lambda t: t.stop.is_failure)),
     _batch("reward_by_chunks", "reward", "Mean total reward by number of chunks of the trace.",
            _reward_by_chunks),
     _batch("rewards/<name>/mean", "reward", "Mean of one reward, over the traces it applies to.",
@@ -195,7 +193,8 @@ METRICS: tuple[Metric, ...] = (
     _batch("staleness_max", "weight updates", "Largest age of the weights of a sampled token.",
            lambda b: max((age for age, _ in b.ages), default=0)),
     _batch("mixed_version_share", "share of traces", "Traces sampled by several weight versions.",
-           lambda b: b.share(_has_mixed_versions)),
+           lambda b: b.share(
+               lambda t: len({c.policy_version for c in t.chunks if c.output_ids}) > 1)),
     Metric("sampling_rounds", "rounds", "batch",
            "Sampling rounds; each after the first replaces groups without signal.", EVERY_BATCH),
     Metric("groups_replaced", "groups", "batch", "Groups replaced by others.", EVERY_BATCH),
@@ -289,3 +288,164 @@ def find_metric(key: str) -> Metric | None:
         if re.fullmatch(pattern, key):
             return metric
     return None
+
+
+# -- values --------------------------------------------------------------------------------------
+
+
+class StepStatistics(NamedTuple):
+    """Metrics of output tokens by key, over all tokens and by the index of the chunk."""
+
+    total: dict[str, float]
+    by_chunk: list[dict[str, float]]
+
+
+class TokenStatistics:
+    """Accumulate the metrics of output tokens over the forward passes of an optimizer step.
+
+    Args:
+        has_kl: whether the loss has a KL term (``training.beta`` > 0); otherwise no ``kl``.
+        metrics: rows to compute.
+    """
+
+    def __init__(self, has_kl: bool = False, metrics: Sequence[Metric] = TOKEN_METRICS) -> None:
+        self._metrics = [metric for metric in metrics if has_kl or metric.key != "kl"]
+        self._is_max = np.array([False] + [m.reduce == "max" for m in self._metrics])
+        # A row for each chunk index; the columns are the number of tokens and the metrics.
+        self._table = np.zeros((0, len(self._is_max)))
+
+    def add(
+        self,
+        indices: Sequence[int],
+        is_output: torch.Tensor,
+        tokens: TokenBatch,
+        losses: TokenLosses,
+    ) -> None:
+        """Add a forward pass over K chunks, the tokens ``is_output`` [K, T] of them.
+
+        Chunk k is the one at ``indices[k]`` of its trace, from 0.
+
+        Raises:
+            ValueError: a metric does not have one value per token.
+        """
+        import torch
+
+        columns = [is_output.double().sum(-1)]
+        for metric in self._metrics:
+            assert metric.of_tokens is not None
+            with torch.no_grad():
+                value = metric.of_tokens(tokens, losses)
+            if value is None or value.shape != is_output.shape:
+                shape = None if value is None else tuple(value.shape)
+                raise ValueError(
+                    f"the metric {metric.key!r} must have one value per token, shape "
+                    f"{tuple(is_output.shape)}, got {shape}"
+                )
+            counted = value.double().where(is_output, torch.zeros_like(value, dtype=torch.float64))
+            columns.append(counted.amax(-1) if metric.reduce == "max" else counted.sum(-1))
+        missing = max(0, max(indices) + 1 - len(self._table))
+        self._table = np.pad(self._table, ((0, missing), (0, 0)))
+        for index, row in zip(indices, torch.stack(columns, -1).cpu().numpy(), strict=True):
+            self._table[index] = self._reduce(np.stack([self._table[index], row]))
+
+    def take(self, accelerator: Any) -> StepStatistics:
+        """Return the metrics over all ranks and reset. Every rank must call this."""
+        import torch
+
+        own = torch.tensor(self._table, device=accelerator.device)
+        self._table = self._table[:0]
+        padded = accelerator.pad_across_processes(own, dim=0)
+        table = self._reduce(accelerator.gather(padded[None]).cpu().numpy())
+        total = self._reduce(table) if len(table) else np.zeros(len(self._is_max))
+        return StepStatistics(self._means(total), [self._means(row) for row in table])
+
+    def _reduce(self, stacked: Any) -> Any:
+        return np.where(self._is_max, stacked.max(0), stacked.sum(0))
+
+    def _means(self, row: Any) -> dict[str, float]:
+        tokens = float(row[0])
+        means = np.where(self._is_max, row, row / max(1.0, tokens)).tolist()
+        keys = [metric.key for metric in self._metrics]
+        return {"trained_tokens": round(tokens), **dict(zip(keys, means[1:], strict=True))}
+
+
+def forward_metrics(
+    statistics: StepStatistics, tokens: int, padded_tokens: float, batches: int
+) -> dict[str, Any]:
+    """Return the metrics of the forward passes in the loss.
+
+    Args:
+        statistics: metrics of the output tokens.
+        tokens: forwarded tokens without padding.
+        padded_tokens: forwarded tokens with padding.
+        batches: forward passes.
+    """
+    return {
+        **statistics.total,
+        "by_chunk": {key: [row[key] for row in statistics.by_chunk] for key in statistics.total},
+        "forward_tokens": tokens,
+        "forward_batches": batches,
+        "padding": 1 - tokens / padded_tokens if padded_tokens else 0.0,
+    }
+
+
+def batch_metrics(batch: TraceBatch) -> dict[str, Any]:
+    """Return the metrics of a sampled batch: every row of the table with ``of_batch``."""
+    values: dict[str, Any] = {}
+    for metric in METRICS:
+        if metric.of_batch is None:
+            continue
+        value = metric.of_batch(batch)
+        if "<name>" in metric.key:
+            values |= {metric.key.replace("<name>", name): v for name, v in value.items()}
+        else:
+            values[metric.key] = value
+    return values
+
+
+class StepMetrics:
+    """Collect the metrics of the current optimizer step and measure its time."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._started = 0.0
+        self._seconds_before_step = 0.0
+        self._seconds_weight_update = 0.0  # since the previous step ended
+
+    def start_step(self) -> None:
+        """Start the clock of a step."""
+        self.values.clear()
+        self._started = time.perf_counter()
+        self._seconds_before_step = self._seconds_weight_update
+
+    def add_weight_update(self, seconds: float) -> None:
+        """Add the time of a weight update, also of one between two steps."""
+        self._seconds_weight_update += seconds
+
+    def stop_step(self) -> None:
+        """Stop the clock and add the metrics of time."""
+        seconds = time.perf_counter() - self._started
+        sampling = self.values.get("seconds_sampling", 0.0)
+        scoring = self.values.get("seconds_scoring", 0.0)
+        updating = self._seconds_weight_update - self._seconds_before_step
+        self.values["seconds_training"] = seconds - (sampling + scoring) - updating
+        self.values["seconds_weight_update"] = self._seconds_weight_update
+        self._seconds_weight_update = 0.0
+        if sampling:
+            self.values["tokens_per_second"] = self.values["sampled_tokens"] / sampling
+
+
+def logger_values(metrics: Mapping[str, Any], prefix: str = "delethink/") -> dict[str, float]:
+    """Return the numbers of a line of metrics under their names in experiment trackers.
+
+    Names of inner values are ``key/inner key`` or ``key/index``; indices count from 1.
+    """
+    numbers: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, list | tuple):
+            value = {str(index): inner for index, inner in enumerate(value, 1)}
+        if isinstance(value, Mapping):
+            numbers |= logger_values(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            numbers[prefix + key] = value
+    return numbers

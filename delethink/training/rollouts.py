@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec
@@ -66,7 +66,7 @@ class Group:
         return has_signal([score.total for score in self.scores])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """The groups of one or more optimizer steps."""
 
@@ -128,18 +128,22 @@ class BatchSampler:
             if not empty:
                 break
             problems = self.prompts.take(len(empty))
-            seed_of_round = derive_seed(seed, "round", number)
-            batch = _replace_groups(
-                batch, empty, await self._sample_round(problems, seed_of_round, step)
-            )
+            others = await self._sample_round(problems, derive_seed(seed, "round", number), step)
+            batch.replaced += [batch.groups[i] for i in empty]
+            for i, group in zip(empty, others.groups, strict=True):
+                batch.groups[i] = group
+            batch.rounds += 1
+            batch.seconds_sampling += others.seconds_sampling
+            batch.seconds_scoring += others.seconds_scoring
         return batch
 
     async def _sample_round(self, problems: list[int], seed: int, step: int) -> Batch:
         started = time.perf_counter()
+        size = self.group_size
         problems = [index % len(self.problems) for index in problems]
-        repeated = [self.problems[index] for index in problems for _ in range(self.group_size)]
+        repeated = [self.problems[index] for index in problems for _ in range(size)]
         seeds = [derive_seed(seed, i) for i in range(len(repeated))]
-        result = await run_scored_rollouts(
+        traces, scores, scoring = await run_scored_rollouts(
             self.engine,
             self.spec,
             repeated,
@@ -150,27 +154,12 @@ class BatchSampler:
             self.engine.max_model_tokens,
             self.timeout,
         )
-        slices = [slice(i, i + self.group_size) for i in range(0, len(repeated), self.group_size)]
         groups = [
-            Group(index, result.traces[own], result.scores[own])
-            for index, own in zip(problems, slices, strict=True)
+            Group(index, traces[i * size : (i + 1) * size], scores[i * size : (i + 1) * size])
+            for i, index in enumerate(problems)
         ]
-        scoring = result.seconds_scoring
         sampling = time.perf_counter() - started - scoring
         return Batch(groups, seconds_sampling=sampling, seconds_scoring=scoring)
-
-
-def _replace_groups(batch: Batch, indices: list[int], others: Batch) -> Batch:
-    """Return the batch with the groups at these indices replaced by those of another batch."""
-    new = dict(zip(indices, others.groups, strict=True))
-    return replace(
-        batch,
-        groups=[new.get(i, group) for i, group in enumerate(batch.groups)],
-        replaced=batch.replaced + [batch.groups[i] for i in indices],
-        rounds=batch.rounds + 1,
-        seconds_sampling=batch.seconds_sampling + others.seconds_sampling,
-        seconds_scoring=batch.seconds_scoring + others.seconds_scoring,
-    )
 
 
 class _Pending(NamedTuple):
@@ -204,7 +193,7 @@ class Prefetch:
         self._depth, self._steps_per_batch, self._last_step = depth, steps_per_batch, last_step
         self._pending: deque[_Pending] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread
 
     def next(self, step: int) -> Batch:
         """Return the batch after ``step`` and start the following ones.
@@ -239,14 +228,13 @@ class Prefetch:
 
     def close(self) -> None:
         """Cancel all pending batches. Safe to call twice."""
-        for pending in self._pending:
-            pending.batch.cancel()
         self._pending.clear()
-        loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None:
-            asyncio.run_coroutine_threadsafe(_cancel_tasks_and_stop(), loop)
-            thread.join()
-            loop.close()
+        if self._loop is None:
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_tasks_and_stop(), self._loop)
+        self._thread.join()
+        self._loop.close()
+        self._loop = None
 
     def _submit(self, step: int) -> None:
         if self._loop is None:

