@@ -23,8 +23,15 @@ from delethink.cost.calibrate import (
     read_steps,
     write_efficiency,
 )
-from delethink.cost.compare import crossings
-from delethink.cost.estimate import Cost, Lengths, Workload, estimate, interval, longest_that_fits
+from delethink.cost.estimate import (
+    Cost,
+    Lengths,
+    Workload,
+    crossings,
+    estimate,
+    interval,
+    longest_that_fits,
+)
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
 from delethink.cost.models import known_models, model_shape
@@ -38,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.models:
         print("\n".join(known_models()))
     elif arguments.reproduce:
-        print(paper.REPRODUCTIONS[arguments.reproduce](arguments.json))
+        print(paper.reproduction(arguments.reproduce, arguments.json))
     elif arguments.calibrate:
         print(_calibrate(arguments))
     elif arguments.accounting == "paper":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,33 +175,28 @@ def read_lengths(path: Path) -> FloatArray:
     if path.is_dir():
         seen = [record["length"] for records in _traces(path).values() for record in records]
     else:
-        seen = _histogram(path)
+        seen = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read lengths from {path}: {error}") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            length, _, count = line.partition(",")
+            try:
+                times = int(count or 1)
+                if float(length) < 1 or times < 0:
+                    raise ValueError
+                seen += [float(length)] * times
+            except (ValueError, OverflowError):
+                raise ConfigError(
+                    f"{path}, line {number}: expected a length of at least 1, or length,count; "
+                    f"got {line!r}"
+                ) from None
     if not seen:
         raise ConfigError(f"{path} holds no lengths of traces")
     return np.array(seen, float)
-
-
-def _histogram(path: Path) -> list[float]:
-    seen: list[float] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read lengths from {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        length, _, count = line.partition(",")
-        try:
-            times = int(count or 1)
-            if float(length) < 1 or times < 0:
-                raise ValueError
-            seen += [float(length)] * times
-        except (ValueError, OverflowError):
-            raise ConfigError(
-                f"{path}, line {number}: expected a length of at least 1, or length,count; "
-                f"got {line!r}"
-            ) from None
-    return seen
 
 
 def read_model(path: Path) -> str:
@@ -215,10 +210,17 @@ def read_steps(path: Path) -> list[Measurement]:
     Sampling and training are separate measurements, because they may run on different devices.
 
     Raises:
-        ConfigError: the path is no run directory, or no step was timed.
+        ConfigError: the path is no run directory, no step was timed, or a batch of traces has
+            several optimizer steps.
         MissingExtraError: the YAML reader is not installed.
     """
     recipe, traces = _recipe(path), _traces(path)
+    training, engine, cut = recipe.training, recipe.engine, Cut.of(recipe.thinking.spec())
+    if training.num_iterations > 1 or training.steps_per_generation:
+        raise ConfigError(
+            "a run with several optimizer steps per batch of traces cannot be calibrated on: set "
+            "training.num_iterations=1 and leave out training.steps_per_generation"
+        )
     metrics = {m["step"]: m for m in _lines(path / "metrics.jsonl")}
     timed = sorted(step for step in metrics if step in traces)[_WARM_UP_STEPS:]
     if not timed:
@@ -226,34 +228,25 @@ def read_steps(path: Path) -> list[Measurement]:
             f"{path} has no step to calibrate on: metrics.jsonl has {len(metrics)} steps, and the "
             "first one is left out"
         )
-    return [m for step in timed for m in _measurements(recipe, traces[step], metrics[step])]
-
-
-def _measurements(
-    recipe: Recipe, traces: list[dict[str, Any]], metrics: dict[str, Any]
-) -> Iterator[Measurement]:
-    training, cut = recipe.training, Cut.of(recipe.thinking.spec())
-    if training.num_iterations > 1 or training.steps_per_generation:
-        raise ConfigError(
-            "a run with several optimizer steps per batch of traces cannot be calibrated on: set "
-            "training.num_iterations=1 and leave out training.steps_per_generation"
+    engines = max(1, round(engine.num_engines * engine.gpus_per_engine))
+    measured = []
+    for step in timed:
+        lengths = [trace["length"] for trace in traces[step]]
+        seen = Lengths.empirical(lengths, -(-len(lengths) // engines))
+        workload = Workload(
+            query=round(np.mean([len(trace["query_ids"]) for trace in traces[step]])),
+            group=training.num_generations,
+            prompts=max(1, len(lengths) // training.num_generations),
+            steps=1,
+            gpus=engines,
+            extra_passes=float(training.gradient_checkpointing),
+            # only vLLM has GPUs per engine
+            prefix_cache=engine.name == "vllm" or engine.gpus_per_engine > 0,
         )
-    lengths = np.array([trace["length"] for trace in traces], float)
-    gpus = recipe.engine.gpus_per_engine
-    engines = max(1, round(recipe.engine.num_engines * gpus))
-    workload = Workload(
-        query=round(np.mean([len(trace["query_ids"]) for trace in traces])),
-        group=training.num_generations,
-        prompts=max(1, len(traces) // training.num_generations),
-        steps=1,
-        gpus=engines,
-        extra_passes=float(training.gradient_checkpointing),
-        prefix_cache=recipe.engine.name == "vllm" or gpus > 0,  # only vLLM has GPUs per engine
-    )
-    seen = Lengths.empirical(lengths, -(-len(lengths) // engines))
-    yield Measurement(seen, cut, workload, metrics["seconds_sampling"], None)
-    alone = dataclasses.replace(workload, gpus=1)
-    yield Measurement(seen, cut, alone, None, metrics["seconds_training"])
+        alone, times = dataclasses.replace(workload, gpus=1), metrics[step]
+        measured.append(Measurement(seen, cut, workload, times["seconds_sampling"], None))
+        measured.append(Measurement(seen, cut, alone, None, times["seconds_training"]))
+    return measured
 
 
 def _recipe(path: Path) -> Recipe:

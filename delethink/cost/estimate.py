@@ -1,14 +1,16 @@
-"""The estimate: cost of a method for a model, thinking lengths, hardware and a workload."""
+"""The estimate: cost of a method, and the lengths beyond which Delethink is cheaper."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from delethink.cost.flops import (
+    LONGCOT,
     Cut,
     FloatArray,
     Numbers,
@@ -29,6 +31,9 @@ from delethink.cost.timing import sampling_time
 from delethink.errors import ConfigError, ModelError
 
 MAX_LENGTHS = 256  # equally likely lengths that represent a distribution
+MAX_CROSSING_TOKENS = 10_000_000
+
+Curve = Callable[[FloatArray], FloatArray]  # thinking tokens -> cost
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,7 @@ def estimate(
         ModelError: the weights do not fit on the devices.
     """
     efficiency, workload = efficiency or Efficiency(), workload or Workload()
-    parallel = workload.parallel or engine_size(shape, device, efficiency, workload.gpus)
-    room = engine_room(shape, device, efficiency, parallel)
+    parallel, room = _engine(shape, device, efficiency, workload)
     share = -(-workload.traces * parallel // workload.gpus)  # traces per engine, rounded up
     parts = Cut(*(np.asarray(part)[..., None] for part in cut))
     chunks = cut_traces(
@@ -235,38 +239,34 @@ def estimate(
     )
 
 
-def engine_room(
-    shape: ModelShape, device: Accelerator, efficiency: Efficiency, parallel: int
-) -> float:
-    """Return the bytes for caches of an engine on ``parallel`` devices."""
-    usable = device.memory * parallel * efficiency.cache_share
-    return usable - weight_bytes(shape, device.dtype_bytes)
+def _engine(
+    shape: ModelShape, device: Accelerator, efficiency: Efficiency, workload: Workload
+) -> tuple[int, float]:
+    """Return the devices per engine and the bytes left for its caches.
 
-
-def engine_size(shape: ModelShape, device: Accelerator, efficiency: Efficiency, gpus: int) -> int:
-    """Return the devices per engine: the least power of two whose weights fill at most half.
-
-    Raises:
-        ModelError: the weights do not fit on all devices together.
+    By default, devices are the least power of two whose weights fill at most half of the memory.
     """
-    size, weights = 1, weight_bytes(shape, device.dtype_bytes)
-    while size < gpus and device.memory * size * efficiency.cache_share < 2 * weights:
+    gpus, weights = workload.gpus, weight_bytes(shape, device.dtype_bytes)
+    usable = device.memory * efficiency.cache_share
+    if workload.parallel:
+        return workload.parallel, usable * workload.parallel - weights
+    size = 1
+    while size < gpus and usable * size < 2 * weights:
         size = min(2 * size, gpus)
-    if engine_room(shape, device, efficiency, size) <= 0:
+    if usable * size <= weights:
         raise ModelError(
             f"{shape.name} does not fit: its weights take {weights / 1e9:.0f} GB, and "
             f"{gpus} x {device.name} have {gpus * device.memory / 1e9:.0f} GB, "
             f"{efficiency.cache_share:.0%} of them for weights and caches; use more --gpus"
         )
-    return size
+    return size, usable * size - weights
 
 
 def longest_that_fits(
     shape: ModelShape, device: Accelerator, efficiency: Efficiency, workload: Workload
 ) -> float:
     """Return the longest thinking in one context that fits in an engine's memory, in tokens."""
-    parallel = workload.parallel or engine_size(shape, device, efficiency, workload.gpus)
-    room = engine_room(shape, device, efficiency, parallel)
+    _, room = _engine(shape, device, efficiency, workload)
     return longest_thinking(shape, workload.query, room, device.dtype_bytes)
 
 
@@ -301,3 +301,57 @@ def interval(
         hours.append(float(estimate(shape, again, cut, device, drawn, workload).gpu_hours))
     low, high = np.quantile(hours, [0.05, 0.95])
     return float(low), float(high)
+
+
+def crossing(
+    longcot: Curve, delethink: Curve, start: int, stop: int = MAX_CROSSING_TOKENS
+) -> int | None:
+    """Return the length in tokens beyond which Delethink is always cheaper.
+
+    Delethink's cost has a step at each boundary, so the curves may cross several times. The last
+    crossing counts.
+
+    Returns:
+        The last length at which Delethink is not cheaper; ``start`` if it is cheaper everywhere;
+        ``None`` if it is not cheaper at ``stop``.
+    """
+    grid = np.unique(np.geomspace(start, stop, 4000).round())
+    behind = np.flatnonzero(longcot(grid) <= delethink(grid))
+    if behind.size == 0:
+        return start
+    if behind[-1] == grid.size - 1:
+        return None
+    near = np.arange(grid[behind[-1]], grid[behind[-1] + 1] + 1)
+    return int(near[np.flatnonzero(longcot(near) <= delethink(near))[-1]])
+
+
+class Crossings(NamedTuple):
+    """Thinking tokens beyond which Delethink is always cheaper, for each quantity."""
+
+    sampling_flops: int | None
+    training_flops: int | None
+    step_seconds: int | None
+
+
+def crossings(
+    shape: ModelShape, cut: Cut, device: Accelerator, efficiency: Efficiency, workload: Workload
+) -> Crossings:
+    """Return the crossings of LongCoT and Delethink from C tokens on."""
+
+    def flops(count: Callable[..., FloatArray], method: Cut) -> Curve:
+        query, group, cached = workload.query, workload.group, workload.prefix_cache
+        return lambda n: count(shape, cut_traces(n, query, method, group, cached))
+
+    def seconds(method: Cut) -> Curve:
+        def curve(n: FloatArray) -> FloatArray:
+            cost = estimate(shape, Lengths.constant(n), method, device, efficiency, workload)
+            return np.nan_to_num(cost.step_seconds, nan=np.inf)  # NaN: does not fit
+
+        return curve
+
+    start = int(cut.context_size)
+    return Crossings(
+        crossing(flops(sampling_flops, LONGCOT), flops(sampling_flops, cut), start),
+        crossing(flops(training_flops, LONGCOT), flops(training_flops, cut), start),
+        crossing(seconds(LONGCOT), seconds(cut), start),
+    )

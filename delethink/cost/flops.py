@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,35 +19,23 @@ Numbers = Any  # a number or an array of numbers, broadcast by NumPy
 CACHE_BLOCK_TOKENS = 16  # vLLM's default block; a prefix cache holds whole blocks
 
 
-class Accounting(str, Enum):
-    """Query-key pairs counted as work."""
-
-    TRUE = "true"  # causal: a query attends to the keys that it may see
-    MASKED = "masked"  # all pairs, as kernels with a mask and FlopCounterMode of torch count
-
-
 def visible_pairs(start: Numbers, stop: Numbers, window: int | None) -> FloatArray:
     """Return the number of query-key pairs under a causal mask and a window W.
 
     The queries are at positions ``start`` to ``stop - 1``: the sum over p of min(p + 1, W).
     """
-    return np.asarray(_pairs_before(stop, window) - _pairs_before(start, window))
 
+    def pairs_before(position: Numbers) -> FloatArray:
+        position = np.asarray(position, float)
+        ramp = position if window is None else np.minimum(position, window)
+        full = 0 if window is None else (position - ramp) * window
+        return np.asarray(ramp * (ramp + 1) / 2 + full)
 
-def _pairs_before(stop: Numbers, window: int | None) -> FloatArray:
-    """Return the sum over positions p < stop of min(p + 1, W)."""
-    stop = np.asarray(stop, float)
-    ramp = stop if window is None else np.minimum(stop, window)
-    full = 0 if window is None else (stop - ramp) * window
-    return np.asarray(ramp * (ramp + 1) / 2 + full)
+    return np.asarray(pairs_before(stop) - pairs_before(start))
 
 
 def forward_flops(
-    shape: ModelShape,
-    start: Numbers,
-    stop: Numbers,
-    heads: Numbers,
-    accounting: Accounting = Accounting.TRUE,
+    shape: ModelShape, start: Numbers, stop: Numbers, heads: Numbers, masked: bool = False
 ) -> FloatArray:
     """Return the FLOPs of one forward pass over positions ``start`` to ``stop - 1``.
 
@@ -60,15 +47,13 @@ def forward_flops(
         start: tokens already in the cache.
         stop: length of the context after the pass.
         heads: number of positions with logits.
-        accounting: pairs to count.
+        masked: count the pairs hidden by the causal mask or a window too, as kernels with a mask
+            and ``FlopCounterMode`` of torch do.
     """
     tokens = np.asarray(stop, float) - start
     total = 2.0 * shape.token_weights * tokens + 2.0 * shape.head_weights * np.asarray(heads)
     for mixer, count in shape.mixers:
-        if accounting is Accounting.MASKED:
-            pairs = tokens * stop
-        else:
-            pairs = visible_pairs(start, stop, mixer.window)
+        pairs = tokens * stop if masked else visible_pairs(start, stop, mixer.window)
         total = total + count * (mixer.pair_flops * pairs + mixer.token_flops * tokens)
     return np.asarray(total, float)
 
@@ -77,7 +62,7 @@ def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> FloatArray
     """Return the FLOPs of decoding the positions ``start`` to ``stop - 1`` one by one.
 
     Each step is a pass over one token with logits. Latent attention works in its latent space. A
-    single query has no masked pair, so both ways of accounting agree.
+    single query has no masked pair.
     """
     tokens = np.asarray(stop, float) - start
     total = 2.0 * (shape.token_weights + shape.head_weights) * tokens
@@ -216,10 +201,7 @@ def sampling_flops(shape: ModelShape, chunks: Chunks) -> FloatArray:
 
 
 def training_flops(
-    shape: ModelShape,
-    chunks: Chunks,
-    accounting: Accounting = Accounting.TRUE,
-    extra_passes: float = 0.0,
+    shape: ModelShape, chunks: Chunks, masked: bool = False, extra_passes: float = 0.0
 ) -> FloatArray:
     """Return the FLOPs of training on a trace: the forward pass, and twice as many backward.
 
@@ -228,9 +210,9 @@ def training_flops(
     Args:
         shape: model.
         chunks: chunks of the trace.
-        accounting: pairs to count.
+        masked: see ``forward_flops``.
         extra_passes: forward passes beyond the first: 1 for recomputed activations, 1 for log-probs
             under the old weights.
     """
-    each = forward_flops(shape, 0, chunks.prompt + chunks.new, chunks.new, accounting)
+    each = forward_flops(shape, 0, chunks.prompt + chunks.new, chunks.new, masked)
     return np.asarray((3.0 + extra_passes) * (chunks.count * each).sum(-1))

@@ -168,16 +168,10 @@ class _ConfigReader:
         )
 
 
-def _gated(hidden_size: int, intermediate: int) -> int:
-    """Return the number of weights of a gate, an up and a down projection."""
-    return 3 * hidden_size * intermediate
-
-
 def _dense(config: _ConfigReader, norms: int = 2) -> FeedForward:
+    """Return a gate, an up and a down projection."""
     hidden_size, width = config.hidden_size, config.count("intermediate_size")
-    return FeedForward(
-        _gated(hidden_size, width), width=width, other_parameters=norms * hidden_size
-    )
+    return FeedForward(3 * hidden_size * width, width=width, other_parameters=norms * hidden_size)
 
 
 def _experts(
@@ -196,8 +190,8 @@ def _experts(
             f"{config.name}: a token cannot be routed to {per_token} of {experts} experts"
         )
     return FeedForward(
-        weights=hidden_size * (experts + shared_gate) + _gated(hidden_size, shared_width),
-        expert_weights=_gated(hidden_size, width),
+        weights=hidden_size * (experts + shared_gate + 3 * shared_width),
+        expert_weights=3 * hidden_size * width,
         experts=experts,
         experts_per_token=per_token,
         width=shared_width + per_token * width,
@@ -371,20 +365,11 @@ def _kimi_linear(config: _ConfigReader) -> ModelShape:
 
 
 _FAMILIES: dict[str, Callable[[_ConfigReader], ModelShape]] = {
-    "llama": _decoder,
-    "mistral": _decoder,
-    "qwen2": _decoder,
-    "qwen3": _decoder,
-    "phi3": _decoder,
-    "smollm3": _decoder,
-    "gemma2": _gemma,
-    "gemma3": _gemma,
-    "gemma3_text": _gemma,
-    "mixtral": _mixture,
-    "qwen3_moe": _mixture,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"), _decoder),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _gemma),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _mixture),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _deepseek),
     "gpt_oss": _gpt_oss,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
     "qwen3_next": _qwen3_next,
     "kimi_linear": _kimi_linear,
 }

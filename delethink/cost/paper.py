@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from delethink.cost.calibrate import Measurement
-from delethink.cost.compare import Curve, crossing
-from delethink.cost.estimate import Cost, Lengths, Workload, estimate
+from delethink.cost.estimate import Cost, Curve, Lengths, Workload, crossing, estimate
 from delethink.cost.flops import LONGCOT, Cut, FloatArray, Numbers, cut_traces, training_flops
-from delethink.cost.hardware import Efficiency, accelerator
+from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
 from delethink.cost.report import table
 from delethink.cost.shape import ModelShape
@@ -30,21 +29,12 @@ CUTS = {"LongCoT": LONGCOT, "Delethink": DELETHINK}
 
 # H100-hours of 1000 steps, rollout and total, read off the bars of figure 2(c) to about 1 % of the
 # axis; mean thinking in units of 1024 tokens.
+_MEAN_LENGTHS = (16, 24, 48, 72, 96)
+_LONGCOT_BARS = ((640, 955), (1270, 1815), (4460, 6310), (9780, 13280), (16850, 22100))
+_DELETHINK_BARS = ((570, 955), (860, 1465), (1720, 3090), (2640, 4620), (3500, 6150))
 FIGURE_2C = {
-    "LongCoT": {
-        16: (640, 955),
-        24: (1270, 1815),
-        48: (4460, 6310),
-        72: (9780, 13280),
-        96: (16850, 22100),
-    },
-    "Delethink": {
-        16: (570, 955),
-        24: (860, 1465),
-        48: (1720, 3090),
-        72: (2640, 4620),
-        96: (3500, 6150),
-    },
+    "LongCoT": dict(zip(_MEAN_LENGTHS, _LONGCOT_BARS, strict=True)),
+    "Delethink": dict(zip(_MEAN_LENGTHS, _DELETHINK_BARS, strict=True)),
 }
 
 # Section 6.3, runs with a budget of 24,576 tokens: tokens per second and GPU in sampling, and
@@ -60,8 +50,8 @@ def shape() -> ModelShape:
     return model_shape(MODEL)
 
 
-def _estimate(lengths: Lengths, cut: Cut, efficiency: Efficiency | None) -> Cost:
-    return estimate(shape(), lengths, cut, accelerator("h100"), efficiency, WORKLOAD)
+def _estimate(lengths: Lengths, cut: Cut) -> Cost:
+    return estimate(shape(), lengths, cut, accelerator("h100"), workload=WORKLOAD)
 
 
 # -- FLOPs: section 4.3 and figure 3 -----------------------------------------------------------
@@ -137,11 +127,8 @@ def flops_rows() -> list[FlopsRow]:
         return FlopsRow(name, crossing(longcot, delethink, 8192), (a, b, c))
 
     def paper(masked: bool, embedding: bool) -> Callable[[Cut], Curve]:
-        return lambda method: (
-            lambda n: paper_training_flops(
-                model, n, method, masked_pairs=masked, embedding=embedding
-            )
-        )
+        counted = {"masked_pairs": masked, "embedding": embedding}
+        return lambda method: lambda n: paper_training_flops(model, n, method, **counted)
 
     def exact(method: Cut) -> Curve:
         return lambda n: training_flops(model, cut_traces(n, 1, method))
@@ -156,19 +143,11 @@ def flops_rows() -> list[FlopsRow]:
     ]
 
 
-def flops_text(as_json: bool) -> str:
-    """Return the crossing and the ratios of training FLOPs."""
-    rows = flops_rows()
-    if as_json:
-        return _json(rows)
-    lines = [
-        [
-            r.accounting,
-            f"{r.crossing:,}" if r.crossing else "never",
-            *(f"{x:.2f}" for x in r.ratios),
-        ]
-        for r in rows
-    ]
+def _flops_text(rows: list[FlopsRow]) -> str:
+    lines = []
+    for row in rows:
+        cross = f"{row.crossing:,}" if row.crossing else "never"
+        lines.append([row.accounting, cross, *(f"{ratio:.2f}" for ratio in row.ratios)])
     heads = ["training FLOPs, LongCoT / Delethink", "crossing", "24K", "96K", "1,000,000"]
     return _annotated(
         table(heads, lines),
@@ -187,13 +166,10 @@ def accounting_text(model: ModelShape, cut: Cut, thinking: Sequence[float], as_j
         lambda n: paper_training_flops(model, n, cut),
         int(cut.context_size),
     )
-    lengths = np.array(thinking, float)
-    longcot = paper_training_flops(model, lengths, LONGCOT)
-    delethink = paper_training_flops(model, lengths, cut)
-    rows = list(zip(thinking, longcot.tolist(), delethink.tolist(), strict=True))
+    costs = (paper_training_flops(model, np.array(thinking), method) for method in (LONGCOT, cut))
+    rows = list(zip(thinking, *(cost.tolist() for cost in costs), strict=True))
     if as_json:
-        keys = ("thinking", "longcot", "delethink")
-        traces = [dict(zip(keys, row, strict=True)) for row in rows]
+        traces = [{"thinking": n, "longcot": a, "delethink": b} for n, a, b in rows]
         return json.dumps({"crossing": found, "training_flops": traces}, indent=2)
     lines = [[f"{n:,.0f}", f"{a:.3e}", f"{b:.3e}", f"{a / b:.2f}"] for n, a, b in rows]
     return _annotated(
@@ -220,35 +196,24 @@ class Bar(NamedTuple):
     error: float
 
 
-def figure_2c(efficiency: Efficiency | None = None) -> list[Bar]:
+def figure_2c() -> list[Bar]:
     """Return every bar of figure 2(c), with all traces as long as the mean."""
     bars = []
     for method, heights in FIGURE_2C.items():
         for units, (rollout, total) in heights.items():
-            cost = _estimate(Lengths.constant(units * 1024), CUTS[method], efficiency)
+            cost = _estimate(Lengths.constant(units * 1024), CUTS[method])
             sampling = float(cost.sampling_seconds) * WORKLOAD.steps * WORKLOAD.gpus / 3600
-            for part, paper, ours in (
-                ("rollout", rollout, sampling),
-                ("total", total, float(cost.gpu_hours)),
-            ):
+            pairs = (("rollout", rollout, sampling), ("total", total, float(cost.gpu_hours)))
+            for part, paper, ours in pairs:
                 bars.append(Bar(method, units * 1024, part, paper, ours, ours / paper - 1))
     return bars
 
 
-def figure_2c_text(as_json: bool) -> str:
-    """Return the H100-hours of figure 2(c)."""
-    bars = figure_2c()
-    if as_json:
-        return _json(bars)
-    lines = [
-        [
-            f"{bar.method}, {bar.thinking // 1024}K, {bar.part}",
-            f"{bar.paper:,}",
-            f"{bar.ours:,.0f}",
-            f"{bar.error:+.1%}",
-        ]
-        for bar in bars
-    ]
+def _figure_2c_text(bars: list[Bar]) -> str:
+    lines = []
+    for bar in bars:
+        name = f"{bar.method}, {bar.thinking // 1024}K, {bar.part}"
+        lines.append([name, f"{bar.paper:,}", f"{bar.ours:,.0f}", f"{bar.error:+.1%}"])
     worst = max(abs(bar.error) for bar in bars)
     return _annotated(
         table(["H100-hours of 1000 steps", "paper", "ours", "error"], lines),
@@ -264,46 +229,36 @@ def figure_2c_text(as_json: bool) -> str:
 def measurements() -> list[Measurement]:
     """Return figure 2(c) and section 6.3 as timed steps, to fit the default efficiencies."""
     step_seconds = 3600 / WORKLOAD.steps / WORKLOAD.gpus  # step seconds per H100-hour of the run
-    timed = [
-        Measurement(
-            Lengths.constant(units * 1024),
-            CUTS[method],
-            WORKLOAD,
-            rollout * step_seconds,
-            (total - rollout) * step_seconds,
-        )
-        for method, heights in FIGURE_2C.items()
-        for units, (rollout, total) in heights.items()
-    ]
-    return timed + [
-        Measurement(lengths_24k(method), CUTS[method], WORKLOAD, float(seconds), None)
-        for method, (_, seconds) in MEASURED_24K.items()
-    ]
+    timed = []
+    for method, heights in FIGURE_2C.items():
+        for units, (rollout, total) in heights.items():
+            lengths = Lengths.constant(units * 1024)
+            seconds = rollout * step_seconds, (total - rollout) * step_seconds
+            timed.append(Measurement(lengths, CUTS[method], WORKLOAD, *seconds))
+    for method, (_, sampling) in MEASURED_24K.items():
+        lengths = lengths_24k(method)
+        timed.append(Measurement(lengths, CUTS[method], WORKLOAD, float(sampling), None))
+    return timed
 
 
 def lengths_24k(method: str) -> Lengths:
     """Return the lengths of a 24K run: a known mean with an assumed distribution.
 
-    The paper gives no histogram; the lengths are exponential, capped at the budget. Each of the
-    eight engines samples an eighth of the traces.
+    The paper gives no histogram; the lengths are exponential, capped at the budget, with a scale at
+    which E[min(X, cap)] is the mean. Each of the eight engines samples an eighth of the traces.
     """
     rate, seconds = MEASURED_24K[method]
     mean = rate * seconds * WORKLOAD.gpus / WORKLOAD.traces
-    return capped_exponential(mean, BUDGET_24K, WORKLOAD.traces // WORKLOAD.gpus)
-
-
-def capped_exponential(mean: float, cap: int, batch: int) -> Lengths:
-    """Return exponential lengths, capped so that E[min(X, cap)] = mean."""
-    low, high = mean / 2, 1e3 * cap
+    low, high = mean / 2, 1e3 * BUDGET_24K
     while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
-        if middle * -math.expm1(-cap / middle) < mean:
+        if middle * -math.expm1(-BUDGET_24K / middle) < mean:
             low = middle
         else:
             high = middle
     quantiles = (np.arange(2048) + 0.5) / 2048
-    seen = np.minimum(np.ceil(-low * np.log1p(-quantiles)), cap)
-    return Lengths.empirical(seen, batch)
+    seen = np.minimum(np.ceil(-low * np.log1p(-quantiles)), BUDGET_24K)
+    return Lengths.empirical(seen, WORKLOAD.traces // WORKLOAD.gpus)
 
 
 class Throughput(NamedTuple):
@@ -315,31 +270,21 @@ class Throughput(NamedTuple):
     ours: float
 
 
-def throughput_24k(efficiency: Efficiency | None = None) -> list[Throughput]:
+def throughput_24k() -> list[Throughput]:
     """Return the throughputs of section 6.3: 8,500 against 6,000 tokens per second and GPU."""
     rows = []
     for method, (rate, _) in MEASURED_24K.items():
         lengths = lengths_24k(method)
-        cost = _estimate(lengths, CUTS[method], efficiency)
+        cost = _estimate(lengths, CUTS[method])
         rows.append(Throughput(method, float(lengths.mean), rate, float(cost.tokens_per_second)))
     return rows
 
 
-def throughput_text(as_json: bool) -> str:
-    """Return the measured throughputs of section 6.3."""
-    rows = throughput_24k()
-    if as_json:
-        return _json(rows)
-    lines = [
-        [
-            r.method,
-            f"{r.mean:,.0f}",
-            f"{r.paper:,}",
-            f"{r.ours:,.0f}",
-            f"{r.ours / r.paper - 1:+.1%}",
-        ]
-        for r in rows
-    ]
+def _throughput_text(rows: list[Throughput]) -> str:
+    lines = []
+    for r in rows:
+        error = f"{r.ours / r.paper - 1:+.1%}"
+        lines.append([r.method, f"{r.mean:,.0f}", f"{r.paper:,}", f"{r.ours:,.0f}", error])
     return _annotated(
         table(["24K runs, tokens/s per GPU", "mean length", "paper", "ours", "error"], lines),
         "Measured by the paper's authors. The mean lengths follow from their 130 and 170 seconds "
@@ -363,30 +308,22 @@ class GpuMonths(NamedTuple):
     ours: float
 
 
-def gpu_months(efficiency: Efficiency | None = None) -> list[GpuMonths]:
+def gpu_months() -> list[GpuMonths]:
     """Return the H100-months at 96K (the abstract) and at 94K tokens (the introduction)."""
     rows = []
     for method, cut in CUTS.items():
         for tokens, days in ((98_304, 730 / 24), (94_000, 31.0)):
-            cost = _estimate(Lengths.constant(tokens), cut, efficiency)
+            cost = _estimate(Lengths.constant(tokens), cut)
             bar = FIGURE_2C[method][96][1] / (24 * days) if tokens == 98_304 else None
             rows.append(GpuMonths(method, tokens, days, bar, float(cost.gpu_hours) / (24 * days)))
     return rows
 
 
-def gpu_months_text(as_json: bool) -> str:
-    """Return the 27 against 7 H100-months of the abstract."""
-    rows = gpu_months()
-    if as_json:
-        return _json(rows)
-    lines = [
-        [
-            f"{r.method}, {r.tokens:,} tokens, {24 * r.days:.0f} h per month",
-            "-" if r.bars is None else f"{r.bars:.1f}",
-            f"{r.ours:.1f}",
-        ]
-        for r in rows
-    ]
+def _gpu_months_text(rows: list[GpuMonths]) -> str:
+    lines = []
+    for r in rows:
+        name = f"{r.method}, {r.tokens:,} tokens, {24 * r.days:.0f} h per month"
+        lines.append([name, "-" if r.bars is None else f"{r.bars:.1f}", f"{r.ours:.1f}"])
     return _annotated(
         table(["H100-months of 1000 steps", "bars of figure 2(c)", "ours"], lines),
         "The abstract reports 27 against 7 at 96K. This does not reproduce: the paper's own bars "
@@ -399,16 +336,25 @@ def gpu_months_text(as_json: bool) -> str:
     )
 
 
-REPRODUCTIONS: dict[str, Callable[[bool], str]] = {
-    "flops": flops_text,
-    "figure2c": figure_2c_text,
-    "throughput": throughput_text,
-    "months": gpu_months_text,
+# The rows of each reproduction, and their text.
+_REPRODUCTIONS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any]], str]]] = {
+    "flops": (flops_rows, _flops_text),
+    "figure2c": (figure_2c, _figure_2c_text),
+    "throughput": (throughput_24k, _throughput_text),
+    "months": (gpu_months, _gpu_months_text),
 }
 
 
-def _json(rows: Sequence[Any]) -> str:
-    return json.dumps([row._asdict() for row in rows], indent=2)
+def reproduction(name: str, as_json: bool) -> str:
+    """Return figures of the paper (flops, figure2c, throughput or months) next to this estimate's.
+
+    Args:
+        name: a value of ``--reproduce``.
+        as_json: return JSON instead of a table with notes.
+    """
+    make_rows, text_of = _REPRODUCTIONS[name]
+    rows = make_rows()
+    return json.dumps([row._asdict() for row in rows], indent=2) if as_json else text_of(rows)
 
 
 def _annotated(text: str, *notes: str) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from delethink.cost.compare import Crossings
-from delethink.cost.estimate import Cost, Lengths, Workload, estimate
+from delethink.cost.estimate import Cost, Crossings, Lengths, Workload, estimate
 from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
@@ -53,6 +52,11 @@ class CostReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; infinity and NaN become ``None``."""
+
+        def values(cost: Cost, hours: tuple[float, float]) -> dict[str, Any]:
+            figures = cost.as_dict() | {"gpu_hours_5_95": list(hours)}
+            return {name: _json_value(figure) for name, figure in figures.items()}
+
         return {
             "model": {
                 "name": self.shape.name,
@@ -68,10 +72,10 @@ class CostReport:
             "workload": self.workload.__dict__,
             "thinking": [
                 {
-                    "longcot": _cost_json(pair.longcot, pair.longcot_hours),
-                    "delethink": _cost_json(pair.delethink, pair.delethink_hours),
+                    "longcot": values(p.longcot, p.longcot_hours),
+                    "delethink": values(p.delethink, p.delethink_hours),
                 }
-                for pair in self.pairs
+                for p in self.pairs
             ],
             "crossings": self.crossings._asdict(),
             "longest_longcot_that_fits": _json_value(self.longest_that_fits),
@@ -80,18 +84,10 @@ class CostReport:
         }
 
 
-def _cost_json(cost: Cost, hours: tuple[float, float]) -> dict[str, Any]:
-    values = cost.as_dict() | {"gpu_hours_5_95": list(hours)}
-    return {name: _json_value(value) for name, value in values.items()}
-
-
 def as_text(report: CostReport) -> str:
     """Return the whole report as text."""
-    parts = [_heading(report)]
-    parts += [_pair_table(report, pair) for pair in report.pairs]
-    parts.append(_crossings_table(report))
-    parts.append(summary(report))
-    return "\n\n".join(parts)
+    tables = [_pair_table(report, pair) for pair in report.pairs]
+    return "\n\n".join([_heading(report), *tables, _crossings_table(report), summary(report)])
 
 
 def summary(report: CostReport) -> str:

@@ -12,8 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from delethink.errors import ModelError
-
 
 @dataclass(frozen=True)
 class Mixer:
@@ -62,11 +60,6 @@ class FeedForward:
     width: int = 0
     other_parameters: int = 0
 
-    @property
-    def active_weights(self) -> int:
-        """Parameters used by one token."""
-        return self.weights + self.experts_per_token * self.expert_weights
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -94,13 +87,6 @@ class ModelShape:
     layers: tuple[Layer, ...]
     tied_embeddings: bool = False
 
-    def __post_init__(self) -> None:
-        if self.hidden_size < 1 or self.vocabulary_size < 1 or not self.layers:
-            raise ModelError(
-                f"{self.name}: hidden_size, vocabulary size and the number of layers must be at "
-                f"least 1, got {self.hidden_size}, {self.vocabulary_size} and {len(self.layers)}"
-            )
-
     @cached_property
     def mixers(self) -> tuple[tuple[Mixer, int], ...]:
         """Distinct mixers, each with its number of layers."""
@@ -114,7 +100,15 @@ class ModelShape:
     @cached_property
     def token_weights(self) -> int:
         """Parameters used by one token in all layers (N), without embedding and head."""
-        return sum(layer.mixer.weights + layer.feed_forward.active_weights for layer in self.layers)
+        parts = (layer.mixer.weights + layer.feed_forward.weights for layer in self.layers)
+        return sum(parts) + self._routed_weights
+
+    @cached_property
+    def _routed_weights(self) -> int:
+        return sum(
+            part.experts_per_token * part.expert_weights * count
+            for part, count in self.feed_forwards
+        )
 
     @cached_property
     def head_weights(self) -> int:
@@ -124,8 +118,7 @@ class ModelShape:
     @cached_property
     def expert_weights(self) -> int:
         """Parameters of all experts in all layers."""
-        parts = (layer.feed_forward for layer in self.layers)
-        return sum(part.experts * part.expert_weights for part in parts)
+        return sum(part.experts * part.expert_weights * count for part, count in self.feed_forwards)
 
     @cached_property
     def parameters(self) -> int:
@@ -143,11 +136,7 @@ class ModelShape:
     @cached_property
     def active_parameters(self) -> int:
         """Parameters used by one token, the embedding included, as model cards count them."""
-        idle = sum(
-            (part.experts - part.experts_per_token) * part.expert_weights * count
-            for part, count in self.feed_forwards
-        )
-        return self.parameters - idle
+        return self.parameters - self.expert_weights + self._routed_weights
 
     @cached_property
     def unbounded_layers(self) -> int:

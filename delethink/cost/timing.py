@@ -54,14 +54,6 @@ def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> F
     return total * dtype_bytes
 
 
-def mean_cache_bytes(shape: ModelShape, chunks: Chunks, dtype_bytes: int) -> FloatArray:
-    """Return the cache of a trace in bytes, averaged over its tokens."""
-    middle = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
-    tokens = chunks.count * chunks.new
-    kept = cache_bytes(shape, middle, dtype_bytes).mean(-1)
-    return np.asarray((tokens * kept).sum(-1) / tokens.sum(-1))
-
-
 def decode_steps(
     mean: Numbers, longest: Numbers, traces: Numbers, concurrent: Numbers
 ) -> FloatArray:
@@ -98,19 +90,20 @@ def sampling_time(
         parallel: devices per engine; communication between them is not counted.
     """
     size = device.dtype_bytes
-    tokens = (chunks.count * chunks.new).sum(-1)
-    mean = tokens.mean(-1)
-    per_trace = (mean_cache_bytes(shape, chunks, size) * tokens).mean(-1) / mean
+    tokens = chunks.count * chunks.new
+    mean = tokens.sum(-1).mean(-1)
+    context = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
+    caches = cache_bytes(shape, context, size)
+    per_trace = (tokens * caches.mean(-1)).sum(-1).mean(-1) / mean  # averaged over its tokens
     concurrent = np.clip(np.floor(room / per_trace), 1, traces)
     steps = decode_steps(mean, longest, traces, concurrent)
     batch = traces * mean / steps  # average traces per step
     weights = moved_weight_bytes(shape, batch, size) / batch
-    context = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
-    moved = weights[..., None, None, None] + cache_bytes(shape, context, size)
+    moved = weights[..., None, None, None] + caches
     compute = decode_flops(shape, context - 1, context)
     moving = moved / (device.bandwidth * parallel * efficiency.bandwidth)
     computing = compute / (device.peak_flops * parallel * efficiency.decode)
-    weight = (chunks.count * chunks.new)[..., None] / len(_POINTS)
+    weight = tokens[..., None] / len(_POINTS)
     decode = (weight * np.maximum(moving, computing)).sum((-1, -2)).mean(-1) * traces
     bound = (weight * (computing > moving)).sum((-1, -2)).mean(-1) / mean
     rate = device.peak_flops * parallel * efficiency.prefill

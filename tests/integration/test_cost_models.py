@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from delethink.cost.flops import (
     LONGCOT,
-    Accounting,
     cut_traces,
     decode_flops,
     forward_flops,
@@ -200,7 +199,7 @@ def test_flops_of_a_prefill(
     model, shape, _ = models[name]
     with torch.no_grad(), counter():
         model(ids(PROMPT), use_cache=True, logits_to_keep=1)
-    assert counter.flops == forward_flops(shape, 0, PROMPT, 1, Accounting.MASKED)
+    assert counter.flops == forward_flops(shape, 0, PROMPT, 1, masked=True)
 
 
 @pytest.mark.parametrize("name", sorted(set(COUNTED) - {"latent attention"}))
@@ -244,7 +243,7 @@ def test_flops_of_a_training_step(
     with counter():
         model(ids(PROMPT + NEW), use_cache=False, logits_to_keep=NEW).logits.sum().backward()
     chunks = cut_traces(NEW, PROMPT, LONGCOT)
-    expected = training_flops(shape, chunks, Accounting.MASKED)
+    expected = training_flops(shape, chunks, masked=True)
     # No gradient of the embedding's output is needed where nothing before it is trained, but here
     # it is; so all products count three times.
     assert counter.flops == pytest.approx(float(expected), rel=1e-12)

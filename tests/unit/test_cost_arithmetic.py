@@ -23,11 +23,10 @@ from delethink.carryover import (
     Tail,
     last,
 )
-from delethink.cost.compare import crossing
+from delethink.cost.estimate import crossing
 from delethink.cost.flops import (
     CACHE_BLOCK_TOKENS,
     LONGCOT,
-    Accounting,
     Cut,
     cut_traces,
     decode_flops,
@@ -163,7 +162,7 @@ def test_a_pass_is_the_sum_of_its_tokens(shape: ModelShape, start: int, more: in
 
 
 def test_masked_accounting_counts_all_pairs() -> None:
-    masked = forward_flops(MIXED, 3, 9, 1, Accounting.MASKED)
+    masked = forward_flops(MIXED, 3, 9, 1, masked=True)
     true = forward_flops(MIXED, 3, 9, 1)
     hidden = 6 * 9 - (4 + 5 + 6 + 7 + 8 + 9), 6 * 9 - (4 + 5 + 6 + 6 + 6 + 6)
     assert masked - true == hidden[0] * FULL.pair_flops + hidden[1] * SLIDING.pair_flops

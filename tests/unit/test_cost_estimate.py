@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from delethink.cost import paper
 from delethink.cost.calibrate import Measurement, fit
-from delethink.cost.compare import crossings
-from delethink.cost.estimate import Lengths, Workload, estimate, interval, longest_that_fits
+from delethink.cost.estimate import (
+    Lengths,
+    Workload,
+    crossings,
+    estimate,
+    interval,
+    longest_that_fits,
+)
 from delethink.cost.flops import LONGCOT, Cut, cut_traces
 from delethink.cost.hardware import Efficiency, accelerator
 from delethink.cost.memory import cache_bytes, weight_bytes
