@@ -15,8 +15,8 @@ import contextlib
 import dataclasses
 import logging
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 from delethink.config import EngineConfig
 from delethink.engines.base import WorkerHandle
@@ -33,7 +33,6 @@ from delethink.errors import (
 from delethink.policy import Completion, Sampling, SchedulingHint
 from delethink.types import TokenIds
 
-T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _DISPATCH_DELAY_S = 0.002  # lets the chunks of one moment be assigned together, by rank
@@ -50,10 +49,6 @@ _MIN_PACE_CHUNKS = 8  # sampled by a worker before its pace counts
 
 class _RetryError(Exception):
     """An attempt at a chunk failed, and another worker may take the chunk."""
-
-
-class _WorkerError(Exception):
-    """A worker is of no use any more."""
 
 
 class WorkerPool:
@@ -117,10 +112,16 @@ class WorkerPool:
         self._chunks.add(chunk)
         try:
             while True:
-                self._check_can_sample()
+                if (refusal := self._closed_by or self._unsound) is not None:
+                    raise refusal
+                if not self._awake.is_set():
+                    self._spawn(self.wake())
                 try:
-                    worker = await self._wait_for_worker(chunk)
-                    return await self._sample(worker, chunk)
+                    chunk.assigned = asyncio.get_running_loop().create_future()
+                    self._scheduler.submit(chunk, first=chunk.attempts > 0)
+                    self._dispatch_soon()
+                    await chunk.assigned
+                    return await self._sample(cast(PoolWorker, chunk.worker), chunk)
                 except _RetryError as error:
                     self._count_attempt(chunk, error)
                 except asyncio.CancelledError:
@@ -134,14 +135,6 @@ class WorkerPool:
                     self._release(chunk)
         finally:
             self._chunks.discard(chunk)
-
-    async def _wait_for_worker(self, chunk: PendingChunk) -> PoolWorker:
-        """Wait until the scheduler has assigned a worker."""
-        chunk.assigned = asyncio.get_running_loop().create_future()
-        self._scheduler.submit(chunk, first=chunk.attempts > 0)
-        self._dispatch_soon()
-        await chunk.assigned
-        return cast(PoolWorker, chunk.worker)
 
     def _dispatch_soon(self) -> None:
         if not self._dispatch_scheduled:
@@ -161,12 +154,7 @@ class WorkerPool:
                 chunk.assigned.set_result(None)
 
     async def _sample(self, worker: PoolWorker, chunk: PendingChunk) -> Completion:
-        """Sample a chunk on a worker.
-
-        Raises:
-            UserError: the request is at fault.
-            _RetryError: the worker is.
-        """
+        """Sample a chunk; raise ``UserError`` if the request is at fault, else ``_RetryError``."""
         handle, name = worker.handle, str(worker)
         assert handle is not None
         try:
@@ -225,16 +213,6 @@ class WorkerPool:
         if worker.handle is handle:
             worker.resting = False
             self._resume(worker)
-
-    def _check_can_sample(self) -> None:
-        if (error := self._closed_by or self._unsound) is not None:
-            raise error
-        if not self._awake.is_set():
-            self._spawn(self.wake())
-
-    def _fail_all(self, error: Exception) -> None:
-        for chunk in self._chunks:
-            chunk.interrupt(error)
 
     def _pause(self, worker: PoolWorker) -> None:
         """Assign no more chunks to a worker; those in flight continue."""
@@ -299,9 +277,16 @@ class WorkerPool:
                 if self._closed_by is not None:
                     return
                 if worker.failures > self._config.max_restarts:
-                    self._give_up(worker)
+                    worker.given_up = True
+                    self._service_changed.set()
+                    if all(other.given_up for other in self.workers):
+                        self._end_without_workers(
+                            f"each was restarted {self._config.max_restarts} times"
+                        )
                     return
-                await asyncio.sleep(_backoff_s(worker.failures))
+                # No wait after a life with a sampled chunk.
+                backoff_s = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (worker.failures - 2))
+                await asyncio.sleep(backoff_s if worker.failures > 1 else 0)
                 self.faults.restarts += 1
                 worker.restarts += 1
                 try:
@@ -314,7 +299,10 @@ class WorkerPool:
         await self._awake.wait()  # while the pool sleeps, the trainer has the GPU
         worker.handle = handle = self._launch(worker.index)
         state = await handle.start()
-        await self._load_current_weights(handle)
+        loaded = None
+        while self._unsound is None and self._weights is not None and loaded != self._weights[1]:
+            weights, loaded = self._weights
+            await self._load_weights(handle, weights, loaded)
         worker.start_life(state, asyncio.get_running_loop().time())
         self.max_model_tokens = state.max_model_tokens
         self._scheduler.add_worker(
@@ -333,7 +321,6 @@ class WorkerPool:
             return
         assert worker.lost is not None
         assert worker.health is not None
-        now = asyncio.get_running_loop().time()
         most = sum(chunk.max_new_tokens for chunk in worker.chunks)
         self.faults.tokens_lost += min(most, max(0, worker.counts.tokens - worker.returned_tokens))
         self._retry_chunks(worker, reason)
@@ -341,7 +328,7 @@ class WorkerPool:
         self._scheduler.remove_worker(worker)
         worker.health.cancel()
         if not any(other.in_service for other in self.workers):
-            self._all_lost_since = now
+            self._all_lost_since = asyncio.get_running_loop().time()
         if not worker.lost.done():  # else the pool is being closed
             worker.lost.set_result(reason)
 
@@ -365,12 +352,6 @@ class WorkerPool:
         if handle is not None:
             handle.kill()
 
-    def _give_up(self, worker: PoolWorker) -> None:
-        worker.given_up = True
-        self._service_changed.set()
-        if all(other.given_up for other in self.workers):
-            self._end_without_workers(f"each was restarted {self._config.max_restarts} times")
-
     def _end_without_workers(self, why: str) -> None:
         last = "; ".join(f"{worker.name} {worker.reason}" for worker in self.workers)
         self._end(
@@ -381,13 +362,13 @@ class WorkerPool:
         """Sample nothing ever again."""
         self._closed_by = self._closed_by or error
         self._service_changed.set()
-        self._fail_all(self._closed_by)
+        for chunk in self._chunks:
+            chunk.interrupt(self._closed_by)
 
     # -- health --------------------------------------------------------------------------------
 
     async def _check_health(self, worker: PoolWorker, handle: WorkerHandle) -> None:
         """Call ``health`` of a worker at intervals; after an exception the worker is lost."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
             try:
@@ -395,17 +376,16 @@ class WorkerPool:
             except Exception as error:  # a worker can fail in any way
                 self._mark_lost(worker, _text(error))
                 return
-            worker.update_health(counts, loop.time())
+            worker.update_health(counts, asyncio.get_running_loop().time())
             if worker.missed_heartbeat:
                 worker.missed_heartbeat = False
                 self._resume(worker)
 
     async def _check_timeouts(self) -> None:
         """Apply all timeouts, at intervals."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
-            now = loop.time()
+            now = asyncio.get_running_loop().time()
             for worker in self.workers:
                 if worker.in_service:
                     self._check_worker(worker, now)
@@ -439,11 +419,8 @@ class WorkerPool:
                 return
             if timeout is not None and age > timeout:
                 self.faults.chunk_timeouts += 1
-                chunk.interrupt(
-                    DeadlineError(
-                        f"the chunk was not done after {timeout:g} s (chunk_timeout) on {worker}"
-                    )
-                )
+                text = f"the chunk was not done after {timeout:g} s (chunk_timeout) on {worker}"
+                chunk.interrupt(DeadlineError(text))
                 continue
             expected = self._config.slow_factor * chunk.max_new_tokens * pace
             if pace and age > max(expected, hang_timeout):
@@ -479,22 +456,20 @@ class WorkerPool:
                 refusals = await self._update_until_one_runs(weights, version)
                 if refusals:
                     self._weights = previous
-                    self._refuse(refusals, version)
+                    reason = f"takes no requests since an update of weights {refusals[0][1]}"
+                    self._unsound = PolicyError(reason)
+                    for chunk in self._chunks:
+                        chunk.interrupt(self._unsound)
+                    texts = "; ".join(f"{worker} {text}" for worker, text in refusals)
+                    raise WeightSyncError(
+                        f"{len(refusals)} of {len(self.workers)} workers did not load the weights "
+                        f"of version {version}: {texts}"
+                    )
                 self._unsound = None
             finally:
                 self._outdated.clear()
                 for worker in self.workers:
                     self._resume(worker)
-
-    def _refuse(self, refusals: Sequence[tuple[PoolWorker, str]], version: int) -> NoReturn:
-        reason = refusals[0][1]
-        self._unsound = PolicyError(f"takes no requests since an update of weights {reason}")
-        self._fail_all(self._unsound)
-        texts = "; ".join(f"{worker} {text}" for worker, text in refusals)
-        raise WeightSyncError(
-            f"{len(refusals)} of {len(self.workers)} workers did not load the weights of version "
-            f"{version}: {texts}"
-        )
 
     async def _update_until_one_runs(
         self, weights: Any, version: int
@@ -541,24 +516,17 @@ class WorkerPool:
         self._resume(worker)
         return worker.in_service
 
-    async def _load_current_weights(self, handle: WorkerHandle) -> None:
-        """Load the current weights, if there are any, into a freshly started engine."""
-        loaded = None
-        while self._unsound is None and self._weights is not None and loaded != self._weights[1]:
-            weights, loaded = self._weights
-            await self._load_weights(handle, weights, loaded)
-
     async def _load_weights(self, handle: WorkerHandle, weights: Any, version: int) -> None:
         timeout = self._config.weight_sync_timeout
         try:
             async with asyncio.timeout(timeout):
                 answer = await handle.update_weights(weights, version)
         except TimeoutError:
-            raise _WorkerError(
+            raise RuntimeError(
                 f"did not load the weights of version {version} within {timeout:g} s"
             ) from None
         if answer != version:
-            raise _WorkerError(f"runs version {answer} of the weights instead of {version}")
+            raise RuntimeError(f"runs version {answer} of the weights instead of {version}")
 
     # -- sleep ---------------------------------------------------------------------------------
 
@@ -573,24 +541,22 @@ class WorkerPool:
         async with self._sleep_lock:
             if self._awake.is_set():
                 return
-            await self._for_each_in_service(self._wake_worker)
+            await self._for_each_in_service(lambda _, handle: handle.wake())
             self._awake.set()
         for worker in self.workers:
             self._resume(worker)
 
-    async def _put_to_sleep(self, worker: PoolWorker) -> None:
+    async def _put_to_sleep(self, worker: PoolWorker, handle: WorkerHandle) -> None:
         self._pause(worker)
         await worker.idle.wait()
-        if worker.in_service and worker.handle is not None:
-            await worker.handle.sleep()
+        if worker.in_service:
+            await handle.sleep()
 
-    async def _wake_worker(self, worker: PoolWorker) -> None:
-        if worker.handle is not None:
-            await worker.handle.wake()
-
-    async def _for_each_in_service(self, call: Callable[[PoolWorker], Awaitable[None]]) -> None:
-        workers = [(worker, worker.handle) for worker in self.workers if worker.in_service]
-        results = await asyncio.gather(*[call(w) for w, _ in workers], return_exceptions=True)
+    async def _for_each_in_service(
+        self, call: Callable[[PoolWorker, WorkerHandle], Awaitable[None]]
+    ) -> None:
+        workers = [(w, w.handle) for w in self.workers if w.in_service and w.handle]
+        results = await asyncio.gather(*[call(*pair) for pair in workers], return_exceptions=True)
         for (worker, handle), result in zip(workers, results, strict=True):
             if isinstance(result, BaseException) and worker.handle is handle:
                 self._mark_lost(worker, _text(result))
@@ -609,7 +575,16 @@ class WorkerPool:
         - ``batch_occupancy``, ``tokens_per_second``, ``prefix_cache_hit_rate``: see ``Activity``.
         - the fields of ``FaultCounts``.
         """
-        await self._refresh_counts()
+
+        async def refresh(worker: PoolWorker, handle: WorkerHandle) -> None:
+            counts = await handle.health()
+            if worker.in_service and worker.handle is handle:
+                worker.update_health(counts, asyncio.get_running_loop().time())
+
+        calls = [refresh(w, w.handle) for w in self.workers if w.in_service and w.handle]
+        with contextlib.suppress(TimeoutError):  # late answers are left out
+            async with asyncio.timeout(_METRICS_TIMEOUT_S):
+                await asyncio.gather(*calls, return_exceptions=True)
         now = asyncio.get_running_loop().time()
         faults, self.faults = self.faults, FaultCounts()
         metrics: dict[str, float] = {
@@ -619,28 +594,11 @@ class WorkerPool:
         }
         activities = [worker.take_activity(now) for worker in self.workers]
         for worker, activity in zip(self.workers, activities, strict=True):
-            own = {
-                "queue": len(worker.chunks),
-                "chunks": activity.chunks,
-                "restarts": worker.restarts,
-                **activity.rates(),
-            }
+            own = {"queue": len(worker.chunks), "chunks": activity.chunks, **activity.rates()}
+            own["restarts"] = worker.restarts
             metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
         total = Activity.total(activities)
         return metrics | {"chunks": total.chunks} | total.rates()
-
-    async def _refresh_counts(self) -> None:
-        """Ask all workers for their counters now; a late answer is not waited for."""
-
-        async def refresh(worker: PoolWorker, handle: WorkerHandle) -> None:
-            counts = await handle.health()
-            if worker.in_service and worker.handle is handle:
-                worker.update_health(counts, asyncio.get_running_loop().time())
-
-        calls = [refresh(w, w.handle) for w in self.workers if w.in_service and w.handle]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_METRICS_TIMEOUT_S):
-                await asyncio.gather(*calls, return_exceptions=True)
 
     # -- tasks ---------------------------------------------------------------------------------
 
@@ -655,13 +613,6 @@ class WorkerPool:
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             _logger.error("the pool has a bug", exc_info=error)
             self._end(error)
-
-
-def _backoff_s(failures: int) -> float:
-    """Return the seconds before a restart: none after a life with a sampled chunk."""
-    if failures <= 1:
-        return 0.0
-    return float(min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (failures - 2)))
 
 
 def _text(error: BaseException) -> str:
