@@ -271,14 +271,10 @@ class StateBlock(Carryover):
     def _block(self, window: TokenIds) -> TokenIds | None:
         """Return the tokens of the last complete block. The outer tokens may hold more text."""
         text = self._decode(window)
-        start, end = text.rfind(self.opening), -1
-        while start >= 0:
-            end = text.find(self.closing, start + len(self.opening))
-            if end >= 0:
-                break
-            start = text.rfind(self.opening, 0, start)
+        start = text.rfind(self.opening, 0, max(0, text.rfind(self.closing)))
         if start < 0:
             return None
+        end = text.find(self.closing, start + len(self.opening))
         # A tag may share a token with its neighbours. So the tags are searched in the text, and
         # token indices follow from the text length of each prefix of the window.
         counts = range(len(window) + 1)

@@ -1,25 +1,8 @@
 """Exceptions of the library.
 
-    DelethinkError
-    ├── UserError               correctable by the user; printed in one sentence, no traceback
-    │   ├── ConfigError         (ValueError)    an unknown, impossible or contradictory setting
-    │   ├── QueryTooLongError   (ValueError)    a query without room for thinking
-    │   ├── ActionError         (ValueError)    an invalid action in an environment
-    │   ├── CarryoverError      (ValueError)    a carryover policy broke its contract
-    │   ├── TraceFileError      (ValueError)    an unreadable or unwritable file of traces
-    │   ├── ModelError          (ValueError)    an unusable model folder or tokenizer
-    │   ├── RunDirectoryError   (OSError)       an output folder is unwritable or in use
-    │   └── MissingExtraError   (ImportError)   an optional dependency is not installed
-    ├── PolicyError             (RuntimeError)  a policy broke the protocol
-    ├── DeadlineError           (TimeoutError)  a chunk was aborted at a timeout
-    ├── WorkersLostError        (RuntimeError)  no worker is left for sampling
-    ├── RolloutError            (RuntimeError)  too many traces of a step failed
-    ├── WeightSyncError         (RuntimeError)  a worker did not load new weights
-    ├── NonFiniteError          (ArithmeticError) a loss, gradient or log-prob is NaN or infinite
-    └── ConformanceError        (AssertionError) an environment or policy fails a conformance check
-
-Each leaf also inherits the built-in type it refines, so ``except ValueError`` keeps working. All of
-them can be pickled, because they cross process boundaries.
+A ``UserError`` is correctable by the user. Each leaf also inherits the built-in type it refines, so
+``except ValueError`` keeps working. All of them can be pickled, because they cross process
+boundaries.
 """
 
 from __future__ import annotations

@@ -74,9 +74,6 @@ _SHIPPED = {
     },
     "delethink.boundaries": {"line_break": "delethink.carryover:LineBreak"},
 }
-_KINDS = {group: group.rpartition(".")[2].removesuffix("s") for group in _SHIPPED} | {
-    "delethink.boundaries": "boundary"
-}
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
 
 Named = TypeVar("Named")
@@ -84,7 +81,7 @@ Named = TypeVar("Named")
 
 def names(group: str) -> dict[str, str]:
     """Return all names of a group, such as ``"delethink.tasks"``, with their ``module:object``."""
-    _check_group(group)
+    _kind(group)
     found = _entry_points(group, tuple(sys.path))
     own = {name: f"{o.__module__}:{o.__qualname__}" for name, o in _IN_PROCESS[group].items()}
     return _SHIPPED[group] | found | own
@@ -104,15 +101,13 @@ def register(group: str, name: str) -> Callable[[Named], Named]:
     Raises:
         ConfigError: the group is unknown, or the name is taken.
     """
-    _check_group(group)
+    kind = _kind(group)
 
     def decorate(named: Named) -> Named:
         known = names(group).get(name)
         own = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', '')}"
         if known is not None and known != own:  # an equal path comes from a reloaded module
-            raise ConfigError(
-                f"the {_KINDS[group]} {name!r} is taken by {known}; choose another name"
-            )
+            raise ConfigError(f"the {kind} {name!r} is taken by {known}; choose another name")
         _IN_PROCESS[group][name] = named
         return named
 
@@ -125,8 +120,7 @@ def resolve(group: str, name: str) -> Any:
     Raises:
         ConfigError: the name is unknown, or its object cannot be imported.
     """
-    _check_group(group)
-    kind = _KINDS[group]
+    kind = _kind(group)
     if ":" in name:
         return _import_path(kind, name)
     known = names(group)
@@ -163,8 +157,7 @@ def make(group: str, value: Any, **defaults: Any) -> Any:
         value = {"name": value}
     if not isinstance(value, Mapping):
         return value
-    _check_group(group)
-    kind = _KINDS[group]
+    kind = _kind(group)
     if unknown := set(value) - {"name", "args"}:
         key = min(map(str, unknown))
         raise ConfigError(f"unknown key {key!r} of a {kind}.{did_you_mean(key, ('name', 'args'))}")
@@ -225,6 +218,8 @@ def _import_path(kind: str, path: str) -> Any:
         ) from None
 
 
-def _check_group(group: str) -> None:
+def _kind(group: str) -> str:
+    """Return the noun for an object of a group, such as ``"task"``."""
     if group not in _SHIPPED:
         raise ConfigError(f"unknown group {group!r}.{did_you_mean(group, _SHIPPED)}")
+    return "boundary" if group == "delethink.boundaries" else group.split(".")[1].removesuffix("s")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import (
@@ -21,7 +21,7 @@ from delethink.errors import (
     UserError,
     WorkersLostError,
 )
-from delethink.policy import Completion, Policy, Sampling, SchedulingHint
+from delethink.policy import Policy, Sampling, SchedulingHint
 from delethink.tokens import Logprobs, token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
@@ -83,7 +83,8 @@ async def run_rollouts(
         QueryTooLongError: a query leaves no room for a full context; nothing is sampled.
         UserError, WorkersLostError: raised by the policy; the other traces are cancelled.
     """
-    deadline = None if timeout is None else _Deadline.after(timeout)
+    now = asyncio.get_running_loop().time()
+    deadline = None if timeout is None else _Deadline(now + timeout, timeout)
     pairs = zip(queries, samplings, strict=True)
     states = [(start(spec, query, max_model_tokens), sampling) for query, sampling in pairs]
 
@@ -100,26 +101,11 @@ async def run_rollouts(
             task.cancel()
 
 
-@dataclass(frozen=True)
-class _Deadline:
+class _Deadline(NamedTuple):
     """Time at which unfinished traces are aborted."""
 
     at: float  # on the event loop's clock
     timeout: float  # seconds, for the error text
-
-    @classmethod
-    def after(cls, timeout: float) -> _Deadline:
-        return cls(asyncio.get_running_loop().time() + timeout, timeout)
-
-    async def wait_for(self, completion: Coroutine[Any, Any, Completion]) -> Completion:
-        limit = asyncio.timeout_at(self.at)
-        try:
-            async with limit:
-                return await completion
-        except TimeoutError:
-            if not limit.expired():
-                raise  # the policy's own timeout
-            raise DeadlineError(f"the step was over after {self.timeout:g} s") from None
 
 
 async def _sample(
@@ -132,12 +118,8 @@ async def _sample(
     """Sample chunks from ``state`` until the trace ends."""
     given, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
     while state.stop is None:
-        hint = replace(
-            given,
-            query=query,
-            num_chunks=state.num_chunks,
-            max_chunks=state.spec.max_chunks,
-        )
+        position = {"num_chunks": state.num_chunks, "max_chunks": state.spec.max_chunks}
+        hint = replace(given, query=query, **position)
         own = Sampling(sampling.temperature, _chunk_seed(sampling, state), hint)
         chunk, state = await _sample_chunk(policy, state, own, deadline)
         chunks = (*chunks, chunk)
@@ -167,8 +149,14 @@ async def _sample_chunk(
     logprobs: Logprobs = ()
     version: int | None = None
     try:
-        answer = policy.generate(prompt_ids, state.max_new_tokens, sampling)
-        done = await (answer if deadline is None else deadline.wait_for(answer))
+        limit = asyncio.timeout_at(deadline and deadline.at)
+        try:
+            async with limit:
+                done = await policy.generate(prompt_ids, state.max_new_tokens, sampling)
+        except TimeoutError:
+            if deadline is None or not limit.expired():
+                raise  # the policy's own timeout
+            raise DeadlineError(f"the step was over after {deadline.timeout:g} s") from None
         ids, stop = state.truncate(done.token_ids, done.stop)
         state.check(ids, stop)
         output_ids, logprobs = ids, done.logprobs[: len(ids)]
@@ -194,20 +182,8 @@ async def _sample_chunk(
     return chunk, state.advance(output_ids, stop)
 
 
-class ReplayEnv(Protocol):
-    """Interface of a Gymnasium environment for ``replay_trace``."""
-
-    def reset(self, *, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Return the first observation and info of an episode."""
-        ...
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Return observation, reward, terminated, truncated and info."""
-        ...
-
-
-def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
-    """Step an environment through a trace and return the last reward.
+def replay_trace(env: Any, problem: Problem, trace: Trace) -> float:
+    """Step a Gymnasium environment of chunks through a trace and return the last reward.
 
     Raises:
         RolloutError: a prompt or the end of the episode differs from the trace.
@@ -217,7 +193,11 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        if _observed_ids(observation) != chunk.prompt_ids:
+        if hasattr(observation, "tolist") and getattr(observation, "ndim", 1) != 1:
+            raise RolloutError(
+                f"an observation must be a sequence of token ids, got {observation!r:.80}"
+            )
+        if token_array(observation) != chunk.prompt_ids:
             raise RolloutError(
                 f"the environment's prompt differs from the prompt of chunk {i}: the rollout and "
                 "the environment use different chunking"
@@ -227,14 +207,6 @@ def replay_trace(env: ReplayEnv, problem: Problem, trace: Trace) -> float:
     if not ended:
         raise RolloutError("the environment has not ended after the last chunk of the trace")
     return float(reward)
-
-
-def _observed_ids(observation: Any) -> TokenIds:
-    if hasattr(observation, "tolist") and getattr(observation, "ndim", 1) != 1:
-        raise RolloutError(
-            f"an observation must be a sequence of token ids, got {observation!r:.80}"
-        )
-    return token_array(observation)
 
 
 def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:

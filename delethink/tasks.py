@@ -90,9 +90,8 @@ def select_problems(
     while len(selected) < number and index < tries:
         problem = task.problem(split, index)
         index += 1
-        if query_length is None or max_query_tokens is None:
-            selected.append(problem)
-        elif (length := query_length(problem)) > max_query_tokens:
+        length = query_length(problem) if query_length and max_query_tokens else 0
+        if max_query_tokens and length > max_query_tokens:
             overlong, longest = overlong + 1, max(longest, length)
         else:
             selected.append(problem)

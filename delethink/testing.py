@@ -268,18 +268,17 @@ class _EnvChecker:
     # -- the checks ----------------------------------------------------------------------------
 
     def check_start(self) -> None:
-        fresh = self._reset(seed=0)
-        info = fresh.info
+        info = self._reset(seed=0).info
         _require(info["stop"] is None, "info['stop'] must be None after reset")
-        _require(info["num_sampled"] == 0, "info['num_sampled'] must be 0 after reset")
-        _require(info["chunk"] == 0, "info['chunk'] must be 0 after reset")
+        for key in ("num_sampled", "chunk"):
+            _require(info[key] == 0, f"info[{key!r}] must be 0 after reset")
         _require(info["carried"] == 0, "info['carried'] must be 0 before the first boundary")
 
     def run_episode(self, seed: int, end_after: int | None) -> tuple[list[Any], list[_Step]]:
         """Run an episode. ``end_after`` is the number of chunks before the one with EOS."""
         seen, actions = [self._reset(seed=seed)], []
         budget = seen[0].info["budget_left"]
-        state = self._start(seen[0])
+        state = self.spec and start(self.spec, self._observed_ids(seen[0]))
         while not seen[-1].ended:
             before = seen[-1].info
             thinking = before["role"] == ChunkRole.THINKING.value
@@ -288,7 +287,7 @@ class _EnvChecker:
             actions.append(action)
             seen.append(self._step(action))
             self._check_step(before, seen[-1], budget)
-            state = self._advance(state, before, action, seen[-1])
+            state = state and self._advance(state, action, seen[-1])
             _require(len(actions) <= 4 * budget + 4, "an episode must end within its budget")
             if thinking and self._ends_answer(action, seen[-1].info, bool(wants_end)):
                 _require(seen[-1].terminated, "an EOS token must terminate the episode")
@@ -379,40 +378,23 @@ class _EnvChecker:
             return True
         return int(info["output_ids"][-1]) in self.eos_ids
 
-    def _start(self, fresh: _Step) -> ThinkingState | None:
-        return None if self.spec is None else start(self.spec, self._observed_ids(fresh))
-
-    def _advance(
-        self, state: ThinkingState | None, before: dict[str, Any], action: Any, seen: _Step
-    ) -> ThinkingState | None:
+    def _advance(self, state: ThinkingState, action: Any, seen: _Step) -> ThinkingState:
         """Compare a step with chunking and return the next state."""
-        if state is None:
-            return None
         if self.by_token:
-            return self._advance_token(state, before, int(action), seen)
-        output_ids = tuple(map(int, seen.info["output_ids"]))
-        ended = output_ids[-1] in self.eos_ids
-        state = state.advance(output_ids, StopReason.EOS if ended else StopReason.LENGTH)
-        _require(
-            self._observed_ids(seen) == tuple(state.prompt_ids),
-            "the prompt after a chunk must be the one of chunk_spec",
-        )
-        return state
-
-    def _advance_token(
-        self, state: ThinkingState, before: dict[str, Any], token: int, seen: _Step
-    ) -> ThinkingState:
-        chunk = (*self._chunk, token)
-        whole = token in self.eos_ids or len(chunk) == state.max_new_tokens
-        if not whole and not state.boundary_after(chunk):
-            self._chunk = chunk
+            chunk = (*self._chunk, int(action))
         else:
-            ended = token in self.eos_ids
+            chunk = tuple(map(int, seen.info["output_ids"]))
+        ended = chunk[-1] in self.eos_ids
+        full = ended or not self.by_token or len(chunk) == state.max_new_tokens
+        if full or state.boundary_after(chunk):
             state = state.advance(chunk, StopReason.EOS if ended else StopReason.LENGTH)
-            self._chunk = chunk if state.stop else ()
+            chunk = chunk if self.by_token and state.stop else ()
+        self._chunk = chunk
         _require(
-            self._observed_ids(seen) == tuple(state.prompt_ids) + self._chunk,
-            "the window must have the prompt of chunk_spec and the tokens of the chunk",
+            self._observed_ids(seen) == tuple(state.prompt_ids) + chunk,
+            "the window must have the prompt of chunk_spec and the tokens of the chunk"
+            if self.by_token
+            else "the prompt after a chunk must be the one of chunk_spec",
         )
         return state
 

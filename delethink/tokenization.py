@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from delethink.errors import ModelError
@@ -61,11 +62,8 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
     of the text alone continues from other ids than the sampled ones.
     """
     again = encode(tokenizer, str(tokenizer.decode(as_list(token_ids))))
-    pairs = enumerate(zip(token_ids, again, strict=False))
-    position = next((i for i, (before, after) in pairs if before != after), None)
-    if position is None and len(again) != len(token_ids):
-        return min(len(again), len(token_ids))
-    return position
+    pairs = enumerate(zip_longest(token_ids, again))
+    return next((i for i, (before, after) in pairs if before != after), None)
 
 
 def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

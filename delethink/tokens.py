@@ -72,12 +72,6 @@ class _NumberArray(Sequence[Number], Generic[Number]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._numbers,)
 
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """Return a NumPy array of the numbers, which NumPy's conversions call."""
         import numpy as np  # imported here because the core loads without NumPy
@@ -90,43 +84,27 @@ class _NumberArray(Sequence[Number], Generic[Number]):
         """Return the numbers as a list."""
         return self._numbers.tolist()
 
-    def tobytes(self) -> bytes:
-        """Return the numbers as native 64-bit values, one after the other."""
-        return self._numbers.tobytes()
-
     @classmethod
     def to_array(cls, values: Any) -> array[Number]:
         """Return ``values`` as an ``array.array`` of this class's type.
 
         Args:
-            values: a sequence of numbers, an array of any library, or the result of ``tobytes``.
+            values: a sequence of numbers, or an array of any library.
 
         Raises:
             TypeError: a value has another type, or an array has more than one dimension.
-            ValueError: a length in bytes is no multiple of 8.
         """
         if isinstance(values, cls):
             return values._numbers
-        if isinstance(values, bytes) and len(values) % _ITEM_BYTES:
-            raise ValueError(
-                f"got {len(values)} bytes, need a multiple of {_ITEM_BYTES}: each number takes "
-                f"{_ITEM_BYTES}"
-            )
-        content = values if isinstance(values, bytes) else _matching_buffer(values, cls.formats)
-        if content is not None:
-            return array(cls.typecode, content)
-        # `iter` makes `array` convert arrays of another type number by number.
-        return array(cls.typecode, values if isinstance(values, (list, tuple)) else iter(values))
-
-
-def _matching_buffer(values: Any, formats: str) -> bytes | None:
-    """Return the content of a one-dimensional array with these 64-bit formats, else ``None``."""
-    try:
-        view = memoryview(values)
-    except TypeError:
-        return None
-    matches = view.format in formats and view.itemsize == _ITEM_BYTES and view.ndim == 1
-    return view.tobytes() if matches else None
+        if isinstance(values, (list, tuple)):
+            return array(cls.typecode, values)
+        try:
+            view = memoryview(values)
+        except TypeError:
+            return array(cls.typecode, iter(values))
+        if view.format in cls.formats and view.itemsize == _ITEM_BYTES and view.ndim == 1:
+            return array(cls.typecode, view.tobytes())
+        return array(cls.typecode, iter(values))  # `iter` converts other types number by number
 
 
 class TokenArray(_NumberArray[int]):

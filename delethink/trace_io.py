@@ -86,7 +86,24 @@ class TraceRecord:
                 f"{TRACE_VERSION}: use the delethink release of the file"
             )
         try:
-            record = cls._from_json(values)
+            record = cls(
+                problem=Problem(
+                    values["prompt"],
+                    values["answer"],
+                    dict(values["metadata"]),
+                    tuple(map(dict, values["before"])),
+                ),
+                trace=Trace(
+                    tuple(values["query_ids"]),
+                    tuple(map(_chunk_from_json, values["chunks"])),
+                    TraceStop(values["stop"]),
+                ),
+                rewards=dict(values["rewards"]),
+                reward=values["reward"],
+                reward_errors=dict(values["reward_errors"]),
+                advantage=values["advantage"],
+                text=values["text"],
+            )
         except KeyError as error:
             raise TraceFileError(
                 f"the trace has no {error.args[0]!r}, required in version {version}"
@@ -100,24 +117,6 @@ class TraceRecord:
             )
         return record
 
-    @classmethod
-    def _from_json(cls, values: Mapping[str, Any]) -> TraceRecord:
-        chunks = tuple(_chunk_from_json(chunk) for chunk in values["chunks"])
-        return cls(
-            problem=Problem(
-                values["prompt"],
-                values["answer"],
-                dict(values["metadata"]),
-                tuple(map(dict, values["before"])),
-            ),
-            trace=Trace(tuple(values["query_ids"]), chunks, TraceStop(values["stop"])),
-            rewards=dict(values["rewards"]),
-            reward=values["reward"],
-            reward_errors=dict(values["reward_errors"]),
-            advantage=values["advantage"],
-            text=values["text"],
-        )
-
 
 def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
     """Write a new ``.jsonl`` or ``.parquet`` file.
@@ -129,7 +128,8 @@ def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
     path = _check_suffix(path)
     try:
         if path.suffix == ".parquet":
-            _pyarrow("parquet").write_table(_table(records), path)
+            rows, arrow = [_row(record) for record in records], _pyarrow()
+            arrow.parquet.write_table(arrow.Table.from_pylist(rows, schema=_schema()), path)
         else:
             lines = [_dump(record.to_json()) + "\n" for record in records]
             path.write_text("".join(lines), encoding="utf-8")
@@ -246,7 +246,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     arrow = _pyarrow()
     try:
-        file = _pyarrow("parquet").ParquetFile(path)
+        file = arrow.parquet.ParquetFile(path)
         columns = set(file.schema_arrow.names)
         if missing := sorted(set(_schema().names) - columns):
             raise TraceFileError(f"{path} has no column {missing[0]!r} and is no file of traces")
@@ -268,10 +268,6 @@ def _row(record: TraceRecord) -> dict[str, Any]:
 
 def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **{key: json.loads(row[key]) for key in _JSON_COLUMNS}}
-
-
-def _table(records: Iterable[TraceRecord]) -> Any:
-    return _pyarrow().Table.from_pylist([_row(record) for record in records], schema=_schema())
 
 
 def _schema() -> Any:
@@ -308,13 +304,13 @@ def _schema() -> Any:
     )
 
 
-def _pyarrow(module: str = "") -> Any:
+def _pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "train") from None
-    return getattr(pyarrow, module) if module else pyarrow
+    return pyarrow
 
 
 def _check_suffix(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from delethink.envs.thinking import ThinkingEnv
 from delethink.envs.token_thinking import TokenThinkingEnv
 from delethink.errors import ConformanceError, DelethinkError
 from delethink.testing import check_boundary, check_carryover, check_thinking_env
-from delethink.types import TokenIds
+from delethink.types import StopReason, TokenIds
 
 SIZES: dict[str, Any] = {"context_size": 10, "carryover_size": 4, "max_chunks": 4}
 
@@ -73,8 +73,8 @@ class Forgetful(ThinkingEnv):
 class Deaf(ThinkingEnv):
     """Treats the end of an answer as a boundary."""
 
-    def _first_eos(self, numbers: Any) -> None:
-        return None
+    def _finish_chunk(self, output_ids: Any, stop: Any) -> Any:
+        return super()._finish_chunk(output_ids, StopReason.LENGTH)
 
 
 class Tireless(ThinkingEnv):
@@ -106,8 +106,8 @@ class Moody(ThinkingEnv):
 class Wilful(ThinkingEnv):
     """Ignores the given problem."""
 
-    def _begin_episode(self, seed: Any, options: Any) -> Any:
-        return super()._begin_episode(seed, None)
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        return super().reset(seed=seed)
 
 
 class Both(ThinkingEnv):
