@@ -47,7 +47,9 @@ def extract_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
         return None
     found = last_box(answer)
     if found is None:
-        found = _last_phrase(answer)
+        said = [m[1] for m in _TAG.finditer(answer)]
+        said = said or [_tidy(m["said"]) for m in _PHRASE.finditer(answer)]
+        found = said[-1] if said else None
     return found.strip() if found and found.strip() else None
 
 
@@ -69,12 +71,7 @@ def last_box(text: str) -> str | None:
             box_at = token.end()
     if span is None:
         return None
-    return _unwrap(text[slice(*span)])
-
-
-def _unwrap(content: str) -> str:
-    """Remove inner boxes and outer braces."""
-    content = _BOX.sub("", content).strip()
+    content = _BOX.sub("", text[slice(*span)]).strip()
     for _ in range(_MAX_OUTER_BRACES):
         if not content.startswith("{") or not _closes_at_end(content):
             return content
@@ -90,12 +87,6 @@ def _closes_at_end(text: str) -> bool:
         if depth == 0:
             return token.end() == len(text)
     return False
-
-
-def _last_phrase(text: str) -> str | None:
-    found = [m.group(1) for m in _TAG.finditer(text)]
-    found = found or [_tidy(m.group("said")) for m in _PHRASE.finditer(text)]
-    return found[-1] if found else None
 
 
 def _tidy(said: str) -> str:

@@ -94,7 +94,8 @@ class VerifierPool:
 
     def __init__(self, settings: VerifierSettings = VerifierSettings()) -> None:
         self.settings = settings
-        self.num_verifiers = settings.num_verifiers or min(8, len(_cores()))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        self.num_verifiers = settings.num_verifiers or min(8, cores)
         self.counts: Counter[VerdictStatus] = Counter()
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._owners: list[_Owner] = []
@@ -156,12 +157,10 @@ class VerifierPool:
             self._calls.put(None)
         for owner in self._owners:
             owner.join(5)
-        while True:
-            with suppress(queue.Empty):
+        with suppress(queue.Empty):
+            while True:
                 if (call := self._calls.get_nowait()) is not None:
                     _settle(call, _CLOSED)
-                continue
-            return
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -271,13 +270,22 @@ class _Verifier:
     def __init__(self, settings: VerifierSettings) -> None:
         self._settings = settings
         self._memory = settings.memory_mb << 20
+        path = list(dict.fromkeys([LIBRARY, *map(os.path.abspath, sys.path)]))
         # Libraries reserve more address space than they use, so its limit is wider. The pool checks
         # the memory in use.
         code = (
-            f"import sys; sys.path[:] = {_path()!r}; "
+            f"import sys; sys.path[:] = {path!r}; "
             "from delethink.scoring.verifier import run_verifier; "
             f"run_verifier({os.getpid()}, {4 * self._memory})"
         )
+        # No secrets, and one thread per process.
+        kept = ("LD_LIBRARY_PATH", "LANG", "LC_ALL")
+        environment = {key: os.environ[key] for key in kept if key in os.environ}
+        environment |= {
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", code],
             stdin=subprocess.PIPE,
@@ -285,7 +293,7 @@ class _Verifier:
             stderr=subprocess.PIPE,
             start_new_session=True,
             cwd="/",
-            env=_environment(),
+            env=environment,
             bufsize=0,
         )
         assert self._process.stdin is not None
@@ -316,38 +324,40 @@ class _Verifier:
 
     def wait(self, function: str) -> Verdict:
         """Return the verdict of the oldest call, within the limits."""
-        limit, what = self._settings.timeout, "computing the reward"
-        if function not in self._loaded:
-            limit, what = self._settings.start_timeout, "loading the reward's libraries"
+        computing = self._settings.timeout, "computing the reward"
+        loading = self._settings.start_timeout, "loading the reward's libraries"
+        limit, what = computing if function in self._loaded else loading
         deadline = time.monotonic() + limit
+        megabytes = self._settings.memory_mb
         while True:
             line = self._line(min(deadline, time.monotonic() + _MEMORY_CHECK_INTERVAL_S))
             if line is None:
                 if not self.is_alive:
                     return self._cause_of_death()
                 if self._resident() > self._base + self._memory:
-                    self.is_alive = False
-                    reason = f"used more than {self._settings.memory_mb} MB of memory"
-                    return Verdict("memory", None, reason)
+                    return self._end("memory", f"used more than {megabytes} MB of memory")
                 if time.monotonic() >= deadline:
-                    self.is_alive = False
-                    return Verdict("timeout", None, f"{what} took more than {limit:g} s")
+                    return self._end("timeout", f"{what} took more than {limit:g} s")
                 continue
             answer = json.loads(line)
             if "loaded" in answer:
                 self._loaded.add(function)
                 self._base = self._resident()
-                limit, what = self._settings.timeout, "computing the reward"
+                limit, what = computing
                 deadline = time.monotonic() + limit
             elif "memory" in answer:
-                self.is_alive = False
-                reason = f"allocated more than {4 * self._settings.memory_mb} MB of memory at once"
-                return Verdict("memory", None, reason)
+                return self._end(
+                    "memory", f"allocated more than {4 * megabytes} MB of memory at once"
+                )
             elif "error" in answer:
                 return Verdict("error", None, answer["error"])
             else:
                 self._loaded.add(function)
                 return Verdict("ok", answer["value"])
+
+    def _end(self, status: VerdictStatus, reason: str) -> Verdict:
+        self.is_alive = False
+        return Verdict(status, None, reason)
 
     def _line(self, deadline: float) -> bytes | None:
         """Return the next line; ``None`` after the deadline or the end of the process."""
@@ -396,25 +406,6 @@ class _Verifier:
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()
-
-
-def _cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def _path() -> list[str]:
-    """Return this process's import path with this library first."""
-    return [*dict.fromkeys([LIBRARY, *(os.path.abspath(path) for path in sys.path)])]
-
-
-def _environment() -> dict[str, str]:
-    """Return an environment without secrets, with one thread per process."""
-    kept = {
-        key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if key in os.environ
-    }
-    return kept | {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 _shared: VerifierPool | None = None

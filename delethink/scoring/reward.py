@@ -29,18 +29,8 @@ from delethink.types import Attempt
 Function = TypeVar("Function", bound=Callable[..., Any])
 RewardKind = Literal["light", "isolated", "thread", "async", "trl"]
 
-INPUTS = (
-    "text",
-    "answer",
-    "metadata",
-    "prompt",
-    "length",
-    "budget",
-    "num_chunks",
-    "max_chunks",
-    "stop",
-    "correct",
-)
+_ATTEMPT_INPUTS = ("text", "length", "budget", "num_chunks", "max_chunks", "stop")
+INPUTS = (*_ATTEMPT_INPUTS, "answer", "metadata", "prompt", "correct")
 
 
 @dataclass(frozen=True)
@@ -113,8 +103,25 @@ class Reward:
     isolate: bool | None = None  # None: according to its traits
 
     def __post_init__(self) -> None:
-        if self.kind != "trl":
-            self._check_arguments()
+        if self.kind == "trl":
+            return
+        parameters = self._parameters
+        settings = [name for name in parameters if name not in INPUTS]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name in self.args:
+            if name not in settings and not takes_any:
+                raise ConfigError(
+                    f"the reward {self.name!r} has no setting {name!r}."
+                    f"{did_you_mean(name, settings)}"
+                )
+        for name in settings:
+            parameter = parameters[name]
+            variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty and not variable and name not in self.args:
+                raise ConfigError(
+                    f"the reward {self.name!r} needs the setting {name!r}; write it under "
+                    f"rewards.{self.name}.args, or use an input: {', '.join(INPUTS)}"
+                )
 
     @property
     def kind(self) -> RewardKind:
@@ -139,16 +146,11 @@ class Reward:
 
     def arguments(self, attempt: Attempt, correct: float | None = None) -> dict[str, Any]:
         """Return the arguments of the function for ``attempt``, except for TRL's kind."""
-        values = {
-            "text": attempt.text,
+        values: dict[str, Any] = {name: getattr(attempt, name) for name in _ATTEMPT_INPUTS}
+        values |= {
             "answer": attempt.problem.answer,
             "metadata": dict(attempt.problem.metadata),
             "prompt": attempt.problem.prompt,
-            "length": attempt.length,
-            "budget": attempt.budget,
-            "num_chunks": attempt.num_chunks,
-            "max_chunks": attempt.max_chunks,
-            "stop": attempt.stop,
             "correct": correct,
         }
         names = self._parameters
@@ -157,23 +159,3 @@ class Reward:
     @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.function).parameters
-
-    def _check_arguments(self) -> None:
-        parameters = self._parameters
-        settings = [name for name in parameters if name not in INPUTS]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for name in self.args:
-            if name not in settings and not takes_any:
-                raise ConfigError(
-                    f"the reward {self.name!r} has no setting {name!r}."
-                    f"{did_you_mean(name, settings)}"
-                )
-        for name, parameter in parameters.items():
-            variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            if variable or name in INPUTS or name in self.args:
-                continue
-            if parameter.default is parameter.empty:
-                raise ConfigError(
-                    f"the reward {self.name!r} needs the setting {name!r}; write it under "
-                    f"rewards.{self.name}.args, or use an input: {', '.join(INPUTS)}"
-                )

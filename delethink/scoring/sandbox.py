@@ -331,7 +331,8 @@ class _Program(ctypes.Structure):
 def _call_numbers(calls: Mapping[str, tuple[int | None, int | None]]) -> dict[str, int]:
     """Return the numbers of system calls on this machine, without those it lacks."""
     column = list(_ARCHITECTURES).index(platform.machine())
-    return {name: both[column] for name, both in calls.items() if both[column] is not None}
+    found = {name: both[column] for name, both in calls.items()}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def _filter_program(own: int) -> bytes:

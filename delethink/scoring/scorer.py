@@ -11,11 +11,12 @@ import math
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.registry import resolve
-from delethink.scoring.pool import VerifierPool, VerifierSettings
+from delethink.scoring.pool import Verdict, VerifierPool, VerifierSettings
 from delethink.scoring.reward import Reward
 from delethink.tokens import as_list
 from delethink.types import Attempt, Score, TraceStop
@@ -46,16 +47,6 @@ class ScoringRules:
         return total - self.penalty if self.out_of_budget == "penalty" else total
 
 
-_DEFAULTS = VerifierSettings()
-
-
-class RewardValue(NamedTuple):
-    """Value or error of one reward for one attempt."""
-
-    value: float | None = None
-    error: str | None = None
-
-
 class Scorer:
     """Scores attempts with named rewards, concurrently and while other traces are sampled.
 
@@ -75,7 +66,7 @@ class Scorer:
         rewards: Sequence[Reward],
         accuracy: str | None = None,
         rules: ScoringRules = ScoringRules(),
-        settings: VerifierSettings = _DEFAULTS,
+        settings: VerifierSettings | None = None,
         pool: VerifierPool | None = None,
     ) -> None:
         names = [reward.name for reward in rewards]
@@ -88,13 +79,14 @@ class Scorer:
         self.rewards, self.accuracy, self.rules = tuple(rewards), accuracy, rules
         self._first = [r for r in rewards if r.kind != "trl" and not r.needs_correctness]
         self._second = [r for r in rewards if r.needs_correctness]
-        if accuracy in [reward.name for reward in self._second]:
+        if any(reward.name == accuracy for reward in self._second):
             raise ConfigError(
                 f"the reward {accuracy!r} uses the accuracy reward and cannot be the accuracy "
                 "reward itself; set evaluation.reward to another one"
             )
         self._batched = [r for r in rewards if r.kind == "trl"]
-        self.pool, self._owns_pool = pool or VerifierPool(settings), pool is None
+        self.pool = pool or VerifierPool(settings or VerifierSettings())
+        self._owns_pool = pool is None
         self._threads = ThreadPoolExecutor(self.pool.num_verifiers, "delethink-reward")
 
     async def score(self, attempts: Sequence[Attempt]) -> list[Score]:
@@ -105,7 +97,7 @@ class Scorer:
         """Return the scores of ``attempts`` for callers without an event loop."""
         return asyncio.run(self.score(attempts))
 
-    async def parts(self, attempt: Attempt) -> dict[str, RewardValue]:
+    async def parts(self, attempt: Attempt) -> dict[str, Verdict]:
         """Compute the rewards of one trace; none for a failed trace.
 
         Call this when a trace ends, and pass the results of all traces to ``finish``.
@@ -113,15 +105,10 @@ class Scorer:
         if attempt.stop.is_failure:
             return {}
         first = await self._compute(self._first, attempt, None)
-        accuracy = first.get(self.accuracy, RewardValue())
-        if accuracy.error is not None:
-            return first
-        if self._second and self.accuracy in [reward.name for reward in self._batched]:
-            return first  # known only in `finish`
-        return first | await self._compute(self._second, attempt, accuracy.value)
+        return await self._add_second(attempt, first)
 
     async def finish(
-        self, attempts: Sequence[Attempt], parts: Sequence[Awaitable[dict[str, RewardValue]]]
+        self, attempts: Sequence[Attempt], parts: Sequence[Awaitable[dict[str, Verdict]]]
     ) -> list[Score]:
         """Compute the rewards of the whole batch and return the scores."""
         known = await asyncio.gather(*parts)
@@ -131,17 +118,16 @@ class Scorer:
             for i, part in zip(scored, column, strict=True):
                 known[i][reward.name] = part
         for i in scored:
-            known[i] = await self._compute_missing(attempts[i], known[i])
-        return [self._sum(*pair) for pair in zip(attempts, known, strict=True)]
+            known[i] = await self._add_second(attempts[i], known[i])
+        return list(map(self._sum, attempts, known))
 
-    async def _compute_missing(
-        self, attempt: Attempt, known: dict[str, RewardValue]
-    ) -> dict[str, RewardValue]:
+    async def _add_second(self, attempt: Attempt, known: dict[str, Verdict]) -> dict[str, Verdict]:
+        """Compute the rewards that need the accuracy, if it is known and they are not."""
         missing = [reward for reward in self._second if reward.name not in known]
-        correct = known.get(self.accuracy, RewardValue())
-        if not missing or correct.error is not None:
+        accuracy = known.get(self.accuracy)
+        if not missing or accuracy is None or accuracy.status != "ok":
             return known
-        return known | await self._compute(missing, attempt, correct.value)
+        return known | await self._compute(missing, attempt, accuracy.value)
 
     def close(self) -> None:
         """Kill the verifiers owned by this scorer."""
@@ -157,35 +143,31 @@ class Scorer:
 
     async def _compute(
         self, rewards: Sequence[Reward], attempt: Attempt, correct: float | None
-    ) -> dict[str, RewardValue]:
+    ) -> dict[str, Verdict]:
         found = await asyncio.gather(*(self._compute_one(r, attempt, correct) for r in rewards))
         return {reward.name: part for reward, part in zip(rewards, found, strict=True)}
 
     async def _compute_one(
         self, reward: Reward, attempt: Attempt, correct: float | None
-    ) -> RewardValue:
+    ) -> Verdict:
         arguments = reward.arguments(attempt, correct)
         try:
             if reward.kind == "isolated":
                 verdict = await asyncio.wrap_future(self.pool.submit(reward.function, arguments))
-                if verdict.status == "ok":
-                    return _to_value(verdict.value)
-                return RewardValue(None, f"{verdict.status}: {verdict.reason}")
+                return _to_verdict(verdict.value) if verdict.status == "ok" else verdict
             if reward.kind == "async":
-                return _to_value(await reward.function(**arguments))
+                return _to_verdict(await reward.function(**arguments))
+            call = partial(reward.function, **arguments)
             if reward.kind == "light":
-                return _to_value(reward.function(**arguments))
+                return _to_verdict(call())
             loop = asyncio.get_running_loop()
-            call = lambda: reward.function(**arguments)  # noqa: E731 - runs in a thread
-            return _to_value(await loop.run_in_executor(self._threads, call))
+            return _to_verdict(await loop.run_in_executor(self._threads, call))
         except UserError:
             raise
         except Exception as error:  # a grader may raise anything
-            return RewardValue(None, f"error: {type(error).__name__}: {error}")
+            return Verdict("error", None, f"{type(error).__name__}: {error}")
 
-    async def _compute_batch(
-        self, reward: Reward, attempts: Sequence[Attempt]
-    ) -> list[RewardValue]:
+    async def _compute_batch(self, reward: Reward, attempts: Sequence[Attempt]) -> list[Verdict]:
         if not attempts:
             return []
         columns = trl_columns(attempts) | dict(reward.args)
@@ -198,12 +180,12 @@ class Scorer:
         except UserError:
             raise
         except Exception as error:  # a grader may raise anything
-            return [RewardValue(None, f"error: {type(error).__name__}: {error}")] * len(attempts)
-        return [_to_value(value) for value in values]
+            return [Verdict("error", None, f"{type(error).__name__}: {error}")] * len(attempts)
+        return [_to_verdict(value) for value in values]
 
-    def _sum(self, attempt: Attempt, parts: Mapping[str, RewardValue]) -> Score:
-        values = {r.name: parts.get(r.name, RewardValue()).value for r in self.rewards}
-        errors = {name: part.error for name, part in parts.items() if part.error is not None}
+    def _sum(self, attempt: Attempt, parts: Mapping[str, Verdict]) -> Score:
+        values = {r.name: parts[r.name].value if r.name in parts else None for r in self.rewards}
+        errors = {k: f"{v.status}: {v.reason}" for k, v in parts.items() if v.status != "ok"}
         if attempt.stop.is_failure or errors:
             return Score(self.rules.error, values, errors)
         weighted = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
@@ -259,15 +241,13 @@ def trl_columns(attempts: Sequence[Attempt]) -> dict[str, Any]:
     return columns | {k: [a.problem.metadata[k] for a in attempts] for k in sorted(shared)}
 
 
-def _to_value(value: Any) -> RewardValue:
-    if value is None:
-        return RewardValue()
+def _to_verdict(value: Any) -> Verdict:
+    """Return the verdict of a reward's value. Only finite numbers and ``None`` are allowed."""
     try:
-        number = float(value)
+        number = None if value is None else float(value)
     except (TypeError, ValueError):
-        return RewardValue(
-            None, f"error: a reward must be a number or None, got {type(value).__name__}"
-        )
-    if not math.isfinite(number):
-        return RewardValue(None, f"error: a reward must be finite, got {number}")
-    return RewardValue(number)
+        reason = f"a reward must be a number or None, got {type(value).__name__}"
+        return Verdict("error", None, reason)
+    if number is not None and not math.isfinite(number):
+        return Verdict("error", None, f"a reward must be finite, got {number}")
+    return Verdict("ok", number)

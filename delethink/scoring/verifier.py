@@ -35,18 +35,23 @@ def run_verifier(parent: int, memory: int) -> None:
     exit_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     calls, answers = _private_pipes()
-    locked = False
+    functions: dict[tuple[str, str], Callable[..., Any]] = {}
     while (call := _read_call(calls)) is not None:
         module, name, kwargs = call
         try:
-            function, is_new = _load(module, name)
-            if not locked:
-                limit_resources(_address_space() + memory, None, _MAX_FILE_BYTES)
-                lock_down(python_folders(sys.path))
-                locked = True
-            if is_new:
+            if (module, name) not in functions:
+                function = getattr(importlib.import_module(module), name)
+                if (prepare := traits_of(function).prepare) is not None:
+                    prepare()
+                if not functions:
+                    limit_resources(_address_space() + memory, None, _MAX_FILE_BYTES)
+                    lock_down(python_folders(sys.path))
+                functions[module, name] = function
                 _write(answers, {"loaded": name})
-            _write(answers, {"value": _compute(function, kwargs)})
+            value = functions[module, name](**kwargs)
+            if asyncio.iscoroutine(value):
+                value = asyncio.run(value)
+            _write(answers, {"value": None if value is None else float(value)})
         except MemoryError:
             _write(answers, {"memory": True})
             os._exit(1)  # the interpreter's state is unreliable after a failed allocation
@@ -69,27 +74,6 @@ def _read_call(calls: BinaryIO) -> tuple[str, str, dict[str, Any]] | None:
         return None
     call: tuple[str, str, dict[str, Any]] = pickle.loads(calls.read(HEADER.unpack(header)[0]))
     return call
-
-
-_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
-
-
-def _load(module: str, name: str) -> tuple[Callable[..., Any], bool]:
-    if (module, name) in _loaded:
-        return _loaded[module, name], False
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    prepare = traits_of(function).prepare
-    if prepare is not None:
-        prepare()
-    _loaded[module, name] = function
-    return function, True
-
-
-def _compute(function: Callable[..., Any], kwargs: dict[str, Any]) -> float | None:
-    value = function(**kwargs)
-    if asyncio.iscoroutine(value):
-        value = asyncio.run(value)
-    return None if value is None else float(value)
 
 
 def _write(answers: BinaryIO, message: dict[str, Any]) -> None:
