@@ -237,9 +237,6 @@ def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) ->
             f"moved the files of {len(superseded)} later steps, up to step {superseded[-1]}, to "
             f"{directory.path / 'superseded'}; these steps run again"
         )
-    missing = sorted(set(range(1, step + 1)) - {line["step"] for line in directory.read_metrics()})
-    if missing:
-        progress.log(f"metrics.jsonl lacks {len(missing)} steps, the first is step {missing[0]}")
     return checkpoint
 
 
@@ -280,7 +277,7 @@ def complete_folder(path: Path, is_writer: bool, wait: Callable[[], None]) -> It
 
     Args:
         path: folder to write.
-        is_writer: whether this rank creates and moves the folder.
+        is_writer: true on the rank that creates and moves the folder.
         wait: waits for all ranks.
 
     Raises:

@@ -372,14 +372,7 @@ class TokenStatistics:
 def forward_metrics(
     statistics: StepStatistics, tokens: int, padded_tokens: float, batches: int
 ) -> dict[str, Any]:
-    """Return the metrics of the forward passes in the loss.
-
-    Args:
-        statistics: metrics of the output tokens.
-        tokens: forwarded tokens without padding.
-        padded_tokens: forwarded tokens with padding.
-        batches: forward passes.
-    """
+    """Return the metrics of the forward passes in the loss; ``tokens`` is without padding."""
     return {
         **statistics.total,
         "by_chunk": {key: [row[key] for row in statistics.by_chunk] for key in statistics.total},

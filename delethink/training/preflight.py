@@ -17,13 +17,7 @@ from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
 from delethink.cost.shape import ModelShape
 from delethink.engines.factory import choose_engine
-from delethink.engines.loading import (
-    eos_ids,
-    load_shell,
-    load_tokenizer,
-    locate,
-    longest_sequence,
-)
+from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, locate, longest_sequence
 from delethink.errors import ConfigError, MissingExtraError, ModelError, UserError
 from delethink.registry import make_task, resolve
 from delethink.scoring.rollouts import attempt_from_text
@@ -167,25 +161,19 @@ def read_inputs(prepared: Prepared) -> Inputs:
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
     shell = load_shell(recipe.model, recipe.trust_remote_code)
     eos_ids(shell, tokenizer)
+    spec, max_model_tokens = recipe.thinking.spec().bind(tokenizer), longest_sequence(shell)
+    num_heldout = recipe.evaluation.num_problems
     num_train = training.num_batches * training.traces_per_batch // training.num_generations
     evaluated = recipe.evaluation.task or recipe.task
-    selected = {
-        split: select_problems(
-            task,
-            split,
-            number,
-            lambda problem: len(query_ids(tokenizer, problem)),
-            config.max_query_tokens,
+    selected, longest = {}, {}
+    for split, task, number, limit in (
+        ("train", prepared.task, num_train, recipe.task.max_query_tokens),
+        ("heldout", prepared.evaluation_task, num_heldout, evaluated.max_query_tokens),
+    ):
+        selected[split] = select_problems(
+            task, split, number, lambda problem: len(query_ids(tokenizer, problem)), limit
         )
-        for split, task, number, config in (
-            ("train", prepared.task, num_train, recipe.task),
-            ("heldout", prepared.evaluation_task, recipe.evaluation.num_problems, evaluated),
-        )
-    }
-    spec, max_model_tokens = recipe.thinking.spec().bind(tokenizer), longest_sequence(shell)
-    longest = {}
-    for split, some in selected.items():
-        queries = [query_ids(tokenizer, problem) for problem in some.problems]
+        queries = [query_ids(tokenizer, problem) for problem in selected[split].problems]
         for query in queries:
             start(spec, query, max_model_tokens)
         longest[split] = max(map(len, queries))
@@ -217,8 +205,13 @@ class Check(NamedTuple):
 
 def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
     """Run all checks; the run directory need not exist yet."""
-    checks = [*_check_devices(), _check_tokenizer(inputs), _check_context(inputs)]
-    recipe = prepared.recipe
+    import torch
+
+    recipe, checks = prepared.recipe, list[Check]()
+    if (number := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
+        found = f"{number} GPUs are visible and the trainer uses one"  # TRL needs one per process
+        checks.append(Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES"))
+    checks += [_check_tokenizer(inputs), _check_context(inputs)]
     try:
         shape = shape_of_config(inputs.shell.config.to_dict(), recipe.model)
     except ModelError as error:
@@ -245,23 +238,6 @@ def check_recipe(recipe: Recipe) -> list[Check]:
         return results + run_checks(prepared, inputs, run_path(prepared.recipe))
     finally:
         prepared.close()
-
-
-def refuse_problems(checks: list[Check]) -> None:
-    """Raise a ``ConfigError`` with all problems."""
-    found = [f"{c.name}: {c.found}; {c.advice}" for c in checks if c.status == "problem"]
-    if found:
-        raise ConfigError(f"preflight: {'; '.join(found)}; preflight=warn starts the run anyway")
-
-
-def _check_devices() -> list[Check]:
-    """Check the number of GPUs: TRL's trainer requires one per process."""
-    import torch
-
-    if (number := torch.cuda.device_count()) <= 1 or "WORLD_SIZE" in os.environ:
-        return []
-    found = f"{number} GPUs are visible and the trainer uses one"
-    return [Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES")]
 
 
 def _check_tokenizer(inputs: Inputs) -> Check:

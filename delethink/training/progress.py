@@ -109,10 +109,9 @@ def step_line(metrics: Mapping[str, Any]) -> str:
     parts = []
     for metric in METRICS:
         value = metrics.get(metric.key)
-        if metric.step_line and value is None:
-            parts.append(f"{metric.key} none")
-        elif metric.step_line:
-            parts.append(metric.step_line.format(value))
+        if metric.step_line:
+            shown = f"{metric.key} none" if value is None else metric.step_line.format(value)
+            parts.append(shown)
     return "  ".join(parts)
 
 

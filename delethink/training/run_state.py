@@ -7,6 +7,7 @@ The trainer calls the methods of ``RunState`` at fixed points of a step: ``sampl
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from delethink.training.progress import TrainingProgress
 from delethink.training.rollouts import Batch, BatchSampler, Prefetch, PromptCursor
 from delethink.training.run_directory import RunDirectory
 from delethink.training.weights import GatherWeights, merged_state_dict
-from delethink.types import Problem, Score, Trace
+from delethink.types import Problem, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, index of the problem
 _MAX_SKIPPED_STEPS = 10  # in a row
@@ -210,12 +211,10 @@ class RunState:
             [reward.name for reward in self.scorer.rewards],
         )
         self.metrics.values.update(batch_metrics(batch))
-        untrained = [
-            self._record(group.problem, trace, score)
-            for group in self.batch.replaced
-            for trace, score in zip(group.traces, group.scores, strict=True)
-        ]
-        self.directory.add_traces(self.policy_version + 1, self._trained_records() + untrained)
+        replaced = Batch(self.batch.replaced)
+        untrained = self._records(replaced, [None] * len(replaced.traces))
+        trained = self._records(self.batch, self.advantages)
+        self.directory.add_traces(self.policy_version + 1, trained + untrained)
 
     def on_nonfinite(self, found: NonFinite) -> None:
         """Keep the traces of a skipped optimizer step, and stop the run if the recipe says so.
@@ -223,7 +222,7 @@ class RunState:
         Raises:
             NonFiniteError: ``training.on_nonfinite`` is "stop", or too many steps were skipped.
         """
-        records = self._trained_records()
+        records = self._records(self.batch, self.advantages)
         kept = [records[index] for index in found.traces] or records
         path = self.directory.add_nonfinite(found.step, kept)
         self.skipped_steps.append(found.step)
@@ -240,26 +239,24 @@ class RunState:
             raise NonFiniteError(f"{text}, as in the {len(last) - 1} steps before; {where}")
         self.progress.log(f"{text}: skipped; {where}")
 
-    def _trained_records(self) -> list[dict[str, Any]]:
-        columns = (self.batch.problems, self.batch.traces, self.batch.scores)
-        rows = zip(*columns, self.advantages, strict=True)
-        return [self._record(*row) for row in rows]
-
-    def _record(
-        self, problem: int, trace: Trace, score: Score, advantage: float | None = None
-    ) -> dict[str, Any]:
-        """Return a line of ``traces/``; without an advantage, the trace was not trained on."""
-        known = self.problems[problem]
-        return TraceRecord(
-            # Metadata of a task may hold values outside JSON.
-            problem=replace(known, metadata=json_like(known.metadata)),
-            trace=trace,
-            reward=score.total,
-            rewards=score.parts,
-            reward_errors=score.errors,
-            advantage=advantage,
-            text=self.tokenizer.decode(list(trace.output_ids)),
-        ).to_json()
+    def _records(self, batch: Batch, advantages: Sequence[float | None]) -> list[dict[str, Any]]:
+        """Return the lines of ``traces/``; traces without an advantage were not trained on."""
+        records = []
+        columns = (batch.problems, batch.traces, batch.scores)
+        for index, trace, score, advantage in zip(*columns, advantages, strict=True):
+            problem = self.problems[index]
+            record = TraceRecord(
+                # Metadata of a task may hold values outside JSON.
+                problem=replace(problem, metadata=json_like(problem.metadata)),
+                trace=trace,
+                reward=score.total,
+                rewards=score.parts,
+                reward_errors=score.errors,
+                advantage=advantage,
+                text=self.tokenizer.decode(list(trace.output_ids)),
+            )
+            records.append(record.to_json())
+        return records
 
 
 class ResultsTable:

@@ -48,11 +48,7 @@ def train(
 ) -> Path:
     """Run a recipe, or resume its run, and return the run directory.
 
-    Args:
-        prepared: recipe, tasks and scorers.
-        location: run directory.
-        progress: output on the terminal.
-        ranks: all ranks; this is the main one.
+    This is the main rank of ``ranks``.
 
     Raises:
         UserError: a mistake of the user, found before the first rollout.
