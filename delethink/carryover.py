@@ -39,7 +39,42 @@ class CarriedLength(NamedTuple):
     fixed: int = 0  # leading tokens equal at every boundary; a prefix cache holds them
 
 
-class Carryover:
+class _ChunkPolicy:
+    """Common part of carryover and boundary policies."""
+
+    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
+
+    def bind(self, tokenizer: Tokenizer) -> Self:
+        """Return the policy with a tokenizer, if it reads or writes text."""
+        return self
+
+    @property
+    def unbound(self) -> bool:
+        """Return whether the policy still needs a tokenizer (``bind``)."""
+        return False
+
+
+@dataclass(frozen=True)
+class _ReadsText(_ChunkPolicy):
+    """Common part of policies that decode tokens."""
+
+    tokenizer: Tokenizer | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    def bind(self, tokenizer: Tokenizer) -> Self:
+        """See ``Carryover``."""
+        return replace(self, tokenizer=tokenizer)
+
+    @property
+    def unbound(self) -> bool:
+        """See ``Carryover``."""
+        return self.tokenizer is None
+
+    def _decode(self, ids: TokenIds) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(as_list(ids)))
+
+
+class Carryover(_ChunkPolicy):
     """Base class of carryover policies. Subclasses override ``carry``, and ``bound`` if not m.
 
     Example: ``HeadTail(head_size=1)`` with m=3. The first chunk is ``a b c d e f``. The second
@@ -49,7 +84,6 @@ class Carryover:
         carry("a", "efghi", 3)   -> ("a", "hi")    the window is the old tail and the new tokens
     """
 
-    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
     head_outside: bool = False  # whether the head does not count towards the context size C
 
     def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
@@ -85,15 +119,6 @@ class Carryover:
 
     def check(self, size: int, context_size: int) -> None:
         """Raise a ``ConfigError`` if the policy cannot work with these m and C."""
-
-    def bind(self, tokenizer: Tokenizer) -> Self:
-        """Return the policy with a tokenizer, if it reads or writes text."""
-        return self
-
-    @property
-    def unbound(self) -> bool:
-        """Return whether the policy still needs a tokenizer (``bind``)."""
-        return False
 
 
 def name_of(policy: object) -> str:
@@ -145,13 +170,13 @@ class HeadTail(Carryover):
             head, window = window[: self.head_size], window[self.head_size :]
         return head, last(window, size if self.head_outside else size - len(head))
 
-    def bound(self, size: int) -> int | None:
+    def bound(self, size: int) -> int:
         """See ``Carryover``."""
         return size + (self.head_size if self.head_outside else 0)
 
     def carried_length(self, size: int) -> CarriedLength | None:
         """See ``Carryover``."""
-        return CarriedLength(size + (self.head_size if self.head_outside else 0), self.head_size)
+        return CarriedLength(self.bound(size), self.head_size)
 
     def check(self, size: int, context_size: int) -> None:
         """See ``Carryover``."""
@@ -235,7 +260,7 @@ class SinkWindow(Carryover):
 
 
 @dataclass(frozen=True)
-class StateBlock(Carryover):
+class StateBlock(_ReadsText, Carryover):
     """Carry the last block between two tags, tags included.
 
     Before the first block, the last m tokens are carried. A block longer than m is shortened to its
@@ -249,20 +274,10 @@ class StateBlock(Carryover):
     name: ClassVar[str] = "state_block"
     opening: str = "<state>"
     closing: str = "</state>"
-    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.opening or not self.closing:
             raise ConfigError("the tags of the carryover 'state_block' must not be empty")
-
-    def bind(self, tokenizer: Tokenizer) -> StateBlock:
-        """See ``Carryover``."""
-        return replace(self, tokenizer=tokenizer)
-
-    @property
-    def unbound(self) -> bool:
-        """See ``Carryover``."""
-        return self.tokenizer is None
 
     def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
@@ -285,10 +300,6 @@ class StateBlock(Carryover):
         first = bisect_right(counts, start, key=text_length) - 1
         stop = bisect_left(counts, end + len(self.closing), key=text_length)
         return window[first:stop]
-
-    def _decode(self, ids: TokenIds) -> str:
-        assert self.tokenizer is not None
-        return str(self.tokenizer.decode(as_list(ids)))
 
 
 @dataclass(frozen=True)
@@ -361,13 +372,12 @@ class Summary(Carryover):
         return self.texts
 
 
-class Boundary:
+class Boundary(_ChunkPolicy):
     """Base class of policies that end a chunk early. Subclasses set ``within``, override ``ends``.
 
     The last chunk of a trace has no early boundary.
     """
 
-    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
     within: int  # a chunk may end early once at most this many tokens of its room are left
 
     def ends(self, output_ids: TokenIds, room: int) -> bool:
@@ -379,18 +389,9 @@ class Boundary:
         """
         raise NotImplementedError
 
-    def bind(self, tokenizer: Tokenizer) -> Self:
-        """Return the policy with a tokenizer, if it reads text."""
-        return self
-
-    @property
-    def unbound(self) -> bool:
-        """Return whether the policy still needs a tokenizer (``bind``)."""
-        return False
-
 
 @dataclass(frozen=True)
-class LineBreak(Boundary):
+class LineBreak(_ReadsText, Boundary):
     """End a chunk at the first line break among its last tokens.
 
     Args:
@@ -401,7 +402,6 @@ class LineBreak(Boundary):
     name: ClassVar[str] = "line_break"
     within: int = 256
     text: str = "\n"
-    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
     _breaks: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -411,19 +411,9 @@ class LineBreak(Boundary):
                 f"within={self.within} and text={self.text!r}"
             )
 
-    def bind(self, tokenizer: Tokenizer) -> LineBreak:
-        """See ``Boundary``."""
-        return replace(self, tokenizer=tokenizer)
-
-    @property
-    def unbound(self) -> bool:
-        """See ``Boundary``."""
-        return self.tokenizer is None
-
     def ends(self, output_ids: TokenIds, room: int) -> bool:
         """See ``Boundary``."""
         token = output_ids[-1]
         if token not in self._breaks:
-            assert self.tokenizer is not None
-            self._breaks[token] = self.text in str(self.tokenizer.decode([token]))
+            self._breaks[token] = self.text in self._decode((token,))
         return self._breaks[token]

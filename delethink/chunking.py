@@ -73,10 +73,8 @@ class ChunkSpec:
 
     def _resolve_carryover(self) -> None:
         """Store a ``HeadTail`` in ``head_size`` and ``head_outside``, the form used by equality."""
-        for name, value, base in (
-            ("carryover", self.carryover, Carryover),
-            ("boundary", self.boundary, Boundary),
-        ):
+        for name, base in (("carryover", Carryover), ("boundary", Boundary)):
+            value = getattr(self, name)
             if value is not None and not isinstance(value, base):
                 raise ConfigError(
                     f"{name} must be an instance of a subclass of delethink.{base.__name__}, got "
@@ -331,8 +329,14 @@ class ThinkingState:
         output_ids, stop = as_token_ids(output_ids), _to_stop_reason(stop)
         self.check(output_ids, stop)
         count = len(output_ids)
-        if self.context is not None:
-            return self._after_written(output_ids, stop)
+        if self.context is not None:  # the model wrote the carryover
+            sampled, written = self.num_sampled + count, self.num_written + count
+            state = replace(self, num_sampled=sampled, num_written=written)
+            if stop in (StopReason.ABORT, StopReason.ERROR):
+                return replace(state, stop=_TRACE_STOP[stop])
+            text_ids = output_ids[:-1] if stop is StopReason.EOS else output_ids
+            head, tail = self.spec.carry(self.head, text_ids)
+            return replace(state, head=head, tail=tail, context=None)
         state = replace(self, num_chunks=self.num_chunks + 1, num_sampled=self.num_sampled + count)
         if stop is not StopReason.LENGTH:
             return replace(state, stop=_TRACE_STOP[stop])
@@ -342,19 +346,6 @@ class ThinkingState:
             return replace(state, context=self.carried + output_ids)
         head, tail = self.spec.carry(self.head, self.tail + output_ids)
         return replace(state, head=head, tail=tail)
-
-    def _after_written(self, output_ids: TokenIds, stop: StopReason) -> ThinkingState:
-        """Return the state after a chunk in which the model wrote the carryover."""
-        state = replace(
-            self,
-            num_sampled=self.num_sampled + len(output_ids),
-            num_written=self.num_written + len(output_ids),
-        )
-        if stop in (StopReason.ABORT, StopReason.ERROR):
-            return replace(state, stop=_TRACE_STOP[stop])
-        text_ids = output_ids[:-1] if stop is StopReason.EOS else output_ids
-        head, tail = self.spec.carry(self.head, text_ids)
-        return replace(state, head=head, tail=tail, context=None)
 
 
 _TRACE_STOP = {

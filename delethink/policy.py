@@ -92,9 +92,7 @@ class ScriptedPolicy:
     """
 
     def __init__(
-        self,
-        script: Sequence[ScriptLine] | Callable[[TokenIds, int], ScriptLine],
-        eos_id: int = 1,
+        self, script: Sequence[ScriptLine] | Callable[[TokenIds, int], ScriptLine], eos_id: int = 1
     ) -> None:
         self._script = script
         self._eos_id = eos_id

@@ -14,13 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
-from delethink.errors import (
-    DeadlineError,
-    PolicyError,
-    RolloutError,
-    UserError,
-    WorkersLostError,
-)
+from delethink.errors import DeadlineError, PolicyError, RolloutError, UserError, WorkersLostError
 from delethink.policy import Policy, Sampling, SchedulingHint
 from delethink.tokens import Logprobs, token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
@@ -120,18 +114,14 @@ async def _sample(
     while state.stop is None:
         position = {"num_chunks": state.num_chunks, "max_chunks": state.spec.max_chunks}
         hint = replace(given, query=query, **position)
-        own = Sampling(sampling.temperature, _chunk_seed(sampling, state), hint)
+        seed = sampling.seed
+        if seed is not None:
+            written = () if state.role is ChunkRole.THINKING else (state.role.value,)
+            seed = derive_seed(seed, state.num_chunks, *written)
+        own = Sampling(sampling.temperature, seed, hint)
         chunk, state = await _sample_chunk(policy, state, own, deadline)
         chunks = (*chunks, chunk)
     return Trace(state.query_ids, chunks, state.stop)
-
-
-def _chunk_seed(sampling: Sampling, state: ThinkingState) -> int | None:
-    if sampling.seed is None:
-        return None
-    thinking = state.role is ChunkRole.THINKING
-    parts = (state.num_chunks,) if thinking else (state.num_chunks, state.role.value)
-    return derive_seed(sampling.seed, *parts)
 
 
 _DEFAULT_REASONS = {

@@ -371,12 +371,10 @@ class _EnvChecker:
 
     def _ends_answer(self, action: Any, info: dict[str, Any], wanted: bool) -> bool:
         """Return whether the tokens of the step end the answer."""
-        if self.by_token:
-            return int(action) in self.eos_ids
         early = self.spec is not None and self.spec.boundary is not None
-        if wanted and self.eos_ids and not self.by_text and not early:
+        if wanted and self.eos_ids and not self.by_token and not self.by_text and not early:
             return True
-        return int(info["output_ids"][-1]) in self.eos_ids
+        return int(action if self.by_token else info["output_ids"][-1]) in self.eos_ids
 
     def _advance(self, state: ThinkingState, action: Any, seen: _Step) -> ThinkingState:
         """Compare a step with chunking and return the next state."""

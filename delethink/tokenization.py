@@ -39,10 +39,7 @@ def query_ids(tokenizer: Tokenizer, problem: Problem) -> TokenIds:
         contents = [message["content"] for message in problem.messages]
         return tuple(tokenizer("\n\n".join(contents))["input_ids"])
     encoded = tokenizer.apply_chat_template(
-        problem.messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
+        problem.messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
     return tuple(encoded["input_ids"])
 
