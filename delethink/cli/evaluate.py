@@ -94,7 +94,7 @@ def _evaluate(
             seed=arguments.seed,
             device=accelerator(arguments.gpu),
         ),
-        callback=progress,
+        progress=progress,
         resume=arguments.resume,
         force=arguments.force,
         retry_errors=arguments.retry_errors,

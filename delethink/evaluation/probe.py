@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
@@ -343,23 +344,17 @@ def longest_repeat(output_ids: TokenIds, context_size: int) -> int:
     With bounded states a chain may loop unnoticed, whereas the whole history would show the loop.
     Binary search applies because every part of a recurring run recurs.
     """
-    low, high = 0, len(output_ids) - context_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _repeats(output_ids, middle, context_size):
-            low = middle
-        else:
-            high = middle - 1
-    return max(low, 0)
 
+    def is_absent(length: int) -> bool:
+        first: dict[TokenIds, int] = {}
+        for begin in range(len(output_ids) - length + 1):
+            run = tuple(output_ids[begin : begin + length])
+            if begin - first.setdefault(run, begin) >= context_size:
+                return False
+        return True
 
-def _repeats(output_ids: TokenIds, length: int, apart: int) -> bool:
-    first: dict[TokenIds, int] = {}
-    for begin in range(len(output_ids) - length + 1):
-        run = tuple(output_ids[begin : begin + length])
-        if begin - first.setdefault(run, begin) >= apart:
-            return True
-    return False
+    longest = max(0, len(output_ids) - context_size)
+    return bisect_left(range(1, longest + 1), True, key=is_absent)
 
 
 def last_window(trace: Trace, spec: ChunkSpec) -> TokenIds:

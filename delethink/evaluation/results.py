@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -36,21 +36,13 @@ Samples = dict[int, list[BudgetOutcome]]
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Settings of the analysis; they do not change the records.
+    """Settings of the analysis; they do not change the records."""
 
-    Args:
-        margin: smallest difference in accuracy of interest.
-        bootstrap_k: k of avg@k by bootstrap (128 in the paper); ``None`` for none.
-        resamples: number of bootstrap resamples.
-        seed: seed of the bootstrap.
-        device: device of the time estimates; ``None`` for none.
-    """
-
-    margin: float = 0.02
-    bootstrap_k: int | None = None
-    resamples: int = 5000
-    seed: int = 0
-    device: Accelerator | None = None
+    margin: float = 0.02  # smallest difference in accuracy of interest
+    bootstrap_k: int | None = None  # k of avg@k by bootstrap (128 in the paper)
+    resamples: int = 5000  # of the bootstrap
+    seed: int = 0  # of the bootstrap
+    device: Accelerator | None = None  # for time estimates
 
 
 @dataclass(frozen=True)
@@ -107,42 +99,30 @@ class Results:
         }
 
 
-@dataclass
-class SettingRecords:
-    """Records of one setting, without their tokens."""
+class _SettingRecords:
+    """Records of one setting; the last record of a trace counts."""
 
-    setting: Setting
-    outcomes: dict[tuple[int, int], tuple[BudgetOutcome, ...]] = field(default_factory=dict)
-    errors: dict[tuple[int, int], str] = field(default_factory=dict)
-    spans: list[tuple[float, float]] = field(default_factory=list)
-    query_tokens: dict[int, int] = field(default_factory=dict)
-
-    def add(self, record: Record) -> None:
-        """Add a record; the last one of a trace counts."""
-        key = (record.key.problem, record.key.sample)
-        self.query_tokens[record.key.problem] = record.query_tokens
-        self.spans.append((record.started, record.ended))
-        self.errors.pop(key, None)
-        self.outcomes.pop(key, None)
-        if record.error is None:
-            self.outcomes[key] = record.outcomes
-        else:
-            self.errors[key] = record.error
+    def __init__(self, setting: Setting, records: Sequence[Record]) -> None:
+        last = {record.key: record for record in records}
+        self.setting = setting
+        self.scored = [record for _, record in sorted(last.items()) if record.error is None]
+        self.errors = [record.error for record in last.values() if record.error is not None]
+        self.spans = sorted((record.started, record.ended) for record in records)
 
     def at(self, index: int) -> Samples:
         """Return the outcomes at ``setting.budgets[index]``."""
         samples: Samples = {}
-        for problem, sample in sorted(self.outcomes):
-            samples.setdefault(problem, []).append(self.outcomes[problem, sample][index])
+        for record in self.scored:
+            samples.setdefault(record.key.problem, []).append(record.outcomes[index])
         return samples
 
     def timing(self) -> dict[str, float]:
         """Return the seconds of sampling, without pauses between runs, and rates."""
         seconds, until = 0.0, float("-inf")
-        for start, end in sorted(self.spans):
+        for start, end in self.spans:
             seconds += max(0.0, end - max(start, until))
             until = max(until, end)
-        last = [outcomes[-1] for outcomes in self.outcomes.values()]
+        last = [record.outcomes[-1] for record in self.scored]
         tokens = sum(outcome.length for outcome in last)
         return {
             "seconds": seconds,
@@ -152,40 +132,36 @@ class SettingRecords:
         }
 
 
-def collect(settings: Sequence[Setting], records: Iterable[Record]) -> list[SettingRecords]:
-    """Group records by setting; records of other settings are ignored."""
-    by_key = {setting.key: SettingRecords(setting) for setting in settings}
-    for record in records:
-        if record.key.setting in by_key:
-            by_key[record.key.setting].add(record)
-    return list(by_key.values())
-
-
 def summarise(
-    collected: Sequence[SettingRecords],
+    settings: Sequence[Setting],
+    records: Iterable[Record],
     analysis: AnalysisSettings,
     cost_models: Mapping[str, str] | None = None,
 ) -> Results:
     """Compute all results.
 
     Args:
-        collected: records by setting.
+        settings: settings, in the order of the rows.
+        records: records of these settings.
         analysis: settings of the analysis.
         cost_models: by model, its name in the cost estimator.
     """
+    by_key: dict[str, list[Record]] = {setting.key: [] for setting in settings}
+    for record in records:
+        by_key[record.key.setting].append(record)
+    collected = [_SettingRecords(setting, by_key[setting.key]) for setting in settings]
     rows = []
-    for records in collected:
-        if records.outcomes:
-            model = records.setting.model
-            cost_model = (cost_models or {}).get(model, model)
-            for i, budget in enumerate(records.setting.budgets):
-                rows.append(_row(records, budget, records.at(i), cost_model, analysis))
+    for own in collected:
+        if own.scored:
+            cost_model = (cost_models or {}).get(own.setting.model, own.setting.model)
+            for i, budget in enumerate(own.setting.budgets):
+                rows.append(_row(own, budget, own.at(i), cost_model, analysis))
     return Results(
         rows=rows,
         comparisons=_comparisons(collected, analysis.margin),
         errors={
             # The most frequent reason first; the order of equally frequent ones is stable.
-            r.setting.key: dict(Counter(sorted(r.errors.values())).most_common())
+            r.setting.key: dict(Counter(sorted(r.errors)).most_common())
             for r in collected
             if r.errors
         },
@@ -194,7 +170,7 @@ def summarise(
 
 
 def _row(
-    records: SettingRecords,
+    records: _SettingRecords,
     budget: int,
     samples: Samples,
     cost_model: str,
@@ -238,7 +214,7 @@ def _row(
 
 
 def _cost(
-    records: SettingRecords,
+    records: _SettingRecords,
     outcomes: Sequence[BudgetOutcome],
     model: str,
     device: Accelerator | None,
@@ -248,14 +224,13 @@ def _cost(
         shape, cut = model_shape(model), Cut.of(records.setting.spec)
     except UserError:  # an unknown model or carryover
         return None, None
-    problems = len({problem for problem, _ in records.outcomes})
-    group = max(1, round(len(records.outcomes) / problems))
-    query = round(fmean(records.query_tokens.values()))
+    queries = {record.key.problem: record.query_tokens for record in records.scored}
+    group, query = round(len(records.scored) / len(queries)), round(fmean(queries.values()))
     lengths = np.array([o.length for o in outcomes], float)
     flops = float(sampling_flops(shape, cut_traces(lengths, query, cut, group)).mean())
     if device is None:
         return flops, None
-    workload = Workload(query, group, problems, gpus=1)
+    workload = Workload(query, group, len(queries), gpus=1)
     batch = Lengths.empirical(lengths, workload.traces)
     try:
         seconds = float(estimate(shape, batch, cut, device, None, workload).sampling_seconds)
@@ -264,7 +239,7 @@ def _cost(
     return flops, seconds if np.isfinite(seconds) else None
 
 
-def _comparisons(collected: Sequence[SettingRecords], margin: float) -> list[PairedComparison]:
+def _comparisons(collected: Sequence[_SettingRecords], margin: float) -> list[PairedComparison]:
     """Compare settings with one model or one mode in common, at their shared budgets."""
     found = []
     for i, first in enumerate(collected):

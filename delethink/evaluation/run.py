@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from delethink.chunking import ChunkSpec
 from delethink.config import RewardConfig, ScoringConfig
@@ -27,7 +27,7 @@ from delethink.evaluation.models import (
     longest_query,
 )
 from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory, SampleKey
-from delethink.evaluation.results import AnalysisSettings, Results, collect, summarise
+from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
 from delethink.policy import Sampling
 from delethink.registry import make_task
@@ -38,6 +38,9 @@ from delethink.scoring.scorer import Scorer, make_scorer
 from delethink.tasks import left_out_of, rewards_of, select_problems, task_size
 from delethink.tokenization import encode, query_ids, reward_text
 from delethink.types import END_OF_THINKING, Attempt, Problem, StopReason, Trace, TraceStop
+
+if TYPE_CHECKING:
+    from delethink.evaluation.report import EvaluationProgress
 
 Grade = Callable[[Attempt], Awaitable[float | None]]
 """Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
@@ -153,24 +156,8 @@ class Evaluation:
             "engine": self.engine,
             "models": dict(self.weights),
             **asdict(self.plan),
-            "settings": [{**s.as_dict(), "budgets": list(s.budgets)} for s in self.settings],
+            "settings": [setting.as_dict() for setting in self.settings],
         }
-
-
-class EvaluationCallback(Protocol):
-    """Receives the progress of an evaluation."""
-
-    def on_setting_begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
-        """Receive a setting, its number of traces, and the records of an earlier run."""
-        ...
-
-    def on_trace_end(self, record: Record) -> None:
-        """Receive the record of a trace."""
-        ...
-
-    def on_setting_end(self) -> None:
-        """Finish a setting, also after an error."""
-        ...
 
 
 def evaluate(
@@ -179,7 +166,7 @@ def evaluate(
     output: Path,
     *,
     analysis: AnalysisSettings | None = None,
-    callback: EvaluationCallback | None = None,
+    progress: EvaluationProgress | None = None,
     resume: bool = False,
     force: bool = False,
     retry_errors: bool = False,
@@ -195,7 +182,7 @@ def evaluate(
         open_model: loads a model; one model is open at a time.
         output: a new folder, or with ``resume`` the folder of an interrupted evaluation.
         analysis: margin, bootstrap and device.
-        callback: receives the progress.
+        progress: prints the progress.
         resume: continue the evaluation in ``output``.
         force: resume with other settings than before.
         retry_errors: sample failed traces again.
@@ -222,9 +209,11 @@ def evaluate(
             ]
             if missing:
                 with open_model(model) as loaded:
-                    _sample(evaluation, loaded, missing, known, directory, callback)
-        collected = collect(evaluation.settings, _matching(evaluation, directory))
-        results = summarise(collected, analysis or AnalysisSettings(), cost_models)
+                    _sample(evaluation, loaded, missing, known, directory, progress)
+        records = _matching(evaluation, directory)
+        results = summarise(
+            evaluation.settings, records, analysis or AnalysisSettings(), cost_models
+        )
         found = asked | directory.forced | results.as_dict()
         directory.write("results.json", json.dumps(found, indent=2) + "\n")
         directory.write("timing.json", json.dumps(results.timing, indent=2) + "\n")
@@ -252,7 +241,7 @@ def _sample(
     settings: Sequence[Setting],
     known: Mapping[SampleKey, Record],
     directory: ResultsDirectory,
-    callback: EvaluationCallback | None,
+    progress: EvaluationProgress | None,
 ) -> None:
     """Sample the missing traces of one model."""
     query_tokens = longest_query(loaded.tokenizer, evaluation.problems.problems)
@@ -262,18 +251,18 @@ def _sample(
 
     def store(record: Record) -> None:
         directory.append(record)
-        if callback is not None:
-            callback.on_trace_end(record)
+        if progress is not None:
+            progress.on_trace_end(record)
 
     for setting in settings:
-        if callback is not None:
+        if progress is not None:
             own = [record for key, record in known.items() if key.setting == setting.key]
-            callback.on_setting_begin(setting, evaluation.traces_per_setting, own)
+            progress.on_setting_begin(setting, evaluation.traces_per_setting, own)
         try:
             asyncio.run(_Sampler(evaluation, loaded, setting).run(known, store))
         finally:
-            if callback is not None:
-                callback.on_setting_end()
+            if progress is not None:
+                progress.on_setting_end()
 
 
 def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ class Setting:
         return name_of(policy) + arguments.removesuffix("()")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all values with an effect on the sampled tokens."""
+        """Return plain values for ``settings.json``."""
         return {
             "model": self.model,
             "mode": self.mode,
@@ -153,6 +153,7 @@ class Setting:
             "head_size": self.spec.head_size,
             "head_outside": self.spec.head_outside,
             "carryover": self._carryover,
+            "budgets": list(self.budgets),
         }
 
 
