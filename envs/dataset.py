@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -162,21 +162,11 @@ class DatasetSpec:
         Raises:
             ConfigError: a data set, column or template is missing or invalid.
         """
-        replaced = {
-            "dataset": dataset,
-            "split": split,
-            "config": config,
-            "files": files,
-            "problem_key": problem_key,
-            "answer_key": answer_key,
-            "metadata_keys": metadata_keys,
-            "template": template,
-            "system": system,
-            "rewards": None if reward is None else {reward: 1.0},
-            "heldout_share": heldout_share,
-        }
-        given: dict[str, Any] = {k: value for k, value in replaced.items() if value is not None}
-        spec = replace(self, **given)
+        arguments = locals()
+        given = {f.name: arguments[f.name] for f in fields(self) if f.name in arguments}
+        spec = replace(self, **{key: value for key, value in given.items() if value is not None})
+        if reward is not None:
+            spec = replace(spec, rewards={reward: 1.0})
         spec._check()
         rates = PassRates.read(pass_rate_key, pass_rates, min_pass_rate, max_pass_rate)
         return _build(spec, rates, eval_dataset, eval_split, seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -23,15 +23,14 @@ from delethink.errors import ConfigError
 from delethink.types import END_OF_THINKING
 
 Ids = NDArray[np.int64]
+Sample = TypeVar("Sample")
 
 _SURROGATES = range(0xD800, 0xE000)  # halves of characters, invalid in text
 _SCRIPTS = (
     range(0x20, 0x7F),  # English
     range(0x09, 0x0B),  # tab and line break
-    range(0xA1, 0x250),  # other Latin
-    range(0x370, 0x530),  # Greek and Cyrillic
-    range(0x590, 0x700),  # Hebrew and Arabic
-    range(0x900, 0xE00),  # Indic
+    range(0xA1, 0x530),  # other Latin, Greek and Cyrillic
+    range(0x590, 0xE00),  # Hebrew, Arabic and Indic
     range(0x2000, 0x2400),  # punctuation, and invisible marks
     range(0x4E00, 0xA000),  # Chinese
     range(0x1F300, 0x1FAFF),  # emoji
@@ -39,16 +38,29 @@ _SCRIPTS = (
 )
 
 
-class TokenSequence(gymnasium.Space[Ids]):
+class _BoundedSpace(gymnasium.Space[Sample]):
+    """Base of spaces with samples of ``min_length`` to ``max_length`` entries."""
+
+    def __init__(
+        self, dtype: Any, max_length: int, min_length: int, seed: int | None, sample: int | None
+    ) -> None:
+        super().__init__(shape=None, dtype=dtype, seed=seed)
+        self.min_length, self.max_length = min_length, max_length
+        self.sample_length = max_length if sample is None else sample
+
+    def _draw_length(self, mask: Any) -> int:
+        longest = self.sample_length if mask is None else min(int(mask), self.max_length)
+        return int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and repr(self) == repr(other)
+
+
+class TokenSequence(_BoundedSpace[Ids]):
     """Sequences of ``min_length`` to ``max_length`` token ids below ``vocabulary``.
 
-    Args:
-        vocabulary: number of token ids.
-        max_length: maximum length.
-        min_length: minimum length.
-        seed: seed of ``sample``.
-        sample_length: maximum length of samples without a mask; by default ``max_length``. Action
-            spaces use a length legal in every chunk.
+    ``sample_length`` is the maximum length of samples without a mask, by default ``max_length``.
+    Action spaces use a length legal in every chunk.
     """
 
     def __init__(
@@ -59,11 +71,8 @@ class TokenSequence(gymnasium.Space[Ids]):
         seed: int | None = None,
         sample_length: int | None = None,
     ) -> None:
-        super().__init__(shape=None, dtype=np.int64, seed=seed)
+        super().__init__(np.int64, max_length, min_length, seed, sample_length)
         self.vocabulary = vocabulary
-        self.min_length = min_length
-        self.max_length = max_length
-        self.sample_length = max_length if sample_length is None else sample_length
 
     def sample(self, mask: Any = None, probability: Any = None) -> Ids:
         """Return a sequence of random length and tokens.
@@ -72,8 +81,7 @@ class TokenSequence(gymnasium.Space[Ids]):
             mask: maximum length instead of ``sample_length``, such as ``info["max_new_tokens"]``.
             probability: probability of each token [vocabulary]; by default uniform.
         """
-        longest = self.sample_length if mask is None else min(int(mask), self.max_length)
-        length = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
+        length = self._draw_length(mask)
         if probability is not None:
             return self.np_random.choice(self.vocabulary, length, p=probability)
         return self.np_random.integers(0, self.vocabulary, length)
@@ -101,22 +109,16 @@ class TokenSequence(gymnasium.Space[Ids]):
         """Return the samples given to ``to_jsonable``."""
         return [np.asarray(ids, dtype=np.int64) for ids in sample_n]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TokenSequence) and repr(self) == repr(other)
-
     def __repr__(self) -> str:
         return f"TokenSequence({self.vocabulary}, {self.max_length}, {self.min_length})"
 
 
-class UnicodeText(gymnasium.Space[str]):
+class UnicodeText(_BoundedSpace[str]):
     """Text of ``min_length`` to ``max_length`` characters.
 
     Args:
-        max_length: maximum number of characters.
-        min_length: minimum number of characters.
-        pieces: the pieces of a text, for a tokenizer with a fixed alphabet; by default all of
+            pieces: the pieces of a text, for a tokenizer with a fixed alphabet; by default all of
             Unicode.
-        seed: seed of ``sample``.
         sample_length: maximum number of pieces or characters in samples; by default ``max_length``.
     """
 
@@ -128,19 +130,14 @@ class UnicodeText(gymnasium.Space[str]):
         seed: int | None = None,
         sample_length: int | None = None,
     ) -> None:
-        super().__init__(shape=None, dtype=str, seed=seed)
-        self.max_length = max_length
-        self.min_length = min_length
+        super().__init__(str, max_length, min_length, seed, sample_length)
         self.pieces = None if pieces is None else tuple(pieces)
-        self.sample_length = max_length if sample_length is None else sample_length
         self._pattern = None if self.pieces is None else piece_pattern(self.pieces, "*+")
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
         """Return a random text of at most ``mask`` pieces or characters."""
-        longest = self.sample_length if mask is None else int(mask)
-        count = int(self.np_random.integers(self.min_length, max(longest, self.min_length) + 1))
         text = ""
-        for piece in (self._draw() for _ in range(count)):
+        for piece in [self._draw() for _ in range(self._draw_length(mask))]:
             if len(text) + len(piece) <= self.max_length:
                 text += piece
         if len(text) < self.min_length:  # pieces were too long for the rest
@@ -164,12 +161,9 @@ class UnicodeText(gymnasium.Space[str]):
             return self._pattern.fullmatch(x) is not None
         try:
             x.encode()
+            return True
         except UnicodeEncodeError:  # a lone surrogate
             return False
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UnicodeText) and repr(self) == repr(other)
 
     def __repr__(self) -> str:
         return f"UnicodeText({self.max_length}, {self.min_length}, {self.pieces})"
@@ -276,8 +270,7 @@ class CharacterTokenizer:
         """
         found = self._pattern.findall(text)
         if len("".join(found)) < len(text):
-            known = set("".join(self.pieces))
-            wrong = next((c for c in text if c not in known), "<")
+            wrong = next((c for c in text if c not in "".join(self.pieces)), "<")
             raise ConfigError(
                 f"the character {wrong!r} of {text!r:.80} is not in the alphabet: "
                 f"{''.join(self.pieces[len(MARKS) :])!r}"

@@ -49,11 +49,10 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             )
         self.interface = interface
         spec = self.chunk_spec
-        longest = max(spec.context_size, 1 if spec.is_longcot else spec.max_written)
+        longest = max(spec.context_size, spec.max_written)
         # Every chunk has room for C - m tokens, so samples of this length are always legal.
         always = spec.context_size - (0 if spec.is_longcot else spec.carryover_size)
-        if spec.max_written:
-            always = min(always, spec.max_written)
+        always = min(always, spec.max_written or always)
         if interface == "tokens":
             self.action_space: Any = TokenSequence(
                 self.vocabulary, longest, min_length=1, sample_length=always
@@ -63,7 +62,10 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             )
             return
         pieces = getattr(self.tokenizer, "pieces", None)
-        token = self._longest_token()
+        if hasattr(self.tokenizer, "get_vocab"):
+            token = max(map(len, self.tokenizer.get_vocab()))
+        else:
+            token = max(len(self._text((i,))) for i in range(self.vocabulary))
         self.action_space = UnicodeText(
             longest * token,
             min_length=1,
@@ -83,8 +85,7 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         """
         state = self._running_state()
         numbers = self._action_ids(action, state)
-        ids = token_array(numbers)
-        ends = np.logical_or.reduce([numbers == e for e in self.eos_ids]).nonzero()[0]
+        ids, ends = token_array(numbers), np.isin(numbers, list(self.eos_ids)).nonzero()[0]
         if ends.size:
             output_ids, stop = state.truncate(ids[: int(ends[0]) + 1], StopReason.EOS)
         else:
@@ -131,9 +132,3 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         position = retokenized_at(self.tokenizer, prompt_ids)
         info["retokenized_at"] = -1 if position is None else position
         return self._text(prompt_ids), info
-
-    def _longest_token(self) -> int:
-        """Return the maximum number of characters in a token."""
-        if hasattr(self.tokenizer, "get_vocab"):
-            return max(map(len, self.tokenizer.get_vocab()))
-        return max(len(self._text((i,))) for i in range(self.vocabulary))
