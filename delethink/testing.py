@@ -465,14 +465,9 @@ class _EnvChecker:
 
 
 def _same(one: list[_Step], other: list[_Step]) -> bool:
-    return len(one) == len(other) and all(map(_equal, map(vars, one), map(vars, other)))
+    from gymnasium.utils.env_checker import data_equivalence  # the core loads without Gymnasium
 
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    equal = one == other
-    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
+    return bool(data_equivalence([*map(vars, one)], [*map(vars, other)], exact=True))
 
 
 def _require(condition: bool, text: str) -> None:
