@@ -275,30 +275,18 @@ def _schema() -> Any:
     text, number, real = arrow.string(), arrow.int64(), arrow.float64()
     ids = arrow.list_(number)
     chunk = {
-        "prompt_ids": ids,
-        "carried": number,
-        "output_ids": ids,
+        **dict.fromkeys(("prompt_ids", "output_ids"), ids),
+        **dict.fromkeys(("carried", "policy_version"), number),
+        **dict.fromkeys(("stop", "role", "error"), text),
         "logprobs": arrow.list_(real),
-        "stop": text,
-        "policy_version": number,
-        "role": text,
-        "error": text,
     }
+    texts = ("prompt", "answer", "stop", "text", *_JSON_COLUMNS)
     return arrow.schema(
         {
-            "version": number,
-            "before": text,
-            "prompt": text,
-            "answer": text,
-            "metadata": text,
+            **dict.fromkeys(texts, text),
+            **dict.fromkeys(("version", "length"), number),
+            **dict.fromkeys(("reward", "advantage"), real),
             "query_ids": ids,
-            "stop": text,
-            "length": number,
-            "reward": real,
-            "rewards": text,
-            "reward_errors": text,
-            "advantage": real,
-            "text": text,
             "chunks": arrow.list_(arrow.struct(chunk)),
         }
     )
