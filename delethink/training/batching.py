@@ -171,11 +171,6 @@ def pack_chunks(rows: Sequence[ChunkRow], forward_tokens: int) -> PackedChunks:
     return PackedChunks(batches, sum(lengths), padding_share(lengths, groups))
 
 
-def filler_row(pad_id: int) -> ChunkRow:
-    """Return a row of two tokens, for a forward pass without a chunk."""
-    return ChunkRow((pad_id,), (pad_id,), (0.0,), FILLER, 0, 0)
-
-
 def pack_lengths(
     lengths: Sequence[int], forward_tokens: int, max_padding: float = MAX_PADDING_SHARE
 ) -> list[list[int]]:

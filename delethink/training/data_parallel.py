@@ -98,10 +98,6 @@ class RankGroup:
         dist.all_gather_object(values, value, self._group)
         return values
 
-    def max(self, number: int) -> int:
-        """Return the largest ``number`` of any rank."""
-        return max(self.gather(number))
-
 
 def _picklable(error: Exception) -> Exception:
     """Return the error, or its text in a ``RuntimeError`` if it cannot be pickled."""

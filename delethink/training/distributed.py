@@ -12,16 +12,14 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from delethink.chunking import ChunkSpec
-from delethink.config import Recipe
+from delethink.config import Recipe, TrainerConfig
 from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, DelethinkError, MissingExtraError
-from delethink.evaluation.heldout import HeldOutResult
 from delethink.training.checkpointing import RunLocation
 from delethink.training.preflight import Prepared, prepare
 from delethink.training.progress import TrainingProgress
@@ -68,18 +66,6 @@ def train_distributed(
     return location.directory.path
 
 
-class _RankArguments(NamedTuple):
-    """Arguments of every rank."""
-
-    recipe: Recipe
-    directory: Path
-    exists: bool  # the run was started before
-    changed: dict[str, list[Any]]
-    working_directory: str
-    set_up_process: Callable[[], None]
-    events: Any  # Ray queue of ProgressEvent, to the driver
-
-
 def _fit(
     recipe: Recipe,
     location: RunLocation,
@@ -91,7 +77,8 @@ def _fit(
 
     progress.log(f"starting {recipe.trainer.num_ranks} ranks: {recipe.trainer.strategy}")
     events = Queue(actor_options={"num_cpus": 0})
-    arguments = _RankArguments(
+    run_rank = partial(
+        _run_rank,
         recipe,
         location.directory.path.absolute(),
         location.exists,
@@ -100,7 +87,7 @@ def _fit(
         set_up_process,
         events,
     )
-    trainer = _make_ray_trainer(arguments, storage)
+    trainer = _make_ray_trainer(run_rank, recipe.trainer, storage)
     finished = threading.Event()
     # The main thread waits for the ranks, because Ctrl-C arrives there.
     printer = threading.Thread(target=_print_events, args=(events, progress, finished), daemon=True)
@@ -115,7 +102,7 @@ def _fit(
         progress.stop_steps()
 
 
-def _make_ray_trainer(arguments: _RankArguments, storage: str) -> Any:
+def _make_ray_trainer(run_rank: Callable[[], None], settings: TrainerConfig, storage: str) -> Any:
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -130,16 +117,14 @@ def _make_ray_trainer(arguments: _RankArguments, storage: str) -> Any:
         def _register_sigint_handler(self, controller: Any) -> None:
             pass
 
-    trainer = arguments.recipe.trainer
-    use_gpu = trainer.gpus_per_rank > 0
+    use_gpu = settings.gpus_per_rank > 0
     return Trainer(
-        _run_rank,
-        train_loop_config={"arguments": arguments},
+        run_rank,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=trainer.num_ranks,
+            num_workers=settings.num_ranks,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": trainer.cpus_per_rank, "GPU": trainer.gpus_per_rank},
+            resources_per_worker={"CPU": settings.cpus_per_rank, "GPU": settings.gpus_per_rank},
         ),
         run_config=RunConfig(
             name="delethink",
@@ -152,28 +137,34 @@ def _make_ray_trainer(arguments: _RankArguments, storage: str) -> Any:
 # -- ranks -------------------------------------------------------------------------------------
 
 
-def _run_rank(config: dict[str, Any]) -> None:
+def _run_rank(
+    recipe: Recipe,
+    path: Path,
+    exists: bool,
+    changed: dict[str, list[Any]],
+    working_directory: str,
+    set_up_process: Callable[[], None],
+    events: Any,
+) -> None:
     """Run one rank: the main rank runs the recipe, the other ranks only train."""
-    arguments: _RankArguments = config["arguments"]
     with contextlib.suppress(OSError):  # the directory may not exist on another machine
-        os.chdir(arguments.working_directory)
-    arguments.set_up_process()
+        os.chdir(working_directory)
+    set_up_process()
     from delethink.training.data_parallel import RankGroup
 
     ranks = RankGroup()
     if not ranks.is_main:
-        _train_only(arguments.recipe, arguments.directory / "checkpoints", ranks)
+        _train_only(recipe, path / "checkpoints", ranks)
         return
-    if not (arguments.directory / "config.yaml").exists():
+    if not (path / "config.yaml").exists():
         raise ConfigError(
             f"the main rank runs on another machine and finds no run directory "
-            f"{arguments.directory}: choose one on storage that all machines share with output=PATH"
+            f"{path}: choose one on storage that all machines share with output=PATH"
         )
     from delethink.training.trainer import train
 
-    directory = RunDirectory(arguments.directory)
-    location = RunLocation(directory, arguments.exists, arguments.changed)
-    train(prepare(arguments.recipe), location, QueuedProgress(arguments.events), ranks)
+    location = RunLocation(RunDirectory(path), exists, changed)
+    train(prepare(recipe), location, QueuedProgress(events), ranks)
 
 
 def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
@@ -212,43 +203,15 @@ def _on_main_rank_only(*args: Any, **kwargs: Any) -> NoReturn:
 # -- progress ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ProgressEvent:
-    """A method of ``TrainingProgress`` for the driver to call."""
-
-    method: Literal["log", "start_steps", "step", "stop_steps", "summary", "table"]
-    args: tuple[Any, ...] = ()
-
-
 class QueuedProgress(TrainingProgress):
-    """Sends the progress of the main rank to the driver, over a Ray queue of ``ProgressEvent``."""
+    """Sends the calls on the main rank to the driver, over a Ray queue of (method, arguments)."""
 
     def __init__(self, events: Any) -> None:
-        self._events = events
+        def send(method: str, *args: Any) -> None:
+            events.put((method, args))
 
-    def log(self, text: str) -> None:
-        """Send a line."""
-        self._events.put(ProgressEvent("log", (text,)))
-
-    def start_steps(self, total: int, done: int = 0) -> None:
-        """Send the number of optimizer steps."""
-        self._events.put(ProgressEvent("start_steps", (total, done)))
-
-    def step(self, metrics: Mapping[str, Any], total: int) -> None:
-        """Send the metrics of an optimizer step."""
-        self._events.put(ProgressEvent("step", (dict(metrics), total)))
-
-    def stop_steps(self) -> None:
-        """Send the end of the optimizer steps."""
-        self._events.put(ProgressEvent("stop_steps"))
-
-    def summary(self, row: HeldOutResult) -> None:
-        """Send a row of the table."""
-        self._events.put(ProgressEvent("summary", (row,)))
-
-    def table(self, rows: Sequence[HeldOutResult], spec: ChunkSpec, path: Path) -> None:
-        """Send the table of results."""
-        self._events.put(ProgressEvent("table", (list(rows), spec, path)))
+        for method in ("log", "start_steps", "step", "stop_steps", "table"):
+            setattr(self, method, partial(send, method))
 
 
 def _print_events(events: Any, progress: TrainingProgress, finished: threading.Event) -> None:
@@ -258,12 +221,12 @@ def _print_events(events: Any, progress: TrainingProgress, finished: threading.E
     while True:
         is_last = finished.is_set()
         try:
-            event: ProgressEvent = events.get(timeout=_POLL_INTERVAL_S)
+            method, args = events.get(timeout=_POLL_INTERVAL_S)
         except Empty:
             if is_last:
                 return
             continue
-        getattr(progress, event.method)(*event.args)
+        getattr(progress, method)(*args)
 
 
 # -- resources and errors ----------------------------------------------------------------------

@@ -36,9 +36,9 @@ from delethink.training.batching import (
     RolloutBatch,
     ScoredBatch,
     TokenCoverageCheck,
+    TraceRow,
     TrainingTrace,
     chunk_rows,
-    filler_row,
     pack_chunks,
     trace_row,
 )
@@ -50,13 +50,13 @@ from delethink.training.data_parallel import (
     shard_traces,
 )
 from delethink.training.loss import (
+    LOSSES,
     LossSettings,
     StepSize,
     TokenBatch,
     TraceRatio,
     engine_correction,
     token_losses,
-    token_weight,
 )
 from delethink.training.metrics import StepStatistics, TokenStatistics
 from delethink.types import Trace, TraceStop
@@ -235,8 +235,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         )
         pad = self._tokenizer.pad_token_id
         rows = [trace_row(trace, pad, self._is_trainable(trace)) for trace in self._shards.traces]
-        names = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
-        return {name: [getattr(row, name) for row in rows] for name in names}
+        return {name: [getattr(row, name) for row in rows] for name in TraceRow._fields}
 
     def _run_checked_rollouts(self, examples: list[dict[str, Any]]) -> list[Trace]:
         self._examples, traces = self._run_rollouts(examples)
@@ -309,13 +308,16 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         All forward batches but the last have gone through the backward pass already.
         """
         chunks = chunk_rows([t.trace for t in inputs.traces])
-        packed = self._pack([row for row in chunks if inputs.traces[row.trace].in_loss])
+        rows = [row for row in chunks if inputs.traces[row.trace].in_loss]
+        packed = pack_chunks(rows, self.args.forward_tokens)
         self._count(inputs, packed)
         if self.is_fsdp_enabled:  # otherwise every rank would keep full gradients
             model.set_requires_gradient_sync(True)
         batches = [self._forward_batch(rows) for rows in self._equalize(packed.batches)]
         if not batches:
-            return _zero_with_gradient(model)
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            zero: torch.Tensor = 0.0 * parameter.sum()  # for the backward pass
+            return zero
         ratio = self._trace_ratio(model, inputs, batches)
         total = torch.zeros((), device=self.accelerator.device)
         for batch in batches[:-1]:
@@ -335,9 +337,16 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     ) -> torch.Tensor:
         """Return the part of some chunks in the loss of the optimizer step."""
         logprobs, entropies = self._chunk_logprobs(model, batch, compute_entropy=True)
-        self._find_nonfinite(inputs, batch, logprobs)
         dtype, device = self._loss_dtype, self.accelerator.device
         traces = [inputs.traces[row.trace] for row in batch.rows]
+        nonfinite = ~torch.isfinite(logprobs.detach()).all(1)  # [K]
+        if bool(nonfinite.any()):
+            self._nonfinite = "log-prob"
+            self._nonfinite_traces |= {
+                traces[k].index
+                for k in nonfinite.nonzero()[:, 0].tolist()
+                if batch.rows[k].trace != FILLER
+            }
         indices = [row.trace for row in batch.rows]
         tokens = TokenBatch(
             logprobs,
@@ -356,7 +365,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         weights = [
             # Gradients are averaged over ranks, so weights are multiplied by their number.
             self.accelerator.num_processes
-            * token_weight(self.loss_settings.loss_type, t.trace.length, inputs.step)
+            * LOSSES[self.loss_settings.loss_type].weight(t.trace.length, inputs.step)
             if row.trace != FILLER
             else 0.0
             for row, t in zip(batch.rows, traces, strict=True)
@@ -402,9 +411,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                     means[:, row.trace] += sums / own.trace.length
         return TraceRatio(*means)
 
-    def _pack(self, rows: Sequence[ChunkRow]) -> PackedChunks:
-        return pack_chunks(rows, self.args.forward_tokens)
-
     def _equalize(self, batches: list[list[ChunkRow]]) -> list[list[ChunkRow]]:
         """Add filler batches, so that no rank misses a collective.
 
@@ -412,8 +418,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         """
         number = len(batches)
         if self._ranks.size > 1:
-            number = max(1, self._ranks.max(number) if self.is_fsdp_enabled else number)
-        filler = filler_row(self._tokenizer.pad_token_id)
+            most = max(self._ranks.gather(number)) if self.is_fsdp_enabled else number
+            number = max(1, most)
+        pad = self._tokenizer.pad_token_id
+        filler = ChunkRow((pad,), (pad,), (0.0,), FILLER, 0, 0)
         return batches + [[filler]] * (number - len(batches))
 
     # -- log-probs -----------------------------------------------------------------------------
@@ -446,7 +454,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         """
         traces, device = self.shards.traces, self.accelerator.device
         rows = torch.zeros(len(traces), logits_to_keep, dtype=self._loss_dtype, device=device)
-        batches = self._equalize(self._pack(chunk_rows(traces)).batches)
+        packed = pack_chunks(chunk_rows(traces), self.args.forward_tokens)
+        batches = self._equalize(packed.batches)
         with torch.no_grad():
             for batch in map(self._forward_batch, batches):
                 logprobs = batch.unpad(self._chunk_logprobs(model, batch)[0])
@@ -459,17 +468,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         return ForwardBatch(rows, self._tokenizer.pad_token_id, self.accelerator.device)
 
     # -- NaN and infinity ----------------------------------------------------------------------
-
-    def _find_nonfinite(
-        self, inputs: MicroBatch, batch: ForwardBatch, logprobs: torch.Tensor
-    ) -> None:
-        chunks = ~torch.isfinite(logprobs.detach()).all(1)  # [K]
-        if bool(chunks.any()):
-            self._nonfinite = "log-prob"
-            rows = [batch.rows[k] for k in chunks.nonzero()[:, 0].tolist()]
-            self._nonfinite_traces |= {
-                inputs.traces[row.trace].index for row in rows if row.trace != FILLER
-            }
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a micro-batch and return its loss, 0 if not finite.
@@ -520,13 +518,6 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         self._forward_counts = ForwardCounts()
         tokens, padded, batches = self.accelerator.reduce(own, reduction="sum").tolist()
         return ForwardCounts(round(tokens), padded, round(batches))
-
-
-def _zero_with_gradient(model: Any) -> torch.Tensor:
-    """Return a zero loss for the backward pass of a micro-batch without tokens."""
-    parameter = next(p for p in model.parameters() if p.requires_grad)
-    zero: torch.Tensor = 0.0 * parameter.sum()
-    return zero
 
 
 def remove_dropout(model: torch.nn.Module) -> None:

@@ -4,7 +4,7 @@ The loss of an optimizer step is one sum over all sampled tokens t of its traces
 
     L = sum_t  w_t * l_t
 
-``token_losses`` returns the l_t of a forward batch, ``token_weight`` the w_t of a trace. For the
+``token_losses`` returns the l_t of a forward batch, ``Loss.weight`` the w_t of a trace. For the
 default ``grpo``, l_t is the clipped surrogate and w_t = 1 / (N * length): each trace is divided by
 its own number of sampled tokens, and the N traces are averaged (arXiv 2510.06557, equation 3).
 A sum has no order, so the result depends neither on the number of chunks nor on how traces are
@@ -149,24 +149,8 @@ def token_losses(batch: TokenBatch, settings: LossSettings) -> TokenLosses:
     return TokenLosses(loss, ratio, correction, is_clipped(ratio, batch.advantages, settings), kl)
 
 
-def token_weight(loss_type: str, length: int, step: StepSize) -> float:
-    """Return the weight of each sampled token of a trace in the loss of its optimizer step.
-
-    Args:
-        loss_type: Key of ``LOSSES``.
-        length: Sampled tokens of the trace.
-        step: Normalizers of the optimizer step.
-    """
-    return LOSSES[loss_type].weight(length, step)
-
-
 def engine_correction(log_ratio: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    """Return the importance weight of each token for its probability in the engine.
-
-    Args:
-        log_ratio: Log-probs of the trainer minus those of the engine.
-        settings: Settings of the loss.
-    """
+    """Return the importance weight of each token from its log-probs in trainer minus engine."""
     ratio, cap = log_ratio.exp(), settings.vllm_importance_sampling_clip_max
     if not settings.vllm_importance_sampling_correction:
         return torch.ones_like(ratio)
@@ -237,10 +221,10 @@ def token_mean(length: int, step: StepSize) -> float:
 
 
 class Loss(NamedTuple):
-    """Per-token loss and weight of the tokens."""
+    """Per-token loss, and weight of each sampled token of a trace in its optimizer step."""
 
     token_loss: Callable[[torch.Tensor, TokenBatch, LossSettings], torch.Tensor]
-    weight: Callable[[int, StepSize], float]
+    weight: Callable[[int, StepSize], float]  # of the sampled tokens of the trace, and the step
 
 
 LOSSES = {

@@ -15,7 +15,9 @@ def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     The model is unchanged. Merging in place and unmerging would round its weights at every update.
     """
     state = model.state_dict()
-    adapted = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    adapted: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if _is_adapted(module)
+    }
     if not adapted:
         return state
     weights = {
@@ -25,7 +27,10 @@ def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
     with torch.no_grad():
         for name, module in adapted.items():
-            weights[f"{name}.weight"] = _merged(module)
+            merged = module.base_layer.weight.clone()
+            for adapter in module.active_adapters:
+                merged += module.get_delta_weight(adapter).to(merged.dtype)
+            weights[f"{name}.weight"] = merged
     return weights
 
 
@@ -36,13 +41,6 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 def _is_adapted(module: Any) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
-
-
-def _merged(module: Any) -> torch.Tensor:
-    merged: torch.Tensor = module.base_layer.weight.clone()
-    for adapter in module.active_adapters:
-        merged += module.get_delta_weight(adapter).to(merged.dtype)
-    return merged
 
 
 class GatherWeights(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped

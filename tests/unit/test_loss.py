@@ -16,7 +16,6 @@ from delethink.training.loss import (
     TokenBatch,
     TraceRatio,
     token_losses,
-    token_weight,
 )
 
 STEP = StepSize(traces=4, tokens=50, budget=100)
@@ -71,12 +70,7 @@ def test_unknown_names_are_refused(name: str, value: str, words: str) -> None:
     ],
 )
 def test_weight_of_a_token(loss_type: str, weight: float) -> None:
-    assert token_weight(loss_type, 10, STEP) == pytest.approx(weight)
-
-
-def test_an_unknown_loss_type_has_no_weight() -> None:
-    with pytest.raises(KeyError):
-        token_weight("vespo", 10, STEP)
+    assert LOSSES[loss_type].weight(10, STEP) == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
