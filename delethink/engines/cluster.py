@@ -32,21 +32,17 @@ def connect(num_cpus: int) -> bool:
     """
     if ray.is_initialized():
         return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with _keep_sigterm_handler():
-            _init(num_cpus, quiet)
+            try:
+                with _loopback():
+                    ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
+            except ValueError:  # Ray refuses num_cpus for a running cluster
+                ray.init(**quiet)
     except ConnectionError as error:
         raise ConfigError(f"cannot join the Ray cluster: {error}") from None
     return True
-
-
-def _init(num_cpus: int, quiet: dict[str, Any]) -> None:
-    try:
-        with _loopback():
-            ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
-    except ValueError:  # Ray refuses num_cpus for a running cluster
-        ray.init(**quiet)
 
 
 @contextlib.contextmanager

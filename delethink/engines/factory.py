@@ -17,8 +17,6 @@ from delethink.registry import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PACKAGES = {"vllm": ("vllm", "ray")}  # needed by an engine, beside transformers
-
 
 def choose_engine(name: str) -> str:
     """Return the name of the engine: "auto" becomes "vllm" if vLLM and Ray are installed.
@@ -26,12 +24,11 @@ def choose_engine(name: str) -> str:
     Raises:
         MissingExtraError: a package of the engine is not installed.
     """
-    missing = [package for package in _PACKAGES["vllm"] if not _is_installed(package)]
+    missing = [package for package in ("vllm", "ray") if not _is_installed(package)]
     if name == "auto":
         return "transformers" if missing else "vllm"
-    for package in _PACKAGES.get(name, ()):
-        if package in missing:
-            raise MissingExtraError(package, package)
+    if name == "vllm" and missing:
+        raise MissingExtraError(missing[0], missing[0])
     return name
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from delethink.errors import MissingExtraError, ModelError
 from delethink.tokenization import reward_text
@@ -42,12 +43,10 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """Load the tokenizer of a checkpoint.
 
     Raises:
-        ModelError: loading failed, or the tokenizer has no end-of-sequence token.
+        ModelError: loading failed, or the tokenizer has no end-of-sequence token. Or text decoded
+            without special tokens lacks the end-of-thinking mark: rewards would find no answer.
     """
-    _require_transformers()
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = _load(AutoTokenizer, "tokenizer", model, trust_remote_code)
+    tokenizer: Any = _load("AutoTokenizer", "tokenizer", model, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model} has no end-of-sequence token, so no answer could end; set "
@@ -55,22 +54,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    check_end_of_thinking(tokenizer)
-    return tokenizer
-
-
-def check_end_of_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check for the end-of-thinking mark in text decoded without special tokens.
-
-    Raises:
-        ModelError: the mark is lost, and rewards would never find an answer.
-    """
     ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
     if END_OF_THINKING not in reward_text(tokenizer, ids):
         raise ModelError(
             f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; add "
             "this token as a non-special one"
         )
+    return tokenizer
 
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -79,17 +69,8 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
     Raises:
         ModelError: loading failed.
     """
-    _require_transformers()
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = _load(
-        AutoModelForCausalLM,
-        "model",
-        model,
-        trust_remote_code,
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    options = {"dtype": dtype, "use_safetensors": True}
+    loaded: Any = _load("AutoModelForCausalLM", "model", model, trust_remote_code, **options)
     return loaded
 
 
@@ -113,28 +94,20 @@ def digest(model: str) -> str | None:
     return hasher.hexdigest()
 
 
-class Shell(NamedTuple):
-    """Settings of a model, without the weights."""
-
-    config: Any
-    generation_config: Any
-
-
 def load_shell(model: str, trust_remote_code: bool = False) -> Any:
-    """Load the settings of a model, without its weights.
+    """Load ``config`` and ``generation_config`` of a model, without its weights.
 
     Raises:
         ModelError: they cannot be loaded.
     """
-    _require_transformers()
-    from transformers import AutoConfig, GenerationConfig
+    config = _load("AutoConfig", "configuration", model, trust_remote_code)
+    from transformers import GenerationConfig
 
-    config = _load(AutoConfig, "configuration", model, trust_remote_code)
     try:
         settings = GenerationConfig.from_pretrained(locate(model))
     except OSError:  # generation settings are optional
         settings = None
-    return Shell(config, settings)
+    return SimpleNamespace(config=config, generation_config=settings)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -181,15 +154,14 @@ def _from_config(model: PreTrainedModel, key: str) -> int:
     return int(value)
 
 
-def _load(loader: Any, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
-    where = locate(model)
+def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "train")
+    import transformers
+
+    where, cls = locate(model), getattr(transformers, loader)
     try:
-        return loader.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        return cls.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a checkpoint can be broken in any way
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(f"cannot load the {part} of {model}: {first}") from error
-
-
-def _require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingExtraError("transformers", "train")

@@ -90,7 +90,7 @@ class PoolWorker:
     name: str
     handle: WorkerHandle | None = None  # in the present life, from one start to the next
     pid: int = 0  # 0 while there is no process
-    in_service: bool = False
+    in_service: bool = False  # else starting, restarting or given up
     missed_heartbeat: bool = False  # its chunks went to other workers
     given_up: bool = False  # not restarted again
     reason: str = ""  # for the last loss
@@ -114,16 +114,6 @@ class PoolWorker:
     taken_completions: int = 0
     busy_since: float | None = None
     busy_seconds: float = 0.0  # with a chunk in flight, since metrics were taken
-
-    @property
-    def is_dead(self) -> bool:
-        """Return whether the worker is restarting or given up, and takes no chunks."""
-        return not self.in_service
-
-    @property
-    def tokens_in_flight(self) -> int:
-        """Return the tokens of its chunks: of prompts, and the limits of new ones."""
-        return sum(chunk.tokens for chunk in self.chunks)
 
     def start_life(self, state: WorkerState, now: float) -> None:
         """Reset everything about the previous life."""

@@ -110,7 +110,7 @@ class RayPool:
         )
         self._resources = {"num_cpus": cpus, "num_gpus": config.gpus_per_engine}
         self._placement_group: Any = None
-        self._metrics = _RayMetrics()
+        self._ray_metrics: dict[str, Any] = {}
         self._pool = WorkerPool(self._launch, config)
         self._thread = _LoopThread()
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * config.num_engines)))
@@ -155,13 +155,11 @@ class RayPool:
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``.
+        """Sample a chunk on any worker; see ``WorkerPool.generate``.
 
         Raises:
             ConfigError: the request is longer than ``max_model_tokens``, or invalid for the engine.
-            PolicyError: all attempts failed; the text names the last worker and its error.
-            DeadlineError: a worker had the chunk for longer than ``chunk_timeout``.
-            WorkersLostError: no worker came back in time.
+            Exception: as ``WorkerPool.generate``.
         """
         needed = len(prompt_ids) + max_new_tokens
         if self._thread.is_open and needed > self.max_model_tokens:
@@ -173,14 +171,7 @@ class RayPool:
         return await asyncio.wrap_future(call)
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Load new weights into all workers, each as soon as its chunks in flight are done.
-
-        A failed worker is restarted with the new weights. One worker with the new weights is
-        enough, and from then on no chunk is sampled with others.
-
-        Args:
-            weights: whole state of the model under the names of its checkpoint, on any device.
-            version: number of weight updates so far; the ``policy_version`` of completions.
+        """Load new weights into all workers; see ``Engine`` and ``WorkerPool.update_weights``.
 
         Raises:
             WeightSyncError: all workers refused the weights; the text has the reason of each.
@@ -208,8 +199,26 @@ class RayPool:
         if not self._thread.is_open:
             return {}
         metrics = self._thread.run(self._pool.take_metrics())
-        self._metrics.export(metrics)
+        self._export(metrics)
         return {_METRIC_PREFIX + name: float(value) for name, value in metrics.items()}
+
+    def _export(self, metrics: Mapping[str, float]) -> None:
+        """Set Ray's ``delethink_<name>`` and ``delethink_worker_<name>``; faults are counters."""
+        from ray.util.metrics import Counter, Gauge
+
+        faults = {field.name for field in dataclasses.fields(FaultCounts)}
+        for name, value in metrics.items():
+            worker, _, metric = name.rpartition("/")
+            key = f"delethink_worker_{metric}" if worker else f"delethink_{metric}"
+            is_counter = not worker and metric in faults
+            if key not in self._ray_metrics:
+                self._ray_metrics[key] = (Counter if is_counter else Gauge)(
+                    key, f"{metric} of the pool", tag_keys=("worker",) if worker else ()
+                )
+            if not is_counter:
+                self._ray_metrics[key].set(value, {"worker": worker} if worker else None)
+            elif value > 0:
+                self._ray_metrics[key].inc(value)
 
     def close(self) -> None:
         """Stop the workers, and Ray if this pool started it. Safe to call twice."""
@@ -263,9 +272,8 @@ class _RayWorker:
         resources: Mapping[str, float],
         sender: WeightSender | None,
     ) -> None:
-        self.actor = actor
+        self.actor, self._sender = actor, sender
         self._startup_timeout_s, self._resources = startup_timeout_s, resources
-        self._sender = sender
 
     async def start(self) -> WorkerState:
         state: WorkerState | None = None
@@ -278,15 +286,15 @@ class _RayWorker:
         except TimeoutError:
             if not limit.expired():
                 raise  # raised by the engine or Ray
-            raise TimeoutError(self._startup_error(has_engine=state is not None)) from None
+            within = f"within {self._startup_timeout_s:g} s (startup_timeout)"
+            if state is not None:
+                text = f"its engine is up, but the weight transfer did not connect {within}"
+                raise TimeoutError(text) from None
+            needed = dict(self._resources)
+            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+            text = f"gave no answer {within}; it needs {needed}, and Ray has {free} free"
+            raise TimeoutError(text) from None
         return state
-
-    def _startup_error(self, has_engine: bool) -> str:
-        within = f"within {self._startup_timeout_s:g} s (startup_timeout)"
-        if has_engine:
-            return f"its engine is up, but the weight transfer did not connect {within}"
-        free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-        return f"gave no answer {within}; it needs {dict(self._resources)}, and Ray has {free} free"
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -359,49 +367,19 @@ class _LoopThread:
     def close(self) -> None:
         """Cancel all coroutines and end the thread."""
         self.is_open = False
+
+        async def cancel_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
         with contextlib.suppress(concurrent.futures.TimeoutError):
-            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(_CLOSE_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result(_CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_TIMEOUT_S)
         if not self._loop.is_running():
             self._loop.close()
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _RayMetrics:
-    """Exports the metrics of a pool as Ray's own: gauges, and counters of faults."""
-
-    def __init__(self) -> None:
-        self._metrics: dict[str, Any] = {}
-
-    def export(self, metrics: Mapping[str, float]) -> None:
-        """Set ``delethink_<name>`` and ``delethink_worker_<name>``, tagged with the worker."""
-        from ray.util.metrics import Counter, Gauge
-
-        faults = {field.name for field in dataclasses.fields(FaultCounts)}
-        for name, value in metrics.items():
-            worker, _, metric = name.rpartition("/")
-            if worker:
-                key = f"delethink_worker_{metric}"
-                gauge = self._get(Gauge, key, metric, ("worker",))
-                gauge.set(value, tags={"worker": worker})
-            elif metric not in faults:
-                self._get(Gauge, f"delethink_{metric}", metric, ()).set(value)
-            else:
-                counter = self._get(Counter, f"delethink_{metric}", metric, ())
-                if value > 0:
-                    counter.inc(value)
-
-    def _get(self, kind: Any, key: str, metric: str, tags: tuple[str, ...]) -> Any:
-        if key not in self._metrics:
-            self._metrics[key] = kind(key, description=f"{metric} of the pool", tag_keys=tags)
-        return self._metrics[key]
 
 
 async def _result(call: Awaitable[Any]) -> Any:
@@ -418,11 +396,9 @@ async def _run_in_thread(work: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            result = work()
+            done.set_result(work())
         except Exception as error:  # raised by Ray, the engine or CUDA; the pool handles all
             done.set_exception(cause(error))
-        else:
-            done.set_result(result)
 
     done.set_running_or_notify_cancel()
     threading.Thread(target=run, name="delethink-weights", daemon=True).start()
@@ -433,8 +409,8 @@ def _reserve(config: EngineConfig, resources: Mapping[str, float]) -> Any:
     """Return a placement group with one bundle per worker, or ``None`` if none is configured."""
     if config.node_placement is None:
         return None
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    bundle = {names[name]: amount for name, amount in resources.items() if amount}
+    amounts = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
+    bundle = {name: amount for name, amount in amounts.items() if amount}
     group = ray.util.placement_group(
         [bundle] * config.num_engines, strategy=config.node_placement.upper()
     )

@@ -138,7 +138,11 @@ class Scheduler:
             home = self._homes.get(request.query)
             if home in self._open and self._open[home].tokens <= load.tokens + request.tokens:
                 worker, load = home, self._open[home]
-            self._remember(request.query, worker)
+            if request.query is not None:
+                self._homes[request.query] = worker
+                self._homes.move_to_end(request.query)
+                if len(self._homes) > self._max_queries:
+                    self._homes.popitem(last=False)
             load.chunks += 1
             load.tokens += request.tokens
             self._update_open(worker)
@@ -175,14 +179,6 @@ class Scheduler:
             if (request := _pop(queues, longest)) is not None:
                 return request
         return None
-
-    def _remember(self, query: Hashable, worker: Hashable) -> None:
-        if query is None:
-            return
-        self._homes[query] = worker
-        self._homes.move_to_end(query)
-        if len(self._homes) > self._max_queries:
-            self._homes.popitem(last=False)
 
     def _update_open(self, worker: Hashable) -> None:
         load = self._loads[worker]

@@ -61,11 +61,9 @@ class TransformersEngine:
         seed: int = 0,
         is_trained: bool = False,
     ) -> None:
-        self.model = model
-        self._is_trained = is_trained
+        self.model, self._is_trained = model, is_trained
         self.max_model_tokens = longest_sequence(model)
-        self._eos_ids = tuple(eos_ids)
-        self._pad_id = pad_id
+        self._eos_ids, self._pad_id = tuple(eos_ids), pad_id
         self._max_batch_size = max_batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting: list[_Request] = []
@@ -156,7 +154,10 @@ class TransformersEngine:
         started = time.perf_counter()
         try:
             answers = decoded = self._decode(batch)
-            self._count(decoded, time.perf_counter() - started)
+            chunks, batches, tokens, seconds = self._done
+            tokens += sum(len(completion.token_ids) for completion in decoded)
+            seconds += time.perf_counter() - started
+            self._done = (chunks + len(decoded), batches + 1, tokens, seconds)
         except Exception as error:  # all requests of the batch fail
             answers = [error] * len(batch)
         for request, answer in zip(batch, answers, strict=True):
@@ -167,13 +168,11 @@ class TransformersEngine:
             else:
                 request.answer.set_result(answer)
 
-    def _count(self, decoded: list[Completion], took: float) -> None:
-        chunks, batches, tokens, seconds = self._done
-        tokens += sum(len(completion.token_ids) for completion in decoded)
-        self._done = (chunks + len(decoded), batches + 1, tokens, seconds + took)
-
     def _decode(self, batch: list[_Request]) -> list[Completion]:
-        input_ids, attention_mask = self._pad_left([request.prompt_ids for request in batch])
+        prompts, device = [request.prompt_ids for request in batch], self.model.device
+        longest = max(map(len, prompts))
+        rows = [(self._pad_id,) * (longest - len(p)) + p for p in prompts]
+        masks = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         limits = torch.tensor([request.max_new_tokens for request in batch])
         sampler = _GumbelSampler([request.sampling for request in batch], self._generator)
         training, settings = self.model.training, self.model.generation_config
@@ -181,39 +180,30 @@ class TransformersEngine:
         # A checkpoint's own settings (a repetition penalty, say) would change the distribution to
         # another one than the trainer's.
         self.model.generation_config = GenerationConfig()
+        # Greedy decoding, because _GumbelSampler adds noise: the highest score is the sample.
+        config = GenerationConfig(
+            max_new_tokens=int(limits.max()),
+            do_sample=False,
+            eos_token_id=list(self._eos_ids),
+            pad_token_id=self._pad_id,
+        )
         try:
             sequences = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=self._config(int(limits.max())),
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=config,
                 logits_processor=[sampler],
-                stopping_criteria=[_RowLimit(limits.to(input_ids.device), input_ids.shape[1])],
+                stopping_criteria=[_RowLimit(limits.to(device), longest)],
             )
         finally:
             self.model.train(training)
             self.model.generation_config = settings
-        sampled = sequences[:, input_ids.shape[1] :].cpu()
+        sampled = sequences[:, longest:].cpu()
         logprobs = sampler.logprobs(sampled)
         return [
             self._completion(sampled[i], logprobs[i], limit)
             for i, limit in enumerate(limits.tolist())
         ]
-
-    def _config(self, max_new_tokens: int) -> GenerationConfig:
-        # Greedy decoding, because _GumbelSampler adds noise: the highest score is the sample.
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(self._eos_ids),
-            pad_token_id=self._pad_id,
-        )
-
-    def _pad_left(self, prompts: list[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(map(len, prompts))
-        rows = [(self._pad_id,) * (longest - len(p)) + p for p in prompts]
-        masks = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.device
-        return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
 
     def _completion(self, sampled: torch.Tensor, logprobs: torch.Tensor, limit: int) -> Completion:
         ids = sampled[:limit].tolist()
@@ -247,7 +237,14 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
             self._keep(input_ids[:, -1].cpu())
         temperatures = self._temperatures.to(scores.device)
         self._last = torch.log_softmax(scores.float() / temperatures[:, None], dim=-1)
-        return self._last + self._noise(self._last).to(scores.device)
+        shape = self._last.shape
+        if self._unseeded is not None:
+            times = torch.empty(shape).exponential_(generator=self._unseeded)
+        else:
+            rows = [torch.empty(shape[1]).exponential_(generator=g) for g in self._generators]
+            times = torch.stack(rows)
+        noise = (-times.log()).masked_fill(self._greedy[:, None], 0.0)
+        return self._last + noise.to(scores.device)
 
     def logprobs(self, sampled: torch.Tensor) -> torch.Tensor:
         """Return the log-probs [B, T] of the sampled tokens [B, T]."""
@@ -258,15 +255,6 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
         assert self._last is not None
         index = tokens.to(self._last.device)[:, None]
         self._kept.append(self._last.gather(1, index)[:, 0].cpu())
-
-    def _noise(self, like: torch.Tensor) -> torch.Tensor:
-        shape = like.shape
-        if self._unseeded is not None:
-            times = torch.empty(shape).exponential_(generator=self._unseeded)
-        else:
-            rows = [torch.empty(shape[1]).exponential_(generator=g) for g in self._generators]
-            times = torch.stack(rows)
-        return (-times.log()).masked_fill(self._greedy[:, None], 0.0)
 
 
 class _RowLimit(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy

@@ -59,9 +59,20 @@ class VllmWeightSender:
 
     def connect(self) -> None:
         """Connect the two sides. If the worker dies meanwhile, this waits for vLLM's timeout."""
+        info: IPCTrainerInitInfo | NCCLTrainerInitInfo
+        if self._transfer == "ipc":
+            info = IPCTrainerInitInfo(rank=0)
+        else:
+            info = NCCLTrainerInitInfo(
+                rank=0,
+                master_address=ray.util.get_node_ip_address(),
+                master_port=get_open_port(),
+                world_size=1 + self._num_ranks,
+                packed=False,  # packed tensors go over streams shared by all transfers
+            )
         with self._on_stream():
             sender = WeightTransferTrainerFactory.trainer_init(
-                self._init_info(), client=self._client, source=self._source
+                info, client=self._client, source=self._source
             )
         with self._lock:
             if not self._closed:
@@ -106,17 +117,6 @@ class VllmWeightSender:
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
-
-    def _init_info(self) -> IPCTrainerInitInfo | NCCLTrainerInitInfo:
-        if self._transfer == "ipc":
-            return IPCTrainerInitInfo(rank=0)
-        return NCCLTrainerInitInfo(
-            rank=0,
-            master_address=ray.util.get_node_ip_address(),
-            master_port=get_open_port(),
-            world_size=1 + self._num_ranks,
-            packed=False,  # packed tensors go over streams shared by all transfers
-        )
 
 
 class _Source(WeightSource):  # type: ignore[misc]  # vLLM may not be installed for mypy

@@ -9,6 +9,7 @@ sent with the columns used in the model's multiplications.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class Columns:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = tuple(shape)
+        self.shape = shape
         self.values: torch.Tensor | None = None
 
     @classmethod
@@ -50,7 +51,7 @@ class Columns:
     @property
     def indices(self) -> torch.Tensor:
         """Return the indices of the chosen columns."""
-        width = _as_matrix(torch.empty(self.shape, device="meta")).shape[1]
+        width = math.prod(self.shape[1:])
         return torch.linspace(0, width - 1, min(_NUM_COLUMNS, width)).long()
 
 
@@ -75,15 +76,19 @@ def pair_weights(model: torch.nn.Module, sent: Mapping[str, Columns]) -> list[Pa
     Raises:
         ValueError: a parameter without weights, an unknown name, or another shape.
     """
-    unused, pairs = set(sent), []
-    for name, module, sources in _parameters(model):
-        names = next((names for names in sources if sent.keys() >= set(names)), None)
-        if names is None:
-            raise ValueError(f"the weights have no {name!r}, which the engine needs")
-        pair = Pair(name, module, [sent[n] for n in names])
-        _check_shape(pair, names)
-        unused -= set(names)
-        pairs.append(pair)
+    fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    aliases, unused, pairs = parameter_names(model), set(sent), []
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}".removeprefix(".")
+            sources = [s for alias in [name, *aliases[parameter]] for s in _sources(alias, fused)]
+            names = next((names for names in sources if sent.keys() >= set(names)), None)
+            if names is None:
+                raise ValueError(f"the weights have no {name!r}, which the engine needs")
+            pair = Pair(name, module, [sent[n] for n in names])
+            _check_shape(pair, names)
+            unused -= set(names)
+            pairs.append(pair)
     if unused:
         raise ValueError(f"the engine has no weight called {min(unused)!r}")
     return pairs
@@ -110,7 +115,11 @@ def is_loaded(pair: Pair) -> bool:
     rows, columns = _local_shard(pair)
     held = pair.parameter
     if pair.name.endswith(".weight") and hasattr(pair.module, "cpu_linear"):
-        return _multiplies_with(pair.module, rows.to(held.dtype), columns, _local_width(pair))
+        # The layer multiplies with a packed copy; one-hot inputs return its columns exactly.
+        probe = torch.zeros(len(columns), _local_width(pair), dtype=held.dtype)
+        probe[range(len(columns)), columns] = 1.0
+        found = pair.module.quant_method.apply(pair.module, probe, bias=None)
+        return torch.equal(found[:, : len(rows)], rows.to(held.dtype).T)
     found = _as_matrix(held)[: len(rows), columns.to(held.device)]  # below is padding
     return torch.equal(found, rows.to(held.device, held.dtype))
 
@@ -148,30 +157,12 @@ def _local_width(pair: Pair) -> int:
     return int(getattr(pair.module, "input_size_per_partition", pair.parts[0].shape[1]))
 
 
-def _multiplies_with(module: Any, rows: torch.Tensor, columns: torch.Tensor, width: int) -> bool:
-    """Compare columns of a linear layer with ``rows``; one-hot inputs return them exactly."""
-    probe = torch.zeros(len(columns), width, dtype=rows.dtype)
-    probe[range(len(columns)), columns] = 1.0
-    found = module.quant_method.apply(module, probe, bias=None)
-    return torch.equal(found[:, : len(rows)], rows.T)
-
-
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
 
 
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, Any, list[list[str]]]]:
-    """Yield each parameter's name and module, and the possible names of its weights."""
-    fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    tied = parameter_names(model)
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}".removeprefix(".")
-            sources = [s for alias in [name, *tied[parameter]] for s in _sources(alias, fused)]
-            yield name, module, sources
-
-
 def _sources(name: str, fused: Mapping[str, list[str]]) -> Iterator[list[str]]:
+    """Yield the possible names of a parameter's weights in the checkpoint."""
     yield [name]
     for whole, parts in fused.items():
         if f".{whole}." in name:
@@ -188,8 +179,15 @@ def parameter_names(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[str
 
 def _check_shape(pair: Pair, names: list[str]) -> None:
     """Find a wrong shape before vLLM loads any weight: vLLM does not recover from one."""
-    expected = _checkpoint_shape(pair)
-    held = len(getattr(pair.module, "output_partition_sizes", names))
+    module, expected = pair.module, list(pair.parameter.shape)
+    # The shape in a checkpoint is without sharding, padding and packing.
+    if hasattr(module, "org_vocab_size"):
+        expected[0] = int(module.org_vocab_size)
+    elif hasattr(module, "output_partition_sizes"):
+        expected = [sum(_full_sizes(module))]
+        if pair.name.endswith(".weight"):
+            expected.append(int(module.input_size))
+    held = len(getattr(module, "output_partition_sizes", names))
     if len(names) not in (1, held):
         raise ValueError(
             f"the engine keeps {pair.name!r} in {held} parts and the checkpoint in {len(names)}: "
@@ -200,17 +198,6 @@ def _check_shape(pair: Pair, names: list[str]) -> None:
     if any(([rows, *shape[1:]] if shape else []) != expected for shape in shapes):
         found = ", ".join(f"{list(s)} for {n!r}" for n, s in zip(names, shapes, strict=True))
         raise ValueError(f"the engine expects the shape {expected}, got {found}")
-
-
-def _checkpoint_shape(pair: Pair) -> list[int]:
-    """Return a parameter's shape in a checkpoint, without sharding, padding or packing."""
-    shape, module = list(pair.parameter.shape), pair.module
-    if hasattr(module, "org_vocab_size"):
-        return [int(module.org_vocab_size), *shape[1:]]
-    if hasattr(module, "output_partition_sizes"):
-        rows = sum(_full_sizes(module))
-        return [rows, int(module.input_size)] if pair.name.endswith(".weight") else [rows]
-    return shape
 
 
 def _full_sizes(module: Any) -> list[int]:

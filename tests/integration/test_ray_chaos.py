@@ -71,7 +71,7 @@ class Chaos:
 
     async def strike(self, delay: float) -> None:
         await asyncio.sleep(delay)
-        standing = [worker for worker in self.pool.workers if not worker.is_dead]
+        standing = [worker for worker in self.pool.workers if worker.in_service]
         event = next((event for event in self.to_come if self.may(event)), None)
         if event is None or not standing:
             return
@@ -81,7 +81,7 @@ class Chaos:
 
     def may(self, event: tuple[str, str]) -> bool:
         """One worker is always left alone, so that the test has an end."""
-        return event[0] in SECONDS or sum(not worker.is_dead for worker in self.pool.workers) > 1
+        return event[0] in SECONDS or sum(worker.in_service for worker in self.pool.workers) > 1
 
 
 async def damage(what: str, whom: str, worker: PoolWorker) -> None:
@@ -143,7 +143,7 @@ def test_traces_show_nothing_of_what_happened_to_the_workers(
         if chaos.to_come:
             wait_until(lambda: any(map(chaos.may, chaos.to_come)))
 
-    wait_until(lambda: not any(worker.is_dead for worker in pool.workers))
+    wait_until(lambda: all(worker.in_service for worker in pool.workers))
     restarts += pool.take_metrics()["engine/restarts"]
     assert chaos.done == Counter(EVENTS)
     assert sum(chaos.done.values()) >= 20

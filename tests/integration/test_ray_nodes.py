@@ -107,7 +107,7 @@ def test_traces_outlive_a_node(cluster: Cluster, tiny_models: tuple[TinyModel, T
         assert all(trace.error is None for trace in traces)
 
         cluster.add_node(**NODE)
-        wait_until(lambda: victim.restarts and not victim.is_dead)
+        wait_until(lambda: victim.restarts and victim.in_service)
         assert node_of(victim.pid) not in raylets
         before = victim.completions
         traces = roll_out(pool)

@@ -113,7 +113,7 @@ def test_requests_go_to_the_worker_with_the_fewest_tokens_in_flight(pool: VllmPo
     complete(pool, [PROMPTS[0]] * 16, 8, [Sampling(seed=i) for i in range(16)])
     gained = [w.completions - b for w, b in zip(pool.workers, before, strict=True)]
     assert gained == [8, 8]
-    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
+    assert [len(worker.chunks) for worker in pool.workers] == [0, 0]
 
 
 def test_a_seed_gives_the_same_tokens_on_either_worker(pool: VllmPool) -> None:
@@ -146,7 +146,7 @@ def test_an_abandoned_request_does_not_hold_up_new_weights(
 
     asyncio.run(abandon())
     pool.update_weights(tiny_models[0].model.state_dict(), version=1)
-    assert [worker.tokens_in_flight for worker in pool.workers] == [0, 0]
+    assert [len(worker.chunks) for worker in pool.workers] == [0, 0]
 
 
 def test_an_update_waits_for_requests_in_flight_and_holds_new_ones(
@@ -278,7 +278,7 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
     assert [answer.token_ids for answer in answers] == [c.token_ids for c in undisturbed]
     assert_gone(engine)
     pool.update_weights(tiny_models[1].model.state_dict(), version=9)
-    wait_until(lambda: not victim.is_dead)
+    wait_until(lambda: victim.in_service)
     before = victim.completions
     for completion in complete(pool, [PROMPTS[0]] * 8, 8, [GREEDY] * 8):
         assert_greedy(tiny_models[1], PROMPTS[0], completion)

@@ -99,14 +99,14 @@ def test_callers_in_threads_of_their_own_have_their_own_answers(pool: RayPool) -
 def test_a_cancelled_chunk_is_cancelled_in_its_worker(pool: RayPool) -> None:
     async def give_up() -> None:
         waiting = asyncio.ensure_future(sample(pool, SLOW, 1, 2, 3))
-        while not pool.workers[0].tokens_in_flight:
+        while not pool.workers[0].chunks:
             await asyncio.sleep(0.01)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
 
     asyncio.run(give_up())
-    wait_until(lambda: pool.workers[0].tokens_in_flight == 0)
+    wait_until(lambda: not pool.workers[0].chunks)
 
     def cancelled() -> int:
         pool.take_metrics()

@@ -134,11 +134,11 @@ def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
         transfer_without_gpu.STANDS_STILL.touch()  # in the middle of the next one
         weights = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
         pool.update_weights(weights, version=2)
-        (victim,) = [worker for worker in pool.workers if worker.is_dead]
+        (victim,) = [worker for worker in pool.workers if not worker.in_service]
         assert "did not load the weights of version 2 within 30 s" in victim.reason
         for tensor in weights.values():  # as a trainer does, that goes on
             tensor.zero_()
-        wait_until(lambda: not victim.is_dead)
+        wait_until(lambda: victim.in_service)
         assert_runs(pool, first, 2)
 
         transfer_without_gpu.STANDS_STILL.touch()

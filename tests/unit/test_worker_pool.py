@@ -130,7 +130,7 @@ def test_a_fault_costs_time_and_nothing_else(fault: Fault, said: str) -> None:
         await asyncio.sleep(0.5)
         fault(cluster.now(0))
         traces = await running
-        while pool.workers[0].is_dead:
+        while not pool.workers[0].in_service:
             await asyncio.sleep(1)
         assert said in pool.workers[0].reason
         assert pool.workers[0].restarts == 1
@@ -389,7 +389,7 @@ def test_a_worker_that_fails_over_an_update_comes_back_with_it(fault: Fault) -> 
         fault(cluster.now(0))
         await pool.update_weights("c", 2)
         assert {c.policy_version for c in await sample(pool, *range(8))} == {2}
-        while pool.workers[0].is_dead:
+        while not pool.workers[0].in_service:
             await asyncio.sleep(1)
         assert cluster.now(0).version == 2
         assert {c.policy_version for c in await sample(pool, *range(16))} == {2}
@@ -419,7 +419,7 @@ def test_a_worker_that_restarts_while_weights_change_has_the_last_ones() -> None
         for version in range(1, 6):
             await pool.update_weights("b", version)
             await asyncio.sleep(3)
-        while pool.workers[0].is_dead:
+        while not pool.workers[0].in_service:
             await asyncio.sleep(1)
         completions = await sample(pool, *range(40))
         assert {completion.policy_version for completion in completions} == {5}
@@ -449,7 +449,7 @@ def test_one_that_refuses_what_another_takes_is_restarted() -> None:
     async def scenario(pool: WorkerPool) -> None:
         cluster.now(1).update_error = WeightSyncError("runs others than it was sent")
         await pool.update_weights("b", 1)
-        while pool.workers[1].is_dead:
+        while not pool.workers[1].in_service:
             await asyncio.sleep(1)
         assert pool.workers[1].reason == "runs others than it was sent"
         assert cluster.now(1).version == 1
@@ -463,7 +463,7 @@ def test_one_that_says_another_version_is_restarted() -> None:
     async def scenario(pool: WorkerPool) -> None:
         cluster.now(1).answered_version = 7
         await pool.update_weights("b", 1)
-        while pool.workers[1].is_dead:
+        while not pool.workers[1].in_service:
             await asyncio.sleep(1)
         assert pool.workers[1].reason == "runs version 7 of the weights instead of 1"
 
@@ -539,7 +539,7 @@ def test_what_is_not_waited_for_any_more_is_taken_back() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(1)
         assert not cluster.now(0).in_flight
-        assert (pool.num_waiting, pool.workers[0].tokens_in_flight) == (0, 0)
+        assert (pool.num_waiting, len(pool.workers[0].chunks)) == (0, 0)
         await pool.update_weights("b", 1)
 
     run(cluster, scenario)
