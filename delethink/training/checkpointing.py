@@ -2,8 +2,7 @@
 
 The trainer of ``transformers`` saves and loads weights, optimizer, scheduler, random states and its
 own state. A checkpoint here also holds the state of the run and a list of its files with their
-sizes. It is complete or absent: it is written under another name, and renamed when all files are on
-the disk.
+sizes. Checkpoints are complete or absent: a folder gets its name when all files are on the disk.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +36,7 @@ FINAL_CHECKPOINT = "final"
 CHECKPOINT_PREFIX = "checkpoint-"
 _STATE_FILE, _WRITING = "delethink.json", f"writing{PART}"
 
-# Messages of torch.save if it cannot write; they do not include the reason of the system.
+# Messages of torch.save for a failed write; they do not include the reason of the system.
 _TORCH_WRITE_ERRORS = (
     "PytorchStreamWriter",
     "inline_container",
@@ -81,7 +80,7 @@ class RunLocation(NamedTuple):
     changed: dict[str, list[Any]]  # [old, new] value of each changed setting, by dotted key
 
 
-def load_run(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a run directory, to resume the run there.
 
     Raises:
@@ -91,8 +90,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise ConfigError(
             f"{path} is a directory without a run; give a recipe or the directory of a run"
         )
-    recipe = load_recipe(path / "config.yaml", overrides or ())
-    return recipe.model_copy(update={"output": path})
+    return load_recipe(path / "config.yaml", overrides).model_copy(update={"output": path})
 
 
 def run_path(recipe: Recipe) -> Path:
@@ -273,10 +271,10 @@ def write_run_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
 
 @contextmanager
 def complete_folder(path: Path, is_writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """Let all ranks fill a temporary folder, and move it to ``path`` when they are done.
+    """Let all ranks fill a temporary folder, and rename the folder when they are done.
 
     Args:
-        path: folder to write.
+        path: final name of the folder.
         is_writer: true on the rank that creates and moves the folder.
         wait: waits for all ranks.
 

@@ -209,7 +209,7 @@ def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
 
     recipe, checks = prepared.recipe, list[Check]()
     if (number := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
-        found = f"{number} GPUs are visible and the trainer uses one"  # TRL needs one per process
+        found = f"{number} GPUs are visible and the trainer uses one"  # TRL wants a process each
         checks.append(Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES"))
     checks += [_check_tokenizer(inputs), _check_context(inputs)]
     try:

@@ -71,11 +71,6 @@ class TrainingProgress:
             self._live.stop()
             self._live = None
 
-    def summary(self, row: HeldOutResult) -> None:
-        """Print a row of the table of results as a line."""
-        low, high = row.accuracy_interval
-        self.log(f"{row.setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
-
     def finished(self, directory: RunDirectory, spec: ChunkSpec) -> None:
         """Print the results of a finished run."""
         self.log(f"the run is finished, after {directory.finished_step} steps")

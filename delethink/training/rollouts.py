@@ -28,14 +28,14 @@ from delethink.training.metrics import has_signal
 from delethink.types import Problem, Score, Trace
 
 
+@dataclass
 class PromptCursor:
     """Hand out the indices of the training problems, each once and in order.
 
     Replaced groups take further problems, so the position does not follow from the step.
     """
 
-    def __init__(self) -> None:
-        self.next = 0
+    next: int = 0
 
     def take(self, number: int) -> list[int]:
         """Return the next ``number`` indices."""
@@ -106,7 +106,7 @@ class BatchSampler:
     group_size: int  # traces per problem, G
     seed: int
     max_rounds: int = 1  # sampling rounds per batch
-    timeout: float | None = None  # of a round in seconds; then unfinished traces are aborted
+    timeout: float | None = None  # seconds of a round; then unfinished traces are aborted
 
     def start(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
         """Take the problems of a batch now, and return a coroutine to sample them.
@@ -165,8 +165,8 @@ class BatchSampler:
 class _Pending(NamedTuple):
     """A batch in progress."""
 
-    step: int  # optimizer steps before it
-    state: dict[str, Any]  # position of the prompts before it
+    step: int  # optimizer steps before the batch
+    state: dict[str, Any]  # position of the prompts before the batch
     batch: Future[Batch]
 
 
@@ -223,7 +223,7 @@ class Prefetch:
     def wait(self) -> None:
         """Wait until no batch is being sampled."""
         for pending in self._pending:
-            with suppress(Exception):  # ``next`` raises it
+            with suppress(Exception):  # ``next`` raises the error
                 pending.batch.result()
 
     def close(self) -> None:

@@ -25,11 +25,7 @@ TRAINED_SETTING = "after RL, Delethink"  # last row of table.json
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, replacing an older one only when the new one is complete.
-
-    Raises:
-        OSError: the file cannot be written; the older one is unchanged.
-    """
+    """Write a file, replacing an older one only when the new one is complete."""
     part = path.with_name(path.name + PART)
     part.write_text(text, encoding="utf-8")
     _sync(part)
@@ -38,11 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def move_into_place(part: Path, path: Path) -> None:
-    """Wait until a folder is on the disk, and rename it; an older folder is removed first.
-
-    Raises:
-        OSError: the folder cannot be renamed.
-    """
+    """Wait until a folder is on the disk, and rename it; an older folder is removed first."""
     for file in (*part.rglob("*"), part):
         _sync(file)
     if path.exists():

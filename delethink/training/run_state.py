@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import TrainerCallback
+
 from delethink.chunking import ChunkSpec
 from delethink.engines.base import Engine
 from delethink.engines.loading import eos_ids, vocabulary_size
@@ -44,21 +46,20 @@ class EngineWeights:
     """Keep the weights of the engine at the version of the trainer.
 
     Attributes:
-        trainer: trainer of the model; ``None`` before training.
-        gathered: full weights of a sharded model.
+        gathered: full weights of a sharded model; its trainer is ``None`` before training.
         version: number of weight updates in the engine's weights; -1 for those it was made with.
     """
 
     def __init__(self, engine: Engine, model: Any, metrics: StepMetrics) -> None:
         self.engine, self._model, self._metrics = engine, model, metrics
-        self.trainer: Any = None
         self.gathered = GatherWeights()
         self.version = -1
 
     @property
     def trained_version(self) -> int:
         """Number of weight updates in the trainer's weights."""
-        return 0 if self.trainer is None else int(self.trainer.state.global_step)
+        trainer = self.gathered.trainer
+        return 0 if trainer is None else int(trainer.state.global_step)
 
     def update(self) -> None:
         """Load the trainer's weights into the engine, unless they are there already.
@@ -75,7 +76,7 @@ class EngineWeights:
         self._metrics.add_weight_update(time.perf_counter() - started)
 
 
-class RunState:
+class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
     """Parts and state of a run on rank 0."""
 
     def __init__(
@@ -147,6 +148,16 @@ class RunState:
         self.skipped_steps = list(state["skipped_steps"])
 
     # -- callbacks of the trainer --------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a step."""
+        self.metrics.start_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock; if rollouts are prefetched, let new weights enter at chunk boundaries."""
+        self.metrics.stop_step()
+        if self.recipe.training.max_staleness:
+            self.weights.update()
 
     def sample_batch(self, examples: list[Example]) -> RolloutBatch:
         """Return a batch of scored traces, sampled from the current weights.
@@ -297,7 +308,8 @@ class ResultsTable:
         row = self.evaluate(setting, spec)
         self.rows.append(row)
         self._run.directory.write_table([row.as_dict() for row in self.rows])
-        self._run.progress.summary(row)
+        low, high = row.accuracy_interval
+        self._run.progress.log(f"{setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
         if row.unscored:
             self._run.progress.log(
                 f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "

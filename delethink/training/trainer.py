@@ -237,23 +237,6 @@ class _SaveBetweenBatches(TrainerCallback):  # type: ignore[misc]  # transformer
         return control
 
 
-class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Measure the time of steps, and update the engine after each if rollouts are prefetched."""
-
-    def __init__(self, state: RunState) -> None:
-        self._state = state
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._state.metrics.start_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, and let new weights enter at the next chunk boundaries."""
-        self._state.metrics.stop_step()
-        if self._state.recipe.training.max_staleness:
-            self._state.weights.update()
-
-
 def make_trainer(
     recipe: Recipe,
     ranks: RankGroup,
@@ -326,9 +309,8 @@ def _fit(
         on_nonfinite=state.on_nonfinite,
         on_step=write_step,
         run_state=state.state_dict,
-        callbacks=[state.weights.gathered, StepCallback(state)],
+        callbacks=[state.weights.gathered, state],
     )
-    state.weights.trainer = trainer
     state.progress.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
     try:
         fit_ranks(trainer, ranks, checkpoint)
