@@ -48,24 +48,14 @@ class ScoredBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingTrace:
-    """A trace of this rank, with the values that its loss needs.
+    """A trace of this rank, with the values that its loss needs."""
 
-    Args:
-        index: Index of the trace in the batch of all ranks.
-        trace: The trace.
-        advantage: Advantage of all its tokens.
-        in_loss: Whether its tokens enter the loss.
-        old_logprobs: Log-probs before the first step on the batch: [length]. ``None`` if each
-            batch is trained on once.
-        ref_logprobs: Log-probs under the reference weights: [length]. ``None`` without a KL term.
-    """
-
-    index: int
+    index: int  # in the batch of all ranks
     trace: Trace
-    advantage: float
+    advantage: float  # of all its tokens
     in_loss: bool
-    old_logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None  # [length], before the first step; None: one step only
+    ref_logprobs: torch.Tensor | None = None  # [length], under the reference; None: no KL term
 
 
 class MicroBatch(NamedTuple):

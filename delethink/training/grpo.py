@@ -92,17 +92,11 @@ __all__ = ["GRPOTrainer"]
 
 
 class NonFinite(NamedTuple):
-    """An optimizer step that is skipped because of NaN or infinity.
+    """An optimizer step that is skipped because of NaN or infinity."""
 
-    Args:
-        step: Optimizer step, from 1.
-        quantity: ``"loss"``, ``"log-prob"`` or ``"gradient"``, the earliest that is not finite.
-        traces: Batch indices of the traces with such a log-prob; empty for the other quantities.
-    """
-
-    step: int
-    quantity: str
-    traces: list[int]
+    step: int  # from 1
+    quantity: str  # "loss", "log-prob" or "gradient": the earliest that is not finite
+    traces: list[int]  # batch indices of the traces with such a log-prob
 
 
 def raise_nonfinite(found: NonFinite) -> None:

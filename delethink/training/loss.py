@@ -114,17 +114,11 @@ class TokenLosses(NamedTuple):
 
 
 class StepSize(NamedTuple):
-    """Normalizers of an optimizer step, over all ranks; traces left out of the loss do not count.
+    """Normalizers of an optimizer step, over all ranks; of the traces in the loss alone."""
 
-    Args:
-        traces: Number of traces (N).
-        tokens: Sampled tokens of these traces.
-        budget: Maximum sampled tokens of one trace (n).
-    """
-
-    traces: int
-    tokens: int
-    budget: int
+    traces: int  # number of traces (N)
+    tokens: int  # sampled tokens of these traces
+    budget: int  # maximum sampled tokens of one trace (n)
 
 
 def token_losses(batch: TokenBatch, settings: LossSettings) -> TokenLosses:
