@@ -154,15 +154,11 @@ class Worker(Protocol):
         ...
 
     async def update_weights(self, weights: Any, version: int) -> int:
-        """Load new weights and drop what was cached under the old ones.
+        """Load new weights, drop the prefix cache, and return the version of the weights.
 
         Args:
-            weights: result of ``delethink.engines.weight_sync.pack``: a mapping from the name of a
-                parameter to its bytes, dtype and shape.
+            weights: a mapping from names to bytes, dtype and shape (``weight_sync.pack``).
             version: number of the update.
-
-        Returns:
-            The version of the loaded weights.
 
         Raises:
             WeightSyncError: the weights do not fit the model. The worker then samples nothing until
@@ -188,24 +184,4 @@ class WorkerHandle(Worker, Protocol):
 
     def kill(self) -> None:
         """End the worker and its engine at once, whatever they do."""
-        ...
-
-
-class WeightSender(Protocol):
-    """Path of weights from the trainer's GPU into one worker, for ``weight_transfer`` nccl or ipc.
-
-    Engines without these two do without: see ``RayPool.make_sender``. The calls block, and the pool
-    makes each in a thread.
-    """
-
-    def connect(self) -> None:
-        """Set up the connection, once, after the worker has started."""
-        ...
-
-    def send(self, snapshot: Any, version: int) -> int:
-        """Send the weights of a ``weight_sync.Snapshot``; return the version the engine runs."""
-        ...
-
-    def close(self) -> None:
-        """Close the connection, also while ``connect`` or ``send`` waits in another thread."""
         ...

@@ -19,10 +19,7 @@ except ImportError:  # RayPool raises MissingExtraError
 
 
 def connect(num_cpus: int) -> bool:
-    """Join the running Ray cluster, or start one on this machine.
-
-    Args:
-        num_cpus: CPUs of a newly started cluster.
+    """Join the running Ray cluster, or start one with ``num_cpus`` on this machine.
 
     Returns:
         ``True`` if this call made the connection; the caller then has to end the connection.

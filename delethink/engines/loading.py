@@ -75,11 +75,7 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
 
 
 def digest(model: str) -> str | None:
-    """Return a digest of a local checkpoint's weights: file sizes, and both ends of each file.
-
-    Returns:
-        ``None`` for a model on the hub.
-    """
+    """Return a digest of the sizes and both ends of a local model's files; ``None`` for the hub."""
     folder = Path(locate(model))
     if not folder.is_dir():
         return None
@@ -130,20 +126,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return the vocabulary size of a model.
-
-    Raises:
-        ModelError: its configuration has none.
-    """
+    """Return the vocabulary size of a model; raise ``ModelError`` if unknown."""
     return _from_config(model, "vocab_size")
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Return the longest sequence (prompt and new tokens) of a model.
-
-    Raises:
-        ModelError: its configuration has no limit.
-    """
+    """Return the longest sequence (prompt and new tokens); raise ``ModelError`` if unknown."""
     return _from_config(model, "max_position_embeddings")
 
 

@@ -117,12 +117,12 @@ class PoolWorker:
 
     def start_life(self, state: WorkerState, now: float) -> None:
         """Reset everything about the previous life."""
-        self.pid, self.in_service, self.missed_heartbeat = state.pid, True, False
+        self.pid, self.in_service = state.pid, True
+        self.missed_heartbeat = self.resting = False
         self.lost = asyncio.get_running_loop().create_future()
-        self.error_rounds, self.resting = 0, False
         self.heard = self.progressed = now
         self.counts = self.taken_counts = EngineCounts()
-        self.returned_tokens = self.paced_chunks = 0
+        self.error_rounds = self.returned_tokens = self.paced_chunks = 0
         self.pace = 0.0
         self.idle.set()
 

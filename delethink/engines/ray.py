@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from delethink.config import EngineConfig
 from delethink.engines.base import (
     EngineCounts,
-    WeightSender,
     Worker,
     WorkerHandle,
     WorkerSpec,
@@ -72,9 +71,6 @@ class RayPool:
     Raises:
         MissingExtraError: Ray, or the engine's package on a worker, is not installed.
         ConfigError: Ray cannot provide the resources, or a worker did not start; the text says why.
-
-    Attributes:
-        max_model_tokens: longest sequence (prompt and new tokens) of the workers.
 
     Chunks wait in this process until a worker has a free slot (``delethink.engines.scheduler``).
     The chunks of a dead or hanging worker go to others, and the worker restarts with the current
@@ -190,10 +186,6 @@ class RayPool:
         if self.config.sleep:
             self._thread.run(self._pool.sleep())
 
-    def wake(self) -> None:
-        """Take the GPUs back."""
-        self._thread.run(self._pool.wake())
-
     def take_metrics(self) -> dict[str, float]:
         """Return the metrics of ``WorkerPool.take_metrics``, and export them to Ray."""
         if not self._thread.is_open:
@@ -234,8 +226,12 @@ class RayPool:
             ray.shutdown()
         self._owns_ray = False
 
-    def make_sender(self, actor: Any) -> WeightSender:
+    def make_sender(self, actor: Any) -> Any:
         """Make the path of weights from this process's GPU into one worker (nccl, ipc).
+
+        Returns:
+            An object with the methods of ``delethink.engines.vllm_transfer.VllmWeightSender``; the
+            pool makes each call in a thread.
 
         Raises:
             ConfigError: the engine has none.
@@ -270,7 +266,7 @@ class _RayWorker:
         actor: Any,
         startup_timeout_s: float,
         resources: Mapping[str, float],
-        sender: WeightSender | None,
+        sender: Any,  # result of RayPool.make_sender; None for weight_transfer=store
     ) -> None:
         self.actor, self._sender = actor, sender
         self._startup_timeout_s, self._resources = startup_timeout_s, resources
@@ -318,8 +314,9 @@ class _RayWorker:
 
     async def update_weights(self, weights: Any, version: int) -> int:
         if (sender := self._sender) is not None:
-            return await _run_in_thread(lambda: sender.send(weights, version))
-        answer: int = await _result(self.actor.update_weights.remote(weights, version))
+            answer: int = await _run_in_thread(lambda: sender.send(weights, version))
+        else:
+            answer = await _result(self.actor.update_weights.remote(weights, version))
         return answer
 
     async def sleep(self) -> None:
@@ -350,7 +347,6 @@ class _LoopThread:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Start a coroutine in the thread."""
         with contextlib.suppress(RuntimeError):  # the loop was closed
             if self.is_open:
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -358,7 +354,6 @@ class _LoopThread:
         raise PolicyError("the pool is closed")
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run a coroutine in the thread and return its result."""
         try:
             return self.submit(work).result(timeout_s)
         except concurrent.futures.CancelledError:

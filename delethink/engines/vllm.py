@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from delethink.engines.base import EngineCounts, WeightSender, WorkerSpec, WorkerState
+from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.ray import RayPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
@@ -48,9 +48,8 @@ class VllmWorker:
         self._spec = spec
         self._engine: Any = None
         self._counter: Any = None
-        self._version = 0
+        self._version = self._updates = 0
         self._refused = ""  # reason to sample nothing before the next weights
-        self._updates = 0
         self._request_ids = itertools.count(1)
         self._in_flight: set[str] = set()  # ids of requests
 
@@ -90,13 +89,7 @@ class VllmWorker:
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Sample a chunk.
-
-        Raises:
-            ConfigError: the temperature is between 0 and vLLM's lowest one.
-            PolicyError: vLLM failed, or the last update of weights did.
-            ConnectionError: the engine process is dead.
-        """
+        """Sample a chunk; see ``Worker.generate``."""
         temperature = sampling.temperature
         if temperature < 0 or 0 < temperature < _LOWEST_TEMPERATURE:
             raise ConfigError(
@@ -126,11 +119,7 @@ class VllmWorker:
         )
 
     async def health(self) -> EngineCounts:
-        """Return the counters of the engine.
-
-        Raises:
-            ConnectionError: the engine process is dead.
-        """
+        """Return the counters of the engine; raise ``ConnectionError`` if its process is dead."""
         if self._engine.errored:
             raise self._explain(RuntimeError("errored"))
         counts: EngineCounts = self._counter.counts
@@ -146,12 +135,7 @@ class VllmWorker:
     # -- weights -------------------------------------------------------------------------------
 
     async def update_weights(self, weights: Any, version: int) -> int:
-        """Load new weights; see ``Worker.update_weights``.
-
-        Raises:
-            WeightSyncError: the weights do not fit, or the engine computes with others afterwards.
-            ConnectionError: the engine process is dead.
-        """
+        """Load new weights; see ``Worker.update_weights``."""
         from delethink.engines.weight_sync import write
 
         await self._begin_update()
@@ -167,9 +151,6 @@ class VllmWorker:
 
         Returns:
             ``confirm_transfer`` needs digests of the weights, to verify the update.
-
-        Raises:
-            WeightSyncError: the weights do not fit the model.
         """
         await self._begin_update()
         await self._call_ranks("delethink_prepare", shapes, self._verifies)
@@ -180,11 +161,7 @@ class VllmWorker:
         await self._await(getattr(self._engine, method)(*arguments))
 
     async def confirm_transfer(self, version: int, digests: Mapping[str, str] | None) -> int:
-        """End the update begun by ``prepare_transfer``; return the version.
-
-        Raises:
-            WeightSyncError: other weights arrived, or the engine computes with others.
-        """
+        """End the update begun by ``prepare_transfer``; return the version."""
         return await self._load("delethink_confirm", version, digests)
 
     @property
@@ -199,7 +176,6 @@ class VllmWorker:
         await self._engine.abort(list(self._in_flight))
 
     async def _load(self, method: str, *arguments: Any) -> int:
-        """Let all ranks load weights, and sample again."""
         versions = await self._call_ranks(method, *arguments)
         if len(set(versions)) != 1:
             self._refuse(f"its {len(versions)} ranks run different versions: {versions}")
@@ -248,7 +224,7 @@ class VllmPool(RayPool):
 
     worker_class = VllmWorker
 
-    def make_sender(self, actor: Any) -> WeightSender:
+    def make_sender(self, actor: Any) -> Any:
         """Make vLLM's own weight transfer into one worker."""
         from delethink.engines.weight_sync import local_device
 
@@ -256,9 +232,11 @@ class VllmPool(RayPool):
             from delethink.engines.vllm_transfer import VllmWeightSender
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
-        assert self.config.weight_transfer != "store"
-        ranks = self.config.tensor_parallel_size
-        return VllmWeightSender(self.config.weight_transfer, actor, ranks, local_device())
+        config = self.config
+        assert config.weight_transfer != "store"
+        return VllmWeightSender(
+            config.weight_transfer, actor, config.tensor_parallel_size, local_device()
+        )
 
 
 def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
@@ -289,10 +267,8 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
     config = spec.config
     more: dict[str, Any]
     if config.gpus_per_engine:
-        more = {
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "enable_sleep_mode": config.sleep,
-        }
+        more = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        more["enable_sleep_mode"] = config.sleep
     else:
         more = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),

@@ -98,35 +98,22 @@ class WorkerExtension:
 
     @_return_errors
     def delethink_load(self, path: str, slots: list[WeightSlot], version: int, verify: bool) -> int:
-        """Load the weights in a file.
-
-        Returns:
-            The version, or the error as text.
-        """
+        """Load the weights in a file; return the version."""
         self._prepare({name: shape for name, _, shape, _, _ in slots}, verify)
         self.reload_weights(weights_iterator=iter(read(path, slots).items()))
         return self._confirm(version, verify)
 
     @_return_errors
     def delethink_prepare(self, shapes: Mapping[str, tuple[int, ...]], verify: bool) -> int:
-        """Get ready for weights of these names and shapes.
-
-        Returns:
-            0, or the error as text.
-        """
+        """Get ready for weights of these names and shapes."""
         self._prepare(shapes, verify)
         return 0
 
     @_return_errors
     def delethink_confirm(self, version: int, digests: Mapping[str, str] | None) -> int:
-        """End the update begun by ``delethink_prepare``.
+        """End the update begun by ``delethink_prepare``; return the version.
 
-        Args:
-            version: version of the weights.
-            digests: digests of the sent weights, to verify the update.
-
-        Returns:
-            The version, or the error as text.
+        With digests of the sent weights, the update is verified.
         """
         for name, digest in (digests or {}).items():
             sent = self._sent[name]

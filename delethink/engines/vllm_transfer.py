@@ -34,7 +34,7 @@ from delethink.errors import PolicyError
 
 
 class VllmWeightSender:
-    """``WeightSender`` into one ``VllmWorker``.
+    """Sends weights into one ``VllmWorker``; the calls block.
 
     Args:
         transfer: "nccl", or "ipc" for a worker on the same GPU.
@@ -84,9 +84,7 @@ class VllmWeightSender:
     def send(self, snapshot: Snapshot, version: int) -> int:
         """Send weights to the worker and return the version its engine then runs.
 
-        Raises:
-            WeightSyncError: the worker refused the weights, or computes with others.
-            Exception: any other failure; both sides have to connect anew.
+        After an error other than ``WeightSyncError``, both sides have to connect anew.
         """
         self._source.weights = snapshot.weights
         verify = ray.get(self._worker.prepare_transfer.remote(snapshot.shapes))

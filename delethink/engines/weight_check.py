@@ -20,16 +20,11 @@ _NUM_COLUMNS = 16  # checked of each matrix, evenly spaced; a training step chan
 
 
 class Columns:
-    """Shape of a weight in the checkpoint and, after its arrival, some of its columns.
-
-    Attributes:
-        shape: shape of the whole tensor.
-        values: the chosen columns, (rows, chosen); a vector has one. ``None`` before ``record``.
-    """
+    """Shape of a weight in the checkpoint and, after its arrival, some of its columns."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.values: torch.Tensor | None = None
+        self.shape = shape  # of the whole tensor
+        self.values: torch.Tensor | None = None  # (rows, chosen columns); a vector has one column
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Columns:

@@ -77,16 +77,7 @@ def local_device() -> torch.device:
 
 
 class Snapshot:
-    """A copy of weights on a GPU, unchanged while training continues.
-
-    Args:
-        weights: whole state of a model, on any device.
-        device: device of the copy.
-
-    Attributes:
-        weights: the copy.
-        shapes: shape of each weight.
-    """
+    """A copy of weights on a GPU, unchanged while training continues."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.weights = {
