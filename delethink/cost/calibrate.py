@@ -21,8 +21,10 @@ from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 if TYPE_CHECKING:
     from delethink.config import Recipe
 
-_SAMPLING_FIGURES = ("bandwidth", "decode", "prefill", "step_seconds", "token_seconds")
-_TRAINING_FIGURES = ("training", "pass_seconds")
+_FIGURES = (
+    (("bandwidth", "decode", "prefill", "step_seconds", "token_seconds"), "sampling_seconds"),
+    (("training", "pass_seconds"), "training_seconds"),
+)
 # Start of the search for figures that are 0: the search uses logarithms.
 _INITIAL_SECONDS = {"step_seconds": 1e-3, "token_seconds": 1e-5, "pass_seconds": 1e-3}
 _WARM_UP_STEPS = 1  # the first step includes one-time costs
@@ -79,10 +81,7 @@ def fit(
     """
     efficiency, fitted = start, []
     curves: list[Errors] = []
-    for names, field in (
-        (_SAMPLING_FIGURES, "sampling_seconds"),
-        (_TRAINING_FIGURES, "training_seconds"),
-    ):
+    for names, field in _FIGURES:
         timed = [m for m in measurements if getattr(m, field)]
         curves.append(_log_errors(timed, field, shape, device))
         if timed:

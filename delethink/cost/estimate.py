@@ -338,20 +338,15 @@ def crossings(
 ) -> Crossings:
     """Return the crossings of LongCoT and Delethink from C tokens on."""
 
-    def flops(count: Callable[..., FloatArray], method: Cut) -> Curve:
-        query, group, cached = workload.query, workload.group, workload.prefix_cache
-        return lambda n: count(shape, cut_traces(n, query, method, group, cached))
-
-    def seconds(method: Cut) -> Curve:
-        def curve(n: FloatArray) -> FloatArray:
+    def curve(method: Cut, figure: str) -> Curve:
+        def costs(n: FloatArray) -> FloatArray:
             cost = estimate(shape, Lengths.constant(n), method, device, efficiency, workload)
-            return np.nan_to_num(cost.step_seconds, nan=np.inf)  # NaN: does not fit
+            values = getattr(cost, figure)
+            return np.asarray(np.nan_to_num(values, nan=np.inf))  # NaN: does not fit
 
-        return curve
+        return costs
 
     start = int(cut.context_size)
     return Crossings(
-        crossing(flops(sampling_flops, LONGCOT), flops(sampling_flops, cut), start),
-        crossing(flops(training_flops, LONGCOT), flops(training_flops, cut), start),
-        crossing(seconds(LONGCOT), seconds(cut), start),
+        *(crossing(curve(LONGCOT, f), curve(cut, f), start) for f in Crossings._fields)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 from delethink.cost.flops import Cut, FloatArray, Numbers
@@ -52,16 +54,13 @@ def longest_thinking(shape: ModelShape, query: int, room: float, dtype_bytes: in
         Tokens; 0 if not even the query fits; infinity if the cache does not grow (every layer has a
         window or a state).
     """
-    fits, too_long = query, 2**60
-    if cache_bytes(shape, too_long, dtype_bytes) <= room:
+    longest = 2**60
+    if cache_bytes(shape, longest, dtype_bytes) <= room:
         return np.inf
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if cache_bytes(shape, middle, dtype_bytes) <= room:
-            fits = middle
-        else:
-            too_long = middle
-    return float(fits - query)
+    too_long = bisect_right(
+        range(longest), room, key=lambda tokens: float(cache_bytes(shape, tokens, dtype_bytes))
+    )
+    return float(max(0, too_long - 1 - query))
 
 
 def training_bytes(

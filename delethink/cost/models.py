@@ -245,9 +245,8 @@ def _gemma(config: _ConfigReader) -> ModelShape:
 def _mixture(config: _ConfigReader) -> ModelShape:
     """Mixtral and Qwen3-MoE: softmax attention and experts."""
     qwen = config.model_type == "qwen3_moe"
-    if qwen and (
-        config.get("mlp_only_layers") or config.count("decoder_sparse_step", default=1) > 1
-    ):
+    sparse_step = config.count("decoder_sparse_step", default=1)
+    if qwen and (config.get("mlp_only_layers") or sparse_step > 1):
         raise ModelError(f"{config.name}: Qwen3-MoE models with dense layers are not supported")
     width = config.count("moe_intermediate_size" if qwen else "intermediate_size")
     window = None if qwen else config.optional("sliding_window")
@@ -314,20 +313,11 @@ def _qwen3_next(config: _ConfigReader) -> ModelShape:
     values = value_heads * value_dim
     # Inputs: queries, keys, values, the output gate, and two scalars per head.
     inputs = 2 * key_heads * key_dim + 2 * values + 2 * value_heads
-    linear = delta_attention(
-        config.hidden_size * (inputs + values),
-        key_heads,
-        value_heads,
-        key_dim,
-        value_dim,
-        config.count("linear_conv_kernel_dim"),
-    )
-    experts = _experts(
-        config,
-        config.count("moe_intermediate_size"),
-        config.count("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
+    weights, kernel = config.hidden_size * (inputs + values), config.count("linear_conv_kernel_dim")
+    linear = delta_attention(weights, key_heads, value_heads, key_dim, value_dim, kernel)
+    width = config.count("moe_intermediate_size")
+    shared_width = config.count("shared_expert_intermediate_size")
+    experts = _experts(config, width, shared_width, shared_gate=True)
     is_full = config.full_layers(lambda i: (i + 1) % every == 0, "linear_attention")
     return config.shape([Layer(full if f else linear, experts) for f in is_full])
 
@@ -350,14 +340,9 @@ def _kimi_linear(config: _ConfigReader) -> ModelShape:
     hidden_size, heads, dim = config.hidden_size, inner.count("num_heads"), inner.count("head_dim")
     width = heads * dim
     low_rank = 2 * (hidden_size * dim + dim * width)  # projections of the decay and the output gate
-    linear = delta_attention(
-        4 * hidden_size * width + low_rank + hidden_size * heads,
-        heads,
-        heads,
-        dim,
-        dim,
-        inner.count("short_conv_kernel_size"),
-    )
+    weights = 4 * hidden_size * width + low_rank + hidden_size * heads
+    kernel = inner.count("short_conv_kernel_size")
+    linear = delta_attention(weights, heads, heads, dim, dim, kernel)
     latent, parts = _latent(config), _shared_and_routed(config, 1)
     return config.shape(
         [Layer(latent if f else linear, part) for f, part in zip(is_full, parts, strict=True)]

@@ -42,8 +42,6 @@ FIGURE_2C = {
 MEASURED_24K = {"LongCoT": (6000, 170), "Delethink": (8500, 130)}
 BUDGET_24K = 24_576
 
-RATIO_LENGTHS = (24_576, 98_304, 1_000_000)
-
 
 def shape() -> ModelShape:
     """Return the shape of the paper's model."""
@@ -58,12 +56,7 @@ def _estimate(lengths: Lengths, cut: Cut) -> Cost:
 
 
 def paper_training_flops(
-    model: ModelShape,
-    thinking: Numbers,
-    cut: Cut,
-    *,
-    masked_pairs: bool = True,
-    embedding: bool = True,
+    model: ModelShape, thinking: Numbers, cut: Cut, masked: bool = True, embedding: bool = True
 ) -> FloatArray:
     """Return the training FLOPs of a trace as the paper counts them (verl's counter, section 4.3).
 
@@ -76,7 +69,7 @@ def paper_training_flops(
         model: model with full softmax attention.
         thinking: sampled tokens per trace, at least C.
         cut: chunk sizes.
-        masked_pairs: count the pairs hidden by the causal mask.
+        masked: count the pairs hidden by the causal mask.
         embedding: count the embedding, which multiplies nothing.
 
     Raises:
@@ -94,7 +87,7 @@ def paper_training_flops(
         )
     weights = model.token_weights + (2 if embedding else 1) * model.head_weights
     squares = sum(3.0 * count * mixer.pair_flops for mixer, count in model.mixers)
-    squares = squares if masked_pairs else squares / 2
+    squares = squares if masked else squares / 2
     thinking, context, carry = (
         np.asarray(x, float)
         for x in np.broadcast_arrays(thinking, cut.context_size, cut.carryover_size)
@@ -127,13 +120,12 @@ def flops_rows() -> list[FlopsRow]:
         return FlopsRow(name, crossing(longcot, delethink, 8192), (a, b, c))
 
     def paper(masked: bool, embedding: bool) -> Callable[[Cut], Curve]:
-        counted = {"masked_pairs": masked, "embedding": embedding}
-        return lambda method: lambda n: paper_training_flops(model, n, method, **counted)
+        return lambda method: lambda n: paper_training_flops(model, n, method, masked, embedding)
 
     def exact(method: Cut) -> Curve:
         return lambda n: training_flops(model, cut_traces(n, 1, method))
 
-    lengths = np.array(RATIO_LENGTHS, float)
+    lengths = np.array([24_576, 98_304, 1_000_000], float)
     return [
         row("paper: masked pairs and the embedding counted", paper(True, True)),
         row("masked pairs counted", paper(True, False)),

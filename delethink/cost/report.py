@@ -167,29 +167,22 @@ def _pair_table(report: CostReport, pair: CostPair) -> str:
         rows.append(("price of the run", a.gpu_hours * report.price, b.gpu_hours * report.price))
     lines = [[name, _cell(left), _cell(right), _ratio(left, right)] for name, left, right in rows]
     title = f"{_tokens(a.thinking)} thinking tokens per trace"
-    notes = [_memory_note("LongCoT", a, report.device), _memory_note("Delethink", b, report.device)]
-    return table([title, "LongCoT", "Delethink", "ratio"], lines) + "".join(notes)
-
-
-def _memory_note(method: str, cost: Cost, device: Accelerator) -> str:
-    needed = float(cost.training_bytes)
-    if needed <= device.memory:
-        return ""
-    return (
-        f"\n{method}: training needs {needed / 1e9:,.0f} GB per GPU, and a GPU has "
-        f"{device.memory / 1e9:,.0f} GB; the times hold only if each trace is split over GPUs."
-    )
+    text, memory = table([title, "LongCoT", "Delethink", "ratio"], lines), report.device.memory
+    for method, cost in (("LongCoT", a), ("Delethink", b)):
+        if cost.training_bytes > memory:
+            text += (
+                f"\n{method}: training needs {cost.training_bytes / 1e9:,.0f} GB per GPU, and a "
+                f"GPU has {memory / 1e9:,.0f} GB; the times hold only if each trace is split over "
+                "GPUs."
+            )
+    return text
 
 
 def _crossings_table(report: CostReport) -> str:
-    names = {
-        "sampling_flops": "FLOPs of sampling",
-        "training_flops": "FLOPs of training",
-        "step_seconds": "seconds per step",
-    }
+    names = ("FLOPs of sampling", "FLOPs of training", "seconds per step")
     lines = [
-        [names[key], "never" if value is None else f"{value:,} tokens"]
-        for key, value in report.crossings._asdict().items()
+        [name, "never" if value is None else f"{value:,} tokens"]
+        for name, value in zip(names, report.crossings, strict=True)
     ]
     longest = report.longest_that_fits
     fits = "any length" if math.isinf(longest) else f"{longest:,.0f} tokens"
@@ -264,10 +257,9 @@ def plot_costs(report: CostReport, path: Path) -> None:
     context = float(cut.context_size)
     longest = max(float(pair.longcot.thinking) for pair in report.pairs)
     lengths = np.geomspace(context / 4, max(longest, 4 * context), 400).round()
+    equal = Lengths.constant(lengths)
     costs = {
-        name: estimate(
-            shape, Lengths.constant(lengths), method, device, report.efficiency, workload
-        )
+        name: estimate(shape, equal, method, device, report.efficiency, workload)
         for name, method in (("LongCoT", LONGCOT), ("Delethink", cut))
     }
     figure = Figure(figsize=(11, 4.6), layout="constrained")
