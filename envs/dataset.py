@@ -244,7 +244,7 @@ def _build(
         demonstrate=spec.demonstrate,
     )
     if not task.train and not task.heldout:
-        counts = ", ".join(f"{number} {name}" for name, number in left_out.items())
+        counts = ", ".join(f"{number} {name}" for name, number in task.left_out.items())
         raise ConfigError(f"the data set {spec.dataset} has no problem left: {counts or 'no rows'}")
     return task
 

@@ -103,8 +103,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         if not callable(getattr(self.task, "problem", None)):
             raise ConfigError(f"a task needs problem(split, index), got {task!r:.80}")
         self.reward = _make_reward(reward)
-        self.vocabulary = self._vocabulary_size(vocabulary)
-        self.eos_ids = self._find_eos_ids(eos_ids)
+        self._set_vocabulary(vocabulary, eos_ids)
         if max_query_tokens < 1:
             raise ConfigError(f"max_query_tokens must be at least 1, got {max_query_tokens}")
         self.split, self.max_query_tokens = split, max_query_tokens
@@ -141,25 +140,21 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             )
         return replace(spec, **sizes).bind(self.tokenizer)
 
-    def _vocabulary_size(self, vocabulary: int | None) -> int:
+    def _set_vocabulary(self, vocabulary: int | None, eos_ids: Sequence[int] | None) -> None:
         if vocabulary is None:
             if not hasattr(self.tokenizer, "__len__"):
                 raise ConfigError("the tokenizer has no length: pass vocabulary=NUMBER_OF_TOKENS")
             vocabulary = len(self.tokenizer)
         if vocabulary < 1:
             raise ConfigError(f"vocabulary must be at least 1, got {vocabulary}")
-        return vocabulary
-
-    def _find_eos_ids(self, eos_ids: Sequence[int] | None) -> frozenset[int]:
         if eos_ids is None:
             eos_ids = [i for i in [getattr(self.tokenizer, "eos_token_id", None)] if i is not None]
-        found = frozenset(int(i) for i in eos_ids)
-        if not found or not all(0 <= i < self.vocabulary for i in found):
+        self.vocabulary, self.eos_ids = vocabulary, frozenset(map(int, eos_ids))
+        if not self.eos_ids or not all(0 <= i < vocabulary for i in self.eos_ids):
             raise ConfigError(
-                f"eos_ids must name at least one token below vocabulary={self.vocabulary}, or no "
-                f"answer can end; got {sorted(found)}"
+                f"eos_ids must name at least one token below vocabulary={vocabulary}, or no "
+                f"answer can end; got {sorted(self.eos_ids)}"
             )
-        return found
 
     @property
     def longest_context(self) -> int:

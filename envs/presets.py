@@ -40,10 +40,9 @@ def convert_choices(spec: DatasetSpec, row: SourceRow) -> Problem | None:
     wrong = [spec.value(row, f"Incorrect Answer {i}") for i in (1, 2, 3)]
     if not question or not right or not all(wrong):
         return None
-    choices = [str(choice).strip() for choice in (right, *wrong)]
     order = [0, 1, 2, 3]
     random.Random(f"choices of {question}").shuffle(order)  # the same on every machine
-    shuffled = [choices[i] for i in order]
+    shuffled = [str((right, *wrong)[i]).strip() for i in order]
     listed = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", shuffled, strict=True))
     question = f"{str(question).strip()}\n\n{listed}"
     return spec.make_problem(question, "ABCD"[order.index(0)], {"choices": shuffled})
@@ -65,10 +64,8 @@ def convert_program(spec: DatasetSpec, row: SourceRow) -> Problem | None:
     if starter:
         question += f"\n\nComplete this code:\n```python\n{starter}\n```"
     details = json.loads(row.get("metadata") or "{}")
-    metadata: dict[str, Any] = {"tests": tests, "function": details.get("func_name")}
-    metadata |= {
-        key: row[key] for key in ("question_id", "difficulty", "contest_date") if key in row
-    }
+    kept = {k: row[k] for k in ("question_id", "difficulty", "contest_date") if k in row}
+    metadata = {"tests": tests, "function": details.get("func_name")} | kept
     return spec.make_problem(question, str(row.get("solution") or ""), metadata)
 
 
@@ -122,9 +119,8 @@ def convert_crossword(spec: DatasetSpec, row: SourceRow) -> Problem | None:
         "Solve this crossword. In the grid, '_' is a cell to fill and '#' is blocked.\n\n"
         f"{_grid(state, positions)}\n\n" + "\n".join(lines)
     )
-    return spec.make_problem(
-        question, json.dumps({e["direction"]: e["answer"] for e in entries}), {}
-    )
+    key = {e["direction"]: e["answer"] for e in entries}
+    return spec.make_problem(question, json.dumps(key), {})
 
 
 def _grid(state: dict[str, Any], positions: dict[str, tuple[int, int, int]]) -> str:
@@ -134,10 +130,9 @@ def _grid(state: dict[str, Any], positions: dict[str, tuple[int, int, int]]) -> 
         for word, (y, x, down) in positions.items()
         for i in range(len(word))
     }
-    rows = range(len(state["grid"]))
     return "\n".join(
-        " ".join("_" if (y, x) in cells else "#" for x in range(len(state["grid"][y])))
-        for y in rows
+        " ".join("_" if (y, x) in cells else "#" for x in range(len(row)))
+        for y, row in enumerate(state["grid"])
     )
 
 

@@ -261,11 +261,14 @@ def lock_down(readable: Iterable[str], writable: Iterable[str] = ()) -> None:
 @cache
 def missing() -> tuple[str, ...]:
     """Return restrictions missing on this machine: ``"network and processes"``, ``"files"``."""
-    lacks = []
-    if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES or _lacks_seccomp():
-        lacks.append("network and processes")
-    if sys.platform != "linux" or _lacks_landlock():
-        lacks.append("files")
+    if sys.platform != "linux":
+        return ("network and processes", "files")
+    # A kernel with filters rejects the address of this null program.
+    _libc().prctl(_PR_SET_SECCOMP, 2, None, 0, 0)
+    has_seccomp = ctypes.get_errno() in (errno.EFAULT, errno.EACCES)
+    lacks = ["files"] if _lacks_landlock() else []
+    if not has_seccomp or platform.machine() not in _ARCHITECTURES:
+        lacks.insert(0, "network and processes")
     return tuple(lacks)
 
 
@@ -280,12 +283,6 @@ def python_folders(path: Iterable[str] = ()) -> list[str]:
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
-
-
-def _lacks_seccomp() -> bool:
-    # A kernel with filters rejects the address of this null program.
-    _libc().prctl(_PR_SET_SECCOMP, 2, None, 0, 0)
-    return ctypes.get_errno() not in (errno.EFAULT, errno.EACCES)
 
 
 def _lacks_landlock() -> bool:

@@ -38,14 +38,6 @@ class ScoringRules:
     penalty: float = 1.0
     error: float | None = None
 
-    def apply(self, attempt: Attempt, total: float | None) -> float | None:
-        """Return the score of a trace without failure, given its weighted sum."""
-        if attempt.stop is not TraceStop.BUDGET or total is None:
-            return total
-        if self.out_of_budget == "zero":
-            return 0.0
-        return total - self.penalty if self.out_of_budget == "penalty" else total
-
 
 class Scorer:
     """Scores attempts with named rewards, concurrently and while other traces are sampled.
@@ -189,7 +181,13 @@ class Scorer:
         if attempt.stop.is_failure or errors:
             return Score(self.rules.error, values, errors)
         weighted = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
-        total = self.rules.apply(attempt, math.fsum(weighted) if weighted else None)
+        if not weighted:
+            return Score(None, values, errors)
+        total = math.fsum(weighted)
+        if attempt.stop is TraceStop.BUDGET and self.rules.out_of_budget == "zero":
+            total = 0.0
+        elif attempt.stop is TraceStop.BUDGET and self.rules.out_of_budget == "penalty":
+            total -= self.rules.penalty
         return Score(total, values, errors)
 
 

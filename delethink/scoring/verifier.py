@@ -36,8 +36,8 @@ def run_verifier(parent: int, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     calls, answers = _private_pipes()
     functions: dict[tuple[str, str], Callable[..., Any]] = {}
-    while (call := _read_call(calls)) is not None:
-        module, name, kwargs = call
+    while len(header := calls.read(HEADER.size)) == HEADER.size:
+        module, name, kwargs = pickle.loads(calls.read(HEADER.unpack(header)[0]))
         try:
             if (module, name) not in functions:
                 function = getattr(importlib.import_module(module), name)
@@ -66,14 +66,6 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
     for number in (0, 1, 2):
         os.dup2(null, number)
     return calls, answers
-
-
-def _read_call(calls: BinaryIO) -> tuple[str, str, dict[str, Any]] | None:
-    header = calls.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    call: tuple[str, str, dict[str, Any]] = pickle.loads(calls.read(HEADER.unpack(header)[0]))
-    return call
 
 
 def _write(answers: BinaryIO, message: dict[str, Any]) -> None:
