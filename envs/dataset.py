@@ -93,7 +93,6 @@ class DatasetSpec:
     """Description of a data set. Calling the spec creates the task.
 
     Args:
-        name: the registered name.
         dataset: a local file or folder, or a name on the Hugging Face hub.
         split: the part with the problems.
         config: the configuration, for a data set with several.
@@ -103,7 +102,6 @@ class DatasetSpec:
         metadata_keys: additional columns for rewards.
         template: the prompt, with ``{problem}`` in place of the problem.
         system: a system message before the prompt.
-        rewards: names and weights of the rewards.
         for_evaluation: hold out all problems.
         heldout_share: share of held-out problems, chosen by a hash of the problem; 1 means all.
         convert: converts a row to a problem.
@@ -217,11 +215,7 @@ class DatasetSpec:
 
 
 def _build(
-    spec: DatasetSpec,
-    rates: PassRates,
-    eval_dataset: str | None,
-    eval_split: str | None,
-    seed: int,
+    spec: DatasetSpec, rates: PassRates, eval_dataset: str | None, eval_split: str | None, seed: int
 ) -> DatasetTask:
     left_out: Counter[str] = Counter()
     train, heldout = _read_problems(spec, rates, left_out), {}

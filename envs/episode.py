@@ -69,7 +69,6 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         chunk_spec: sizes and policies of the chunks.
         eos_ids: tokens ending an answer; by default the tokenizer's.
         vocabulary: number of token ids; by default the tokenizer's.
-        split: split of the task to draw from.
         max_query_tokens: maximum length of a query, for the observation space.
         render_mode: ``"ansi"`` or ``"html"``.
         keep_trace: keep all sampled tokens, for ``trace`` and for the reward. If off, memory does

@@ -71,17 +71,16 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         token = self._token(action)
         self._buffer[self._width + self._used] = token
         self._used += 1
-        new = self._used - self._first
         reward = 0.0
         if token in self.eos_ids:
             reward = self._close_chunk(StopReason.EOS)
-        elif new == self._limit or (
+        elif self._used - self._first == self._limit or (
             self.chunk_spec.boundary is not None and state.boundary_after(self._current_chunk())
         ):
             reward = self._close_chunk(StopReason.LENGTH)
         stop = self._state.stop if self._state else None
-        terminated, truncated = stop is TraceStop.COMPLETED, stop is TraceStop.BUDGET
-        return self._window(), reward, terminated, truncated, self._info()
+        ends = stop is TraceStop.COMPLETED, stop is TraceStop.BUDGET
+        return self._window(), reward, *ends, self._info()
 
     def _token(self, action: Any) -> int:
         try:
