@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -219,25 +220,22 @@ def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
     else:
         checks += _check_memory(recipe, inputs, shape)
         checks.append(_check_disk(recipe, inputs, shape, path))
-    return checks + _check_rewards(prepared, inputs.selected["train"].problems[0], inputs)
+    return checks + _check_rewards(prepared, inputs)
 
 
 def check_recipe(recipe: Recipe) -> list[Check]:
-    """Run all checks of a recipe, as far as its names and inputs can be read."""
+    """Run all checks of a recipe, up to a wrong name or an input that cannot be read."""
     try:
         prepared = prepare(recipe)
     except UserError as error:
         return [Check("recipe", "problem", str(error))]
-    try:
-        results = [Check("recipe", "ok", f"{recipe.name}: all names and settings are known")]
+    with closing(prepared):
+        names = Check("recipe", "ok", f"{recipe.name}: all names and settings are known")
         try:
             inputs = read_inputs(prepared)
         except UserError as error:
-            results.append(Check("inputs", "problem", str(error)))
-            return results + _check_rewards(prepared, prepared.task.problem("train", 0), None)
-        return results + run_checks(prepared, inputs, run_path(prepared.recipe))
-    finally:
-        prepared.close()
+            return [names, Check("inputs", "problem", str(error))]
+        return [names, *run_checks(prepared, inputs, run_path(prepared.recipe))]
 
 
 def _check_tokenizer(inputs: Inputs) -> Check:
@@ -391,19 +389,18 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
     )
 
 
-def _check_rewards(prepared: Prepared, problem: Problem, inputs: Inputs | None) -> list[Check]:
+def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
     """Score a right and a wrong answer to the first problem of each task."""
+    problem = inputs.selected["train"].problems[0]
     checks = [_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs)]
     if prepared.recipe.evaluation.task is not None:
         task, scorer = prepared.evaluation_task, prepared.evaluation_scorer
-        heldout = task.problem("heldout", 0)
+        heldout = inputs.selected["heldout"].problems[0]
         checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs))
     return checks
 
 
-def _check_scorer(
-    name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs | None
-) -> Check:
+def _check_scorer(name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs) -> Check:
     answers = demonstrations_of(task, problem)
     if None in answers:
         return Check(
@@ -412,14 +409,10 @@ def _check_scorer(
             "the task has no example of a right and a wrong answer",
             "give the task a method demonstrations(problem)",
         )
-    attempts = []
+    spec, attempts = inputs.spec, []
     for text in map(str, answers):
-        if inputs is None:
-            attempts.append(attempt_from_text(problem, text))
-        else:
-            spec = inputs.spec
-            length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
-            attempts.append(attempt_from_text(problem, text, length, spec.budget, spec.max_chunks))
+        length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
+        attempts.append(attempt_from_text(problem, text, length, spec.budget, spec.max_chunks))
     right, wrong = scorer.score_now(attempts)
     advice = "see the scores of the task's answers: delethink tasks NAME --check 8"
     for score, answer in ((right, "the right answer"), (wrong, "the wrong answer")):

@@ -37,8 +37,7 @@ _MAX_SKIPPED_STEPS = 10  # in a row
 
 
 def make_example(problems: list[Problem], index: int) -> Example:
-    """Return the row of a problem; indices beyond the last problem start again at the first."""
-    index %= len(problems)
+    """Return the row of a problem."""
     return {"prompt": problems[index].messages, "answer": problems[index].answer, "problem": index}
 
 
