@@ -17,13 +17,8 @@ _SIZES = {"": 1, "k": 1024, "m": 1024**2}
 def size(text: str, option: str, minimum: int = 1) -> int:
     """Return the number of tokens of a text: 8,192 for ``8k``.
 
-    Args:
-        text: value of the option.
-        option: name of the option, for the error.
-        minimum: smallest allowed number.
-
     Raises:
-        ConfigError: not a whole number of tokens, or below the minimum.
+        ConfigError: not a whole number of tokens, or below the minimum; it names the option.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", text.lower())
     value = float(found[1]) * _SIZES[found[2]] if found else math.nan
@@ -38,6 +33,11 @@ def size(text: str, option: str, minimum: int = 1) -> int:
 def sizes(text: str, option: str, minimum: int = 1) -> list[int]:
     """Return the numbers of a list: [8192, 16384] for ``8k,16k``."""
     return [size(part, option, minimum) for part in text.split(",")]
+
+
+def parse_head_size(text: str | None) -> Any:
+    """Return the size of the head; ``None`` lets ``ChunkSpec`` choose."""
+    return None if text is None else size(text, "--head-size", 0)
 
 
 def parse_carryover(text: str | None) -> Carryover | None:

@@ -7,12 +7,11 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any
 
 import numpy as np
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.arguments import parse_carryover, size
+from delethink.cli.arguments import parse_carryover, parse_head_size, size
 from delethink.cost import paper
 from delethink.cost.calibrate import (
     Fit,
@@ -62,8 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> CostReport:
     shape, device = _shape(arguments), accelerator(arguments.gpu)
-    efficiency, workload, cut = _efficiency(arguments), _workload(arguments), _cut(arguments)
-    _check_numbers(arguments)
+    efficiency, cut = _efficiency(arguments), _cut(arguments)
+    workload = Workload(
+        query=size(arguments.query, "--query"),
+        group=arguments.group,
+        prompts=arguments.prompts,
+        steps=arguments.steps,
+        gpus=arguments.gpus,
+        parallel=arguments.parallel,
+    )
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ConfigError(f"--price must be a number of at least 0, got {arguments.price}")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, got {arguments.seed}")
 
     def cost(lengths: Lengths, method: Cut) -> Cost:
         return estimate(shape, lengths, method, device, efficiency, workload)
@@ -100,7 +110,15 @@ def _calibrate(arguments: argparse.Namespace) -> str:
     found = fit(measured, shape, device, _efficiency(arguments), source)
     if arguments.save_efficiency:
         write_efficiency(found.efficiency, arguments.save_efficiency)
-    return _fit_json(found) if arguments.json else _fit_text(found, device)
+    if not arguments.json:
+        return _fit_text(found, device)
+    values = {
+        "efficiency": dataclasses.asdict(found.efficiency),
+        "fitted": found.fitted,
+        "sampling_errors": found.sampling_errors.tolist(),
+        "training_errors": found.training_errors.tolist(),
+    }
+    return json.dumps(values, indent=2)
 
 
 def _fit_text(found: Fit, device: Accelerator) -> str:
@@ -111,28 +129,14 @@ def _fit_text(found: Fit, device: Accelerator) -> str:
         if isinstance(value, float) and name != "spread"
     ]
     parts = [table([f"efficiency on {device.name}", "value", ""], lines)]
-    for name, errors in (
-        ("sampling", found.sampling_errors),
-        ("training", found.training_errors),
-    ):
+    measured = {"sampling": found.sampling_errors, "training": found.training_errors}
+    for name, errors in measured.items():
         if errors.size:
             parts.append(
                 f"{name}: error of the predicted time {np.median(np.abs(errors)):.1%} (median), "
                 f"{np.abs(errors).max():.1%} (maximum) over {errors.size} steps"
             )
     return "\n".join(parts)
-
-
-def _fit_json(found: Fit) -> str:
-    return json.dumps(
-        {
-            "efficiency": dataclasses.asdict(found.efficiency),
-            "fitted": found.fitted,
-            "sampling_errors": found.sampling_errors.tolist(),
-            "training_errors": found.training_errors.tolist(),
-        },
-        indent=2,
-    )
 
 
 def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelShape:
@@ -149,34 +153,13 @@ def _efficiency(arguments: argparse.Namespace) -> Efficiency:
     return read_efficiency(arguments.efficiency) if arguments.efficiency else Efficiency()
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    if arguments.price is not None and not 0 <= arguments.price < math.inf:
-        raise ConfigError(f"--price must be a number of at least 0, got {arguments.price}")
-    if arguments.seed < 0:
-        raise ConfigError(f"--seed must be at least 0, got {arguments.seed}")
-
-
-def _workload(arguments: argparse.Namespace) -> Workload:
-    return Workload(
-        query=size(arguments.query, "--query"),
-        group=arguments.group,
-        prompts=arguments.prompts,
-        steps=arguments.steps,
-        gpus=arguments.gpus,
-        parallel=arguments.parallel,
-    )
-
-
 def _cut(arguments: argparse.Namespace) -> Cut:
     context = size(arguments.context_size, "-C")
     carried = arguments.carryover_size
     carried = context // 2 if carried is None else size(carried, "--carryover-size", 0)
-    head: Any = None
-    if arguments.head_size is not None:
-        head = size(arguments.head_size, "--head-size", 0)
+    head = parse_head_size(arguments.head_size)
     policy = parse_carryover(arguments.carryover)
-    outside = arguments.head_outside
-    return Cut.of(ChunkSpec(context, carried, 2, head, outside, policy))
+    return Cut.of(ChunkSpec(context, carried, 2, head, arguments.head_outside, policy))
 
 
 def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Lengths]:
@@ -184,13 +167,12 @@ def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Length
     if arguments.thinking is None and seen is not None:
         return [Lengths.empirical(seen, batch)]
     means = [size(part, "--thinking") for part in (arguments.thinking or "24k,96k,1M").split(",")]
-    for mean in means:
-        if mean < cut.context_size:
-            raise ConfigError(
-                f"{mean:,} thinking tokens fit in the first context of C = "
-                f"{cut.context_size:,.0f}, so LongCoT and Delethink are the same; use a longer "
-                "--thinking or a smaller -C"
-            )
+    if min(means) < cut.context_size:
+        raise ConfigError(
+            f"{min(means):,} thinking tokens fit in the first context of C = "
+            f"{cut.context_size:,.0f}, so LongCoT and Delethink are the same; use a longer "
+            "--thinking or a smaller -C"
+        )
     if seen is None:
         return [Lengths.constant(mean) for mean in sorted(means)]
     return [

@@ -9,7 +9,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
+from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine
 from delethink.cost.hardware import accelerator
@@ -62,11 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(
     arguments: argparse.Namespace, engine: EngineConfig, problems: ProblemSet, output: Path
 ) -> int:
-    from rich.console import Console
-
     from delethink.evaluation.report import EvaluationProgress, write_curves
 
-    models = _models(arguments)
+    models, open_model = _models(arguments), _opener(arguments, engine)
     plan = SamplingPlan(
         arguments.samples, arguments.temperature, arguments.seed, arguments.force_answer
     )
@@ -79,13 +77,13 @@ def _evaluate(
         keep_tokens=not arguments.no_tokens,
         weights={model: digest(model) for model in models},
     )
-    progress = EvaluationProgress(Console(highlight=False, stderr=arguments.json))
+    progress = EvaluationProgress(stderr=arguments.json)
     if problems.left_out:
         listed = ", ".join(f"{number} {reason}" for reason, number in problems.left_out.items())
         progress.print(f"left out of {problems.name}: {listed}")
     results = evaluate(
         evaluation,
-        _opener(arguments, engine),
+        open_model,
         output,
         analysis=AnalysisSettings(
             margin=arguments.margin,
@@ -93,12 +91,12 @@ def _evaluate(
             resamples=arguments.resamples,
             seed=arguments.seed,
             device=accelerator(arguments.gpu),
+            cost_model=arguments.cost_model,
         ),
         progress=progress,
         resume=arguments.resume,
         force=arguments.force,
         retry_errors=arguments.retry_errors,
-        cost_models=dict.fromkeys(models, arguments.cost_model) if arguments.cost_model else None,
     )
     if results.rows and not arguments.no_curves:
         write_curves(results.rows, problems.name, output)
@@ -155,7 +153,7 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
 def _settings(
     arguments: argparse.Namespace, model: str, problems: ProblemSet, plan: SamplingPlan
 ) -> list[Setting]:
-    head, carried = arguments.head_size, arguments.carryover_size
+    carried = arguments.carryover_size
     return settings_for_model(
         model,
         _modes(arguments),
@@ -164,7 +162,7 @@ def _settings(
         plan,
         carryover_sizes=sizes(carried, "--carryover-size", 0) if carried else (),
         max_chunks=sizes(arguments.max_chunks, "--max-chunks"),
-        head_size=None if head is None else size(head, "--head-size", 0),
+        head_size=parse_head_size(arguments.head_size),
         head_outside=arguments.head_outside,
         carryover=parse_carryover(arguments.carryover),
         cap_longcot=arguments.cap_longcot,

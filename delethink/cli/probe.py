@@ -9,10 +9,10 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.arguments import parse_carryover, parse_pairs, size, sizes
+from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, size, sizes
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine
 from delethink.engines.factory import choose_engine
@@ -71,8 +71,7 @@ def _specs(arguments: argparse.Namespace) -> list[ChunkSpec]:
     context, sizes_text = size(arguments.context_size, "-C"), arguments.carryover_size
     default = [m for m in (context // 8, context // 4, context // 2) if m]
     carryover_sizes = sizes(sizes_text, "--carryover-size", 0) if sizes_text else default
-    head: Any = None if arguments.head_size is None else size(arguments.head_size, "--head-size", 0)
-    policy = parse_carryover(arguments.carryover)
+    head, policy = parse_head_size(arguments.head_size), parse_carryover(arguments.carryover)
     return [
         ChunkSpec(context, m, _MAX_CHUNKS, head, carryover=policy)
         for m in sorted(set(carryover_sizes))

@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 _DIALECTS: tuple[Dialect, ...] = ("ids", "plain ids", "text")  # the most exact first
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _RETRIED_STATUSES = {408, 409, 429}  # and 500 and above; the openai client retries these
+_KEY_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError)
 _CONNECT_TIMEOUT_S = 20.0
 
 
@@ -138,15 +139,13 @@ class OpenAIServer:
             try:
                 response = await self._clients[loop].completions.create(**request)
                 return self._completion(dialect, response, max_new_tokens)
-            except openai.APIStatusError as error:
-                if error.status_code not in _RETRIED_STATUSES and error.status_code < 500:
+            except openai.APIError as error:
+                status = getattr(error, "status_code", 500)  # 500 stands for no response
+                if status < 500 and status not in _RETRIED_STATUSES:
                     raise self._refusal(error) from None
-                reason = self._status(error)
+                reason = self._describe(error)
                 break
-            except openai.APIConnectionError as error:
-                reason = _reason(error)
-                break
-            except _RefusedError:
+            except ConfigError:
                 raise
             except ValueError as error:  # not JSON, or not a completion
                 reason = f"malformed response: {error}"
@@ -162,9 +161,8 @@ class OpenAIServer:
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": 1.0,
+            "seed": sampling.seed,
         }
-        if sampling.seed is not None:
-            request["seed"] = sampling.seed
         if dialect == "text":
             bos_id = getattr(self._tokenizer, "bos_token_id", None)  # the server adds this token
             ids = prompt_ids[1:] if bos_id is not None and prompt_ids[0] == bos_id else prompt_ids
@@ -213,12 +211,11 @@ class OpenAIServer:
                 listed = {str(entry.id): entry for entry in client.models.list().data}
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(
-                f"the server at {self.base_url} cannot be reached: {_reason(error)}"
+                f"the server at {self.base_url} cannot be reached: {self._describe(error)}"
             ) from None
-        except openai.APIStatusError as error:
-            if error.status_code in (401, 403):
-                raise self._refusal(error) from None
-        except (ValueError, TypeError, AttributeError):
+        except _KEY_ERRORS as error:
+            raise self._refusal(error) from None
+        except (openai.APIError, ValueError, TypeError, AttributeError):
             pass  # no list of models
         if model is None and len(listed) == 1:
             model = next(iter(listed))
@@ -231,24 +228,21 @@ class OpenAIServer:
         window = getattr(listed.get(model), "max_model_len", None)
         return model, window if isinstance(window, int) else None
 
-    def _refusal(self, error: openai.APIStatusError) -> ConfigError:
-        if error.status_code not in (401, 403):
-            return _RefusedError(
-                f"the server at {self.base_url} rejects the request: {self._status(error)}"
-            )
+    def _refusal(self, error: openai.APIError) -> ConfigError:
+        reason = self._describe(error)
+        if not isinstance(error, _KEY_ERRORS):
+            return _RefusedError(f"the server at {self.base_url} rejects the request: {reason}")
         return ConfigError(
-            f"the server at {self.base_url} rejects the API key ({self._status(error)}); set the "
-            "key in the environment variable that --api-key-env names"
+            f"the server at {self.base_url} rejects the API key ({reason}); set the key in the "
+            "environment variable that --api-key-env names"
         )
 
-    def _status(self, error: openai.APIStatusError) -> str:
-        """Return status and text of an error response, without the key some servers repeat."""
+    def _describe(self, error: Exception) -> str:
+        """Return status and text of an error response, or the cause of a missing one."""
+        if not isinstance(error, openai.APIStatusError):
+            cause = error.__cause__ or error
+            return f"{type(cause).__name__}: {cause}".strip(": ")
         text = " ".join(error.response.text.split()) or "no text"
-        text = text.replace(self._api_key, "***") if self._api_key else text
+        if self._api_key:
+            text = text.replace(self._api_key, "***")  # some servers repeat the key
         return f"HTTP {error.status_code}: {text[:200]}"
-
-
-def _reason(error: Exception) -> str:
-    """Return the type and text of the error behind the client's own."""
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}".strip(": ")

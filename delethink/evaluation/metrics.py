@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,12 +56,8 @@ def wilson(successes: float, n: int) -> Interval:
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Return the normal interval of a mean, for lengths and chunk counts."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return Interval(mean, mean)
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    half = _Z95 * math.sqrt(variance / n)
+    mean, n = fmean(values), len(values)
+    half = _Z95 * stdev(values) / math.sqrt(n) if n > 1 else 0.0
     return Interval(mean - half, mean + half)
 
 
@@ -85,8 +82,7 @@ def avg_at_n(scores_P: Scores) -> Estimate:
     Raises:
         ValueError: no problem, or a problem without samples.
     """
-    means = _problem_means(scores_P)
-    return _estimate(means, _mean_samples(scores_P))
+    return _estimate(_problem_means(scores_P), fmean(map(len, scores_P)))
 
 
 def pass_at_k(scores_P: Scores, k: int) -> Estimate:
@@ -97,15 +93,13 @@ def pass_at_k(scores_P: Scores, k: int) -> Estimate:
     Raises:
         ValueError: a problem has fewer than ``k`` samples, or a score is neither 0 nor 1.
     """
-    values = np.array([_pass_at_k(len(s), _count_right(s), k) for s in scores_P])
-    return _estimate(values, _mean_samples(scores_P))
-
-
-def _pass_at_k(n: int, right: int, k: int) -> float:
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples of each problem, got {n}")
-    wrong = n - right
-    return 1.0 - math.prod((wrong - i) / (n - i) for i in range(k)) if wrong >= k else 1.0
+    values = []
+    for scores in scores_P:
+        n, right = len(scores), _count_right(scores)
+        if not 1 <= k <= n:
+            raise ValueError(f"pass@{k} needs at least {k} samples of each problem, got {n}")
+        values.append(1 - math.comb(n - right, k) / math.comb(n, k))
+    return _estimate(np.array(values), fmean(map(len, scores_P)))
 
 
 def maj_at_n(votes_P: Sequence[Sequence[str | None]], scores_P: Scores) -> Estimate:
@@ -113,11 +107,8 @@ def maj_at_n(votes_P: Sequence[Sequence[str | None]], scores_P: Scores) -> Estim
 
     Wang et al., Self-Consistency Improves Chain of Thought Reasoning (arXiv 2203.11171). Tied
     answers count in equal parts, samples without an answer (``None``) do not vote, and a problem
-    without votes counts 0.
-
-    Args:
-        votes_P: ``votes_P[p][s]``, answers; equal answers have equal texts.
-        scores_P: scores of the same samples.
+    without votes counts 0. ``votes_P[p][s]`` is the answer of a sample; equal answers have equal
+    texts.
     """
     pairs = zip(votes_P, scores_P, strict=True)
     return _estimate(np.array([majority(votes, scores) for votes, scores in pairs]))
@@ -132,8 +123,7 @@ def majority(votes: Sequence[str | None], scores: Sequence[float]) -> float:
     if not scores_of:
         return 0.0
     most = max(map(len, scores_of.values()))
-    winners = [sum(s) / len(s) for s in scores_of.values() if len(s) == most]
-    return sum(winners) / len(winners)
+    return fmean(fmean(s) for s in scores_of.values() if len(s) == most)
 
 
 def maj_at_k(
@@ -141,11 +131,7 @@ def maj_at_k(
 ) -> Estimate:
     """Return maj@k for ``k`` below the number of samples, as the mean over random subsets.
 
-    Args:
-        votes_P: answers, as for ``maj_at_n``.
-        scores_P: scores of the same samples.
-        k: size of a subset.
-        draws: subsets per problem; always the same ones for the same ``k``.
+    Each problem gets ``draws`` subsets, always the same ones for the same ``k``.
     """
     rng = np.random.default_rng(k)
     values = []
@@ -154,8 +140,8 @@ def maj_at_k(
             raise ValueError(f"maj@{k} needs at least {k} samples of each problem")
         picks = [rng.permutation(len(votes))[:k] for _ in range(draws if k < len(votes) else 1)]
         means = [majority([votes[i] for i in pick], [scores[i] for i in pick]) for pick in picks]
-        values.append(sum(means) / len(means))
-    return _estimate(np.array(values), _mean_samples(scores_P))
+        values.append(fmean(means))
+    return _estimate(np.array(values), fmean(map(len, scores_P)))
 
 
 def _estimate(values_P: npt.NDArray[np.float64], samples: float = 1.0) -> Estimate:
@@ -301,11 +287,7 @@ def _special() -> Any:
 def _problem_means(scores_P: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     if not len(scores_P) or not all(len(scores) for scores in scores_P):
         raise ValueError("every problem needs a sample")
-    return np.array([sum(scores) / len(scores) for scores in scores_P], float)
-
-
-def _mean_samples(scores_P: Scores) -> float:
-    return sum(map(len, scores_P)) / len(scores_P)
+    return np.array([fmean(scores) for scores in scores_P])
 
 
 def _count_right(scores: Sequence[float]) -> int:

@@ -38,10 +38,7 @@ def local_models(
 ) -> ModelOpener:
     """Return an opener for models in engines of this machine or its Ray cluster.
 
-    Args:
-        engine: settings of the engine; by default ``EngineConfig()``.
-        trust_remote_code: run code from the model's repository.
-        seed: seed of requests without a seed of their own.
+    ``seed`` is for requests without a seed of their own.
     """
     config = engine or EngineConfig()
     if config.max_batch_size is None and choose_engine(config.name) == "transformers":
@@ -74,13 +71,8 @@ def served_model(
 ) -> ModelOpener:
     """Return an opener for a model on an OpenAI-compatible server.
 
-    The opener takes the name of the tokenizer and the configuration.
-
-    Args:
-        base_url: address including the version, ``http://127.0.0.1:8000/v1``.
-        served_name: name of the model on the server; ``None`` takes the only model served.
-        trust_remote_code: run code from the tokenizer's repository.
-        options: further arguments of ``OpenAIServer``: ``api_key``, ``retries``, ``timeout_s``.
+    The opener takes the name of the tokenizer and the configuration. ``served_name`` is the model's
+    name on the server, and ``options`` are further arguments of ``OpenAIServer``.
 
     Raises:
         MissingExtraError: the ``openai`` package is not installed.
@@ -116,16 +108,8 @@ def settings_for_model(
 ) -> list[Setting]:
     """Return the settings of a model, checked against its window before the weights load.
 
-    Args:
-        model: folder, Hugging Face id, or ``"toy"``.
-        modes: ``"delethink"`` and ``"longcot"``.
-        context_sizes: values of C.
-        problems: problems, for the longest query.
-        plan: samples; a forced answer needs room in the window.
-        carryover: policy instead of the head and tail; the model's tokenizer is bound to it.
-        cap_longcot: limit LongCoT's budgets to the window.
-        trust_remote_code: run code from the model's repository.
-        sizes: further arguments of ``make_settings``.
+    The window also needs room for the longest query and a forced answer. ``cap_longcot`` limits
+    LongCoT's budgets to the window, and ``sizes`` are further arguments of ``make_settings``.
 
     Raises:
         ConfigError: a context is longer than the window.
@@ -155,13 +139,7 @@ def settings_for_model(
 def check_window(
     setting: Setting, query_tokens: int, max_model_tokens: int | None, answer_tokens: int = 0
 ) -> None:
-    """Refuse a setting with longer contexts than the model's window.
-
-    Args:
-        setting: setting to check.
-        query_tokens: length of the longest query.
-        max_model_tokens: window of the model; ``None`` checks nothing.
-        answer_tokens: room for a forced answer.
+    """Refuse a setting with longer contexts than the model's window, unless that is ``None``.
 
     Raises:
         ConfigError: a context is longer than the window.

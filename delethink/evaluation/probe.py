@@ -54,19 +54,14 @@ CONDITIONS: dict[Condition, str] = {
 
 
 class ScoredBoundary(NamedTuple):
-    """The chunk after a boundary, scored under one condition.
-
-    Args:
-        gap: log p(y | history) - log p(y | context), in nats [T].
-        divergence: KL(history || context) of the next token, in nats [T].
-    """
+    """The chunk after a boundary, scored under one condition."""
 
     trace: int  # index of the trace
     chunk: int  # index of the chunk, from 1
     carryover_size: int
     condition: Condition
-    gap: npt.NDArray[np.float64]
-    divergence: npt.NDArray[np.float64]
+    gap: npt.NDArray[np.float64]  # log p(y | history) - log p(y | context), in nats [T]
+    divergence: npt.NDArray[np.float64]  # KL(history || context) of the next token, in nats [T]
 
 
 @dataclass(frozen=True)
@@ -141,16 +136,9 @@ def sample_traces(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> list[Trace]:
-    """Sample one LongCoT trace per problem.
+    """Sample one LongCoT trace per problem, by default with transformers in this process.
 
-    Args:
-        model: folder, Hugging Face id, or ``"toy"``.
-        problems: problems.
-        budget: maximum length of a trace in tokens; the model's window may lower it.
-        engine: settings of the engine; by default transformers in this process.
-        temperature: sampling temperature.
-        seed: seed of the traces.
-        trust_remote_code: run code from the model's repository.
+    ``budget`` is the maximum length of a trace in tokens; the model's window may lower it.
     """
     opener = local_models(
         engine or EngineConfig(name="transformers"), trust_remote_code=trust_remote_code, seed=seed
@@ -225,14 +213,9 @@ def probe_model(
 
 @dataclass(frozen=True)
 class Probe:
-    """Scores traces with one model.
+    """Scores traces with one model."""
 
-    Args:
-        model: model in evaluation mode, on any device.
-        max_model_tokens: longest sequence of the model, in tokens.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # in evaluation mode, on any device
     max_model_tokens: int
 
     def fits(self, trace: Trace) -> bool:
@@ -244,30 +227,20 @@ class Probe:
     ) -> Iterator[ScoredBoundary]:
         """Score the chunk after each boundary of each trace, under each spec.
 
-        Args:
-            traces: traces; longer ones than the window are skipped.
-            specs: chunk sizes with different carryover sizes.
-            controls: spec under which the controls are scored, too.
+        Traces longer than the window are skipped. The controls are scored under ``controls`` only.
         """
         for index, trace in enumerate(traces):
             if not self.fits(trace):
                 continue
             for spec in specs:
                 other = None
-                if spec == controls and len(traces) > 1:
-                    other = first_carryover(
-                        traces[index - 1], spec
-                    )  # the last trace, for the first
+                if spec == controls and len(traces) > 1:  # the last trace is the first one's other
+                    other = first_carryover(traces[index - 1], spec)
                 yield from self._score(index, trace, spec, spec == controls, other)
 
     @torch.no_grad()
     def _score(
-        self,
-        index: int,
-        trace: Trace,
-        spec: ChunkSpec,
-        with_controls: bool,
-        other: TokenIds | None,
+        self, index: int, trace: Trace, spec: ChunkSpec, with_controls: bool, other: TokenIds | None
     ) -> Iterator[ScoredBoundary]:
         chunks = list(rechunk(trace.query_ids, trace.output_ids, spec))
         if len(chunks) < 2:

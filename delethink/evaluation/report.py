@@ -156,10 +156,10 @@ def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:
 
 
 class EvaluationProgress:
-    """Evaluation callback that prints to ``console``: a progress bar, or plain lines."""
+    """Progress of an evaluation: a bar in a terminal, otherwise plain lines."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, stderr: bool = False) -> None:
+        self.console = Console(highlight=False, stderr=stderr)
         if not self.console.is_terminal:
             self.console.width = _PLAIN_WIDTH
         self._live: Progress | None = None

@@ -43,6 +43,7 @@ class AnalysisSettings:
     resamples: int = 5000  # of the bootstrap
     seed: int = 0  # of the bootstrap
     device: Accelerator | None = None  # for time estimates
+    cost_model: str | None = None  # model with the shape for estimates, instead of each model
 
 
 @dataclass(frozen=True)
@@ -133,19 +134,9 @@ class _SettingRecords:
 
 
 def summarise(
-    settings: Sequence[Setting],
-    records: Iterable[Record],
-    analysis: AnalysisSettings,
-    cost_models: Mapping[str, str] | None = None,
+    settings: Sequence[Setting], records: Iterable[Record], analysis: AnalysisSettings
 ) -> Results:
-    """Compute all results.
-
-    Args:
-        settings: settings, in the order of the rows.
-        records: records of these settings.
-        analysis: settings of the analysis.
-        cost_models: by model, its name in the cost estimator.
-    """
+    """Compute all results from the records of ``settings``."""
     by_key: dict[str, list[Record]] = {setting.key: [] for setting in settings}
     for record in records:
         by_key[record.key.setting].append(record)
@@ -153,9 +144,8 @@ def summarise(
     rows = []
     for own in collected:
         if own.scored:
-            cost_model = (cost_models or {}).get(own.setting.model, own.setting.model)
             for i, budget in enumerate(own.setting.budgets):
-                rows.append(_row(own, budget, own.at(i), cost_model, analysis))
+                rows.append(_row(own, budget, own.at(i), analysis))
     return Results(
         rows=rows,
         comparisons=_comparisons(collected, analysis.margin),
@@ -170,18 +160,14 @@ def summarise(
 
 
 def _row(
-    records: _SettingRecords,
-    budget: int,
-    samples: Samples,
-    cost_model: str,
-    analysis: AnalysisSettings,
+    records: _SettingRecords, budget: int, samples: Samples, analysis: AnalysisSettings
 ) -> ResultRow:
     scores = _scores(samples)
     votes = [[o.vote for o in outcomes] for outcomes in samples.values()]
     every = [outcome for outcomes in samples.values() for outcome in outcomes]
     most = min(map(len, scores))
     ks = sorted({most, *(1 << i for i in range(most.bit_length()))})  # 1, 2, 4, … and the most
-    flops, seconds = _cost(records, every, cost_model, analysis.device)
+    flops, seconds = _cost(records, every, analysis)
     bootstrap = None
     if analysis.bootstrap_k:
         bootstrap = bootstrap_avg(scores, analysis.bootstrap_k, analysis.resamples, analysis.seed)
@@ -214,12 +200,10 @@ def _row(
 
 
 def _cost(
-    records: _SettingRecords,
-    outcomes: Sequence[BudgetOutcome],
-    model: str,
-    device: Accelerator | None,
+    records: _SettingRecords, outcomes: Sequence[BudgetOutcome], analysis: AnalysisSettings
 ) -> tuple[float | None, float | None]:
     """Estimate FLOPs per trace and seconds of all traces; ``None`` where no estimate exists."""
+    model, device = analysis.cost_model or records.setting.model, analysis.device
     try:
         shape, cut = model_shape(model), Cut.of(records.setting.spec)
     except UserError:  # an unknown model or carryover

@@ -46,10 +46,7 @@ Grade = Callable[[Attempt], Awaitable[float | None]]
 """Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_DEFAULT_COLUMNS = {
-    "problem_key": "problem|prompt|question",
-    "answer_key": "answer|solution|gold",
-}
+_DEFAULT_COLUMNS = {"problem_key": "problem|prompt|question", "answer_key": "answer|solution|gold"}
 _DEFAULT_PROBLEMS = 256  # for a task without an end
 
 
@@ -170,7 +167,6 @@ def evaluate(
     resume: bool = False,
     force: bool = False,
     retry_errors: bool = False,
-    cost_models: Mapping[str, str] | None = None,
 ) -> Results:
     """Sample every trace missing in ``output``, and summarise all traces.
 
@@ -181,12 +177,11 @@ def evaluate(
         evaluation: problems, settings and samples.
         open_model: loads a model; one model is open at a time.
         output: a new folder, or with ``resume`` the folder of an interrupted evaluation.
-        analysis: margin, bootstrap and device.
+        analysis: margin, bootstrap, and device and shape for cost estimates.
         progress: prints the progress.
         resume: continue the evaluation in ``output``.
         force: resume with other settings than before.
         retry_errors: sample failed traces again.
-        cost_models: by model, its name in the cost estimator.
 
     Raises:
         UserError: a mistake of the user; nothing is left behind if no trace was sampled.
@@ -211,9 +206,7 @@ def evaluate(
                 with open_model(model) as loaded:
                     _sample(evaluation, loaded, missing, known, directory, progress)
         records = _matching(evaluation, directory)
-        results = summarise(
-            evaluation.settings, records, analysis or AnalysisSettings(), cost_models
-        )
+        results = summarise(evaluation.settings, records, analysis or AnalysisSettings())
         found = asked | directory.forced | results.as_dict()
         directory.write("results.json", json.dumps(found, indent=2) + "\n")
         directory.write("timing.json", json.dumps(results.timing, indent=2) + "\n")

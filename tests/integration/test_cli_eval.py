@@ -290,10 +290,10 @@ def test_the_example_of_the_documentation_runs(
 
 def test_the_papers_preset_and_answers_that_are_asked_for(tmp_path: Path) -> None:
     file = write_problems(tmp_path / "p.jsonl", {"problem": "09:01101001101", "answer": "1"})
-    arguments = "-m toy --mode delethink -C 40 --max-chunks 2 engine=transformers --json"
+    arguments = "-m toy --mode delethink -C 40 --head-size 0 --max-chunks 2 engine=transformers"
     done = run(
         *["--task", file, *arguments.split(), "--preset", "paper", "--force-answer", "14"],
-        *["-o", "out", "--no-curves"],
+        *["-o", "out", "--no-curves", "--json"],
         cwd=tmp_path,
     )
     assert done.code == 0, done.err
