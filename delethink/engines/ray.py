@@ -258,35 +258,31 @@ class RayPool:
         return _RayWorker(actor, self.config.startup_timeout, self._resources, sender)
 
 
+@dataclasses.dataclass(eq=False)
 class _RayWorker:
     """``WorkerHandle`` of a Ray actor."""
 
-    def __init__(
-        self,
-        actor: Any,
-        startup_timeout_s: float,
-        resources: Mapping[str, float],
-        sender: Any,  # result of RayPool.make_sender; None for weight_transfer=store
-    ) -> None:
-        self.actor, self._sender = actor, sender
-        self._startup_timeout_s, self._resources = startup_timeout_s, resources
+    actor: Any
+    startup_timeout_s: float
+    resources: Mapping[str, float]
+    sender: Any  # result of RayPool.make_sender; None for weight_transfer=store
 
     async def start(self) -> WorkerState:
         state: WorkerState | None = None
-        limit = asyncio.timeout(self._startup_timeout_s)
+        limit = asyncio.timeout(self.startup_timeout_s)
         try:
             async with limit:
                 state = await _result(self.actor.start.remote())
-                if self._sender is not None:
-                    await _run_in_thread(self._sender.connect)
+                if self.sender is not None:
+                    await _run_in_thread(self.sender.connect)
         except TimeoutError:
             if not limit.expired():
                 raise  # raised by the engine or Ray
-            within = f"within {self._startup_timeout_s:g} s (startup_timeout)"
+            within = f"within {self.startup_timeout_s:g} s (startup_timeout)"
             if state is not None:
                 text = f"its engine is up, but the weight transfer did not connect {within}"
                 raise TimeoutError(text) from None
-            needed = dict(self._resources)
+            needed = dict(self.resources)
             free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
             text = f"gave no answer {within}; it needs {needed}, and Ray has {free} free"
             raise TimeoutError(text) from None
@@ -313,7 +309,7 @@ class _RayWorker:
         return counts
 
     async def update_weights(self, weights: Any, version: int) -> int:
-        if (sender := self._sender) is not None:
+        if (sender := self.sender) is not None:
             answer: int = await _run_in_thread(lambda: sender.send(weights, version))
         else:
             answer = await _result(self.actor.update_weights.remote(weights, version))
@@ -331,8 +327,8 @@ class _RayWorker:
     def kill(self) -> None:
         if ray.is_initialized():
             ray.kill(self.actor)
-        if self._sender is not None:  # in a thread: the call may wait for the worker
-            threading.Thread(target=self._sender.close, daemon=True).start()
+        if self.sender is not None:  # in a thread: the call may wait for the worker
+            threading.Thread(target=self.sender.close, daemon=True).start()
 
 
 class _LoopThread:

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from array import array
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -66,10 +66,11 @@ class VllmWorker:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
-        counters: list[Any] = []
+        self._counter = _make_counter()
         try:
             self._engine = AsyncLLM.from_engine_args(
-                _engine_args(self._spec, self.extension), stat_loggers=[_counter_class(counters)]
+                _engine_args(self._spec, self.extension),
+                stat_loggers=[lambda *_: self._counter],
             )
             async for _ in self._engine.generate(
                 {"prompt_token_ids": [0]}, _sampling_params(1, Sampling(), ()), "warm-up"
@@ -77,7 +78,6 @@ class VllmWorker:
                 pass
         except Exception as error:
             raise RuntimeError(_last_error() or str(error)) from error
-        (self._counter,) = counters
         self._counter.counts = EngineCounts()
         vllm_config = self._engine.vllm_config
         return WorkerState(
@@ -240,17 +240,13 @@ class VllmPool(RayPool):
 
 
 def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
-    """Return parameters for the model's own distribution at a temperature, and nothing else."""
+    """Return parameters for the model's own distribution at a temperature: vLLM's defaults."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
         seed=sampling.seed,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=1.0,
         max_tokens=max_new_tokens,
         ignore_eos=True,  # ignores the model's configuration: eos_ids alone end an answer
         stop_token_ids=list(eos_ids),
@@ -321,16 +317,15 @@ def _set_environment(spec: WorkerSpec) -> None:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
-def _counter_class(instances: list[Any]) -> Callable[..., Any]:
-    """Return a statistics logger for vLLM, a step counter; its instances go into a list."""
+def _make_counter() -> Any:
+    """Return a statistics logger for vLLM, with ``counts``."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Counter(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are untyped here
         """Counts the steps of an engine and their tokens."""
 
-        def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        def __init__(self) -> None:
             self.counts = EngineCounts()
-            instances.append(self)
 
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
@@ -353,7 +348,7 @@ def _counter_class(instances: list[Any]) -> Callable[..., Any]:
         def log_engine_initialized(self) -> None:
             """Log nothing."""
 
-    return Counter
+    return Counter()
 
 
 def _last_error() -> str:
