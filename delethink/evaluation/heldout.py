@@ -16,7 +16,7 @@ from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer
 from delethink.tokenization import Tokenizer, query_ids
-from delethink.types import Problem, TraceStop
+from delethink.types import Problem, Score, Trace, TraceStop
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class Evaluator:
                 max_model_tokens,
             )
         )
+        return self._summarise(setting, traces, scores)
+
+    def _summarise(self, setting: str, traces: list[Trace], scores: list[Score]) -> HeldOutResult:
         failed = [trace for trace in traces if trace.stop.is_failure]
         if failed:
             raise RolloutError(
