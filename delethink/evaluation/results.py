@@ -40,8 +40,8 @@ class AnalysisSettings:
 
     margin: float = 0.02  # smallest difference in accuracy of interest
     bootstrap_k: int | None = None  # k of avg@k by bootstrap (128 in the paper)
-    resamples: int = 5000  # of the bootstrap
-    seed: int = 0  # of the bootstrap
+    resamples: int = 5000  # number of bootstrap resamples
+    seed: int = 0  # seed of the bootstrap
     device: Accelerator | None = None  # for time estimates
     cost_model: str | None = None  # model with the shape for estimates, instead of each model
 
