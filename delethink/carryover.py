@@ -42,7 +42,7 @@ class CarriedLength(NamedTuple):
 class _ChunkPolicy:
     """Common part of carryover and boundary policies."""
 
-    name: ClassVar[str] = ""  # used in error texts; by default the name of the class
+    name: ClassVar[str] = ""  # the registered name; by default the name of the class
 
     def bind(self, tokenizer: Tokenizer) -> Self:
         """Return the policy with a tokenizer, if it reads or writes text."""
@@ -75,7 +75,11 @@ class _ReadsText(_ChunkPolicy):
 
 
 class Carryover(_ChunkPolicy):
-    """Base class of carryover policies. Subclasses override ``carry``, and ``bound`` if not m.
+    """Base class of carryover policies. Subclasses override ``carry``, and
+
+    - ``bound``, if it is not m;
+    - ``check``, for limits of m and C;
+    - ``carried_length``, if the length is constant: else `delethink cost` refuses the policy.
 
     Example: ``HeadTail(head_size=1)`` with m=3. The first chunk is ``a b c d e f``. The second
     chunk starts from the query and ``a e f``, and samples ``g h i``:

@@ -51,7 +51,7 @@ class Completion:
     token_ids: TokenIds  # ends with EOS if ``stop`` is ``EOS``
     logprobs: Logprobs  # one for each token, at the sampling temperature
     stop: StopReason
-    policy_version: int = 0  # weight updates of the sampling weights
+    policy_version: int = 0  # number of updates of the weights it was sampled with
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", as_token_ids(self.token_ids))

@@ -96,7 +96,7 @@ def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, str]:
 def register(group: str, name: str) -> Callable[[Named], Named]:
     """Return a decorator that registers a class or function in this process.
 
-    Example: ``@register("delethink.carryovers", "every_other")`` above a class.
+    Example: ``@register("delethink.carryovers", "last_lines")`` above a class.
 
     Raises:
         ConfigError: the group is unknown, or the name is taken.

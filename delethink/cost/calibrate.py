@@ -239,8 +239,9 @@ def read_steps(path: Path) -> list[Measurement]:
             steps=1,
             gpus=engines,
             extra_passes=float(training.gradient_checkpointing),
-            # only vLLM has GPUs per engine
-            prefix_cache=engine.name == "vllm" or engine.gpus_per_engine > 0,
+            # Engines in Ray workers have a prefix cache; "auto" on CPUs is not known here.
+            prefix_cache=engine.name not in ("auto", "transformers")
+            or engine.gpus_per_engine > 0,
         )
         alone, times = dataclasses.replace(workload, gpus=1), metrics[step]
         measured.append(Measurement(seen, cut, workload, times["seconds_sampling"], None))

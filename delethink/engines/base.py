@@ -126,8 +126,11 @@ class Worker(Protocol):
 
     - ``ConnectionError``: the engine is gone, and the pool restarts the worker.
     - ``UserError`` (``ConfigError``, say): the request is at fault, and its caller gets the error.
-    - any other: the chunk goes to another worker. The pool restarts a worker after several errors
-      without a chunk in between.
+    - any other: the chunk goes to another worker. If there is another, the pool restarts a worker
+      after several errors without a chunk in between.
+
+    The worker itself applies the settings of its engine: ``engine_dtype``, ``max_batch_size``,
+    ``tensor_parallel_size``, ``verify_weights`` and the like of ``spec.config``.
     """
 
     async def start(self) -> WorkerState:

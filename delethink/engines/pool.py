@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from delethink.config import EngineConfig
 from delethink.engines.base import WorkerHandle
-from delethink.engines.pool_records import Activity, FaultCounts, PendingChunk, PoolWorker
+from delethink.engines.pool_records import Activity, FaultCounts, PendingChunk, WorkerRecord
 from delethink.engines.scheduler import Scheduler, rank, slots
 from delethink.errors import (
     ConfigError,
@@ -64,7 +64,7 @@ class WorkerPool:
     """
 
     def __init__(self, launch: Callable[[int], WorkerHandle], config: EngineConfig) -> None:
-        self.workers = [PoolWorker(i, f"worker {i}") for i in range(config.num_engines)]
+        self.workers = [WorkerRecord(i, f"worker {i}") for i in range(config.num_engines)]
         self.max_model_tokens = 0
         self.faults = FaultCounts()
         self._launch, self._config = launch, config
@@ -79,7 +79,7 @@ class WorkerPool:
         self._awake.set()
         self._sleep_lock, self._update_lock = asyncio.Lock(), asyncio.Lock()
         self._weights: tuple[Any, int] | None = None  # the latest weights and their version
-        self._outdated: set[PoolWorker] = set()  # workers without the weights of a running update
+        self._outdated: set[WorkerRecord] = set()  # workers without the weights of a running update
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- chunks --------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class WorkerPool:
                     self._scheduler.submit(chunk, first=chunk.attempts > 0)
                     self._dispatch_soon()
                     await chunk.assigned
-                    return await self._sample(cast(PoolWorker, chunk.worker), chunk)
+                    return await self._sample(cast(WorkerRecord, chunk.worker), chunk)
                 except _RetryError as error:
                     self._count_attempt(chunk, error)
                 except asyncio.CancelledError:
@@ -146,14 +146,14 @@ class WorkerPool:
         self._dispatch_scheduled = False
         now = asyncio.get_running_loop().time()
         for worker, chunk in self._scheduler.assign():
-            assert isinstance(worker, PoolWorker)
+            assert isinstance(worker, WorkerRecord)
             assert isinstance(chunk, PendingChunk)
             assert chunk.assigned is not None
             worker.add(chunk, now)
             if not chunk.assigned.done():  # else the caller has just cancelled
                 chunk.assigned.set_result(None)
 
-    async def _sample(self, worker: PoolWorker, chunk: PendingChunk) -> Completion:
+    async def _sample(self, worker: WorkerRecord, chunk: PendingChunk) -> Completion:
         """Sample a chunk; raise ``UserError`` if the request is at fault, else ``_RetryError``."""
         handle, name = worker.handle, str(worker)
         assert handle is not None
@@ -164,7 +164,6 @@ class WorkerPool:
         except UserError:
             raise
         except Exception as error:  # a worker can fail in any way
-            self._release(chunk)
             if worker.handle is handle:
                 self._handle_worker_error(worker, error)
             raise _RetryError(f"{name} {_text(error)}") from None
@@ -191,7 +190,7 @@ class WorkerPool:
         suffix = f" (attempt {chunk.attempts}, the last)" if chunk.attempts > 1 else ""
         raise PolicyError(f"{error}{suffix}") from None
 
-    def _handle_worker_error(self, worker: PoolWorker, error: Exception) -> None:
+    def _handle_worker_error(self, worker: WorkerRecord, error: Exception) -> None:
         """Pause a worker after an error; restart a dead one, or one with errors only."""
         if not worker.in_service:
             return
@@ -209,17 +208,17 @@ class WorkerPool:
         self._pause(worker)
         asyncio.get_running_loop().call_later(_ERROR_PAUSE_S, self._end_rest, worker, worker.handle)
 
-    def _end_rest(self, worker: PoolWorker, handle: WorkerHandle | None) -> None:
+    def _end_rest(self, worker: WorkerRecord, handle: WorkerHandle | None) -> None:
         if worker.handle is handle:
             worker.resting = False
             self._resume(worker)
 
-    def _pause(self, worker: PoolWorker) -> None:
+    def _pause(self, worker: WorkerRecord) -> None:
         """Assign no more chunks to a worker; those in flight continue."""
         if worker.in_service:
             self._scheduler.pause(worker)
 
-    def _resume(self, worker: PoolWorker) -> None:
+    def _resume(self, worker: WorkerRecord) -> None:
         """Assign chunks to a worker again, unless there is another reason to wait."""
         outdated = self._unsound is not None or worker in self._outdated
         held_back = outdated or worker.resting or worker.missed_heartbeat
@@ -268,7 +267,7 @@ class WorkerPool:
             self._kill(worker)
         self.workers = []
 
-    async def _supervise(self, worker: PoolWorker) -> None:
+    async def _supervise(self, worker: WorkerRecord) -> None:
         """Restart a worker after each loss, up to ``max_restarts`` times in a row."""
         while True:
             assert worker.lost is not None
@@ -294,7 +293,7 @@ class WorkerPool:
                 except Exception as error:  # an engine can fail to start in any way
                     self._record_failure(worker, f"did not start: {_text(error)}")
 
-    async def _start_worker(self, worker: PoolWorker) -> None:
+    async def _start_worker(self, worker: WorkerRecord) -> None:
         """Start an engine, load the current weights, and put the worker into service."""
         await self._awake.wait()  # while the pool sleeps, the trainer has the GPU
         worker.handle = handle = self._launch(worker.index)
@@ -315,7 +314,7 @@ class WorkerPool:
         self._service_changed.set()
         self._dispatch_soon()
 
-    def _mark_lost(self, worker: PoolWorker, reason: str) -> None:
+    def _mark_lost(self, worker: WorkerRecord, reason: str) -> None:
         """End the life of a worker: others take its chunks, and ``_supervise`` restarts it."""
         if not worker.in_service:
             return
@@ -332,20 +331,22 @@ class WorkerPool:
         if not worker.lost.done():  # else the pool is being closed
             worker.lost.set_result(reason)
 
-    def _retry_chunks(self, worker: PoolWorker, reason: str) -> None:
+    def _retry_chunks(self, worker: WorkerRecord, reason: str) -> None:
         """Let other workers sample the chunks of a worker, the oldest first."""
         error = _RetryError(f"{worker} {reason}")
+        current = asyncio.current_task()
         for chunk in reversed(list(worker.chunks)):  # each goes to the front of the queue
             self._release(chunk)
-            chunk.interrupt(error)
+            if chunk.task is not current:  # whose own call failed, and which retries by itself
+                chunk.interrupt(error)
 
-    def _record_failure(self, worker: PoolWorker, reason: str) -> None:
+    def _record_failure(self, worker: WorkerRecord, reason: str) -> None:
         _logger.warning("%s %s", worker, reason)
         worker.reason = reason
         worker.failures += 1
         self._kill(worker)
 
-    def _kill(self, worker: PoolWorker) -> None:
+    def _kill(self, worker: WorkerRecord) -> None:
         handle, worker.handle = worker.handle, None
         worker.pid = 0
         worker.in_service = False
@@ -367,7 +368,7 @@ class WorkerPool:
 
     # -- health --------------------------------------------------------------------------------
 
-    async def _check_health(self, worker: PoolWorker, handle: WorkerHandle) -> None:
+    async def _check_health(self, worker: WorkerRecord, handle: WorkerHandle) -> None:
         """Call ``health`` of a worker at intervals; after an exception the worker is lost."""
         while True:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
@@ -395,7 +396,7 @@ class WorkerPool:
             if since is not None and now - since > self._config.lost_timeout:
                 self._end_without_workers(f"for {now - since:.0f} s")
 
-    def _check_worker(self, worker: PoolWorker, now: float) -> None:
+    def _check_worker(self, worker: WorkerRecord, now: float) -> None:
         """Apply ``heartbeat_timeout`` and ``hang_timeout``."""
         silent, stalled = now - worker.heard, now - worker.progressed
         if silent > self._config.hang_timeout:
@@ -409,7 +410,7 @@ class WorkerPool:
                 self._pause(worker)
                 self._retry_chunks(worker, f"had no heartbeat for {silent:.0f} s")
 
-    def _check_chunks(self, worker: PoolWorker, now: float) -> None:
+    def _check_chunks(self, worker: WorkerRecord, now: float) -> None:
         """Apply ``chunk_timeout`` and ``slow_factor``."""
         timeout, hang_timeout = self._config.chunk_timeout, self._config.hang_timeout
         pace = self._pace_of_others(worker)
@@ -428,7 +429,7 @@ class WorkerPool:
                 self._mark_lost(worker, reason)
                 return
 
-    def _pace_of_others(self, worker: PoolWorker) -> float:
+    def _pace_of_others(self, worker: WorkerRecord) -> float:
         """Return the median seconds per token of the other workers; 0 if nothing is known."""
         known = [
             other.pace
@@ -473,7 +474,7 @@ class WorkerPool:
 
     async def _update_until_one_runs(
         self, weights: Any, version: int
-    ) -> list[tuple[PoolWorker, str]]:
+    ) -> list[tuple[WorkerRecord, str]]:
         """Update workers until one runs the weights; return the refusals if none took them."""
         while True:
             self._service_changed.clear()
@@ -496,7 +497,7 @@ class WorkerPool:
                 return refusals
             await self._service_changed.wait()  # a restarted worker has loaded the weights
 
-    async def _update_worker(self, worker: PoolWorker, weights: Any, version: int) -> str | bool:
+    async def _update_worker(self, worker: WorkerRecord, weights: Any, version: int) -> str | bool:
         """Return ``True`` if a worker has loaded the weights, or the reason of a refusal."""
         handle = worker.handle
         self._pause(worker)
@@ -546,14 +547,14 @@ class WorkerPool:
         for worker in self.workers:
             self._resume(worker)
 
-    async def _put_to_sleep(self, worker: PoolWorker, handle: WorkerHandle) -> None:
+    async def _put_to_sleep(self, worker: WorkerRecord, handle: WorkerHandle) -> None:
         self._pause(worker)
         await worker.idle.wait()
         if worker.in_service:
             await handle.sleep()
 
     async def _for_each_in_service(
-        self, call: Callable[[PoolWorker, WorkerHandle], Awaitable[None]]
+        self, call: Callable[[WorkerRecord, WorkerHandle], Awaitable[None]]
     ) -> None:
         workers = [(w, w.handle) for w in self.workers if w.in_service and w.handle]
         results = await asyncio.gather(*[call(*pair) for pair in workers], return_exceptions=True)
@@ -576,7 +577,7 @@ class WorkerPool:
         - the fields of ``FaultCounts``.
         """
 
-        async def refresh(worker: PoolWorker, handle: WorkerHandle) -> None:
+        async def refresh(worker: WorkerRecord, handle: WorkerHandle) -> None:
             counts = await handle.health()
             if worker.in_service and worker.handle is handle:
                 worker.update_health(counts, asyncio.get_running_loop().time())

@@ -26,7 +26,7 @@ class PendingChunk(Request):
     task: asyncio.Task[Any]  # the caller's
     attempts: int = 0
     assigned: asyncio.Future[None] | None = None
-    worker: PoolWorker | None = None  # None unless in flight
+    worker: WorkerRecord | None = None  # None unless in flight
     started: float = 0.0  # time of the assignment to the worker
     interruption: Exception | None = None
 
@@ -83,7 +83,7 @@ class FaultCounts:
 
 
 @dataclass(eq=False)
-class PoolWorker:
+class WorkerRecord:
     """A worker over all its restarts."""
 
     index: int
@@ -98,8 +98,8 @@ class PoolWorker:
     completions: int = 0
 
     lost: asyncio.Future[str] | None = None  # ends the present life, with the reason
-    failures: int = 0  # lives in a row without a chunk sampled
-    error_rounds: int = 0  # rests in a row
+    failures: int = 0  # losses and failed starts since the last sampled chunk
+    error_rounds: int = 0  # pauses after errors, in a row
     resting: bool = False  # after an error
     chunks: dict[PendingChunk, None] = field(default_factory=dict)  # in flight, the oldest first
     idle: asyncio.Event = field(default_factory=asyncio.Event)

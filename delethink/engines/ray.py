@@ -6,7 +6,7 @@
         pool.update_weights(model.state_dict(), version=1)
 
 A chunk takes this way: ``RayPool.generate`` -> ``WorkerPool.generate`` in the thread of the pool ->
-``_RayWorker.generate``, a plain call of a Ray actor -> ``generate`` of the worker class.
+``_RayWorkerHandle.generate``, a plain call of a Ray actor -> ``generate`` of the worker class.
 
 The pool joins a running Ray cluster (``RAY_ADDRESS``, ``ray start``, or a submitted job). Otherwise
 it starts Ray on this machine, reachable from this machine alone.
@@ -34,7 +34,7 @@ from delethink.engines.base import (
 )
 from delethink.engines.cluster import cause, connect
 from delethink.engines.pool import WorkerPool
-from delethink.engines.pool_records import FaultCounts, PoolWorker
+from delethink.engines.pool_records import FaultCounts, WorkerRecord
 from delethink.errors import ConfigError, MissingExtraError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.tokens import token_array
@@ -144,7 +144,7 @@ class RayPool:
         )
 
     @property
-    def workers(self) -> list[PoolWorker]:
+    def workers(self) -> list[WorkerRecord]:
         """Return the workers; none after ``close``."""
         return self._pool.workers
 
@@ -234,7 +234,7 @@ class RayPool:
             pool makes each call in a thread.
 
         Raises:
-            ConfigError: the engine has none.
+            ConfigError: the engine has no transfer between GPUs.
         """
         raise ConfigError(
             f"{type(self).__name__} does not support weight_transfer="
@@ -255,11 +255,11 @@ class RayPool:
         actor = remote.remote(spec)
         uses_store = self.config.weight_transfer == "store"
         sender = None if uses_store else self.make_sender(actor)
-        return _RayWorker(actor, self.config.startup_timeout, self._resources, sender)
+        return _RayWorkerHandle(actor, self.config.startup_timeout, self._resources, sender)
 
 
 @dataclasses.dataclass(eq=False)
-class _RayWorker:
+class _RayWorkerHandle:
     """``WorkerHandle`` of a Ray actor."""
 
     actor: Any

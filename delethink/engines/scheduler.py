@@ -113,7 +113,7 @@ class Scheduler:
 
         Args:
             request: the chunk.
-            first: go before other chunks of this rank, as a retry does.
+            first: go to the front of its queue, as a retry does.
         """
         queues = self._queues.get(request.rank)
         if queues is None:

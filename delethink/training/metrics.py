@@ -146,7 +146,7 @@ def _tokens(key: str, unit: str, meaning: str, formula: TokenFormula, **options:
     return Metric(key, unit, "tokens", meaning, of_tokens=formula, **options)
 
 
-def _engine(key: str, unit: str, meaning: str, when: str = "engine=vllm") -> Metric:
+def _engine(key: str, unit: str, meaning: str, when: str = "engines in Ray workers") -> Metric:
     return Metric(f"engine/{key}", unit, "engine", meaning, when)
 
 
@@ -269,13 +269,13 @@ METRICS: tuple[Metric, ...] = (
     _engine("prefix_cache_hit_rate", "share of prompt tokens", "Prompt tokens found in the cache."),
     _engine("queue", "chunks", "Chunks without a worker, now; of a worker: its chunks."),
     _engine("workers", "workers", "Workers in service, now."),
-    _engine("restarts", "restarts", "Restarts of workers."),
-    _engine("chunks_rescheduled", "chunks", "Chunks of lost workers, sent to other workers."),
-    _engine("tokens_lost", "tokens", "Sampled tokens of lost chunks."),
+    _engine("restarts", "restarts", "Attempts to restart a worker."),
+    _engine("chunks_rescheduled", "chunks", "Failed attempts at a chunk that were repeated."),
+    _engine("tokens_lost", "tokens", "Sampled tokens of lost chunks, estimated from below."),
     _engine("chunk_timeouts", "chunks", "Chunks beyond engine.chunk_timeout."),
     _engine("chunks_failed", "chunks", "Chunks with engine.max_attempts failures."),
     _engine("worker <i>/<name>", "as above",
-            "The same of one worker; its restarts are those of the whole run."),
+            "Queue, chunks, restarts (of the whole run) and rates of one worker."),
 )
 # fmt: on
 TOKEN_METRICS = tuple(metric for metric in METRICS if metric.of_tokens)

@@ -24,7 +24,7 @@ from delethink.types import TokenIds, Trace
 
 need("ray", "vllm", "torch")
 
-from delethink.engines.pool_records import PoolWorker  # noqa: E402
+from delethink.engines.pool_records import WorkerRecord  # noqa: E402
 from delethink.engines.vllm import VllmPool  # noqa: E402
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Chaos:
         return event[0] in SECONDS or sum(worker.in_service for worker in self.pool.workers) > 1
 
 
-async def damage(what: str, whom: str, worker: PoolWorker) -> None:
+async def damage(what: str, whom: str, worker: WorkerRecord) -> None:
     pid = worker.pid if whom == "worker" else engine_of(worker.pid).pid
     os.kill(pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
     if what in SECONDS:

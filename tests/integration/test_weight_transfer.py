@@ -205,7 +205,7 @@ def test_a_worker_that_starts_but_does_not_connect_is_not_called_silent() -> Non
     ):
         actor = SimpleNamespace(start=SimpleNamespace(remote=started))
         sender = SimpleNamespace(connect=connect)
-        worker = ray_module._RayWorker(actor, 0.05, {}, sender)  # type: ignore[arg-type]
+        worker = ray_module._RayWorkerHandle(actor, 0.05, {}, sender)  # type: ignore[arg-type]
         pool = WorkerPool(lambda index, worker=worker: worker, EngineConfig())  # type: ignore[misc]
         with pytest.raises(ConfigError, match=f"did not start: {reason}"):
             asyncio.run(pool.start())

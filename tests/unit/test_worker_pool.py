@@ -271,6 +271,21 @@ def test_a_dead_worker_gets_no_new_chunk_and_all_of_its_chunks_count_as_reschedu
     run(cluster, scenario)
 
 
+def test_tokens_of_a_lone_lost_chunk_are_counted() -> None:
+    """Its own failed call is the first to notice the loss."""
+    cluster = FakeCluster(1, seconds_per_token=1.0)
+
+    async def scenario(pool: WorkerPool) -> None:
+        sampling = asyncio.ensure_future(sample(pool, 0))
+        await asyncio.sleep(4.5)  # two health calls have been answered
+        cluster.now(0).dead = True
+        await asyncio.sleep(1.0)
+        assert pool.faults.tokens_lost > 0
+        await sampling
+
+    run(cluster, scenario)
+
+
 def test_a_chunk_that_kills_every_worker_is_data_and_not_the_end_of_all() -> None:
     cluster = FakeCluster(3, start_seconds=1)
 
