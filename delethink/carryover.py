@@ -75,7 +75,9 @@ class _ReadsText(_ChunkPolicy):
 
 
 class Carryover(_ChunkPolicy):
-    """Base class of carryover policies. Subclasses override ``carry``, and
+    """Base class of carryover policies.
+
+    Subclasses override ``carry``, and
 
     - ``bound``, if it is not m;
     - ``check``, for limits of m and C;

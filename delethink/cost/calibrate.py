@@ -240,8 +240,7 @@ def read_steps(path: Path) -> list[Measurement]:
             gpus=engines,
             extra_passes=float(training.gradient_checkpointing),
             # Engines in Ray workers have a prefix cache; "auto" on CPUs is not known here.
-            prefix_cache=engine.name not in ("auto", "transformers")
-            or engine.gpus_per_engine > 0,
+            prefix_cache=engine.name not in ("auto", "transformers") or engine.gpus_per_engine > 0,
         )
         alone, times = dataclasses.replace(workload, gpus=1), metrics[step]
         measured.append(Measurement(seen, cut, workload, times["seconds_sampling"], None))
