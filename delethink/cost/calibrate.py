@@ -31,37 +31,22 @@ _WARM_UP_STEPS = 1  # the first step includes one-time costs
 
 
 class Measurement(NamedTuple):
-    """A timed training step.
+    """A timed training step."""
 
-    Args:
-        lengths: sampled tokens of its traces.
-        cut: chunk sizes.
-        workload: queries, traces and devices of the step.
-        sampling_seconds: time of sampling; ``None``: not timed.
-        training_seconds: time of training; ``None``: not timed.
-    """
-
-    lengths: Lengths
-    cut: Cut
-    workload: Workload
-    sampling_seconds: float | None
-    training_seconds: float | None
+    lengths: Lengths  # sampled tokens of its traces
+    cut: Cut  # chunk sizes
+    workload: Workload  # queries, traces and devices of the step
+    sampling_seconds: float | None  # time of sampling; ``None``: not timed
+    training_seconds: float | None  # time of training; ``None``: not timed
 
 
 class Fit(NamedTuple):
-    """Fitted efficiencies and their errors.
+    """Fitted efficiencies and their errors."""
 
-    Args:
-        efficiency: fitted efficiencies; ``spread`` is that of the errors.
-        fitted: names of the figures that the measurements determine.
-        sampling_errors: predicted / measured - 1 for each timed measurement.
-        training_errors: predicted / measured - 1 for each timed measurement.
-    """
-
-    efficiency: Efficiency
-    fitted: tuple[str, ...]
-    sampling_errors: FloatArray
-    training_errors: FloatArray
+    efficiency: Efficiency  # fitted efficiencies; ``spread`` is that of the errors
+    fitted: tuple[str, ...]  # names of the figures that the measurements determine
+    sampling_errors: FloatArray  # predicted / measured - 1 for each timed measurement
+    training_errors: FloatArray  # predicted / measured - 1 for each timed measurement
 
 
 def fit(

@@ -40,31 +40,21 @@ Curve = Callable[[FloatArray], FloatArray]  # thinking tokens -> cost
 class Workload:
     """A reinforcement-learning run, reduced to the figures that decide its cost.
 
-    Args:
-        query: tokens per query (|q|).
-        group: traces per query (G).
-        prompts: queries per step.
-        steps: training steps.
-        gpus: devices; sampling and training alternate on them.
-        parallel: devices per engine; ``None``: as few as the model needs.
-        extra_passes: forward passes of training beyond the first: recomputed activations, and
-            log-probs under the old weights.
-        micro_tokens: maximum tokens per forward pass of training, unless a chunk is longer.
-        prefix_cache: whether the engine has a prefix cache.
-
     Raises:
         ConfigError: a figure is out of range.
     """
 
-    query: int = 256
-    group: int = 8
-    prompts: int = 128
-    steps: int = 1000
-    gpus: int = 8
-    parallel: int | None = None
+    query: int = 256  # tokens per query (|q|)
+    group: int = 8  # traces per query (G)
+    prompts: int = 128  # queries per step
+    steps: int = 1000  # training steps
+    gpus: int = 8  # devices; sampling and training alternate on them
+    parallel: int | None = None  # devices per engine; ``None``: as few as the model needs
+    # forward passes of training beyond the first: recomputed activations, and log-probs under the
+    # old weights
     extra_passes: float = 2.0
-    micro_tokens: int = 32_768
-    prefix_cache: bool = True
+    micro_tokens: int = 32_768  # most tokens per forward pass of training, unless a chunk is longer
+    prefix_cache: bool = True  # whether the engine has a prefix cache
 
     def __post_init__(self) -> None:
         for name in ("query", "group", "prompts", "steps", "gpus", "micro_tokens"):
@@ -80,15 +70,10 @@ class Workload:
 
 
 class Lengths(NamedTuple):
-    """Distribution of the thinking lengths of traces.
+    """Distribution of the thinking lengths of traces."""
 
-    Args:
-        values: equally likely lengths in tokens, [..., T].
-        longest: expected length of the longest trace in an engine's batch, [...].
-    """
-
-    values: FloatArray
-    longest: FloatArray
+    values: FloatArray  # equally likely lengths in tokens, [..., T]
+    longest: FloatArray  # expected length of the longest trace in an engine's batch, [...]
 
     @property
     def mean(self) -> FloatArray:
@@ -119,40 +104,22 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a method, per trace unless stated otherwise. Arrays for arrays of lengths.
+    """Cost of a method, per trace unless stated otherwise. Arrays for arrays of lengths."""
 
-    Args:
-        thinking: sampled tokens.
-        chunks: number of chunks.
-        sampling_flops: FLOPs of prefills and decoding.
-        training_flops: FLOPs of forward and backward, extra passes included.
-        cache_bytes: peak KV cache of the longest trace.
-        training_bytes: peak memory of a training device.
-        concurrent: traces that fit in an engine's memory at once.
-        sampling_seconds: seconds per step.
-        prefill_seconds: part of ``sampling_seconds`` for prefills.
-        training_seconds: seconds per step, optimizer included.
-        sync_seconds: seconds per step for new weights.
-        compute_bound: fraction of the decoded tokens in steps bound by compute.
-        gpus: number of devices.
-        traces: traces per step.
-        steps: steps of the run.
-    """
-
-    thinking: FloatArray
+    thinking: FloatArray  # sampled tokens
     chunks: FloatArray
-    sampling_flops: FloatArray
-    training_flops: FloatArray
-    cache_bytes: FloatArray
-    training_bytes: FloatArray
-    concurrent: FloatArray
-    sampling_seconds: FloatArray
-    prefill_seconds: FloatArray
-    training_seconds: FloatArray
-    sync_seconds: float
-    compute_bound: FloatArray
+    sampling_flops: FloatArray  # FLOPs of prefills and decoding
+    training_flops: FloatArray  # FLOPs of forward and backward, extra passes included
+    cache_bytes: FloatArray  # peak KV cache of the longest trace
+    training_bytes: FloatArray  # peak memory of a training device
+    concurrent: FloatArray  # traces that fit in an engine's memory at once
+    sampling_seconds: FloatArray  # seconds per step
+    prefill_seconds: FloatArray  # part of ``sampling_seconds`` for prefills
+    training_seconds: FloatArray  # seconds per step, optimizer included
+    sync_seconds: float  # seconds per step for new weights
+    compute_bound: FloatArray  # fraction of the decoded tokens in steps bound by compute
     gpus: int
-    traces: int
+    traces: int  # traces per step
     steps: int
 
     @property

@@ -73,19 +73,12 @@ def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> FloatArray
 
 
 class Cut(NamedTuple):
-    """Sizes of the chunks that thinking is cut into, as numbers or arrays.
+    """Sizes of the chunks that thinking is cut into, as numbers or arrays."""
 
-    Args:
-        context_size: thinking tokens per context (C); infinite for LongCoT.
-        carryover_size: thinking tokens carried over a boundary, within C (m).
-        outside: carried tokens on top of C (``head_outside``).
-        fixed_head: leading carried tokens that never change, so that a prefix cache holds them.
-    """
-
-    context_size: Numbers
-    carryover_size: Numbers
-    outside: Numbers = 0
-    fixed_head: Numbers = 0
+    context_size: Numbers  # thinking tokens per context (C); infinite for LongCoT
+    carryover_size: Numbers  # thinking tokens carried over a boundary, within C (m)
+    outside: Numbers = 0  # carried tokens on top of C (``head_outside``)
+    fixed_head: Numbers = 0  # leading carried tokens that never change; a prefix cache holds them
 
     @classmethod
     def of(cls, spec: ChunkSpec) -> Cut:
@@ -127,18 +120,12 @@ class Chunks:
 
     The last axis has four entries: the first chunk of the first trace in a group, the first chunk
     of the other traces, full later chunks, and the last chunk.
-
-    Args:
-        count: chunks of each size per trace, averaged over the group.
-        prompt: prompt tokens.
-        new: sampled tokens.
-        cached: prompt tokens found in the prefix cache.
     """
 
-    count: FloatArray
-    prompt: FloatArray
-    new: FloatArray
-    cached: FloatArray
+    count: FloatArray  # chunks of each size per trace, averaged over the group
+    prompt: FloatArray  # prompt tokens
+    new: FloatArray  # sampled tokens
+    cached: FloatArray  # prompt tokens found in the prefix cache
 
     @property
     def per_trace(self) -> FloatArray:

@@ -12,25 +12,15 @@ _TERA = 10**12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device.
-
-    Args:
-        name: name in tables.
-        peak_flops: dense matrix FLOPs per second at ``dtype_bytes``.
-        bandwidth: memory bandwidth, bytes per second.
-        memory: memory, bytes.
-        link: bandwidth to other devices for new weights, bytes per second.
-        dtype_bytes: bytes per weight, activation and cached value.
-        source: origin of the figures.
-    """
+    """One device."""
 
     name: str
-    peak_flops: float
-    bandwidth: float
-    memory: float
-    link: float
-    dtype_bytes: int
-    source: str
+    peak_flops: float  # dense matrix FLOPs per second at ``dtype_bytes``
+    bandwidth: float  # of the memory, bytes per second
+    memory: float  # bytes
+    link: float  # bandwidth to other devices for new weights, bytes per second
+    dtype_bytes: int  # bytes per weight, activation and cached value
+    source: str  # origin of the figures
 
 
 def _gpu(
@@ -74,30 +64,18 @@ def accelerator(name: str) -> Accelerator:
 class Efficiency:
     """Reached fraction of a device's peak. Every figure is a measurement.
 
-    Args:
-        bandwidth: fraction of the peak bandwidth in decoding.
-        decode: fraction of the peak rate in decoding bound by compute.
-        prefill: fraction of the peak rate in prefills.
-        training: fraction of the peak rate in training.
-        step_seconds: overhead of a decoding step.
-        token_seconds: overhead of a sampled token in its engine.
-        pass_seconds: overhead of training on a chunk.
-        cache_share: fraction of device memory for weights and caches.
-        spread: standard deviation of the logarithm of a predicted time.
-        source: origin of the figures.
-
     The defaults of ``bandwidth``, ``token_seconds`` and ``training`` are fitted to times that the
     paper's authors report for 8 H100 (``delethink cost --reproduce figure2c``). Those times do not
     determine ``decode`` and ``prefill``, whose defaults are assumptions.
     """
 
-    bandwidth: float = 0.808
-    decode: float = 0.5
-    prefill: float = 0.5
-    training: float = 0.333
-    step_seconds: float = 0.0
-    token_seconds: float = 4.8e-5
-    pass_seconds: float = 0.0
-    cache_share: float = 0.8
-    spread: float = 0.2
-    source: str = "the paper's times on 8 H100"
+    bandwidth: float = 0.808  # fraction of the peak bandwidth in decoding
+    decode: float = 0.5  # fraction of the peak rate in decoding bound by compute
+    prefill: float = 0.5  # fraction of the peak rate in prefills
+    training: float = 0.333  # fraction of the peak rate in training
+    step_seconds: float = 0.0  # overhead of a decoding step
+    token_seconds: float = 4.8e-5  # overhead of a sampled token in its engine
+    pass_seconds: float = 0.0  # overhead of training on a chunk
+    cache_share: float = 0.8  # fraction of device memory for weights and caches
+    spread: float = 0.2  # standard deviation of the logarithm of a predicted time
+    source: str = "the paper's times on 8 H100"  # origin of the figures

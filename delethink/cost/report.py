@@ -20,19 +20,12 @@ from delethink.errors import ConfigError, MissingExtraError
 
 @dataclass(frozen=True)
 class CostPair:
-    """Costs of LongCoT and Delethink at one thinking length.
-
-    Args:
-        longcot: cost of LongCoT.
-        delethink: cost of Delethink.
-        longcot_hours: 5 % and 95 % quantiles of LongCoT's GPU-hours.
-        delethink_hours: 5 % and 95 % quantiles of Delethink's GPU-hours.
-    """
+    """Costs of LongCoT and Delethink at one thinking length."""
 
     longcot: Cost
     delethink: Cost
-    longcot_hours: tuple[float, float]
-    delethink_hours: tuple[float, float]
+    longcot_hours: tuple[float, float]  # 5 % and 95 % quantiles of LongCoT's GPU-hours
+    delethink_hours: tuple[float, float]  # 5 % and 95 % quantiles of Delethink's GPU-hours
 
 
 @dataclass(frozen=True)

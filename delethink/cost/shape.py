@@ -15,50 +15,29 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Mixer:
-    """The attention part of a layer.
+    """The attention part of a layer."""
 
-    Args:
-        weights: parameters of the projections.
-        pair_flops: FLOPs per query-key pair in prefill and training.
-        decode_pair_flops: FLOPs per query-key pair in decoding; latent attention differs.
-        cache_numbers: cached values per token.
-        window: maximum keys per query, its own included; ``None`` for full attention.
-        state_numbers: values of the recurrent state, at any sequence length.
-        token_flops: FLOPs per token beside projections and pairs.
-        kept_numbers: values per token kept for the backward pass.
-        other_parameters: parameters of norms and biases.
-    """
-
-    weights: int
-    pair_flops: int = 0
-    decode_pair_flops: int = 0
-    cache_numbers: int = 0
-    window: int | None = None
-    state_numbers: int = 0
-    token_flops: int = 0
-    kept_numbers: int = 0
-    other_parameters: int = 0
+    weights: int  # parameters of the projections
+    pair_flops: int = 0  # FLOPs per query-key pair in prefill and training
+    decode_pair_flops: int = 0  # FLOPs per query-key pair in decoding; latent attention differs
+    cache_numbers: int = 0  # cached values per token
+    window: int | None = None  # maximum keys per query, its own included; ``None``: full attention
+    state_numbers: int = 0  # values of the recurrent state, at any sequence length
+    token_flops: int = 0  # FLOPs per token beside projections and pairs
+    kept_numbers: int = 0  # values per token kept for the backward pass
+    other_parameters: int = 0  # parameters of norms and biases
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The feed-forward part of a layer.
+    """The feed-forward part of a layer."""
 
-    Args:
-        weights: parameters used by every token: the dense part, shared experts, the router.
-        expert_weights: parameters of one expert.
-        experts: number of experts.
-        experts_per_token: number of experts that a token is routed to.
-        width: intermediate size, summed over the experts of a token.
-        other_parameters: parameters of norms and biases.
-    """
-
-    weights: int
-    expert_weights: int = 0
+    weights: int  # parameters used by every token: the dense part, shared experts, the router
+    expert_weights: int = 0  # parameters of one expert
     experts: int = 0
-    experts_per_token: int = 0
-    width: int = 0
-    other_parameters: int = 0
+    experts_per_token: int = 0  # experts that a token is routed to
+    width: int = 0  # intermediate size, summed over the experts of a token
+    other_parameters: int = 0  # parameters of norms and biases
 
 
 @dataclass(frozen=True)
@@ -71,21 +50,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal language model, reduced to the figures that decide its cost.
+    """A causal language model, reduced to the figures that decide its cost."""
 
-    Args:
-        name: name in tables and errors.
-        hidden_size: width of the residual stream (d).
-        vocabulary_size: entries of the embedding (V).
-        layers: layers in order.
-        tied_embeddings: the head shares the weights of the embedding.
-    """
-
-    name: str
-    hidden_size: int
-    vocabulary_size: int
+    name: str  # name in tables and errors
+    hidden_size: int  # width of the residual stream (d)
+    vocabulary_size: int  # entries of the embedding (V)
     layers: tuple[Layer, ...]
-    tied_embeddings: bool = False
+    tied_embeddings: bool = False  # the head shares the weights of the embedding
 
     @cached_property
     def mixers(self) -> tuple[tuple[Mixer, int], ...]:

@@ -20,21 +20,13 @@ _POINTS = (np.arange(8) + 0.5) / 8  # positions within a chunk at which decoding
 
 
 class SamplingTime(NamedTuple):
-    """Time for an engine to sample its part of a batch.
+    """Time for an engine to sample its part of a batch."""
 
-    Args:
-        seconds: total, prefills included.
-        prefill: seconds of prefills.
-        steps: decoding steps.
-        concurrent: traces sampled at once.
-        compute_bound: fraction of the decoded tokens in steps bound by compute.
-    """
-
-    seconds: FloatArray
-    prefill: FloatArray
-    steps: FloatArray
-    concurrent: FloatArray
-    compute_bound: FloatArray
+    seconds: FloatArray  # total, prefills included
+    prefill: FloatArray  # seconds of prefills
+    steps: FloatArray  # decoding steps
+    concurrent: FloatArray  # traces sampled at once
+    compute_bound: FloatArray  # fraction of the decoded tokens in steps bound by compute
 
 
 def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> FloatArray:
