@@ -6,7 +6,7 @@ combinations raise ``ConfigError``. Keys of ``training`` keep TRL's names.
 
 from __future__ import annotations
 
-import types
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -264,11 +264,10 @@ class TrainingConfig(_Section):
 
     @model_validator(mode="after")
     def _check_batch_sizes(self) -> TrainingConfig:
-        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
-        if micro_batches % self.gradient_accumulation_steps:
+        if self.traces_per_batch % self.traces_per_step:
             raise ValueError(
                 "steps_per_generation counts micro-batches and must hold whole optimizer steps: "
-                f"{micro_batches} is not divisible by gradient_accumulation_steps="
+                f"{self.steps_per_generation} is not divisible by gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}"
             )
         if self.traces_per_batch % self.num_generations:
@@ -511,7 +510,7 @@ class Recipe(_Section):
         return self
 
 
-# Keys of earlier releases; a trailing dot stands for all keys of a section.
+# Keys of earlier releases; the section "rollout" became "engine".
 _RENAMED = {
     "num_workers": "engine.num_engines",
     "gpus_per_worker": "engine.gpus_per_engine",
@@ -521,7 +520,6 @@ _RENAMED = {
     "rollout.chunks_per_worker": "engine.chunks_per_engine",
     "rollout.step_timeout": "engine.rollout_timeout",
     "rollout.silence_timeout": "engine.heartbeat_timeout",
-    "rollout.": "engine.",
     "trainer.num_workers": "trainer.num_ranks",
     "trainer.cpus_per_worker": "trainer.cpus_per_rank",
     "trainer.gpus_per_worker": "trainer.gpus_per_rank",
@@ -631,7 +629,8 @@ def _validate(
 ) -> Section:
     """Return the values as a section; ``where`` and ``inside`` locate them in the error text."""
     for key in _keys(values, list(inside)):
-        if new := _new_name(key):
+        new = re.sub(r"^rollout\.", "engine.", _RENAMED.get(key, key))
+        if new != key:
             raise ConfigError(f"{where}the key {key!r} was renamed: write {new!r}")
     try:
         return section.model_validate(values)
@@ -648,19 +647,11 @@ def _keys(values: Mapping[str, Any], inside: list[str]) -> Iterator[str]:
             yield from _keys(value, [str(key)])
 
 
-def _new_name(key: str) -> str | None:
-    section = key.partition(".")[0] + "."
-    if key in _RENAMED or "." not in key:
-        return _RENAMED.get(key)
-    return _RENAMED[section] + key.removeprefix(section) if section in _RENAMED else None
-
-
 def _explain(error: Any, section: type[BaseModel], inside: Sequence[str]) -> str:
     path = [str(part) for part in error["loc"]]
     dotted = ".".join([*inside, *path])
     if error["type"] == "extra_forbidden":
-        known = _keys_of(section, path[:-1])
-        return f"unknown key {dotted!r}.{did_you_mean(path[-1], known)}"
+        return f"unknown key {dotted!r}.{did_you_mean(path[-1], _keys_of(section, path[:-1]))}"
     if error["type"] == "missing":
         return f"{dotted!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -673,14 +664,7 @@ def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         if part not in section.model_fields:
             continue  # A name chosen by the user, such as a reward's.
-        kinds = _alternatives(section.model_fields[part].annotation)
+        annotation = section.model_fields[part].annotation
+        kinds = (annotation, *typing.get_args(annotation))  # of a mapping: the values' type too
         section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return list(section.model_fields)
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the types that a value may have; for a mapping, those of its values."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    if union or typing.get_origin(annotation) is dict:
-        return typing.get_args(annotation)
-    return (annotation,)

@@ -57,7 +57,6 @@ class Engine(Policy, Protocol):
         Raises:
             UserError: the settings or the checkpoint cannot be used.
         """
-        ...
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Load new weights; every token sampled after the return comes from them.
@@ -69,19 +68,15 @@ class Engine(Policy, Protocol):
         Raises:
             WeightSyncError: the engine refused the weights, or computes with others afterwards.
         """
-        ...
 
     def take_metrics(self) -> dict[str, float]:
         """Return the metrics since the last call, under keys ``engine/<name>``."""
-        ...
 
     def sleep(self) -> None:
         """Free the GPU for the trainer, if configured; the next request wakes the engine."""
-        ...
 
     def close(self) -> None:
         """Release everything, worker processes included. Safe to call twice."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,6 @@ class Worker(Protocol):
 
     async def start(self) -> WorkerState:
         """Start the engine and return once sampling is possible."""
-        ...
 
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
@@ -146,7 +140,6 @@ class Worker(Protocol):
         repeat the chunk. ``policy_version`` is the version of the last ``update_weights``. A
         cancelled call frees its place in the batch.
         """
-        ...
 
     async def health(self) -> EngineCounts:
         """Return the counters of the engine at once, also while the engine is busy.
@@ -154,7 +147,6 @@ class Worker(Protocol):
         The pool calls this every two seconds. A worker with chunks counts as hung if its ``steps``
         stay the same for ``hang_timeout``.
         """
-        ...
 
     async def update_weights(self, weights: Any, version: int) -> int:
         """Load new weights, drop the prefix cache, and return the version of the weights.
@@ -167,19 +159,15 @@ class Worker(Protocol):
             WeightSyncError: the weights do not fit the model. The worker then samples nothing until
                 an update succeeds.
         """
-        ...
 
     async def sleep(self) -> None:
         """Free the memory of the GPU; only called with ``engine.sleep=true``."""
-        ...
 
     async def wake(self) -> None:
         """Take the memory of the GPU back."""
-        ...
 
     async def stop(self) -> None:
         """Shut the engine down; the pool kills the actor afterwards."""
-        ...
 
 
 class WorkerHandle(Worker, Protocol):
@@ -187,4 +175,3 @@ class WorkerHandle(Worker, Protocol):
 
     def kill(self) -> None:
         """End the worker and its engine at once, whatever they do."""
-        ...
