@@ -154,16 +154,12 @@ class Tail(Carryover):
 
 @dataclass(frozen=True)
 class HeadTail(Carryover):
-    """Carry the first h tokens of the trace, which may hold a plan, and the last m - h tokens.
-
-    Args:
-        head_size: h (100 in the paper, footnote 2). A shorter first chunk has a shorter head.
-        head_outside: carry the head in addition to m, as in the paper's listing. By default the
-            bound is exactly m, as in the code that trained the published models.
-    """
+    """Carry the first h tokens of the trace, which may hold a plan, and the last m - h tokens."""
 
     name: ClassVar[str] = "head_tail"
-    head_size: int = 100
+    head_size: int = 100  # h (footnote 2 of the paper); a shorter first chunk has a shorter head
+    # carry the head in addition to m, as in the paper's listing. By default the bound is exactly m,
+    # as in the code that trained the published models.
     head_outside: bool = False
 
     def __post_init__(self) -> None:
@@ -237,13 +233,10 @@ class SinkWindow(Carryover):
     This imitates streaming attention (Xiao et al., arXiv 2309.17453) in text. Streaming attention
     keeps keys and values and slides at every token; here tokens are encoded again at boundaries.
     Unlike the head of ``head_tail``, the sinks grow to ``num_sinks`` after a short first chunk.
-
-    Args:
-        num_sinks: number of sinks, within m (4 in that paper).
     """
 
     name: ClassVar[str] = "sink_window"
-    num_sinks: int = 4
+    num_sinks: int = 4  # within m (4 in that paper)
 
     def carry(self, head: TokenIds | None, window: TokenIds, size: int) -> HeadAndTail:
         """See ``Carryover``."""
@@ -271,15 +264,11 @@ class StateBlock(_ReadsText, Carryover):
 
     Before the first block, the last m tokens are carried. A block longer than m is shortened to its
     last m tokens. A carried block is part of the window, so it stays until the next block.
-
-    Args:
-        opening: the tag before a block.
-        closing: the tag after a block.
     """
 
     name: ClassVar[str] = "state_block"
-    opening: str = "<state>"
-    closing: str = "</state>"
+    opening: str = "<state>"  # the tag before a block
+    closing: str = "</state>"  # the tag after a block
 
     def __post_init__(self) -> None:
         if not self.opening or not self.closing:
@@ -315,19 +304,13 @@ class Summary(Carryover):
     The summary is sampled after the query, the thinking of the context and the instruction. It is a
     chunk of the trace with its own log-probs and is trained like any other chunk. EOS ends the
     summary, never the trace.
-
-    Args:
-        instruction: text after the thinking, which the model continues.
-        before: text before the summary in the next context; counts towards m.
-        after: text after the summary in the next context; counts towards m.
-        max_tokens: maximum length of a summary; by default m without ``before`` and ``after``.
     """
 
     name: ClassVar[str] = "summary"
     instruction: str = "\n\nLet me sum up the reasoning so far in a few sentences:\n"
-    before: str = "Summary of the reasoning so far:\n"
-    after: str = "\n\n"
-    max_tokens: int | None = None
+    before: str = "Summary of the reasoning so far:\n"  # in the next context; counts towards m
+    after: str = "\n\n"  # after the summary in the next context; counts towards m
+    max_tokens: int | None = None  # of a summary; by default m without ``before`` and ``after``
     texts: tuple[TokenIds, TokenIds, TokenIds] | None = field(default=None, repr=False)
 
     def bind(self, tokenizer: Tokenizer) -> Summary:
@@ -398,16 +381,11 @@ class Boundary(_ChunkPolicy):
 
 @dataclass(frozen=True)
 class LineBreak(_ReadsText, Boundary):
-    """End a chunk at the first line break among its last tokens.
-
-    Args:
-        within: maximum number of tokens by which a chunk is shortened.
-        text: the line break.
-    """
+    """End a chunk at the first line break among its last tokens."""
 
     name: ClassVar[str] = "line_break"
-    within: int = 256
-    text: str = "\n"
+    within: int = 256  # maximum number of tokens by which a chunk is shortened
+    text: str = "\n"  # the line break
     _breaks: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -57,20 +57,14 @@ class AutomatonTask:
 
     An initial state belongs to one split for every number of steps, so no training problem starts
     from a held-out state.
-
-    Args:
-        min_steps: minimum number of steps.
-        max_steps: maximum number of steps, at most 99.
-        width: number of cells.
-        rule: Wolfram's number of the automaton.
     """
 
     rewards: ClassVar[dict[str, float]] = {"exact": 1.0}
 
     min_steps: int
-    max_steps: int
-    width: int = 11
-    rule: int = 45
+    max_steps: int  # at most 99
+    width: int = 11  # number of cells
+    rule: int = 45  # Wolfram's number of the automaton
     seed: int = 0
 
     def __post_init__(self) -> None:

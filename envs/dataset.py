@@ -90,39 +90,23 @@ def convert_plain(spec: DatasetSpec, row: SourceRow) -> Problem | None:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Description of a data set. Calling the spec creates the task.
-
-    Args:
-        dataset: a local file or folder, or a name on the Hugging Face hub.
-        split: the part with the problems.
-        config: the configuration, for a data set with several.
-        files: a pattern of file names, if they are not named after the split.
-        problem_key: the column with the problem. ``a|b`` means the first of these in a row.
-        answer_key: the column with the gold answer, as ``problem_key``.
-        metadata_keys: additional columns for rewards.
-        template: the prompt, with ``{problem}`` in place of the problem.
-        system: a system message before the prompt.
-        for_evaluation: hold out all problems.
-        heldout_share: share of held-out problems, chosen by a hash of the problem; 1 means all.
-        convert: converts a row to a problem.
-        demonstrate: returns a right and a wrong answer, without thinking.
-    """
+    """Description of a data set. Calling the spec creates the task."""
 
     name: str
-    dataset: str | None = None
-    split: str = "train"
-    config: str | None = None
-    files: str | None = None
-    problem_key: str = "problem"
-    answer_key: str = "answer"
-    metadata_keys: Sequence[str] = ()
-    template: str = BOXED
-    system: str | None = None
+    dataset: str | None = None  # a local file or folder, or a name on the Hugging Face hub
+    split: str = "train"  # the part with the problems
+    config: str | None = None  # the configuration, for a data set with several
+    files: str | None = None  # a pattern of file names, if they are not named after the split
+    problem_key: str = "problem"  # column with the problem; ``a|b``: the first of these in a row
+    answer_key: str = "answer"  # the column with the gold answer, as ``problem_key``
+    metadata_keys: Sequence[str] = ()  # additional columns for rewards
+    template: str = BOXED  # the prompt, with ``{problem}`` in place of the problem
+    system: str | None = None  # a system message before the prompt
     rewards: Mapping[str, float] = field(default_factory=lambda: {"math": 1.0})
-    for_evaluation: bool = False
-    heldout_share: float = 0.02
+    for_evaluation: bool = False  # hold out all problems
+    heldout_share: float = 0.02  # chosen by a hash of the problem; 1 holds out all
     convert: Convert = convert_plain
-    demonstrate: Demonstrate = demonstrate_boxed
+    demonstrate: Demonstrate = demonstrate_boxed  # a right and a wrong answer, without thinking
 
     def __call__(
         self,

@@ -24,17 +24,12 @@ class GymTask:
     """A task of reasoning-gym, unlimited and split by question.
 
     A question belongs to one split. A task with few different questions repeats them.
-
-    Args:
-        member: the name in reasoning-gym.
-        config: settings of the task in reasoning-gym.
-        template: the prompt, with ``{problem}`` in place of the question.
     """
 
-    member: str
+    member: str  # the name in reasoning-gym
     seed: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict)
-    template: str = TEMPLATE
+    config: Mapping[str, Any] = field(default_factory=dict)  # settings of the task in reasoning-gym
+    template: str = TEMPLATE  # the prompt, with ``{problem}`` in place of the question
     rewards: Mapping[str, float] = field(default_factory=lambda: {"reasoning_gym": 1.0}, init=False)
 
     def __post_init__(self) -> None:

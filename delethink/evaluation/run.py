@@ -119,19 +119,15 @@ def load_problems(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything with an effect on the records of an evaluation.
-
-    Args:
-        engine: name of the engine, stored because results of two engines must not be mixed.
-        weights: digest of the weights by model (``engines.loading.digest``).
-    """
+    """Everything with an effect on the records of an evaluation."""
 
     problems: ProblemSet
     settings: Sequence[Setting]
     plan: SamplingPlan = field(default_factory=SamplingPlan)
-    engine: str = "transformers"
+    engine: str = "transformers"  # stored because results of two engines must not be mixed
     in_flight: int = 64  # maximum number of traces sampled at the same time
     keep_tokens: bool = True  # store the sampled tokens
+    # digest of the weights by model (``engines.loading.digest``)
     weights: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

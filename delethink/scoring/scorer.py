@@ -24,18 +24,14 @@ from delethink.types import Attempt, Score, TraceStop
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """Exceptions from the weighted sum.
+    """Exceptions from the weighted sum."""
 
-    Args:
-        out_of_budget: score of a trace that used up its budget: ``"zero"`` for 0, ``"penalty"`` for
-            the sum minus ``penalty``, ``"score"`` for the sum.
-        penalty: see ``out_of_budget``.
-        error: score of a failed trace, or of a trace with a failed reward. ``None`` excludes the
-            trace from training and averages.
-    """
-
+    # score of a trace that used up its budget: ``"zero"`` for 0, ``"penalty"`` for the sum minus
+    # ``penalty``, ``"score"`` for the sum
     out_of_budget: str = "score"
-    penalty: float = 1.0
+    penalty: float = 1.0  # see ``out_of_budget``
+    # score of a failed trace, or of a trace with a failed reward. ``None`` excludes the trace from
+    # training and averages.
     error: float | None = None
 
 
