@@ -31,7 +31,10 @@ def connect(num_cpus: int) -> bool:
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with _keep_sigterm_handler():
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                # Ray replaces the program's handler of SIGTERM by its own.
+                stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             try:
                 with _loopback():
                     ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
@@ -40,19 +43,6 @@ def connect(num_cpus: int) -> bool:
     except ConnectionError as error:
         raise ConfigError(f"cannot join the Ray cluster: {error}") from None
     return True
-
-
-@contextlib.contextmanager
-def _keep_sigterm_handler() -> Iterator[None]:
-    """Restore the program's handler of SIGTERM, which Ray replaces by its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Ray sets handlers in the main thread only
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,6 @@ class OpenAIServer:
         tokenizer: tokenizer of the model, for servers that accept text only.
         api_key: key sent with each request; errors and logs hide the key.
         eos_ids: token ids that end an answer.
-        retries: maximum retries of a failed request.
         timeout_s: seconds to wait for a response.
 
     Attributes:
@@ -78,8 +77,7 @@ class OpenAIServer:
         self.dialect: Dialect | None = None
         self._tokenizer: Any = tokenizer
         self._eos_ids = list(eos_ids)
-        self._api_key = api_key
-        self._retries = retries
+        self._api_key, self._retries = api_key, retries
         connect_s = min(timeout_s, _CONNECT_TIMEOUT_S)
         self._options: dict[str, Any] = {
             "base_url": base_url,
@@ -189,8 +187,7 @@ class OpenAIServer:
         except (AttributeError, IndexError, TypeError):
             raise ValueError(f"no completion in {str(response)[:80]!r}") from None
         if reason not in _STOP_REASONS:
-            known = ", ".join(_STOP_REASONS)
-            raise ValueError(f"unknown finish_reason {reason!r}; known: {known}")
+            raise ValueError(f"unknown finish_reason {reason!r}; known: {', '.join(_STOP_REASONS)}")
         stop = _STOP_REASONS[reason]
         if ids is None:
             if dialect == "ids":

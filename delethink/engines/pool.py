@@ -82,8 +82,6 @@ class WorkerPool:
         self._outdated: set[WorkerRecord] = set()  # workers without the weights of a running update
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    # -- chunks --------------------------------------------------------------------------------
-
     @property
     def num_waiting(self) -> int:
         """Return the number of chunks without a worker."""
@@ -148,7 +146,6 @@ class WorkerPool:
         for worker, chunk in self._scheduler.assign():
             assert isinstance(worker, WorkerRecord)
             assert isinstance(chunk, PendingChunk)
-            assert chunk.assigned is not None
             worker.add(chunk, now)
             if not chunk.assigned.done():  # else the caller has just cancelled
                 chunk.assigned.set_result(None)
@@ -158,9 +155,8 @@ class WorkerPool:
         handle, name = worker.handle, str(worker)
         assert handle is not None
         try:
-            completion = await handle.generate(
-                chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling
-            )
+            request = chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling
+            completion = await handle.generate(*request)
         except UserError:
             raise
         except Exception as error:  # a worker can fail in any way
@@ -226,8 +222,6 @@ class WorkerPool:
             self._scheduler.resume(worker)
             self._dispatch_soon()
 
-    # -- start, restart, close -----------------------------------------------------------------
-
     async def start(self) -> None:
         """Start all workers.
 
@@ -270,7 +264,6 @@ class WorkerPool:
     async def _supervise(self, worker: WorkerRecord) -> None:
         """Restart a worker after each loss, up to ``max_restarts`` times in a row."""
         while True:
-            assert worker.lost is not None
             self._record_failure(worker, await worker.lost)
             while not worker.in_service:
                 if self._closed_by is not None:
@@ -279,9 +272,8 @@ class WorkerPool:
                     worker.given_up = True
                     self._service_changed.set()
                     if all(other.given_up for other in self.workers):
-                        self._end_without_workers(
-                            f"each was restarted {self._config.max_restarts} times"
-                        )
+                        times = self._config.max_restarts
+                        self._end_without_workers(f"each was restarted {times} times")
                     return
                 # No wait after a life with a sampled chunk.
                 backoff_s = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (worker.failures - 2))
@@ -304,9 +296,8 @@ class WorkerPool:
             await self._load_weights(handle, weights, loaded)
         worker.start_life(state, asyncio.get_running_loop().time())
         self.max_model_tokens = state.max_model_tokens
-        self._scheduler.add_worker(
-            worker, self._config.chunks_per_engine or slots(state.batch_size)
-        )
+        num_slots = self._config.chunks_per_engine or slots(state.batch_size)
+        self._scheduler.add_worker(worker, num_slots)
         if self._unsound or not self._awake.is_set():
             self._pause(worker)
         worker.health = self._spawn(self._check_health(worker, handle))
@@ -318,8 +309,6 @@ class WorkerPool:
         """End the life of a worker: others take its chunks, and ``_supervise`` restarts it."""
         if not worker.in_service:
             return
-        assert worker.lost is not None
-        assert worker.health is not None
         most = sum(chunk.max_new_tokens for chunk in worker.chunks)
         self.faults.tokens_lost += min(most, max(0, worker.counts.tokens - worker.returned_tokens))
         self._retry_chunks(worker, reason)
@@ -333,11 +322,10 @@ class WorkerPool:
 
     def _retry_chunks(self, worker: WorkerRecord, reason: str) -> None:
         """Let other workers sample the chunks of a worker, the oldest first."""
-        error = _RetryError(f"{worker} {reason}")
-        current = asyncio.current_task()
+        error, current = _RetryError(f"{worker} {reason}"), asyncio.current_task()
         for chunk in reversed(list(worker.chunks)):  # each goes to the front of the queue
             self._release(chunk)
-            if chunk.task is not current:  # whose own call failed, and which retries by itself
+            if chunk.task is not current:  # the current one retries by itself
                 chunk.interrupt(error)
 
     def _record_failure(self, worker: WorkerRecord, reason: str) -> None:
@@ -355,9 +343,8 @@ class WorkerPool:
 
     def _end_without_workers(self, why: str) -> None:
         last = "; ".join(f"{worker.name} {worker.reason}" for worker in self.workers)
-        self._end(
-            WorkersLostError(f"all {len(self.workers)} workers are lost ({why}); last: {last}")
-        )
+        text = f"all {len(self.workers)} workers are lost ({why}); last: {last}"
+        self._end(WorkersLostError(text))
 
     def _end(self, error: Exception) -> None:
         """Sample nothing ever again."""
@@ -365,8 +352,6 @@ class WorkerPool:
         self._service_changed.set()
         for chunk in self._chunks:
             chunk.interrupt(self._closed_by)
-
-    # -- health --------------------------------------------------------------------------------
 
     async def _check_health(self, worker: WorkerRecord, handle: WorkerHandle) -> None:
         """Call ``health`` of a worker at intervals; after an exception the worker is lost."""
@@ -437,8 +422,6 @@ class WorkerPool:
             if other is not worker and other.in_service and other.paced_chunks >= _MIN_PACE_CHUNKS
         ]
         return statistics.median(known) if known else 0.0
-
-    # -- weights -------------------------------------------------------------------------------
 
     async def update_weights(self, weights: Any, version: int) -> None:
         """Load weights into all workers, each as soon as its chunks in flight are done.
@@ -529,8 +512,6 @@ class WorkerPool:
         if answer != version:
             raise RuntimeError(f"runs version {answer} of the weights instead of {version}")
 
-    # -- sleep ---------------------------------------------------------------------------------
-
     async def sleep(self) -> None:
         """Free the GPUs once no chunk is in flight; the next chunk or update wakes them."""
         async with self._sleep_lock:
@@ -561,8 +542,6 @@ class WorkerPool:
         for (worker, handle), result in zip(workers, results, strict=True):
             if isinstance(result, BaseException) and worker.handle is handle:
                 self._mark_lost(worker, _text(result))
-
-    # -- metrics -------------------------------------------------------------------------------
 
     async def take_metrics(self) -> dict[str, float]:
         """Return the metrics since the last call.
@@ -600,8 +579,6 @@ class WorkerPool:
             metrics |= {f"{worker.name}/{name}": value for name, value in own.items()}
         total = Activity.total(activities)
         return metrics | {"chunks": total.chunks} | total.rates()
-
-    # -- tasks ---------------------------------------------------------------------------------
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -25,7 +25,7 @@ class PendingChunk(Request):
     sampling: Sampling
     task: asyncio.Task[Any]  # the caller's
     attempts: int = 0
-    assigned: asyncio.Future[None] | None = None
+    assigned: asyncio.Future[None] = field(init=False)  # done once a worker has the chunk
     worker: WorkerRecord | None = None  # None unless in flight
     started: float = 0.0  # time of the assignment to the worker
     interruption: Exception | None = None
@@ -97,13 +97,13 @@ class WorkerRecord:
     restarts: int = 0
     completions: int = 0
 
-    lost: asyncio.Future[str] | None = None  # ends the present life, with the reason
+    lost: asyncio.Future[str] = field(init=False, repr=False)  # reason for the end of the life
     failures: int = 0  # losses and failed starts since the last sampled chunk
     error_rounds: int = 0  # pauses after errors, in a row
     resting: bool = False  # after an error
     chunks: dict[PendingChunk, None] = field(default_factory=dict)  # in flight, the oldest first
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    health: asyncio.Task[None] | None = None
+    health: asyncio.Task[None] = field(init=False, repr=False)
     heard: float = 0.0  # time of the last answer
     progressed: float = 0.0  # time of the last step of the engine, or without chunks
     pace: float = 0.0  # seconds per sampled token of a chunk, smoothed

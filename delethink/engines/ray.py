@@ -25,13 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from delethink.config import EngineConfig
-from delethink.engines.base import (
-    EngineCounts,
-    Worker,
-    WorkerHandle,
-    WorkerSpec,
-    WorkerState,
-)
+from delethink.engines.base import EngineCounts, Worker, WorkerHandle, WorkerSpec, WorkerState
 from delethink.engines.cluster import cause, connect
 from delethink.engines.pool import WorkerPool
 from delethink.engines.pool_records import FaultCounts, WorkerRecord
@@ -52,7 +46,6 @@ T = TypeVar("T")
 
 _MAX_CALLS = 10_000  # concurrent calls of a worker; the pool's slots are the real limit
 _CLOSE_TIMEOUT_S = 60.0
-_METRIC_PREFIX = "engine/"
 
 
 class RayPool:
@@ -192,7 +185,7 @@ class RayPool:
             return {}
         metrics = self._thread.run(self._pool.take_metrics())
         self._export(metrics)
-        return {_METRIC_PREFIX + name: float(value) for name, value in metrics.items()}
+        return {f"engine/{name}": float(value) for name, value in metrics.items()}
 
     def _export(self, metrics: Mapping[str, float]) -> None:
         """Set Ray's ``delethink_<name>`` and ``delethink_worker_<name>``; faults are counters."""
@@ -253,8 +246,7 @@ class RayPool:
         spec = dataclasses.replace(self._spec, seed=self._spec.seed + index)
         remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(self.worker_class)
         actor = remote.remote(spec)
-        uses_store = self.config.weight_transfer == "store"
-        sender = None if uses_store else self.make_sender(actor)
+        sender = None if self.config.weight_transfer == "store" else self.make_sender(actor)
         return _RayWorkerHandle(actor, self.config.startup_timeout, self._resources, sender)
 
 
@@ -268,23 +260,23 @@ class _RayWorkerHandle:
     sender: Any  # result of RayPool.make_sender; None for weight_transfer=store
 
     async def start(self) -> WorkerState:
-        state: WorkerState | None = None
+        is_up = False
         limit = asyncio.timeout(self.startup_timeout_s)
         try:
             async with limit:
-                state = await _result(self.actor.start.remote())
+                state: WorkerState = await _result(self.actor.start.remote())
+                is_up = True
                 if self.sender is not None:
                     await _run_in_thread(self.sender.connect)
         except TimeoutError:
             if not limit.expired():
                 raise  # raised by the engine or Ray
             within = f"within {self.startup_timeout_s:g} s (startup_timeout)"
-            if state is not None:
-                text = f"its engine is up, but the weight transfer did not connect {within}"
-                raise TimeoutError(text) from None
-            needed = dict(self.resources)
-            free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-            text = f"gave no answer {within}; it needs {needed}, and Ray has {free} free"
+            text = f"its engine is up, but the weight transfer did not connect {within}"
+            if not is_up:
+                needed = dict(self.resources)
+                free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+                text = f"gave no answer {within}; it needs {needed}, and Ray has {free} free"
             raise TimeoutError(text) from None
         return state
 
@@ -297,23 +289,19 @@ class _RayWorkerHandle:
             Sampling(sampling.temperature, sampling.seed),  # the hint is for the scheduler alone
         )
         try:
-            completion: Completion = await _result(call)
+            return await _result(call)
         except asyncio.CancelledError:
             if ray.is_initialized():
                 ray.cancel(call)
             raise
-        return completion
 
     async def health(self) -> EngineCounts:
-        counts: EngineCounts = await _result(self.actor.health.remote())
-        return counts
+        return await _result(self.actor.health.remote())
 
     async def update_weights(self, weights: Any, version: int) -> int:
         if (sender := self.sender) is not None:
-            answer: int = await _run_in_thread(lambda: sender.send(weights, version))
-        else:
-            answer = await _result(self.actor.update_weights.remote(weights, version))
-        return answer
+            return await _run_in_thread(lambda: sender.send(weights, version))
+        return await _result(self.actor.update_weights.remote(weights, version))
 
     async def sleep(self) -> None:
         await _result(self.actor.sleep.remote())
@@ -373,7 +361,7 @@ class _LoopThread:
             self._loop.close()
 
 
-async def _result(call: Awaitable[Any]) -> Any:
+async def _result(call: Awaitable[T]) -> T:
     """Await a call of an actor; raise what the actor raised, without Ray's wrapping."""
     try:
         return await call

@@ -109,12 +109,7 @@ class Scheduler:
         return self._loads[worker].tokens if worker in self._loads else 0
 
     def submit(self, request: Request, first: bool = False) -> None:
-        """Let a chunk wait for a worker.
-
-        Args:
-            request: the chunk.
-            first: go to the front of its queue, as a retry does.
-        """
+        """Let a chunk wait for a worker, ``first`` in its queue if it is a retry."""
         queues = self._queues.get(request.rank)
         if queues is None:
             queues = self._queues[request.rank] = {}

@@ -40,7 +40,6 @@ class TransformersEngine:
     """``Engine`` with a model in this process.
 
     Args:
-        model: a causal language model.
         eos_ids: tokens to end an answer.
         pad_id: token for padding; any id of the vocabulary will do.
         max_batch_size: maximum number of chunks decoded at once.
@@ -150,23 +149,19 @@ class TransformersEngine:
         batch = [request for request in batch if not request.answer.done()]
         if not batch:
             return
-        answers: Sequence[Completion | Exception]
         started = time.perf_counter()
         try:
-            answers = decoded = self._decode(batch)
-            chunks, batches, tokens, seconds = self._done
-            tokens += sum(len(completion.token_ids) for completion in decoded)
-            seconds += time.perf_counter() - started
-            self._done = (chunks + len(decoded), batches + 1, tokens, seconds)
+            answers = self._decode(batch)
         except Exception as error:  # all requests of the batch fail
-            answers = [error] * len(batch)
+            for request in batch:
+                request.answer.set_exception(error)
+            return
+        chunks, batches, tokens, seconds = self._done
+        tokens += sum(len(completion.token_ids) for completion in answers)
+        seconds += time.perf_counter() - started
+        self._done = (chunks + len(answers), batches + 1, tokens, seconds)
         for request, answer in zip(batch, answers, strict=True):
-            if request.answer.done():  # the caller has cancelled
-                continue
-            if isinstance(answer, Exception):
-                request.answer.set_exception(answer)
-            else:
-                request.answer.set_result(answer)
+            request.answer.set_result(answer)
 
     def _decode(self, batch: list[_Request]) -> list[Completion]:
         prompts, device = [request.prompt_ids for request in batch], self.model.device
@@ -261,8 +256,7 @@ class _RowLimit(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy
     """Stops each row at its own number of new tokens."""
 
     def __init__(self, limits: torch.Tensor, prompt_length: int) -> None:
-        self._limits = limits
-        self._prompt_length = prompt_length
+        self._limits, self._prompt_length = limits, prompt_length
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return self._limits <= input_ids.shape[1] - self._prompt_length

@@ -69,8 +69,7 @@ class VllmWorker:
         self._counter = _make_counter()
         try:
             self._engine = AsyncLLM.from_engine_args(
-                _engine_args(self._spec, self.extension),
-                stat_loggers=[lambda *_: self._counter],
+                _engine_args(self._spec, self.extension), stat_loggers=[lambda *_: self._counter]
             )
             async for _ in self._engine.generate(
                 {"prompt_token_ids": [0]}, _sampling_params(1, Sampling(), ()), "warm-up"
@@ -132,8 +131,6 @@ class VllmWorker:
             return ConnectionError(f"has lost its vLLM engine process; last error logged: {logged}")
         return PolicyError(f"failed: {error.__cause__ or error}".replace(_RPC_PREFIX, ""))
 
-    # -- weights -------------------------------------------------------------------------------
-
     async def update_weights(self, weights: Any, version: int) -> int:
         """Load new weights; see ``Worker.update_weights``."""
         from delethink.engines.weight_sync import write
@@ -167,8 +164,7 @@ class VllmWorker:
     @property
     def _verifies(self) -> bool:
         """Return whether this update is verified."""
-        always = self._spec.config.verify_weights == "every"
-        return always or self._updates < _VERIFIED_UPDATES
+        return self._spec.config.verify_weights == "every" or self._updates < _VERIFIED_UPDATES
 
     async def _begin_update(self) -> None:
         """Abort requests abandoned by the pool, and sample nothing until the end of the update."""
@@ -203,8 +199,6 @@ class VllmWorker:
         self._refused = reason
         raise WeightSyncError(reason) from None
 
-    # -- sleep and stop ------------------------------------------------------------------------
-
     async def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache."""
         await self._engine.sleep(level=1)
@@ -232,11 +226,8 @@ class VllmPool(RayPool):
             from delethink.engines.vllm_transfer import VllmWeightSender
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
-        config = self.config
-        assert config.weight_transfer != "store"
-        return VllmWeightSender(
-            config.weight_transfer, actor, config.tensor_parallel_size, local_device()
-        )
+        transfer, num_ranks = self.config.weight_transfer, self.config.tensor_parallel_size
+        return VllmWeightSender(transfer, actor, num_ranks, local_device())
 
 
 def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:

@@ -12,10 +12,9 @@ This module imports vLLM; pools use this module only with ``weight_transfer`` nc
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
@@ -28,6 +27,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
+from delethink.config import WeightTransfer
 from delethink.engines.cluster import cause
 from delethink.engines.weight_sync import Snapshot
 from delethink.errors import PolicyError
@@ -47,15 +47,14 @@ class VllmWeightSender:
     """
 
     def __init__(
-        self, transfer: Literal["nccl", "ipc"], worker: Any, num_ranks: int, device: torch.device
+        self, transfer: WeightTransfer, worker: Any, num_ranks: int, device: torch.device
     ) -> None:
         self._transfer, self._worker, self._num_ranks = transfer, worker, num_ranks
-        self._device = device
+        # A separate stream: waiting for a dead worker must not hold up the trainer.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._source, self._client = _Source(), _Client(worker, self.close)
         self._sender: Any = None  # vLLM's trainer side, once both sides are connected
-        self._closed = False
-        self._lock = threading.Lock()  # protects the two fields above
+        self._lock = threading.Lock()  # protects the sender, and whether the source is closed
 
     def connect(self) -> None:
         """Connect the two sides. If the worker dies meanwhile, this waits for vLLM's timeout."""
@@ -70,12 +69,12 @@ class VllmWeightSender:
                 world_size=1 + self._num_ranks,
                 packed=False,  # packed tensors go over streams shared by all transfers
             )
-        with self._on_stream():
+        with torch.cuda.stream(self._stream):
             sender = WeightTransferTrainerFactory.trainer_init(
                 info, client=self._client, source=self._source
             )
         with self._lock:
-            if not self._closed:
+            if not self._source.closed:
                 self._sender = sender
                 return
         sender.shutdown()
@@ -89,7 +88,7 @@ class VllmWeightSender:
         self._source.weights = snapshot.weights
         verify = ray.get(self._worker.prepare_transfer.remote(snapshot.shapes))
         try:
-            with self._on_stream():
+            with torch.cuda.stream(self._stream):
                 self._sender.send_weights()
         except Exception:  # raised again, with the worker's own reason if there is one
             if self._client.failure is not None:
@@ -102,19 +101,10 @@ class VllmWeightSender:
     def close(self) -> None:
         """Close the transfer, also while ``connect`` or ``send`` waits for a lost worker."""
         with self._lock:
-            self._closed = self._source.closed = True
+            self._source.closed = True
             sender, self._sender = self._sender, None
         if sender is not None:
             sender.shutdown()
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """Use a separate stream: waiting for a dead worker must not hold up the trainer."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            yield
 
 
 class _Source(WeightSource):  # type: ignore[misc]  # vLLM may not be installed for mypy

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-_NUM_COLUMNS = 16  # checked of each matrix, evenly spaced; a training step changes all columns
+_NUM_COLUMNS = 16  # columns to check, evenly spaced; a training step changes all
 
 
+@dataclass(eq=False)
 class Columns:
     """Shape of a weight in the checkpoint and, after its arrival, some of its columns."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape  # of the whole tensor
-        self.values: torch.Tensor | None = None  # (rows, chosen columns); a vector has one column
+    shape: tuple[int, ...]  # of the whole tensor
+    values: torch.Tensor | None = None  # (rows, chosen columns); a vector has one column
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Columns:
@@ -95,8 +95,7 @@ def check_weights(pairs: list[Pair]) -> None:
     Raises:
         ValueError: the model computes with other weights; the text names the first.
     """
-    stale = [pair.name for pair in pairs if not is_loaded(pair)]
-    if stale:
+    if stale := [pair.name for pair in pairs if not is_loaded(pair)]:
         raise ValueError(
             f"the engine computes with other weights than those sent: {len(stale)} of "
             f"{len(pairs)} differ, the first is {stale[0]!r}"
@@ -131,8 +130,7 @@ def _local_shard(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(parts), columns
     if len(parts) == 1 and len(sizes) > 1:  # fused in the checkpoint too
         parts = list(torch.split(parts[0], _full_sizes(module)))
-    owned = [_shard(part, size, module) for part, size in zip(parts, sizes, strict=True)]
-    rows = torch.cat(owned)
+    rows = torch.cat([_shard(p, size, module) for p, size in zip(parts, sizes, strict=True)])
     if len(pair.parts[0].shape) < 2:
         return rows, columns
     width = _local_width(pair)
@@ -188,8 +186,8 @@ def _check_shape(pair: Pair, names: list[str]) -> None:
             f"the engine keeps {pair.name!r} in {held} parts and the checkpoint in {len(names)}: "
             "weight updates of such a model are not supported"
         )
-    rows = sum(part.shape[0] for part in pair.parts if part.shape)
     shapes = [part.shape for part in pair.parts]
+    rows = sum(shape[0] for shape in shapes if shape)
     if any(([rows, *shape[1:]] if shape else []) != expected for shape in shapes):
         found = ", ".join(f"{list(s)} for {n!r}" for n, s in zip(names, shapes, strict=True))
         raise ValueError(f"the engine expects the shape {expected}, got {found}")
