@@ -61,12 +61,10 @@ class _ReadsText(_ChunkPolicy):
     tokenizer: Tokenizer | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def bind(self, tokenizer: Tokenizer) -> Self:
-        """See ``Carryover``."""
         return replace(self, tokenizer=tokenizer)
 
     @property
     def unbound(self) -> bool:
-        """See ``Carryover``."""
         return self.tokenizer is None
 
     def _decode(self, ids: TokenIds) -> str:

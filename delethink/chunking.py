@@ -279,10 +279,6 @@ class ThinkingState:
 
         A boundary policy sees earlier tokens only. Tokens sampled beyond the boundary are therefore
         dropped without bias, as if the policy had stopped there.
-
-        Args:
-            output_ids: the tokens sampled from ``prompt_ids``.
-            stop: the reason sampling ended.
         """
         output_ids = as_token_ids(output_ids)
         if self._boundary is None:

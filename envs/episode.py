@@ -342,11 +342,9 @@ def render_ansi(parts: Mapping[str, str]) -> str:
 
 
 def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, object]) -> str:
-    """Return self-contained HTML without scripts, one section for each part.
+    """Return self-contained HTML without scripts: the facts, and a section for each part.
 
-    Args:
-        parts: (CSS class, heading, text) of each part.
-        facts: names and values for the line on top.
+    ``parts`` has the CSS class, heading and text of each part.
     """
     # HTML drops one line break after <pre>. The extra one keeps a leading line break of the text.
     line = " · ".join(f"{name} {value}" for name, value in facts.items())

@@ -117,8 +117,7 @@ class UnicodeText(_BoundedSpace[str]):
     """Text of ``min_length`` to ``max_length`` characters.
 
     Args:
-            pieces: the pieces of a text, for a tokenizer with a fixed alphabet; by default all of
-            Unicode.
+        pieces: pieces of a text, for a tokenizer with a fixed alphabet; by default all of Unicode.
         sample_length: maximum number of pieces or characters in samples; by default ``max_length``.
     """
 

@@ -150,8 +150,7 @@ def _minimize(errors: Errors, start: Efficiency, names: Sequence[str]) -> Effici
 def read_lengths(path: Path) -> FloatArray:
     """Read the thinking lengths of traces, in tokens.
 
-    Args:
-        path: a run directory, or a text file with ``length`` or ``length,count`` on each line.
+    ``path`` is a run directory, or a text file with ``length`` or ``length,count`` on each line.
 
     Raises:
         ConfigError: there are no lengths, or a line has another form.

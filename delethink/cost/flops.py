@@ -40,15 +40,9 @@ def forward_flops(
     """Return the FLOPs of one forward pass over positions ``start`` to ``stop - 1``.
 
     2 N (stop - start) for the weights, pairs times FLOPs per pair for attention, and 2 V d for each
-    position with logits.
-
-    Args:
-        shape: model.
-        start: tokens already in the cache.
-        stop: length of the context after the pass.
-        heads: number of positions with logits.
-        masked: count the pairs hidden by the causal mask or a window too, as kernels with a mask
-            and ``FlopCounterMode`` of torch do.
+    position with logits, of which there are ``heads``. The cache holds ``start`` tokens before the
+    pass. ``masked`` also counts the pairs hidden by the causal mask or a window, as kernels with a
+    mask and ``FlopCounterMode`` of torch do.
     """
     tokens = np.asarray(stop, float) - start
     total = 2.0 * shape.token_weights * tokens + 2.0 * shape.head_weights * np.asarray(heads)
@@ -139,15 +133,10 @@ def cut_traces(
     """Return the chunks of traces with ``thinking`` sampled tokens each.
 
     The first chunk has up to C new tokens after the query. Later chunks have C - m after query and
-    carryover, and the last one has the rest.
+    carryover, and the last one has the rest. ``thinking`` is at least 1.
 
-    Args:
-        thinking: sampled tokens per trace, at least 1.
-        query: tokens of the query (|q|).
-        cut: chunk sizes.
-        group: traces per query (G). All but the first find the query in the prefix cache, and all
-            later chunks find query and head there.
-        prefix_cache: whether the engine has a prefix cache.
+    Of the ``group`` traces of a query, all but the first find the query in the prefix cache. All
+    later chunks find query and head there.
     """
     parts = np.broadcast_arrays(thinking, query, *cut, group)
     thinking, query, context, carry, outside, head, group = (np.asarray(p, float) for p in parts)
@@ -192,14 +181,9 @@ def training_flops(
 ) -> FloatArray:
     """Return the FLOPs of training on a trace: the forward pass, and twice as many backward.
 
-    Logits are computed for the sampled tokens only.
-
-    Args:
-        shape: model.
-        chunks: chunks of the trace.
-        masked: see ``forward_flops``.
-        extra_passes: forward passes beyond the first: 1 for recomputed activations, 1 for log-probs
-            under the old weights.
+    Logits are computed for the sampled tokens only; for ``masked`` see ``forward_flops``.
+    ``extra_passes`` are forward passes beyond the first: 1 for recomputed activations, 1 for
+    log-probs under the old weights.
     """
     each = forward_flops(shape, 0, chunks.prompt + chunks.new, chunks.new, masked)
     return np.asarray((3.0 + extra_passes) * (chunks.count * each).sum(-1))

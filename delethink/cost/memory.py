@@ -17,13 +17,8 @@ def cache_bytes(
 ) -> FloatArray:
     """Return the bytes of the KV cache of a sequence.
 
-    Each layer holds its values for every token, or for those in its window, and its state.
-
-    Args:
-        shape: model.
-        tokens: length of the sequence.
-        dtype_bytes: bytes per cached value.
-        block: tokens per cache block; a partly filled block takes the space of a full one.
+    Each layer holds its values for every token, or for those in its window, and its state. A cache
+    block of ``block`` tokens takes its full space also where it is partly filled.
     """
     total = np.zeros_like(np.asarray(tokens, float))
     for mixer, count in shape.mixers:
@@ -78,12 +73,8 @@ def training_bytes(
     width (gate, its activation, up, product). The larger of two terms comes on top: the gradient
     between two layers, or a tile of TRL's fused head (4,096 tokens by 32,768 words).
 
-    Args:
-        shape: model.
-        tokens: tokens per pass, padding included.
-        devices: number of devices that share weights and states.
-        dtype_bytes: bytes per activation.
-        by_layer: keep only the input of each layer and recompute the rest (gradient checkpointing).
+    ``tokens`` include padding, and ``dtype_bytes`` is the size of an activation. ``by_layer`` keeps
+    only the input of each layer and recomputes the rest (gradient checkpointing).
     """
     tokens, hidden = np.asarray(tokens, float), shape.hidden_size
     layers = [

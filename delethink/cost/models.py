@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -77,12 +78,12 @@ def shape_of_config(config: Config, name: str) -> ModelShape:
     return _FAMILIES[model_type](_ConfigReader(config, name))
 
 
+@dataclass(frozen=True)
 class _ConfigReader:
     """Checked access to the values of a config."""
 
-    def __init__(self, config: Config, name: str) -> None:
-        self.config = config
-        self.name = name
+    config: Config
+    name: str
 
     def count(self, *keys: str, default: int | None = None) -> int:
         """Return the positive integer under the first of ``keys`` in the config."""
@@ -105,7 +106,6 @@ class _ConfigReader:
         return None if self.config.get(key) is None else self.count(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a value without a check."""
         return self.config.get(key, default)
 
     @property
@@ -158,7 +158,6 @@ class _ConfigReader:
         return [layer_type == "full_attention" for layer_type in types]
 
     def shape(self, layers: list[Layer], tied: bool = False) -> ModelShape:
-        """Return the whole model."""
         return ModelShape(
             name=self.name,
             hidden_size=self.hidden_size,

@@ -63,17 +63,11 @@ def paper_training_flops(
     A sequence of s tokens takes 6 N s + 12 L d s^2, with the embedding in N and twice the pairs
     under a causal mask; d is the width of the query heads. LongCoT is one sequence. Delethink is
     1 + (n - C)/(C - m) sequences of C tokens, a number that may be fractional. Queries are left
-    out, and every position has logits.
-
-    Args:
-        model: model with full softmax attention.
-        thinking: sampled tokens per trace, at least C.
-        cut: chunk sizes.
-        masked: count the pairs hidden by the causal mask.
-        embedding: count the embedding, which multiplies nothing.
+    out, and every position has logits. Without ``masked``, pairs hidden by the causal mask are not
+    counted; without ``embedding``, the embedding is not, since it multiplies nothing.
 
     Raises:
-        UserError: the formula does not cover the model or a length.
+        UserError: the formula does not cover the model, or a length is below C.
     """
     if any(
         mixer.window is not None
@@ -340,9 +334,7 @@ _REPRODUCTIONS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any]], s
 def reproduction(name: str, as_json: bool) -> str:
     """Return figures of the paper (flops, figure2c, throughput or months) next to this estimate's.
 
-    Args:
-        name: a value of ``--reproduce``.
-        as_json: return JSON instead of a table with notes.
+    The text is a table with notes, or JSON with ``as_json``.
     """
     make_rows, text_of = _REPRODUCTIONS[name]
     rows = make_rows()

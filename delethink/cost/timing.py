@@ -69,17 +69,11 @@ def sampling_time(
     efficiency: Efficiency,
     parallel: int = 1,
 ) -> SamplingTime:
-    """Return the time for one engine to sample its traces.
+    """Return the time for one engine to sample its traces, with ``room`` bytes for caches.
 
-    Args:
-        shape: model.
-        chunks: chunks of a trace; axis -2 holds the equally likely traces of a distribution.
-        longest: expected tokens of the longest trace.
-        traces: number of traces that the engine samples.
-        room: bytes for caches.
-        device: hardware of the engine.
-        efficiency: reached fraction of the hardware's peak.
-        parallel: devices per engine; communication between them is not counted.
+    Axis -2 of ``chunks`` holds the equally likely traces of a distribution, and ``longest`` is the
+    expected number of tokens of the longest trace. Communication between the ``parallel`` devices
+    of an engine is not counted.
     """
     size = device.dtype_bytes
     tokens = chunks.count * chunks.new

@@ -68,12 +68,8 @@ class Evaluator:
     ) -> HeldOutResult:
         """Evaluate a policy on the first ``limit`` problems (all by default).
 
-        Args:
-            policy: policy to sample from.
-            spec: chunk sizes.
-            setting: name of the row.
-            max_model_tokens: longest sequence of the model; ``None`` checks nothing.
-            limit: number of problems.
+        ``setting`` is the name of the row. ``max_model_tokens`` is the longest sequence of the
+        model; ``None`` checks nothing.
 
         Raises:
             RolloutError: a trace failed; the accuracy of the others would be biased.

@@ -154,11 +154,8 @@ def proportion_interval(values_P: npt.NDArray[np.float64], samples: float = 1.0)
 
     Wilson's interval with Student's t quantile and the effective number of trials
     n* = p(1 - p) / Var(mean), after Korn and Graubard (Survey Methodology 24, 1998). With equal
-    values, n* is the number of problems, so the interval keeps a width.
-
-    Args:
-        values_P: one value per problem.
-        samples: samples behind each value; an upper bound of n* per problem.
+    values, n* is the number of problems, so the interval keeps a width. ``samples``, the number of
+    samples behind each value, is an upper bound of n* per problem.
     """
     problems = len(values_P)
     if problems < 1:
@@ -249,13 +246,8 @@ def bootstrap_avg(scores_P: Scores, k: int, resamples: int = 5000, seed: int = 0
     """Return avg@k by bootstrap, as the paper reports accuracies.
 
     The number of right samples among k draws with replacement is binomial, so binomial numbers are
-    drawn for all resamples at once. The distribution is the same as with drawn indices.
-
-    Args:
-        scores_P: scores, 0 or 1.
-        k: samples of a problem in a resample (128 in the paper).
-        resamples: number of resamples (5,000 in the paper).
-        seed: seed of the draws.
+    drawn for all resamples at once. The distribution is the same as with drawn indices. The paper
+    draws k = 128 samples of each problem in 5,000 resamples.
 
     Raises:
         ValueError: a score is neither 0 nor 1.

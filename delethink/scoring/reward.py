@@ -53,10 +53,8 @@ def isolated(
 ) -> Callable[[Function], Function]:
     """Mark a function to run in a verifier process, because of hangs or memory.
 
-    Args:
-        package: the required package.
-        extra: the extra of this library with the package.
-        prepare: runs once per verifier, without time limit.
+    It requires ``package``, which is in ``extra`` of this library. ``prepare`` runs once per
+    verifier, without time limit.
     """
     return lambda function: _marked(function, Traits("isolated", (package, extra), None, prepare))
 

@@ -193,13 +193,9 @@ def make_scorer(
     scoring: Any,
     pool: VerifierPool | None = None,
 ) -> Scorer:
-    """Create a scorer from the settings of a recipe.
+    """Create a scorer from a ``RewardConfig`` for each name and a ``ScoringConfig``.
 
-    Args:
-        rewards: a ``RewardConfig`` for each name.
-        accuracy: name of the reward for right (1) or wrong (0).
-        scoring: a ``ScoringConfig``.
-        pool: verifiers of another scorer; by default the scorer has its own.
+    ``accuracy`` and ``pool`` are those of ``Scorer``.
 
     Raises:
         UserError: a reward is unknown, lacks a setting or a package, or cannot run here.
