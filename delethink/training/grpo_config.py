@@ -26,35 +26,25 @@ _NOT_OF_TRL = {
 
 @dataclass
 class DelethinkConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
-    """``GRPOConfig`` with the defaults of the method, and the settings that TRL lacks.
-
-    Args:
-        mask_out_of_budget: Leave traces that used up their budget out of the loss and its mean.
-        forward_tokens: Maximum tokens of one forward pass, padding included.
-        max_failed_share: Maximum share of failed traces in a batch.
-    """
+    """``GRPOConfig`` with the defaults of the method, and the settings that TRL lacks."""
 
     loss_type: str = "grpo"
     vllm_importance_sampling_mode: str = "token_truncate"
     vllm_importance_sampling_clip_max: float = 2.0
     router_aux_loss_coef: float = 0.0  # the loss is a sum over tokens, without a router term
-    mask_out_of_budget: bool = False
-    forward_tokens: int = 16_384
-    max_failed_share: float = 0.1
+    mask_out_of_budget: bool = False  # leave traces out of budget out of the loss and its mean
+    forward_tokens: int = 16_384  # at most, in one forward pass with its padding
+    max_failed_share: float = 0.1  # of the traces of a batch
 
 
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkConfig:
-    """Return the TRL settings of a recipe.
-
-    TRL's own defaults are replaced where they would change the method.
-    """
+    """Return the TRL settings of a recipe, without TRL's defaults that would change the method."""
     training = recipe.training
     values: dict[str, Any] = training.model_dump(exclude=_NOT_OF_TRL)
     values |= batch_settings(training, recipe.trainer.num_ranks)
     values |= {"use_cpu": not torch.accelerator.is_available()}  # bf16 needs it set
-    values |= rank_settings(recipe.trainer)
     return DelethinkConfig(
-        **values,
+        **(values | rank_settings(recipe.trainer)),
         output_dir=str(checkpoints),
         seed=recipe.seed,
         max_completion_length=spec.budget,

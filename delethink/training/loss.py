@@ -29,39 +29,25 @@ from delethink.errors import ConfigError, did_you_mean
 class LossSettings:
     """Settings of the loss, with the names of TRL's ``GRPOConfig``.
 
-    Args:
-        loss_type: Key of ``LOSSES``.
-        importance_sampling_level: ``"token"``, or ``"sequence"`` for one probability ratio per
-            trace (GSPO, arXiv 2507.18071).
-        epsilon: Lower clip range of the ratio.
-        epsilon_high: Upper clip range of the ratio; ``None`` is ``epsilon``.
-        delta: Upper bound of the ratio for negative advantages (dual clip); ``None`` is no bound.
-        beta: Weight of the KL divergence from the reference weights.
-        use_bias_correction_kl: Multiply the KL term by the ratio, so that its gradient is unbiased.
-        sapo_temperature_pos: Temperature of the ``sapo`` gate for positive advantages.
-        sapo_temperature_neg: Temperature of the ``sapo`` gate for the other advantages.
-        vllm_importance_sampling_correction: Multiply each term by the ratio of the trainer's to
-            the engine's probability of the token.
-        vllm_importance_sampling_mode: ``"token_truncate"`` caps this ratio, ``"token_mask"`` drops
-            the tokens beyond the cap.
-        vllm_importance_sampling_clip_max: Cap of this ratio.
-
     Raises:
         ConfigError: A name is unknown.
     """
 
-    loss_type: str = "grpo"
+    loss_type: str = "grpo"  # key of LOSSES
+    # "token", or "sequence" for one probability ratio per trace (GSPO, arXiv 2507.18071)
     importance_sampling_level: str = "token"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    beta: float = 0.0
-    use_bias_correction_kl: bool = True
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
+    epsilon: float = 0.2  # lower clip range of the ratio
+    epsilon_high: float | None = None  # upper clip range; None: epsilon
+    delta: float | None = None  # bound of the ratio for negative advantages (dual clip); None: none
+    beta: float = 0.0  # weight of the KL divergence from the reference weights
+    use_bias_correction_kl: bool = True  # multiply it by the ratio: its gradient is unbiased
+    sapo_temperature_pos: float = 1.0  # of the sapo gate, for positive advantages
+    sapo_temperature_neg: float = 1.05  # for the other advantages
+    # Multiply each term by the ratio of the trainer's to the engine's probability of the token.
     vllm_importance_sampling_correction: bool = True
+    # "token_truncate" caps this ratio, "token_mask" drops the tokens beyond the cap.
     vllm_importance_sampling_mode: str = "token_truncate"
-    vllm_importance_sampling_clip_max: float = 2.0
+    vllm_importance_sampling_clip_max: float = 2.0  # the cap
 
     def __post_init__(self) -> None:
         allowed = {
@@ -109,7 +95,7 @@ class TokenLosses(NamedTuple):
     loss: torch.Tensor  # with gradient
     ratio: torch.Tensor  # current over old probability
     correction: torch.Tensor  # weight for the probability in the engine
-    clipped: torch.Tensor  # bool: the ratio is beyond the clip range
+    clipped: torch.Tensor  # bool: beyond the clip range, on the side of the advantage
     kl: torch.Tensor | None
 
 
@@ -136,11 +122,14 @@ def token_losses(batch: TokenBatch, settings: LossSettings) -> TokenLosses:
     loss = LOSSES[settings.loss_type].token_loss(ratio, batch, settings) * correction
     kl = None
     if batch.ref_logprobs is not None:
-        kl = kl_divergence(batch.logprobs, batch.ref_logprobs)
+        difference = batch.ref_logprobs - batch.logprobs
+        kl = difference.exp() - difference - 1  # the k3 estimate of KL(policy, reference)
         loss = loss + settings.beta * (kl * ratio if settings.use_bias_correction_kl else kl)
         kl = kl.detach()
     ratio = ratio.detach()
-    return TokenLosses(loss, ratio, correction, is_clipped(ratio, batch.advantages, settings), kl)
+    below, above = ratio < 1 - settings.epsilon, ratio > 1 + settings.clip_high
+    clipped = (below & (batch.advantages < 0)) | (above & (batch.advantages > 0))
+    return TokenLosses(loss, ratio, correction, clipped, kl)
 
 
 def engine_correction(log_ratio: torch.Tensor, settings: LossSettings) -> torch.Tensor:
@@ -151,23 +140,6 @@ def engine_correction(log_ratio: torch.Tensor, settings: LossSettings) -> torch.
     if settings.vllm_importance_sampling_mode == "token_mask":
         return ratio.where(ratio <= cap, torch.zeros_like(ratio))
     return ratio.clamp(max=cap)
-
-
-def kl_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return the k3 estimate of KL(policy, reference) of each token: exp(d) - d - 1."""
-    difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
-
-
-def is_clipped(
-    ratio: torch.Tensor, advantages: torch.Tensor, settings: LossSettings
-) -> torch.Tensor:
-    """Return which ratios are beyond the clip range on the side of their advantage."""
-    below, above = ratio < 1 - settings.epsilon, ratio > 1 + settings.clip_high
-    return (below & (advantages < 0)) | (above & (advantages > 0))
-
-
-# -- per-token losses --------------------------------------------------------------------------
 
 
 def clipped_loss(ratio: torch.Tensor, batch: TokenBatch, settings: LossSettings) -> torch.Tensor:
@@ -191,29 +163,6 @@ def sapo_loss(ratio: torch.Tensor, batch: TokenBatch, settings: LossSettings) ->
     return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
 
 
-# -- weights -----------------------------------------------------------------------------------
-
-
-def mean_of_trace_means(length: int, step: StepSize) -> float:
-    """Divide each trace by its own length, then average the traces."""
-    return 1 / (step.traces * length)
-
-
-def mean_of_trace_sums(length: int, step: StepSize) -> float:
-    """Average the sums of the traces, so that a trace counts in proportion to its length."""
-    return 1 / step.traces
-
-
-def budget_mean(length: int, step: StepSize) -> float:
-    """Divide every trace by the budget, then average the traces."""
-    return 1 / (step.traces * step.budget)
-
-
-def token_mean(length: int, step: StepSize) -> float:
-    """Average all tokens of the step."""
-    return 1 / step.tokens
-
-
 class Loss(NamedTuple):
     """Per-token loss, and weight of each sampled token of a trace in its optimizer step."""
 
@@ -222,10 +171,14 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "grpo": Loss(clipped_loss, mean_of_trace_means),
-    "dr_grpo": Loss(clipped_loss, budget_mean),
-    "dapo": Loss(clipped_loss, token_mean),
-    "cispo": Loss(cispo_loss, token_mean),
-    "sapo": Loss(sapo_loss, mean_of_trace_means),
-    "luspo": Loss(clipped_loss, mean_of_trace_sums),
+    # Divide each trace by its own length, then average the traces.
+    "grpo": Loss(clipped_loss, lambda length, step: 1 / (step.traces * length)),
+    "sapo": Loss(sapo_loss, lambda length, step: 1 / (step.traces * length)),
+    # Divide every trace by the budget, then average the traces.
+    "dr_grpo": Loss(clipped_loss, lambda length, step: 1 / (step.traces * step.budget)),
+    # Average the sums of the traces, so that a trace counts in proportion to its length.
+    "luspo": Loss(clipped_loss, lambda length, step: 1 / step.traces),
+    # Average all tokens of the step.
+    "dapo": Loss(clipped_loss, lambda length, step: 1 / step.tokens),
+    "cispo": Loss(cispo_loss, lambda length, step: 1 / step.tokens),
 }
