@@ -62,10 +62,6 @@ class TraceBatch:
             if chunk.policy_version is not None
         ]
 
-    def share(self, condition: Callable[[Trace], bool]) -> float:
-        """Return the share of traces for which a condition holds."""
-        return fmean(condition(trace) for trace in self.traces)
-
 
 # None is an error when the metric is computed.
 TokenFormula = Callable[["TokenBatch", "TokenLosses"], "torch.Tensor | None"]
@@ -73,29 +69,17 @@ TokenFormula = Callable[["TokenBatch", "TokenLosses"], "torch.Tensor | None"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table of metrics.
+    """A row of the table of metrics."""
 
-    Args:
-        key: key in ``metrics.jsonl``; ``<name>`` stands for several names.
-        unit: unit of the value.
-        source: part of the program to measure it.
-        meaning: description of the value.
-        when: lines of ``metrics.jsonl`` with the key.
-        of_tokens: formula for the output tokens of K chunks in the loss; its value is [K, T].
-        of_batch: formula for a sampled batch; with ``<name>`` in the key, a value for each name.
-        reduce: reduction of ``of_tokens`` over tokens.
-        step_line: format of the value in the line on the terminal.
-    """
-
-    key: str
+    key: str  # in ``metrics.jsonl``; ``<name>`` stands for several names
     unit: str
-    source: Source
+    source: Source  # part of the program to measure it
     meaning: str
-    when: str = EVERY_STEP
-    of_tokens: TokenFormula | None = None
-    of_batch: Callable[[TraceBatch], Any] | None = None
-    reduce: Literal["mean", "max"] = "mean"
-    step_line: str = ""
+    when: str = EVERY_STEP  # lines of ``metrics.jsonl`` with the key
+    of_tokens: TokenFormula | None = None  # for the output tokens of K chunks in the loss: [K, T]
+    of_batch: Callable[[TraceBatch], Any] | None = None  # for <name>, a value for each name
+    reduce: Literal["mean", "max"] = "mean"  # of ``of_tokens``, over tokens
+    step_line: str = ""  # format of the value in the line on the terminal
 
 
 def has_signal(rewards: Sequence[float | None]) -> bool:
@@ -176,9 +160,9 @@ METRICS: tuple[Metric, ...] = (
     _batch("tokens_left_out", "tokens", "Sampled tokens of the traces left out of the loss.",
            lambda b: sum(t.length for t, ok in zip(b.traces, b.in_loss, strict=True) if not ok)),
     _batch("budget_share", "share of traces", "Traces out of budget.",
-           lambda b: b.share(lambda t: t.stop is TraceStop.BUDGET)),
+           lambda b: fmean(t.stop is TraceStop.BUDGET for t in b.traces)),
     _batch("failed_share", "share of traces", "Traces ended by an error or an abort.",
-           lambda b: b.share(lambda t: t.stop.is_failure)),
+           lambda b: fmean(t.stop.is_failure for t in b.traces)),
     _batch("reward_by_chunks", "reward", "Mean total reward by number of chunks of the trace.",
            _reward_by_chunks),
     _batch("rewards/<name>/mean", "reward", "Mean of one reward, over the traces it applies to.",
@@ -193,8 +177,8 @@ METRICS: tuple[Metric, ...] = (
     _batch("staleness_max", "weight updates", "Largest age of the weights of a sampled token.",
            lambda b: max((age for age, _ in b.ages), default=0)),
     _batch("mixed_version_share", "share of traces", "Traces sampled by several weight versions.",
-           lambda b: b.share(
-               lambda t: len({c.policy_version for c in t.chunks if c.output_ids}) > 1)),
+           lambda b: fmean(
+               len({c.policy_version for c in t.chunks if c.output_ids}) > 1 for t in b.traces)),
     Metric("sampling_rounds", "rounds", "batch",
            "Sampling rounds; each after the first replaces groups without signal.", EVERY_BATCH),
     Metric("groups_replaced", "groups", "batch", "Groups replaced by others.", EVERY_BATCH),
@@ -290,9 +274,6 @@ def find_metric(key: str) -> Metric | None:
     return None
 
 
-# -- values --------------------------------------------------------------------------------------
-
-
 class StepStatistics(NamedTuple):
     """Metrics of output tokens by key, over all tokens and by the index of the chunk."""
 
@@ -303,9 +284,7 @@ class StepStatistics(NamedTuple):
 class TokenStatistics:
     """Accumulate the metrics of output tokens over the forward passes of an optimizer step.
 
-    Args:
-        has_kl: whether the loss has a KL term (``training.beta`` > 0); otherwise no ``kl``.
-        metrics: rows to compute.
+    ``kl`` is left out of them if the loss has no KL term (``training.beta`` is 0).
     """
 
     def __init__(self, has_kl: bool = False, metrics: Sequence[Metric] = TOKEN_METRICS) -> None:
@@ -419,9 +398,9 @@ class StepMetrics:
         """Stop the clock and add the metrics of time."""
         seconds = time.perf_counter() - self._started
         sampling = self.values.get("seconds_sampling", 0.0)
-        scoring = self.values.get("seconds_scoring", 0.0)
+        waiting = sampling + self.values.get("seconds_scoring", 0.0)
         updating = self._seconds_weight_update - self._seconds_before_step
-        self.values["seconds_training"] = seconds - (sampling + scoring) - updating
+        self.values["seconds_training"] = seconds - waiting - updating
         self.values["seconds_weight_update"] = self._seconds_weight_update
         self._seconds_weight_update = 0.0
         if sampling:

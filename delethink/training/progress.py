@@ -101,13 +101,8 @@ class TrainingProgress:
 
 def step_line(metrics: Mapping[str, Any]) -> str:
     """Return the line of a step: the metrics with a ``step_line`` format, in the table's order."""
-    parts = []
-    for metric in METRICS:
-        value = metrics.get(metric.key)
-        if metric.step_line:
-            shown = f"{metric.key} none" if value is None else metric.step_line.format(value)
-            parts.append(shown)
-    return "  ".join(parts)
+    shown = [(metric, metrics.get(metric.key)) for metric in METRICS if metric.step_line]
+    return "  ".join(f"{m.key} none" if v is None else m.step_line.format(v) for m, v in shown)
 
 
 def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
