@@ -210,13 +210,7 @@ class ForwardBatch:
     """Tensors of K chunks, padded to S columns.
 
     The T = S - prompt_size last columns hold all output tokens; the columns before them are prompt
-    tokens in every row.
-
-    Attributes:
-        rows: The chunks.
-        ids: Token ids: [K, S].
-        prompt_size: Number of leading columns without an output token.
-        is_output: Mask of the output tokens: [K, T].
+    tokens in every row. ``ids`` is [K, S], and ``is_output`` the mask of the output tokens [K, T].
     """
 
     def __init__(self, rows: Sequence[ChunkRow], pad_id: int, device: torch.device) -> None:
@@ -244,9 +238,6 @@ class ForwardBatch:
         return list(torch.split(padded[self.is_output], sizes))
 
 
-# -- checks ------------------------------------------------------------------------------------
-
-
 class TokenCoverageCheck:
     """Checks that each trace of a batch is trained on whole, and as often as configured.
 
@@ -259,12 +250,7 @@ class TokenCoverageCheck:
         self._seen: Counter[int] = Counter()
 
     def start(self, lengths: Mapping[int, int], passes: int) -> None:
-        """Start a batch.
-
-        Args:
-            lengths: Sampled tokens of each trace, by its index.
-            passes: Number of times each trace is trained on.
-        """
+        """Start a batch: sampled tokens by index of the trace, each trained on ``passes`` times."""
         self._expected, self._passes, self._seen = dict(lengths), passes, Counter()
 
     def add(self, tokens: Mapping[int, int]) -> None:

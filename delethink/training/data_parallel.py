@@ -32,10 +32,6 @@ class RankGroup:
     """The ranks of ``torch.distributed``; a single rank where it is not initialized.
 
     Every method is a collective: all ranks create the group and call its methods in the same order.
-
-    Attributes:
-        rank: Rank of this process; the main rank is 0.
-        size: Number of ranks.
     """
 
     def __init__(self) -> None:
@@ -69,10 +65,10 @@ class RankGroup:
                 failure = error
                 message = [(None, _picklable(error))]
         dist.broadcast_object_list(message, 0, self._group)
-        result, remote_failure = message[0]
+        value: T
+        value, remote_failure = message[0]
         if failure or remote_failure:
             raise failure or remote_failure
-        value: T = result
         return value
 
     def scatter(self, make: Callable[[], Sequence[T]]) -> T:
@@ -110,21 +106,13 @@ def _picklable(error: Exception) -> Exception:
 
 @dataclass(frozen=True)
 class Shards:
-    """A batch of traces sharded over ranks.
-
-    Attributes:
-        assignment: Batch indices of each rank's traces.
-        traces: Traces of this rank, in that order.
-        all_traces: All traces of the batch on the main rank; empty on the other ranks.
-        balance: Mean over highest training cost of a rank, averaged over optimizer steps.
-        chunk_tokens: Forwarded tokens of each rank, prompts of chunks included.
-    """
+    """A batch of traces sharded over ranks."""
 
     assignment: Assignment
-    traces: list[Trace]
-    all_traces: list[Trace]
-    balance: float
-    chunk_tokens: list[int]
+    traces: list[Trace]  # of this rank, in that order
+    all_traces: list[Trace]  # of the batch on the main rank; empty on the other ranks
+    balance: float  # mean over highest training cost of a rank, averaged over optimizer steps
+    chunk_tokens: list[int]  # forwarded tokens of each rank, prompts of chunks included
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics of a step; none for a single rank."""
@@ -146,12 +134,7 @@ def shard_traces(
 ) -> Shards:
     """Sample a batch on the main rank and shard its traces over ranks, balanced by cost.
 
-    Args:
-        ranks: All ranks.
-        num_traces: Number of traces in the batch.
-        run_rollouts: Samples the batch; called on the main rank.
-        cost: Training cost of a trace, in any unit.
-        num_steps: Optimizer steps in the batch. A trace stays in its step.
+    The cost of a trace is in any unit. A trace stays in its one of ``num_steps`` optimizer steps.
     """
     traces: list[Trace] = []
 
@@ -192,15 +175,8 @@ def _assign_steps(
 def balanced_assignment(costs: Sequence[float], num_ranks: int) -> Assignment:
     """Assign the traces of an optimizer step to ranks, the same number to each.
 
-    Greedy: the next costliest ``num_ranks`` traces go to the ranks by ascending total cost.
-
-    Args:
-        costs: Cost of each trace, in any unit.
-        num_ranks: Number of ranks, a divisor of the number of traces.
-
-    Returns:
-        For each rank the indices of its traces in ``costs``. The highest cost of a rank is at most
-        that of ``contiguous_assignment``.
+    Greedy: the next costliest ``num_ranks`` traces go to the ranks by ascending total cost. The
+    highest cost of a rank is at most that of ``contiguous_assignment``.
     """
     if not costs or len(costs) % num_ranks:
         raise ValueError(f"{len(costs)} traces do not divide by {num_ranks} ranks")
@@ -239,13 +215,10 @@ def chunk_tokens(trace: Trace) -> int:
 
 
 def trace_cost(config: Mapping[str, Any]) -> Callable[[Trace], float]:
-    """Return a function from a trace to its training cost, attention included.
+    """Return a function from a trace to its training cost for a ``config.json``, with attention.
 
     Without a formula for the architecture, the cost is the number of forwarded tokens, which
     ignores that late tokens of a chunk attend to more tokens.
-
-    Args:
-        config: Content of the model's ``config.json``.
     """
     try:
         shape = shape_of_config(dict(config), "the model")

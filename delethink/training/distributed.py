@@ -45,11 +45,7 @@ def train_distributed(
 ) -> Path:
     """Run a recipe on ``trainer.num_ranks`` ranks and return the run directory.
 
-    Args:
-        prepared: The recipe.
-        location: Run directory, on storage that all machines share.
-        progress: Output on the terminal.
-        set_up_process: Called first in each rank.
+    The directory is on storage that all machines share. Each rank calls ``set_up_process`` first.
 
     Raises:
         UserError: A mistake of the user, or a cluster that is too small.
@@ -207,11 +203,8 @@ class QueuedProgress(TrainingProgress):
     """Sends the calls on the main rank to the driver, over a Ray queue of (method, arguments)."""
 
     def __init__(self, events: Any) -> None:
-        def send(method: str, *args: Any) -> None:
-            events.put((method, args))
-
         for method in ("log", "start_steps", "step", "stop_steps", "table"):
-            setattr(self, method, partial(send, method))
+            setattr(self, method, lambda *args, method=method: events.put((method, args)))
 
 
 def _print_events(events: Any, progress: TrainingProgress, finished: threading.Event) -> None:
@@ -234,11 +227,7 @@ def _print_events(events: Any, progress: TrainingProgress, finished: threading.E
 
 @contextlib.contextmanager
 def _ray_cluster(recipe: Recipe) -> Iterator[None]:
-    """Connect to a Ray cluster with enough resources, or start one.
-
-    Raises:
-        ConfigError: The cluster is too small.
-    """
+    """Connect to a Ray cluster with enough resources, or start one."""
     import ray
 
     from delethink.engines.cluster import connect

@@ -48,14 +48,11 @@ class GatherWeights(TrainerCallback):  # type: ignore[misc]  # transformers' cal
 
     Gathering is a collective, and only the main rank knows when the engine needs new weights.
     Therefore all ranks gather at these fixed points.
-
-    Attributes:
-        trainer: The trainer of the model.
-        weights: Full state dict on the main rank; ``None`` if the model is not sharded.
     """
 
     def __init__(self) -> None:
-        self.trainer: Any = None
+        self.trainer: Any = None  # of the model
+        # Full state dict on the main rank; None if the model is not sharded.
         self.weights: Mapping[str, torch.Tensor] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
