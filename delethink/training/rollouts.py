@@ -109,11 +109,7 @@ class BatchSampler:
     timeout: float | None = None  # seconds of a round; then unfinished traces are aborted
 
     def start(self, step: int, num_groups: int) -> Coroutine[Any, Any, Batch]:
-        """Take the problems of a batch now, and return a coroutine to sample them.
-
-        Args:
-            step: optimizer steps before the batch; the seeds depend on it.
-            num_groups: problems in the batch.
+        """Take the problems of the batch after ``step`` now, and return a coroutine to sample them.
 
         Raises:
             UserError: raised by the engine or a reward, when the coroutine is awaited.
@@ -171,23 +167,15 @@ class _Pending(NamedTuple):
 
 
 class Prefetch:
-    """Return batches in order, and sample later ones in a background thread meanwhile.
-
-    Args:
-        start: takes the problems of the batch after a step and returns a coroutine to sample them.
-        prompt_state: returns the position of the prompts, to restore if a batch is lost.
-        depth: batches to sample in advance; 0 samples each batch on demand, without a thread.
-        steps_per_batch: optimizer steps per batch.
-        last_step: last step of the run; no batch is sampled for later steps.
-    """
+    """Return batches in order, and sample later ones in a background thread meanwhile."""
 
     def __init__(
         self,
-        start: Callable[[int], Coroutine[Any, Any, Batch]],
-        prompt_state: Callable[[], dict[str, Any]],
-        depth: int,
+        start: Callable[[int], Coroutine[Any, Any, Batch]],  # for the batch after a step
+        prompt_state: Callable[[], dict[str, Any]],  # to restore if a batch is lost
+        depth: int,  # batches to sample in advance; 0: each on demand, without a thread
         steps_per_batch: int,
-        last_step: int,
+        last_step: int,  # of the run; no batch is sampled for later ones
     ) -> None:
         self._start, self._prompt_state = start, prompt_state
         self._depth, self._steps_per_batch, self._last_step = depth, steps_per_batch, last_step

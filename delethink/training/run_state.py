@@ -42,17 +42,12 @@ def make_example(problems: list[Problem], index: int) -> Example:
 
 
 class EngineWeights:
-    """Keep the weights of the engine at the version of the trainer.
-
-    Attributes:
-        gathered: full weights of a sharded model; its trainer is ``None`` before training.
-        version: number of weight updates in the engine's weights; -1 for those it was made with.
-    """
+    """Keep the weights of the engine at the version of the trainer."""
 
     def __init__(self, engine: Engine, model: Any, metrics: StepMetrics) -> None:
         self.engine, self._model, self._metrics = engine, model, metrics
-        self.gathered = GatherWeights()
-        self.version = -1
+        self.gathered = GatherWeights()  # of a sharded model; without a trainer before training
+        self.version = -1  # weight updates in the engine's weights; -1: those it was made with
 
     @property
     def trained_version(self) -> int:
@@ -161,8 +156,7 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
     def sample_batch(self, examples: list[Example]) -> RolloutBatch:
         """Return a batch of scored traces, sampled from the current weights.
 
-        Args:
-            examples: rows chosen by the trainer; the cursor over the problems replaces them.
+        The cursor over the problems replaces the examples chosen by the trainer.
 
         Raises:
             RolloutError: too many traces failed or could not be scored.
@@ -173,16 +167,14 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         self.batch = batch = self.prefetch.next(self.policy_version)
         if not self.recipe.training.max_staleness:  # else the engine samples the next batch
             engine.sleep()
-        self.metrics.values.update(engine.take_metrics())
-        self.metrics.values.update(
-            {
-                "seconds_scoring": batch.seconds_scoring,
-                "seconds_sampling": batch.seconds_sampling,
-                "sampling_rounds": batch.rounds,
-                "groups_replaced": len(batch.replaced),
-                "tokens_replaced": sum(t.length for group in batch.replaced for t in group.traces),
-            }
-        )
+        self.metrics.values |= {
+            **engine.take_metrics(),
+            "seconds_scoring": batch.seconds_scoring,
+            "seconds_sampling": batch.seconds_sampling,
+            "sampling_rounds": batch.rounds,
+            "groups_replaced": len(batch.replaced),
+            "tokens_replaced": sum(t.length for group in batch.replaced for t in group.traces),
+        }
         unscored = [score for score in batch.scores if score.errors]
         failed = len(unscored) + sum(trace.stop.is_failure for trace in batch.traces)
         limit = self.recipe.training.max_failed_share

@@ -147,19 +147,13 @@ def _report_problems(
 
 
 class RunTrainer(DelethinkTrainer):
-    """``DelethinkTrainer`` with complete checkpoints and the metrics of a run.
-
-    Args:
-        on_step: receives the trainer's metrics of each step and returns the whole line for the
-            experiment trackers.
-        run_state: returns the state of the run, to save beside the trainer's own.
-    """
+    """``DelethinkTrainer`` with complete checkpoints and the metrics of a run."""
 
     def __init__(
         self,
         *args: Any,
-        on_step: Callable[[dict[str, Any]], dict[str, Any]],
-        run_state: Callable[[], dict[str, Any]],
+        on_step: Callable[[dict[str, Any]], dict[str, Any]],  # from metrics to the trackers' line
+        run_state: Callable[[], dict[str, Any]],  # saved beside the trainer's own state
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
