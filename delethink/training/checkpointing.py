@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,12 +38,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 _STATE_FILE, _WRITING = "delethink.json", f"writing{PART}"
 
 # Messages of torch.save for a failed write; they do not include the reason of the system.
-_TORCH_WRITE_ERRORS = (
-    "PytorchStreamWriter",
-    "inline_container",
-    "iostream error",
-    "file write failed",
-)
+_TORCH_WRITE_ERROR = "PytorchStreamWriter|inline_container|iostream error|file write failed"
 
 # Settings of speed, memory and storage, which change neither the traces nor the training.
 _MAY_CHANGE = {
@@ -61,11 +57,7 @@ _MAY_CHANGE = {
 }
 # Settings of the engine with an effect on the traces; all others may change.
 _ENGINE_MUST_MATCH = {
-    "engine.name",
-    "engine.dtype",
-    "engine.chunk_timeout",
-    "engine.rollout_timeout",
-    "engine.order",
+    f"engine.{key}" for key in ("name", "dtype", "chunk_timeout", "rollout_timeout", "order")
 }
 _MAX_STEPS = "training.max_steps"
 
@@ -114,10 +106,7 @@ def open_run(recipe: Recipe) -> RunLocation:
 
 
 def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
-    """Compare a resolved recipe with the recipe of the run in a directory.
-
-    Returns:
-        The [old, new] values of different settings, by dotted key.
+    """Return the [old, new] values of settings that a run and a recipe do not share, by dotted key.
 
     Raises:
         RunDirectoryError: the initial weights differ, or a setting not allowed to.
@@ -201,8 +190,7 @@ class Checkpoint(NamedTuple):
 def resume(location: RunLocation, recipe: Recipe, progress: TrainingProgress) -> Checkpoint | None:
     """Reset a run directory to its newest complete checkpoint, and return the checkpoint.
 
-    Returns:
-        ``None`` without a complete checkpoint; the run then starts at the first step.
+    Without one, the run starts at the first step.
 
     Raises:
         RunDirectoryError: the run is finished and its last checkpoint is gone, or a file cannot be
@@ -273,10 +261,7 @@ def write_run_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
 def complete_folder(path: Path, is_writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """Let all ranks fill a temporary folder, and rename the folder when they are done.
 
-    Args:
-        path: final name of the folder.
-        is_writer: true on the rank that creates and moves the folder.
-        wait: waits for all ranks.
+    ``is_writer`` is true on the rank that creates and moves it, and ``wait`` waits for all ranks.
 
     Raises:
         RunDirectoryError: a file cannot be written.
@@ -307,18 +292,15 @@ def complete_folder(path: Path, is_writer: bool, wait: Callable[[], None]) -> It
 
 
 def _write_error(error: BaseException, folder: Path) -> str | None:
-    """Return the system's reason why a file could not be written; ``None`` for other errors.
-
-    The writers of weights and tensors wrap the system's error in errors of their own.
-    """
-    while True:
+    """Return the system's reason why a file could not be written; ``None`` for other errors."""
+    while True:  # the writers of weights and tensors wrap the system's error in their own
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         text = str(error)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             if f"os error {code})" in text:
                 return os.strerror(code)
-        if any(words in text for words in _TORCH_WRITE_ERRORS):
+        if re.search(_TORCH_WRITE_ERROR, text):
             free = shutil.disk_usage(folder).free
             return f"a file was not written completely, with {free / 1e9:.1f} GB free"
         cause = error.__cause__ or error.__context__

@@ -63,9 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
         evaluation_task = make_task(other.name, other.args, recipe.seed)
         # evaluation.reward names a reward of training.
         evaluation = recipe.evaluation.model_copy(update={"reward": None})
-        evaluated = _with_rewards_of(
-            evaluation_task, recipe.model_copy(update={"evaluation": evaluation})
-        )
+        evaluated = recipe.model_copy(update={"evaluation": evaluation})
+        evaluated = _with_rewards_of(evaluation_task, evaluated)
     accuracy = evaluated.accuracy_reward
     evaluation_scorer = make_scorer(
         {accuracy: evaluated.rewards[accuracy]}, accuracy, recipe.scoring, scorer.pool
@@ -243,21 +242,16 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     tokenizer = inputs.tokenizer
     ids = query_ids(tokenizer, inputs.selected["train"].problems[0])
     template = "a chat template" if tokenizer.chat_template else "no chat template"
-    listed = ", ".join(
-        f"{tokenizer.convert_ids_to_tokens(end)} ({end})"
-        for end in eos_ids(inputs.shell, tokenizer)
-    )
+    ends = eos_ids(inputs.shell, tokenizer)
+    listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends)
     text = str(tokenizer.decode(list(ids)))
     found = f"ends with {listed}; {template}, a query ends with {text[-30:]!r}"
     bos = tokenizer.bos_token_id
     if bos is None or ids[:2] != (bos, bos):
         return Check("tokenizer", "ok", found)
-    return Check(
-        "tokenizer",
-        "warning",
-        f"{found}, and begins with two {tokenizer.bos_token}",
-        "remove the token from the chat template: the tokenizer adds it already",
-    )
+    found = f"{found}, and begins with two {tokenizer.bos_token}"
+    advice = "remove the token from the chat template: the tokenizer adds it already"
+    return Check("tokenizer", "warning", found, advice)
 
 
 def _check_context(inputs: Inputs) -> Check:
@@ -275,16 +269,12 @@ def _check_context(inputs: Inputs) -> Check:
 
 
 def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Check]:
-    """Compare the peak memory of trainer and engines with the memory of this machine.
-
-    The estimate of the trainer is within a tenth of measured steps (docs/guide/cost.md). That of
-    the engine assumes full caches and batches.
-    """
+    """Compare the peak memory of trainer and engines, caches full, with that of this machine."""
     device, ram = device_memory(), process_memory()
     memory, factor, extra = (
         (device, 1.0, 0.0) if device else (ram, _CPU_OVERHEAD_FACTOR, _LIBRARY_BYTES)
     )
-    trainer = _trainer_bytes(recipe, inputs, shape, factor)
+    trainer = _trainer_bytes(recipe, inputs, shape, factor)  # within a tenth (docs/guide/cost.md)
     if choose_engine(recipe.engine.name) == "transformers":
         # Weights and the state of Adam; there are no gradients while the engine samples.
         sampling = weight_bytes(shape, 12) + factor * _sampling_bytes(recipe, inputs, shape)
@@ -329,12 +319,9 @@ def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, factor: fl
     """Return the memory of a rank; ``factor`` multiplies the activations."""
     training, longest = recipe.training, inputs.longest_context
     micro_batch = training.per_device_train_batch_size * inputs.max_chunks * longest
-    peak = training_bytes(
-        shape,
-        max(longest, min(training.forward_tokens, micro_batch)),
-        dtype_bytes=2 if training.bf16 else 4,
-        by_layer=training.gradient_checkpointing,
-    )
+    tokens = max(longest, min(training.forward_tokens, micro_batch))
+    size, by_layer = 2 if training.bf16 else 4, training.gradient_checkpointing
+    peak = training_bytes(shape, tokens, dtype_bytes=size, by_layer=by_layer)
     states = weight_bytes(shape, 16)  # weights, gradients, and the state of Adam
     activations = float(peak) - states
     if training.lora:
@@ -353,11 +340,9 @@ def _sampling_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:
         longest = inputs.longest_context
     evaluated = min(_MAX_BATCH_SIZE, recipe.evaluation.num_problems)
     trained = min(_MAX_BATCH_SIZE, recipe.training.traces_per_batch)
-    caches = max(
-        evaluated * float(cache_bytes(shape, longest, 4)),
-        trained * float(cache_bytes(shape, inputs.longest_context, 4)),
-    )
-    return caches + _MAX_BATCH_SIZE * shape.vocabulary_size * 4 * _LOGIT_COPIES
+    evaluating = evaluated * float(cache_bytes(shape, longest, 4))
+    training = trained * float(cache_bytes(shape, inputs.longest_context, 4))
+    return max(evaluating, training) + _MAX_BATCH_SIZE * shape.vocabulary_size * 4 * _LOGIT_COPIES
 
 
 def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -> Check:
@@ -369,10 +354,8 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
     checkpoints = kept * one + weight_bytes(shape, 4)
     present = sum(f.stat().st_size for f in (path / "checkpoints").rglob("*") if f.is_file())
     needed = max(one, checkpoints - present)
-    trace = (
-        inputs.spec.budget * _BYTES_PER_SAMPLED_TOKEN
-        + inputs.max_prompt_tokens * _BYTES_PER_PROMPT_TOKEN
-    )
+    trace = inputs.spec.budget * _BYTES_PER_SAMPLED_TOKEN
+    trace += inputs.max_prompt_tokens * _BYTES_PER_PROMPT_TOKEN
     traces = training.num_batches * training.traces_per_batch * trace
     found = (
         f"checkpoints take {_gib(checkpoints)} ({_gib(one)} each), traces at most {_gib(traces)}; "
@@ -380,13 +363,11 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
     )
     if needed + traces <= _WARNING_SHARE * free:
         return Check("disk", "ok", found)
-    return Check(
-        "disk",
-        "problem" if needed > free else "warning",
-        found,
+    advice = (
         "free some space, choose another output=PATH, or keep fewer checkpoints: "
-        "training.save_total_limit=1",
+        "training.save_total_limit=1"
     )
+    return Check("disk", "problem" if needed > free else "warning", found, advice)
 
 
 def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
@@ -403,12 +384,8 @@ def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
 def _check_scorer(name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs) -> Check:
     answers = demonstrations_of(task, problem)
     if None in answers:
-        return Check(
-            name,
-            "not checked",
-            "the task has no example of a right and a wrong answer",
-            "give the task a method demonstrations(problem)",
-        )
+        found = "the task has no example of a right and a wrong answer"
+        return Check(name, "not checked", found, "give the task a method demonstrations(problem)")
     spec, attempts = inputs.spec, []
     for text in map(str, answers):
         length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -436,10 +413,8 @@ def _describe(score: Score) -> str:
 
 
 def _compare(name: str, needed: float, memory: Memory, found: str, advice: str) -> Check:
-    text = (
-        f"{_gib(needed)} of {_gib(memory.total)} {memory.name}, {_gib(memory.free)} of it free: "
-        f"{found}"
-    )
+    sizes = f"{_gib(memory.total)} {memory.name}, {_gib(memory.free)} of it free"
+    text = f"{_gib(needed)} of {sizes}: {found}"
     if needed > memory.total:
         return Check(name, "problem", text, advice)
     if needed > _WARNING_SHARE * memory.free:

@@ -79,12 +79,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: str, weights: str | None = None) -> RunDirectory:
-        """Create and lock the directory of a new run.
+        """Create and lock the directory of a new run; it may hold the remains of a killed start.
 
-        Args:
-            path: directory; may hold the remains of a killed start.
-            config: resolved recipe.
-            weights: digest of the initial weights, if known.
+        ``config`` is the resolved recipe, and ``weights`` the digest of the initial weights.
 
         Raises:
             RunDirectoryError: the directory cannot be written, is in use, or holds other files.
@@ -219,11 +216,6 @@ class RunDirectory:
     def reset_to(self, step: int, config: str, changed: dict[str, Any]) -> list[int]:
         """Reset the run to its state after ``step``; later files move to ``superseded/``.
 
-        Args:
-            step: step of the checkpoint to resume from; 0 to start again.
-            config: resolved recipe of the resumed run.
-            changed: [old, new] values of changed settings, by dotted key.
-
         Returns:
             The steps whose files moved.
 
@@ -237,7 +229,7 @@ class RunDirectory:
         record = {
             "after_step": step,
             "superseded_steps": steps,
-            "changed": changed,
+            "changed": changed,  # [old, new] values, by dotted key
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": describe_environment(),
         }
