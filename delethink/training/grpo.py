@@ -173,9 +173,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     @property
     def is_between_batches(self) -> bool:
         """True if the next optimizer step samples a new batch."""
-        micro_batches: int = self.args.steps_per_generation * self.num_iterations
-        done: int = self._step
-        return done % micro_batches == 0
+        return bool(self._step % (self.args.steps_per_generation * self.num_iterations) == 0)
 
     @property
     def _loss_dtype(self) -> torch.dtype:
@@ -188,8 +186,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         """Return the next micro-batch; sample a batch if the last one is used up."""
         if self.is_between_batches:
             self._micro_batches = self._sample_micro_batches(generation_batch)
-        index: int = self._step % self.args.steps_per_generation
-        return self._micro_batches[index]
+        return self._micro_batches[self._step % self.args.steps_per_generation]
 
     def _sample_micro_batches(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
         self._coverage.finish()
@@ -244,16 +241,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         """Return the rewards of all traces: [traces, reward functions], NaN where none applies."""
         values = self._ranks.broadcast(self._compute_rewards)
+        known = [[None if math.isnan(value) else value for value in row] for row in values]
+        self._rewards = [dict(zip(self.reward_func_names, row, strict=True)) for row in known]
         # In float64, so that advantages are computed without rounding.
-        rewards = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        self._rewards = [
-            {
-                name: None if math.isnan(value) else value
-                for name, value in zip(self.reward_func_names, row, strict=True)
-            }
-            for row in values
-        ]
-        return rewards
+        return torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
 
     def _compute_rewards(self) -> list[list[float]]:
         traces, examples = self.shards.all_traces, self._examples
@@ -381,11 +372,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def _trace_ratio(
         self, model: Any, inputs: MicroBatch, batches: list[ForwardBatch]
     ) -> TraceRatio | None:
-        """Return the mean log-ratio and correction of each trace, in a forward pass without grad.
-
-        A ratio over a trace would keep the graphs of all its chunks. Given these means, each chunk
-        can go through the backward pass alone; see ``token_losses``.
-        """
+        """Return the mean log-ratio and correction of each trace, in passes without gradients."""
+        # A ratio over a trace would keep the graphs of all its chunks. Given these means, each
+        # chunk can go through the backward pass alone; see ``token_losses``.
         if self.loss_settings.importance_sampling_level == "token":
             return None
         size, device = len(inputs.traces), self.accelerator.device
@@ -406,12 +395,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         return TraceRatio(*means)
 
     def _equalize(self, batches: list[list[ChunkRow]]) -> list[list[ChunkRow]]:
-        """Add filler batches, so that no rank misses a collective.
-
-        With sharded weights every forward pass is one; with DDP only the last backward pass.
-        """
+        """Add filler batches, so that no rank misses a collective."""
         number = len(batches)
         if self._ranks.size > 1:
+            # With sharded weights every forward pass is one; with DDP only the last backward pass.
             most = max(self._ranks.gather(number)) if self.is_fsdp_enabled else number
             number = max(1, most)
         pad = self._tokenizer.pad_token_id
@@ -464,18 +451,14 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     # -- NaN and infinity ----------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Train on a micro-batch and return its loss, 0 if not finite.
-
-        The returned loss is only logged, as a running sum which a NaN would never leave.
-        """
+        """Train on a micro-batch and return its loss, 0 if not finite."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        # The returned loss is only logged, as a running sum which a NaN would never leave.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the gradient norm; drop the gradients if anything in the step is not finite.
-
-        This is the last call before the optimizer step, with the norm before clipping.
-        """
+        """Return the gradient norm; drop the gradients if anything in the step is not finite."""
+        # This is the last call before the optimizer step, with the norm before clipping.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         found = self._nonfinite is not None or not math.isfinite(float(norm or 0.0))
         flag = torch.tensor(float(found), device=self.accelerator.device)
@@ -542,8 +525,7 @@ def check_deterministic(model: Any, vocab_size: int) -> None:
     model.train(was_training)
     modes = {"two passes in training mode": second, "training and evaluation mode": sampled}
     for name, other in modes.items():
-        difference = (first - other).abs().max().item()
-        if difference > 1e-3:
+        if (difference := (first - other).abs().max().item()) > 1e-3:
             raise ConfigError(
                 f"the model is random in training mode: its logits of the same tokens differ by "
                 f"{difference:.3g} between {name}. All dropouts are already 0; turn off any other "
