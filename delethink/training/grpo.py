@@ -186,7 +186,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         """Return the next micro-batch; sample a batch if the last one is used up."""
         if self.is_between_batches:
             self._micro_batches = self._sample_micro_batches(generation_batch)
-        return self._micro_batches[self._step % self.args.steps_per_generation]
+        index: int = self._step % self.args.steps_per_generation
+        return self._micro_batches[index]
 
     def _sample_micro_batches(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
         self._coverage.finish()
