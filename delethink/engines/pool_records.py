@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,11 +167,9 @@ class WorkerRecord:
 
     def take_activity(self, now: float) -> Activity:
         """Return the activity since the last call."""
-        pairs = zip(
-            dataclasses.astuple(self.counts), dataclasses.astuple(self.taken_counts), strict=True
-        )
+        counts, taken = dataclasses.astuple(self.counts), dataclasses.astuple(self.taken_counts)
         activity = Activity(
-            EngineCounts(*(now - before for now, before in pairs)),
+            EngineCounts(*map(operator.sub, counts, taken)),
             self.completions - self.taken_completions,
             self.busy_seconds_at(now),
         )

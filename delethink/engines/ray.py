@@ -160,12 +160,7 @@ class RayPool:
         return await asyncio.wrap_future(call)
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Load new weights into all workers; see ``Engine`` and ``WorkerPool.update_weights``.
-
-        Raises:
-            WeightSyncError: all workers refused the weights; the text has the reason of each.
-            WorkersLostError: no worker came back in time.
-        """
+        """Load new weights into all workers; see ``Engine`` and ``WorkerPool.update_weights``."""
         from delethink.engines.weight_sync import Snapshot, local_device, pack
 
         if self.config.weight_transfer == "store":

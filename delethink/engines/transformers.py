@@ -46,9 +46,6 @@ class TransformersEngine:
         seed: seed of the stream for requests without a seed of their own.
         is_trained: a trainer updates this very model, adapters included. New weights then take
             effect at once, and ``update_weights`` only counts.
-
-    Attributes:
-        max_model_tokens: longest sequence (prompt and new tokens) of the model.
     """
 
     def __init__(
@@ -194,20 +191,15 @@ class TransformersEngine:
             self.model.train(training)
             self.model.generation_config = settings
         sampled = sequences[:, longest:].cpu()
-        logprobs = sampler.logprobs(sampled)
-        return [
-            self._completion(sampled[i], logprobs[i], limit)
-            for i, limit in enumerate(limits.tolist())
-        ]
-
-    def _completion(self, sampled: torch.Tensor, logprobs: torch.Tensor, limit: int) -> Completion:
-        ids = sampled[:limit].tolist()
-        ends = [i for i, token in enumerate(ids) if token in self._eos_ids]
-        stop = StopReason.EOS if ends else StopReason.LENGTH
-        length = ends[0] + 1 if ends else len(ids)
-        return Completion(
-            tuple(ids[:length]), tuple(logprobs[:length].tolist()), stop, self._version
-        )
+        completions = []
+        for row, logprobs, request in zip(sampled, sampler.logprobs(sampled), batch, strict=True):
+            ids = row[: request.max_new_tokens].tolist()
+            ends = [i for i, token in enumerate(ids) if token in self._eos_ids]
+            stop = StopReason.EOS if ends else StopReason.LENGTH
+            length = ends[0] + 1 if ends else len(ids)
+            kept = tuple(ids[:length]), tuple(logprobs[:length].tolist())
+            completions.append(Completion(*kept, stop, self._version))
+        return completions
 
 
 class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy

@@ -13,10 +13,10 @@ import itertools
 import os
 import re
 from array import array
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.ray import RayPool
@@ -24,8 +24,6 @@ from delethink.errors import ConfigError, MissingExtraError, PolicyError, Weight
 from delethink.policy import Completion, Sampling
 from delethink.tokens import as_list, logprob_array, token_array
 from delethink.types import StopReason, TokenIds
-
-T = TypeVar("T")
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _LOWEST_TEMPERATURE = 0.01  # vLLM uses this value for anything between 0 and this
@@ -153,9 +151,12 @@ class VllmWorker:
         await self._call_ranks("delethink_prepare", shapes, self._verifies)
         return self._verifies
 
-    async def call_engine(self, method: str, *arguments: Any) -> None:
-        """Pass a call of vLLM's trainer side on to the engine."""
-        await self._await(getattr(self._engine, method)(*arguments))
+    async def call_engine(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the engine, for vLLM's trainer side too."""
+        try:
+            return await getattr(self._engine, method)(*arguments, **options)
+        except Exception as error:  # vLLM can raise anything; the pool handles all
+            raise self._explain(error) from None
 
     async def confirm_transfer(self, version: int, digests: Mapping[str, str] | None) -> int:
         """End the update begun by ``prepare_transfer``; return the version."""
@@ -183,17 +184,11 @@ class VllmWorker:
 
     async def _call_ranks(self, method: str, *arguments: Any) -> list[int]:
         """Call a method of ``WorkerExtension`` in each rank of the engine."""
-        answers = await self._await(self._engine.collective_rpc(method, args=arguments))
+        answers = await self.call_engine("collective_rpc", method, args=arguments)
         for answer in answers:
             if isinstance(answer, str):
                 self._refuse(f"failed: {answer}")
         return list(answers)
-
-    async def _await(self, call: Awaitable[T]) -> T:
-        try:
-            return await call
-        except Exception as error:  # vLLM can raise anything; the pool handles all
-            raise self._explain(error) from None
 
     def _refuse(self, reason: str) -> NoReturn:
         self._refused = reason
@@ -313,8 +308,6 @@ def _make_counter() -> Any:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Counter(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are untyped here
-        """Counts the steps of an engine and their tokens."""
-
         def __init__(self) -> None:
             self.counts = EngineCounts()
 

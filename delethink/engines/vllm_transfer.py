@@ -38,8 +38,7 @@ class VllmWeightSender:
 
     Args:
         transfer: "nccl", or "ipc" for a worker on the same GPU.
-        worker: the Ray actor.
-        num_ranks: ranks of its engine.
+        num_ranks: ranks of the worker's engine.
         device: device of the weights to send.
 
     A worker lost during an update by IPC leaves a view of the snapshot behind; its memory is free
@@ -95,8 +94,7 @@ class VllmWeightSender:
                 raise self._client.failure from None
             raise
         digests = snapshot.digests if verify else None
-        answer: int = ray.get(self._worker.confirm_transfer.remote(version, digests))
-        return answer
+        return int(ray.get(self._worker.confirm_transfer.remote(version, digests)))
 
     def close(self) -> None:
         """Close the transfer, also while ``connect`` or ``send`` waits for a lost worker."""

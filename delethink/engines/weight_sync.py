@@ -70,8 +70,7 @@ def read(path: str, slots: list[WeightSlot]) -> dict[str, torch.Tensor]:
 
 def local_device() -> torch.device:
     """Return the GPU of the calling thread, or the CPU if there is none, as in tests."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
         return torch.device("cpu")
     return torch.device(found.type, torch.accelerator.current_device_index())
 
