@@ -562,16 +562,13 @@ def parse_engine(overrides: Sequence[str]) -> EngineConfig:
     Raises:
         ConfigError: an argument of another section, an unknown key, or an impossible value.
     """
-    values = parse_values(overrides)
+    values = parse_values(["engine={}", *overrides])
     for key in values:
         if key != "engine":
             raise ConfigError(
                 f"unknown setting {key!r}: allowed here are engine=NAME and engine.key=value"
             )
-    engine = values.get("engine", {})
-    if isinstance(engine, str):
-        engine = {"name": engine}
-    return _validate(EngineConfig, engine, inside=["engine"])
+    return _validate(EngineConfig, values["engine"], inside=["engine"])
 
 
 def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -639,12 +636,12 @@ def _validate(
         raise ConfigError(where + "; ".join(explained)) from None
 
 
-def _keys(values: Mapping[str, Any], inside: list[str]) -> Iterator[str]:
+def _keys(values: Any, inside: list[str]) -> Iterator[str]:
     """Yield the dotted keys of a nested mapping, two levels deep."""
-    for key, value in values.items():
-        yield ".".join([*inside, str(key)])
-        if not inside and isinstance(value, Mapping):
-            yield from _keys(value, [str(key)])
+    if isinstance(values, Mapping) and len(inside) < 2:
+        for key, value in values.items():
+            yield ".".join([*inside, str(key)])
+            yield from _keys(value, [*inside, str(key)])
 
 
 def _explain(error: Any, section: type[BaseModel], inside: Sequence[str]) -> str:

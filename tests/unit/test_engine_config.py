@@ -119,6 +119,8 @@ def test_other_sections_are_refused_as_engine_settings() -> None:
     assert parse_engine([]) == EngineConfig()
     with pytest.raises(ConfigError, match="unknown setting 'training'"):
         parse_engine(["training.max_steps=3"])
+    with pytest.raises(ConfigError, match="'engine' is 3"):
+        parse_engine(["engine=3"])
 
 
 def test_weights_are_bfloat16_on_gpus_unless_told_otherwise() -> None:
