@@ -71,7 +71,7 @@ class Policy(Protocol):
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``."""
+        """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``; see ``Completion``."""
         ...
 
 

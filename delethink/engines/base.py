@@ -124,8 +124,9 @@ class Worker(Protocol):
     - any other: the chunk goes to another worker. If there is another, the pool restarts a worker
       after several errors without a chunk in between.
 
-    The worker itself applies the settings of its engine: ``engine_dtype``, ``max_batch_size``,
-    ``tensor_parallel_size``, ``verify_weights`` and the like of ``spec.config``.
+    The worker itself applies the settings of ``spec.config`` for its engine: ``engine_dtype``,
+    ``max_batch_size``, ``tensor_parallel_size``, ``kv_cache_gib``, ``gpu_memory_utilization``,
+    ``sleep``, and ``verify_weights`` (``weight_check.py``, used in ``vllm_extension.py``).
     """
 
     async def start(self) -> WorkerState:
@@ -152,7 +153,8 @@ class Worker(Protocol):
         """Load new weights, drop the prefix cache, and return the version of the weights.
 
         Args:
-            weights: a mapping from names to bytes, dtype and shape (``weight_sync.pack``).
+            weights: a mapping from names to bytes, dtype and shape (``weight_sync.pack``). An
+                engine in another process gets them by ``weight_sync.write`` and ``read``.
             version: number of the update.
 
         Raises:
