@@ -112,7 +112,7 @@ def test_a_stopped_job_leaves_no_worker_and_no_engine_and_the_same_command_goes_
     assert "starting the engine: vllm" in followed
     # Following ends with the job, and may miss what it says last.
     logs = head.ray("job", "logs", "half").stdout
-    assert "delethink: interrupted; what was written before is whole" in logs
+    assert "delethink: interrupted; everything written so far is complete" in logs
     assert len(engines) == 1
     assert len(folders) == 1, "the workers run in the files of the job, uploaded once"
     assert "working_dir_files" in folders.pop()
