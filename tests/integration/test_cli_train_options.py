@@ -113,7 +113,7 @@ def test_metrics_are_reported_to_tensorboard(folder: Path) -> None:
     [
         ("training.report_to=[wandb]", ["names wandb", "pip install wandb"]),
         ("training.max_staleness=1", ["max_staleness=1", "engine=vllm"]),
-        ("training.loss_type=bnpo", ["makes no sense for traces", "micro-batch"]),
+        ("training.loss_type=bnpo", ["is not defined for traces", "micro-batch"]),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, override: str, words: list[str]) -> None:
