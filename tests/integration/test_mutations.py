@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("test_rule.py", "test_env_laws.py", "test_carryover.py")
+TESTS = ("test_chunking.py", "test_env_laws.py", "test_carryover.py")
 
 # What is broken: (file, line as it is, line as it is not).
 MUTATIONS = {
@@ -39,8 +39,8 @@ MUTATIONS = {
     ),
     "carried tokens are no material for the next carryover": (
         "delethink/chunking.py",
-        "window = self.tail + output_ids",
-        "window = output_ids",
+        "self.spec.carry(self.head, self.tail + output_ids)",
+        "self.spec.carry(self.head, output_ids)",
     ),
     "an abort is a boundary": (
         "delethink/chunking.py",
@@ -54,13 +54,13 @@ MUTATIONS = {
     ),
     "the bound of a policy is not checked": (
         "delethink/chunking.py",
-        "if most is not None and found > most:",
-        "if most is None and found > 10**9:",
+        "if bound is not None and count > bound:",
+        "if bound is None and count > 10**9:",
     ),
     "a written carryover is not counted as sampled": (
         "delethink/chunking.py",
-        '"num_written": self.num_written + count,',
-        '"num_written": self.num_written,',
+        "self.num_sampled + count, self.num_written + count",
+        "self.num_sampled + count, self.num_written",
     ),
     "a boundary by predicate is not cut at": (
         "delethink/chunking.py",
@@ -74,8 +74,8 @@ MUTATIONS = {
     ),
     "a token-level chunk ends one token late": (
         "envs/token_thinking.py",
-        "elif new == self._limit or (",
-        "elif new == self._limit + 1 or (",
+        "self._used - self._first == self._limit or (",
+        "self._used - self._first == self._limit + 1 or (",
     ),
 }
 
