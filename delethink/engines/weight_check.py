@@ -23,7 +23,7 @@ _NUM_COLUMNS = 16  # columns to check, evenly spaced; a training step changes al
 class Columns:
     """Shape of a weight in the checkpoint and, after its arrival, some of its columns."""
 
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # size of the whole tensor
     values: torch.Tensor | None = None  # (rows, chosen columns); a vector has one column
 
     @classmethod
