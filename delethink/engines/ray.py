@@ -101,6 +101,7 @@ class RayPool:
         self._placement_group: Any = None
         self._ray_metrics: dict[str, Any] = {}
         self._pool = WorkerPool(self._launch, config)
+        self._close_lock = threading.Lock()
         self._thread = _LoopThread()
         self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * config.num_engines)))
         try:
@@ -201,18 +202,22 @@ class RayPool:
                 self._ray_metrics[key].inc(value)
 
     def close(self) -> None:
-        """Stop the workers, and Ray if this pool started it. Safe to call twice."""
-        if self._thread.is_open:
-            with contextlib.suppress(TimeoutError, PolicyError):
-                self._thread.run(self._pool.close(), _CLOSE_TIMEOUT_S)
-            self._thread.close()
-            self._pool.kill_workers()  # the ones too late to stop
-        if self._placement_group is not None and ray.is_initialized():
-            ray.util.remove_placement_group(self._placement_group)
-        self._placement_group = None
-        if self._owns_ray:
-            ray.shutdown()
-        self._owns_ray = False
+        """Stop the workers, and Ray if this pool started it. Safe to call twice, from any thread.
+
+        A second caller returns once the first has closed the pool.
+        """
+        with self._close_lock:
+            if self._thread.is_open:
+                with contextlib.suppress(TimeoutError, PolicyError):
+                    self._thread.run(self._pool.close(), _CLOSE_TIMEOUT_S)
+                self._thread.close()
+                self._pool.kill_workers()  # the ones too late to stop
+            if self._placement_group is not None and ray.is_initialized():
+                ray.util.remove_placement_group(self._placement_group)
+            self._placement_group = None
+            if self._owns_ray:
+                ray.shutdown()
+            self._owns_ray = False
 
     def make_sender(self, actor: Any) -> Any:
         """Make the path of weights from this process's GPU into one worker (nccl, ipc).
