@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.redaction import hide_settings, register_settings
 from delethink.registry import make, names
 
 try:
@@ -141,6 +142,8 @@ class ScoringConfig(_Section):
     """Time limit of an isolated reward, in seconds."""
     memory_mb: int = Field(2048, ge=64)
     """Memory limit of an isolated reward, in megabytes."""
+    allow_unsafe_code: bool = False
+    """Run the code of the model with the rights of your user where the machine has no isolation."""
 
 
 _REFUSED_LOSS_TYPES = {
@@ -542,9 +545,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML; ``load_recipe`` reads it back."""
+    """Return the resolved recipe as YAML without secrets; ``load_recipe`` reads it back."""
     unnamed = set() if recipe.rewards else {"rewards"}
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=unnamed), sort_keys=False)
+    values = hide_settings(recipe.model_dump(mode="json", exclude=unnamed))
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
@@ -601,6 +605,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"an override is written dotted.key=value, got {override!r}")
     *sections, key = dotted.split(".")
+    register_settings({key: text})
     for depth, section in enumerate(sections):
         inner = values.setdefault(section, {})
         if depth == 0 and section == "engine" and isinstance(inner, str):
@@ -625,6 +630,7 @@ def _validate(
     section: type[Section], values: Mapping[str, Any], where: str = "", inside: Sequence[str] = ()
 ) -> Section:
     """Return the values as a section; ``where`` and ``inside`` locate them in the error text."""
+    register_settings(values)
     for key in _keys(values, list(inside)):
         new = re.sub(r"^rollout\.", "engine.", _RENAMED.get(key, key))
         if new != key:

@@ -13,6 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import MissingExtraError, TraceFileError, did_you_mean
+from delethink.json_io import (
+    get_count,
+    get_ids,
+    get_list,
+    get_mapping,
+    get_number,
+    get_numbers,
+    get_text,
+    optional,
+    parse_json,
+    read_json_lines,
+    shorten,
+)
+from delethink.redaction import json_text, redacted
 from delethink.tokenization import Tokenizer, reward_text
 from delethink.tokens import as_list
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceStop
@@ -78,62 +92,80 @@ class TraceRecord:
             TraceFileError: the values have another version, or are no record.
         """
         if not isinstance(values, Mapping):
-            raise TraceFileError(f"a record of a trace must be a mapping, got {values!r:.80}")
+            raise TraceFileError(f"a record of a trace must be a mapping, got {shorten(values)}")
         version = values.get("version")
-        if version != TRACE_VERSION:
+        if type(version) is not int or version != TRACE_VERSION:
             raise TraceFileError(
-                f"the trace has version {version!r}; this delethink reads version "
+                f"the trace has version {shorten(version)}; this delethink reads version "
                 f"{TRACE_VERSION}: use the delethink release of the file"
             )
         try:
             record = cls(
                 problem=Problem(
-                    values["prompt"],
-                    values["answer"],
-                    dict(values["metadata"]),
-                    tuple(map(dict, values["before"])),
+                    get_text(values, "prompt"),
+                    get_text(values, "answer"),
+                    get_mapping(values, "metadata"),
+                    tuple(map(_texts, get_list(values, "before"))),
                 ),
                 trace=Trace(
-                    tuple(values["query_ids"]),
-                    tuple(map(_chunk_from_json, values["chunks"])),
-                    TraceStop(values["stop"]),
+                    get_ids(values, "query_ids"),
+                    tuple(map(_chunk_from_json, get_list(values, "chunks"))),
+                    TraceStop(get_text(values, "stop")),
                 ),
-                rewards=dict(values["rewards"]),
-                reward=values["reward"],
-                reward_errors=dict(values["reward_errors"]),
-                advantage=values["advantage"],
-                text=values["text"],
+                rewards=_rewards(get_mapping(values, "rewards")),
+                reward=optional(get_number, values, "reward"),
+                reward_errors=_texts(get_mapping(values, "reward_errors")),
+                advantage=optional(get_number, values, "advantage"),
+                text=optional(get_text, values, "text"),
             )
+            length = get_count(values, "length")
         except KeyError as error:
             raise TraceFileError(
                 f"the trace has no {error.args[0]!r}, required in version {version}"
             ) from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise TraceFileError(f"the trace cannot be read: {error}") from None
-        if record.trace.length != values["length"]:
+        if record.trace.length != length:
             raise TraceFileError(
                 f"the trace has {record.trace.length} sampled tokens, and its length field is "
-                f"{values['length']}"
+                f"{length}"
             )
         return record
 
 
-def write_traces(path: str | Path, records: Iterable[TraceRecord]) -> None:
-    """Write a new ``.jsonl`` or ``.parquet`` file.
+def write_traces(
+    path: str | Path, records: Iterable[TraceRecord], *, overwrite: bool = False
+) -> None:
+    """Write a new ``.jsonl`` or ``.parquet`` file, completely or not at all.
+
+    Args:
+        path: the file.
+        records: the traces.
+        overwrite: replace an existing file, once the new one is complete.
 
     Raises:
-        TraceFileError: the suffix is unknown, the file cannot be written, or JSON or Parquet would
-            change a record.
+        TraceFileError: the suffix is unknown, the file exists already or cannot be written, or JSON
+            or Parquet would change a record.
     """
     path = _check_suffix(path)
+    if path.exists() and not overwrite:
+        raise TraceFileError(
+            f"{path} exists already; choose another file, or replace it with overwrite=True"
+        )
+    part = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".parquet":
             rows, arrow = [_row(record) for record in records], _pyarrow()
-            arrow.parquet.write_table(arrow.Table.from_pylist(rows, schema=_schema()), path)
+            arrow.parquet.write_table(arrow.Table.from_pylist(rows, schema=_schema()), part)
         else:
-            lines = [_dump(record.to_json()) + "\n" for record in records]
-            path.write_text("".join(lines), encoding="utf-8")
+            lines = [json_text(record.to_json(), allow_nan=False) + "\n" for record in records]
+            for line in lines:
+                if "\\ud" in line:  # half a surrogate pair could not be read
+                    parse_json(line, "a trace", TraceFileError)
+            part.write_text("".join(lines), encoding="utf-8")
+        part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise TraceFileError(f"cannot write {path}: {error.strerror or error}") from None
     except ValueError as error:  # NaN, or half a surrogate pair in Parquet
         if isinstance(error, TraceFileError):
@@ -150,10 +182,10 @@ def read_traces(path: str | Path) -> Iterator[TraceRecord]:
     """
     path = _check_suffix(path)
     try:
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-        for number, row in rows:
+        is_parquet = path.suffix == ".parquet"
+        for number, row in _parquet_rows(path) if is_parquet else _json_rows(path):
             try:
-                yield TraceRecord.from_json(row)
+                yield TraceRecord.from_json(_from_row(row) if is_parquet else row)
             except TraceFileError as error:
                 raise TraceFileError(f"{path}, record {number}: {error}") from None
     except OSError as error:
@@ -175,7 +207,11 @@ def to_dataset(records: Iterable[TraceRecord]) -> Any:
 
 
 def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> Iterator[TraceRecord]:
-    """Yield the records of a dataset created by ``to_dataset``."""
+    """Yield the records of a dataset created by ``to_dataset``.
+
+    Raises:
+        TraceFileError: a row is no record.
+    """
     for row in dataset:
         yield TraceRecord.from_json(_from_row(row))
 
@@ -193,17 +229,38 @@ def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
     return values | ({} if chunk.error is None else {"error": chunk.error})
 
 
-def _chunk_from_json(values: Mapping[str, Any]) -> Chunk:
-    return Chunk(
-        prompt_ids=tuple(values["prompt_ids"]),
-        output_ids=tuple(values["output_ids"]),
-        logprobs=tuple(values["logprobs"]),
-        stop=StopReason(values["stop"]),
-        carried=values["carried"],
-        policy_version=values["policy_version"],
-        error=values.get("error"),
-        role=ChunkRole(values["role"]),
+def _chunk_from_json(values: Any) -> Chunk:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a chunk must be a mapping, got {shorten(values)}")
+    chunk = Chunk(
+        prompt_ids=get_ids(values, "prompt_ids"),
+        output_ids=get_ids(values, "output_ids"),
+        logprobs=get_numbers(values, "logprobs"),
+        stop=StopReason(get_text(values, "stop")),
+        carried=get_count(values, "carried"),
+        policy_version=optional(get_count, values, "policy_version"),
+        error=optional(get_text, {"error": None, **values}, "error"),
+        role=ChunkRole(get_text(values, "role")),
     )
+    if len(chunk.logprobs) not in (0, len(chunk.output_ids)):
+        raise ValueError(
+            f"a chunk has {len(chunk.output_ids)} sampled tokens and {len(chunk.logprobs)} log-probs"
+        )
+    if chunk.carried > len(chunk.prompt_ids):
+        raise ValueError(
+            f"a chunk carries {chunk.carried} tokens, and its prompt has {len(chunk.prompt_ids)}"
+        )
+    return chunk
+
+
+def _texts(values: Any) -> dict[str, str]:
+    """Return a mapping from text to text."""
+    values = get_mapping({"a mapping of texts": values}, "a mapping of texts")
+    return {key: get_text(values, key) for key in values}
+
+
+def _rewards(values: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: optional(get_number, values, name) for name in values}
 
 
 def json_like(value: Any) -> Any:
@@ -216,8 +273,8 @@ def _check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse metadata that JSON would change, such as tuples and keys other than text."""
     for key, value in metadata.items():
         try:
-            same = isinstance(key, str) and json.loads(_dump(value)) == value
-        except (TypeError, ValueError):
+            same = isinstance(key, str) and _read_back(value) == value
+        except (TypeError, ValueError, RecursionError):
             same = False
         if not same:
             raise TraceFileError(
@@ -231,16 +288,12 @@ def _dump(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def _read_back(value: Any) -> Any:
+    return parse_json(_dump(value), "metadata", TraceFileError)
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                why = "" if line.endswith("\n") else ": the line is incomplete"
-                raise TraceFileError(f"{path}, record {number} is not JSON{why}") from None
+    return read_json_lines(path, TraceFileError, partial="read", place="record")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -251,15 +304,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         if missing := sorted(set(_schema().names) - columns):
             raise TraceFileError(f"{path} has no column {missing[0]!r} and is no file of traces")
         rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield number, _from_row(row)
-    except arrow.ArrowInvalid as error:
+        yield from enumerate(rows, start=1)
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise TraceFileError(f"{path} is not Parquet: {error}") from None
 
 
 def _row(record: TraceRecord) -> dict[str, Any]:
     """Return a Parquet row. Columns without a fixed schema hold JSON."""
-    values = record.to_json()
+    values = redacted(record.to_json())
     for key in _JSON_COLUMNS:
         values[key] = _dump(values[key])
     values["chunks"] = [{"error": None, **chunk} for chunk in values["chunks"]]
@@ -267,7 +319,14 @@ def _row(record: TraceRecord) -> dict[str, Any]:
 
 
 def _from_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, **{key: json.loads(row[key]) for key in _JSON_COLUMNS}}
+    try:
+        texts = {key: get_text(row, key) for key in _JSON_COLUMNS}
+    except KeyError as error:
+        raise TraceFileError(f"the trace has no {error.args[0]!r}") from None
+    except ValueError as error:
+        raise TraceFileError(f"the trace cannot be read: {error}") from None
+    parsed = {key: parse_json(texts[key], f"{key!r}", TraceFileError) for key in texts}
+    return {**row, **parsed}
 
 
 def _schema() -> Any:

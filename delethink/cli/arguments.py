@@ -9,6 +9,7 @@ from typing import Any
 
 from delethink.carryover import Carryover
 from delethink.errors import ConfigError
+from delethink.redaction import register_settings
 from delethink.registry import make
 
 _SIZES = {"": 1, "k": 1024, "m": 1024**2}
@@ -77,4 +78,5 @@ def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             found[key] = value
+    register_settings(found)
     return found

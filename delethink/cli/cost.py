@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 
@@ -37,25 +36,29 @@ from delethink.cost.models import known_models, model_shape
 from delethink.cost.report import CostPair, CostReport, as_text, plot_costs, table
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError
+from delethink.output import echo, echo_json
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the estimate, or the list, the reproduction or the fit asked for."""
     if arguments.models:
-        print("\n".join(known_models()))
+        echo("\n".join(known_models()))
     elif arguments.reproduce:
-        print(paper.reproduction(arguments.reproduce, arguments.json))
+        echo(paper.reproduction(arguments.reproduce, arguments.json))
     elif arguments.calibrate:
-        print(_calibrate(arguments))
+        _calibrate(arguments)
     elif arguments.accounting == "paper":
         shape, cut = _shape(arguments), _cut(arguments)
         means = [float(lengths.mean) for lengths in _lengths(arguments, cut, 1)]
-        print(paper.accounting_text(shape, cut, means, arguments.json))
+        echo(paper.accounting_text(shape, cut, means, arguments.json))
     else:
         report = _report(arguments)
         if arguments.plot:
             plot_costs(report, arguments.plot)
-        print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
+        if arguments.json:
+            echo_json(report.as_dict())
+        else:
+            echo(as_text(report))
     return 0
 
 
@@ -102,7 +105,7 @@ def _report(arguments: argparse.Namespace) -> CostReport:
     )
 
 
-def _calibrate(arguments: argparse.Namespace) -> str:
+def _calibrate(arguments: argparse.Namespace) -> None:
     runs, device = arguments.calibrate, accelerator(arguments.gpu)
     measured = [measurement for path in runs for measurement in read_steps(path)]
     shape = _shape(arguments, default=read_model(runs[0]))
@@ -111,14 +114,15 @@ def _calibrate(arguments: argparse.Namespace) -> str:
     if arguments.save_efficiency:
         write_efficiency(found.efficiency, arguments.save_efficiency)
     if not arguments.json:
-        return _fit_text(found, device)
+        echo(_fit_text(found, device))
+        return
     values = {
         "efficiency": dataclasses.asdict(found.efficiency),
         "fitted": found.fitted,
         "sampling_errors": found.sampling_errors.tolist(),
         "training_errors": found.training_errors.tolist(),
     }
-    return json.dumps(values, indent=2)
+    echo_json(values)
 
 
 def _fit_text(found: Fit, device: Accelerator) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from delethink.output import echo, echo_json
 
 if TYPE_CHECKING:
     from delethink.training.preflight import Check
@@ -48,12 +49,19 @@ def run(arguments: argparse.Namespace) -> int:
         "install": missing,
     }
     if arguments.recipe is None:
-        print(json.dumps(report, indent=2) if as_json else _text(report))
+        _print(report, as_json, _text(report))
         return 0 if can_train else 1
     checks = _check(arguments.recipe, arguments.values) if can_train else []
     report["checks"] = [check._asdict() for check in checks]
-    print(json.dumps(report, indent=2) if as_json else _checks_text(checks) or _text(report))
+    _print(report, as_json, _checks_text(checks) or _text(report))
     return 1 if not can_train or any(check.status == "problem" for check in checks) else 0
+
+
+def _print(report: Mapping[str, Any], as_json: bool, text: str) -> None:
+    if as_json:
+        echo_json(report)
+    else:
+        echo(text)
 
 
 def _check(recipe: str, overrides: list[str]) -> list[Check]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,8 @@ from delethink.evaluation.models import ModelOpener, local_models, served_model,
 from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
 from delethink.evaluation.settings import SamplingPlan, Setting
-from delethink.output import output_path
+from delethink.output import echo_json, output_path
+from delethink.redaction import register_secret, register_url
 
 _MODES = ("delethink", "longcot")
 _MINIMA = {
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.in_flight is None:
         # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
         arguments.in_flight = 512 if arguments.base_url is None else 256
+    register_secret(os.environ.get(arguments.api_key_env))
+    register_url(arguments.base_url or "")
     _check(arguments)
     engine = _engine(arguments)
     name = f"{Path(arguments.task).stem}-seed{arguments.seed}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -102,7 +104,7 @@ def _evaluate(
         write_curves(results.rows, problems.name, output)
     if arguments.json:
         text = evaluation.as_dict() | results.as_dict() | {"timing": results.timing}
-        print(json.dumps(text | {"output": str(output)}, indent=2))
+        echo_json(text | {"output": str(output)})
     else:
         progress.table(results)
         progress.print(f"results: {output}")

@@ -11,11 +11,12 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from delethink import __version__
 from delethink.cli import options
 from delethink.errors import DelethinkError, UserError
+from delethink.output import echo, guard_process, safe_text
 
 
 class _Command(NamedTuple):
@@ -89,6 +90,7 @@ _COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    guard_process()
     try:
         arguments = _parse(argv)
         for sign in (signal.SIGINT, signal.SIGTERM):
@@ -114,8 +116,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(safe_text(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="delethink",
         description="Reasoning whose context is reset every chunk: linear compute, bounded memory.",
     )
@@ -142,7 +149,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"delethink: {text}", file=sys.stderr)
+    echo(f"delethink: {text}", stderr=True)
     return code
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +16,7 @@ from delethink.config import EngineConfig, parse_engine
 from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
-from delethink.output import output_path
+from delethink.output import echo, echo_json, output_path
 
 if TYPE_CHECKING:
     from delethink.types import Trace
@@ -47,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     write_findings(findings, output)
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(findings) | {"output": str(output)}, indent=2))
+        echo_json(dataclasses.asdict(findings) | {"output": str(output)})
     else:
-        print((output / "probe.md").read_text(encoding="utf-8"))
-        print(f"results: {output}")
+        echo((output / "probe.md").read_text(encoding="utf-8"))
+        echo(f"results: {output}")
     return 0 if findings.lines else 1
 
 
@@ -91,7 +89,7 @@ def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:
     )
     with contextlib.closing(problems):
         number = len(problems.problems)
-        print(f"sampling {number} traces of up to {budget:,} tokens", file=sys.stderr)
+        echo(f"sampling {number} traces of up to {budget:,} tokens", stderr=True)
         return sample_traces(
             arguments.model,
             problems.problems,

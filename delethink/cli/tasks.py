@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from delethink.config import RewardConfig, ScoringConfig, parse_values
 from delethink.engines.loading import load_tokenizer, locate
 from delethink.errors import ConfigError
+from delethink.output import echo, echo_json
 from delethink.registry import make_task, names, resolve
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
@@ -29,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.name is None:
         listed = {"tasks": _summaries("tasks"), "rewards": _summaries("rewards")}
-        print(json.dumps(listed, indent=2) if arguments.json else _list_text(listed))
+        if arguments.json:
+            echo_json(listed)
+        else:
+            echo(_list_text(listed))
         return 0
     if arguments.model is not None:
         locate(arguments.model)
@@ -51,7 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         "problems": [_problem_json(p, arguments.model) for p in problems[: arguments.number]],
         "check": check,
     }
-    print(json.dumps(report, indent=2, default=str) if arguments.json else _text(report))
+    if arguments.json:
+        echo_json(report)
+    else:
+        echo(_text(report))
     return 1 if check and check["failures"] else 0
 
 

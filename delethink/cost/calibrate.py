@@ -17,6 +17,7 @@ from delethink.cost.flops import Cut, FloatArray
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.redaction import json_text
 
 if TYPE_CHECKING:
     from delethink.config import Recipe
@@ -260,7 +261,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def write_efficiency(efficiency: Efficiency, path: Path) -> None:
     """Write efficiencies as JSON."""
     try:
-        path.write_text(json.dumps(dataclasses.asdict(efficiency), indent=2) + "\n", "utf-8")
+        path.write_text(json_text(dataclasses.asdict(efficiency), indent=2) + "\n", "utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 

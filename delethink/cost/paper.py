@@ -6,7 +6,6 @@ any model with full softmax attention.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from delethink.cost.models import model_shape
 from delethink.cost.report import table
 from delethink.cost.shape import ModelShape
 from delethink.errors import UserError
+from delethink.redaction import json_text
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 DELETHINK = Cut(8192, 4096, 0, 100)
@@ -156,7 +156,7 @@ def accounting_text(model: ModelShape, cut: Cut, thinking: Sequence[float], as_j
     rows = list(zip(thinking, *(cost.tolist() for cost in costs), strict=True))
     if as_json:
         traces = [{"thinking": n, "longcot": a, "delethink": b} for n, a, b in rows]
-        return json.dumps({"crossing": found, "training_flops": traces}, indent=2)
+        return json_text({"crossing": found, "training_flops": traces}, indent=2)
     lines = [[f"{n:,.0f}", f"{a:.3e}", f"{b:.3e}", f"{a / b:.2f}"] for n, a, b in rows]
     return _annotated(
         table(["training FLOPs of a trace", "LongCoT", "Delethink", "ratio"], lines),
@@ -338,7 +338,7 @@ def reproduction(name: str, as_json: bool) -> str:
     """
     make_rows, text_of = _REPRODUCTIONS[name]
     rows = make_rows()
-    return json.dumps([row._asdict() for row in rows], indent=2) if as_json else text_of(rows)
+    return json_text([row._asdict() for row in rows], indent=2) if as_json else text_of(rows)
 
 
 def _annotated(text: str, *notes: str) -> str:

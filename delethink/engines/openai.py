@@ -14,24 +14,27 @@ grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error.
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any, Literal
 
 import openai
 
 from delethink.errors import ConfigError, PolicyError
+from delethink.output import get_logger, safe_text
 from delethink.policy import Completion, Sampling
+from delethink.redaction import HIDDEN, redact, register_secret, register_url
 from delethink.tokenization import Tokenizer
 from delethink.types import StopReason, TokenIds
 
 Dialect = Literal["ids", "plain ids", "text"]
 
-_logger = logging.getLogger(__name__)
+_logger = get_logger(__name__)
 _DIALECTS: tuple[Dialect, ...] = ("ids", "plain ids", "text")  # the most exact first
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _RETRIED_STATUSES = {408, 409, 429}  # and 500 and above; the openai client retries these
 _KEY_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError)
 _CONNECT_TIMEOUT_S = 20.0
+_SHOWN_CHARACTERS = 80  # of a malformed response
+_ERROR_CHARACTERS = 200  # of an error response
 
 
 class _RefusedError(ConfigError):
@@ -45,7 +48,7 @@ class OpenAIServer:
         base_url: address including the version, ``http://127.0.0.1:8000/v1``.
         model: name of the model on the server; ``None`` takes the only model served.
         tokenizer: tokenizer of the model, for servers that accept text only.
-        api_key: key sent with each request; errors and logs hide the key.
+        api_key: key sent with each request; it is redacted in every text of this process.
         eos_ids: token ids that end an answer.
         timeout_s: seconds to wait for a response.
 
@@ -68,16 +71,18 @@ class OpenAIServer:
         retries: int = 8,
         timeout_s: float = 600.0,
     ) -> None:
+        register_secret(api_key)
+        register_url(base_url)
+        self._api_key, self._retries = api_key, retries
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(
-                f"--base-url must start with http:// or https://, got {base_url!r}; for example "
-                "http://127.0.0.1:8000/v1"
+                f"--base-url must start with http:// or https://, got {safe_text(base_url)!r}; for "
+                "example http://127.0.0.1:8000/v1"
             )
-        self.base_url = base_url
+        self._address = safe_text(base_url, lines=False)  # for error texts
         self.dialect: Dialect | None = None
         self._tokenizer: Any = tokenizer
         self._eos_ids = list(eos_ids)
-        self._api_key, self._retries = api_key, retries
         connect_s = min(timeout_s, _CONNECT_TIMEOUT_S)
         self._options: dict[str, Any] = {
             "base_url": base_url,
@@ -146,7 +151,7 @@ class OpenAIServer:
             except ConfigError:
                 raise
             except ValueError as error:  # not JSON, or not a completion
-                reason = f"malformed response: {error}"
+                reason = f"malformed response: {self._clean(str(error))}"
         raise PolicyError(f"the request failed, also after {self._retries} retries: {reason}")
 
     def _request(
@@ -185,16 +190,21 @@ class OpenAIServer:
             reason, text = choice.finish_reason, choice.text
             ids = choice.model_extra.get("token_ids")
         except (AttributeError, IndexError, TypeError):
-            raise ValueError(f"no completion in {str(response)[:80]!r}") from None
-        if reason not in _STOP_REASONS:
-            raise ValueError(f"unknown finish_reason {reason!r}; known: {', '.join(_STOP_REASONS)}")
+            text = self._clean(str(response))  # before it is cut, since half a key is a key too
+            raise ValueError(f"no completion in {text[:_SHOWN_CHARACTERS]!r}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"the text of a completion must be a string, got {type(text)}")
+        if not isinstance(reason, str) or reason not in _STOP_REASONS:
+            text = self._clean(str(reason))[:_SHOWN_CHARACTERS]
+            raise ValueError(f"unknown finish_reason {text!r}; known: {', '.join(_STOP_REASONS)}")
         stop = _STOP_REASONS[reason]
         if ids is None:
             if dialect == "ids":
-                raise _RefusedError(f"the server at {self.base_url} returns no token ids")
+                raise _RefusedError(f"the server at {self._address} returns no token ids")
             # The tokens of the text may outnumber the sampled ones.
             ends = self._eos_ids[:1] if stop is StopReason.EOS else []
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            # Tokens of a repeated key would be written to files.
+            ids = self._tokenizer(redact(text), add_special_tokens=False)["input_ids"]
             ids = ids[: max_new_tokens - len(ends)] + ends
         if not ids:
             raise ValueError("no token in the response")
@@ -208,7 +218,7 @@ class OpenAIServer:
                 listed = {str(entry.id): entry for entry in client.models.list().data}
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(
-                f"the server at {self.base_url} cannot be reached: {self._describe(error)}"
+                f"the server at {self._address} cannot be reached: {self._describe(error)}"
             ) from None
         except _KEY_ERRORS as error:
             raise self._refusal(error) from None
@@ -217,9 +227,9 @@ class OpenAIServer:
         if model is None and len(listed) == 1:
             model = next(iter(listed))
         if model is None or (listed and model not in listed):
-            names = ", ".join(listed) or "no model"
+            names = self._clean(", ".join(listed)) or "no model"
             raise ConfigError(
-                f"the server at {self.base_url} lists {names}, not {model!r}; name one with "
+                f"the server at {self._address} lists {names}, not {model!r}; name one with "
                 "--served-model"
             )
         window = getattr(listed.get(model), "max_model_len", None)
@@ -228,9 +238,9 @@ class OpenAIServer:
     def _refusal(self, error: openai.APIError) -> ConfigError:
         reason = self._describe(error)
         if not isinstance(error, _KEY_ERRORS):
-            return _RefusedError(f"the server at {self.base_url} rejects the request: {reason}")
+            return _RefusedError(f"the server at {self._address} rejects the request: {reason}")
         return ConfigError(
-            f"the server at {self.base_url} rejects the API key ({reason}); set the key in the "
+            f"the server at {self._address} rejects the API key ({reason}); set the key in the "
             "environment variable that --api-key-env names"
         )
 
@@ -238,8 +248,12 @@ class OpenAIServer:
         """Return status and text of an error response, or the cause of a missing one."""
         if not isinstance(error, openai.APIStatusError):
             cause = error.__cause__ or error
-            return f"{type(cause).__name__}: {cause}".strip(": ")
-        text = " ".join(error.response.text.split()) or "no text"
+            return self._clean(f"{type(cause).__name__}: {cause}".strip(": "))
+        text = self._clean(" ".join(error.response.text.split())) or "no text"
+        return f"HTTP {error.status_code}: {text[:_ERROR_CHARACTERS]}"
+
+    def _clean(self, text: str) -> str:
+        """Return a text of the server that is safe to show; also a short key is redacted."""
         if self._api_key:
-            text = text.replace(self._api_key, "***")  # some servers repeat the key
-        return f"HTTP {error.status_code}: {text[:200]}"
+            text = text.replace(self._api_key, HIDDEN)
+        return safe_text(text, lines=False)

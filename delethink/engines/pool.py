@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import statistics
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -30,10 +29,11 @@ from delethink.errors import (
     WeightSyncError,
     WorkersLostError,
 )
+from delethink.output import get_logger
 from delethink.policy import Completion, Sampling, SchedulingHint
 from delethink.types import TokenIds
 
-_logger = logging.getLogger(__name__)
+_logger = get_logger(__name__)
 
 _DISPATCH_DELAY_S = 0.002  # lets the chunks of one moment be assigned together, by rank
 _HEALTH_INTERVAL_S = 2.0

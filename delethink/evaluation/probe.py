@@ -16,7 +16,6 @@ the carryover loses no more in the controls.
 from __future__ import annotations
 
 import asyncio
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,9 @@ from delethink.engines.loading import load_model, load_tokenizer, longest_sequen
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import clustered_mean
 from delethink.evaluation.models import local_models, longest_query
+from delethink.output import safe_text
 from delethink.policy import Sampling
+from delethink.redaction import json_text
 from delethink.rollout import derive_seed, run_rollouts
 from delethink.scoring.answer import vote
 from delethink.tokenization import query_ids, reward_text
@@ -391,7 +392,7 @@ def write_findings(findings: Findings, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "probe.md").write_text(findings_page(findings), encoding="utf-8")
-        text = json.dumps(asdict(findings), indent=2) + "\n"
+        text = json_text(asdict(findings), indent=2) + "\n"
         (folder / "probe.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"cannot write to {folder}: {error.strerror}") from None
@@ -417,7 +418,7 @@ def findings_page(findings: Findings) -> str:
     ]
     return "\n".join(
         [
-            f"# How Markovian is {findings.model}?",
+            f"# How Markovian is {safe_text(findings.model, lines=False)}?",
             "",
             f"C = {findings.context_size:,}. {findings.traces:,} traces fit in the model's window; "
             f"{findings.passed_over:,} longer ones were skipped. Of the fitting ones, "

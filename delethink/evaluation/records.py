@@ -18,6 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.errors import RunDirectoryError
+from delethink.json_io import (
+    get_count,
+    get_flag,
+    get_list,
+    get_mapping,
+    get_number,
+    get_text,
+    optional,
+    read_json,
+    read_json_lines,
+)
+from delethink.redaction import json_text
 from delethink.tokens import TokenIds, as_list
 
 _TRACES = "traces.jsonl"
@@ -67,11 +79,38 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
-        """Return the record that ``to_json`` wrote."""
-        others = dict(values)
-        key = SampleKey(*(others.pop(name) for name in SampleKey._fields))
-        outcomes = tuple(BudgetOutcome(**outcome) for outcome in others.pop("outcomes"))
-        return cls(key, outcomes, **others)
+        """Return the record that ``to_json`` wrote.
+
+        Raises:
+            KeyError, ValueError: a value is missing, or has another type.
+        """
+        values = {"error": None, **get_mapping({"the record": values}, "the record")}
+        return cls(
+            SampleKey(
+                get_text(values, "setting"),
+                get_count(values, "problem"),
+                get_count(values, "sample"),
+            ),
+            tuple(map(_outcome, get_list(values, "outcomes"))),
+            query_tokens=get_count(values, "query_tokens"),
+            started=get_number(values, "started"),
+            ended=get_number(values, "ended"),
+            error=optional(get_text, values, "error"),
+        )
+
+
+def _outcome(values: Any) -> BudgetOutcome:
+    values = {"forced": False, **get_mapping({"an outcome": values}, "an outcome")}
+    return BudgetOutcome(
+        budget=get_count(values, "budget"),
+        score=get_number(values, "score"),
+        length=get_count(values, "length"),
+        chunks=get_count(values, "chunks"),
+        processed=get_count(values, "processed"),
+        out_of_budget=get_flag(values, "out_of_budget"),
+        vote=optional(get_text, values, "vote"),
+        forced=get_flag(values, "forced"),
+    )
 
 
 class ResultsDirectory:
@@ -119,17 +158,19 @@ class ResultsDirectory:
                 another process writing there.
         """
         try:
-            before = dict(json.loads((path / _SETTINGS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            found = read_json(path / _SETTINGS, RunDirectoryError)
+            before = get_mapping({_SETTINGS: found}, _SETTINGS)
+            forced = get_list({"forced": [], **before}, "forced")
+        except (RunDirectoryError, ValueError) as error:
             raise RunDirectoryError(
-                f"{path} holds no evaluation to resume (no readable {_SETTINGS}); leave out "
-                "--resume"
+                f"{path} holds no evaluation to resume (no readable {_SETTINGS}: {error}); leave "
+                "out --resume"
             ) from None
-        forced = before.pop("forced", [])
+        before.pop("forced", None)
         changed = [
             f"{name} was {json.dumps(old)} and is now {json.dumps(settings.get(name))}"
             for name, old in before.items()
-            if not _is_compatible(name, old, settings.get(name))
+            if not _may_change(name, old, settings.get(name))
         ]
         if changed and not force:
             raise RunDirectoryError(
@@ -154,7 +195,7 @@ class ResultsDirectory:
         self._append(_TRACES, record.to_json())
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        line = (json.dumps(values, separators=(",", ":")) + "\n").encode()
+        line = (json_text(values, separators=(",", ":")) + "\n").encode()
         file = self._files[name]
         end = os.lseek(file, 0, os.SEEK_END)
         try:
@@ -171,17 +212,24 @@ class ResultsDirectory:
         Raises:
             RunDirectoryError: a whole line is not a record.
         """
-        with (self.path / _TRACES).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    return
-                try:
-                    yield Record.from_json(json.loads(line))
-                except (ValueError, KeyError, TypeError):
-                    raise RunDirectoryError(
-                        f"{self.path / _TRACES}, line {number}: not a record of a trace; delete "
-                        "the line, and its trace is sampled again"
-                    ) from None
+        path = self.path / _TRACES
+        advice = "delete the line, and its trace is sampled again"
+        lines = read_json_lines(path, RunDirectoryError, partial="skip")
+        while True:
+            try:
+                number, values = next(lines)
+            except StopIteration:
+                return
+            except RunDirectoryError as error:
+                raise RunDirectoryError(f"{error}; {advice}") from None
+            try:
+                record = Record.from_json(values)
+            except (ValueError, KeyError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise RunDirectoryError(
+                    f"{path}, line {number}: not a record of a trace ({reason}); {advice}"
+                ) from None
+            yield record
 
     def write(self, name: str, text: str) -> None:
         """Write a file atomically, in place of an earlier version.
@@ -231,11 +279,18 @@ class ResultsDirectory:
             ) from None
         except OSError as error:
             raise _write_error(self.path, error) from None
-        self.write(_SETTINGS, json.dumps({**settings, **self.forced}, indent=2) + "\n")
+        self.write(_SETTINGS, json_text({**settings, **self.forced}, indent=2) + "\n")
+
+
+def _may_change(name: str, old: Any, new: Any) -> bool:
+    """Return whether a value may change on resume; an old one of another type may not."""
+    try:
+        return _is_compatible(name, old, new)
+    except (TypeError, AttributeError, KeyError):
+        return False
 
 
 def _is_compatible(name: str, old: Any, new: Any) -> bool:
-    """Return whether a value may change on resume."""
     if name == "samples":
         return bool(new >= old)
     if name == "models":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -22,6 +20,8 @@ from delethink.evaluation.metrics import Estimate, avg_at_n
 from delethink.evaluation.records import Record
 from delethink.evaluation.results import ResultRow, Results
 from delethink.evaluation.settings import Setting
+from delethink.output import open_console, safe_text
+from delethink.redaction import json_text
 
 ScalingKind = Literal["avg", "pass", "maj"]
 
@@ -70,7 +70,7 @@ def curve_points(rows: Sequence[ResultRow]) -> list[CurvePoint]:
 
 def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurvePoint:
     return CurvePoint(
-        setting=row.setting,
+        setting=safe_text(row.setting, lines=False),
         kind=kind,
         budget=row.budget,
         k=k,
@@ -91,7 +91,8 @@ def write_curves(rows: Sequence[ResultRow], task: str, folder: Path) -> None:
         RunDirectoryError: a file cannot be written.
         ConfigError: the image cannot be written.
     """
-    points, title = curve_points(rows), f"test-time scaling on {Path(task).name}"
+    points = curve_points(rows)
+    title = safe_text(f"test-time scaling on {Path(task).name}", lines=False)
     try:
         with (folder / "curves.csv").open("w", encoding="utf-8") as file:
             names = [field.name for field in fields(CurvePoint)]
@@ -109,7 +110,7 @@ def curves_html(points: Sequence[CurvePoint], title: str) -> str:
     page = files("delethink").joinpath("assets/scaling.html").read_text(encoding="utf-8")
     data = {"axes": AXES, "kinds": KINDS, "points": [asdict(point) for point in points]}
     # A model name must not close the script element.
-    text = json.dumps(data).replace("<", "\\u003c")
+    text = json_text(data).replace("<", "\\u003c")
     return page.replace("{{title}}", escape(title)).replace("{{data}}", text)
 
 
@@ -159,7 +160,7 @@ class EvaluationProgress:
     """Progress of an evaluation: a bar in a terminal, otherwise plain lines."""
 
     def __init__(self, stderr: bool = False) -> None:
-        self.console = Console(highlight=False, stderr=stderr)
+        self.console = open_console(stderr=stderr)
         if not self.console.is_terminal:
             self.console.width = _PLAIN_WIDTH
         self._live: Progress | None = None
@@ -167,7 +168,7 @@ class EvaluationProgress:
 
     def print(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(safe_text(text, lines=False), soft_wrap=True)
 
     def on_setting_begin(self, setting: Setting, total: int, known: Sequence[Record]) -> None:
         """Print the setting and start a progress bar."""
@@ -183,7 +184,7 @@ class EvaluationProgress:
             self._live = Progress(
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
 from delethink.policy import Sampling
+from delethink.redaction import json_text
 from delethink.registry import make_task
 from delethink.rollout import derive_seed, run_rollout
 from delethink.scoring.answer import vote
@@ -204,8 +204,8 @@ def evaluate(
         records = _matching(evaluation, directory)
         results = summarise(evaluation.settings, records, analysis or AnalysisSettings())
         found = asked | directory.forced | results.as_dict()
-        directory.write("results.json", json.dumps(found, indent=2) + "\n")
-        directory.write("timing.json", json.dumps(results.timing, indent=2) + "\n")
+        directory.write("results.json", json_text(found, indent=2) + "\n")
+        directory.write("timing.json", json_text(results.timing, indent=2) + "\n")
     return results
 
 

@@ -22,6 +22,7 @@ from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.engines.loading import digest
 from delethink.errors import ConfigError, RunDirectoryError, UserError
 from delethink.output import output_path
+from delethink.redaction import hidden_settings, hide_settings, json_text
 from delethink.training.run_directory import (
     PART,
     TRAINED_SETTING,
@@ -82,7 +83,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(
             f"{path} is a directory without a run; give a recipe or the directory of a run"
         )
-    return load_recipe(path / "config.yaml", overrides).model_copy(update={"output": path})
+    recipe = load_recipe(path / "config.yaml", overrides)
+    if hidden := hidden_settings(recipe.model_dump(mode="json")):
+        raise ConfigError(
+            f"{path / 'config.yaml'} does not hold the secrets of the run: to resume it, give "
+            f"{' '.join(f'{key}=VALUE' for key in hidden)}"
+        )
+    return recipe.model_copy(update={"output": path})
 
 
 def run_path(recipe: Recipe) -> Path:
@@ -118,7 +125,7 @@ def changed_settings(path: Path, recipe: Recipe) -> dict[str, list[Any]]:
             f"cannot resume the run in {path}, because its config.yaml cannot be read ({error}); "
             "choose another directory with output=PATH"
         ) from None
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(recipe.model_dump(mode="json"))
+    old, new = (_flatten(hide_settings(each.model_dump(mode="json"))) for each in (before, recipe))
     changed = {
         key: [old.get(key), new.get(key)]
         for key in sorted(old.keys() | new.keys())
@@ -254,7 +261,7 @@ def write_run_state(path: Path, step: int, run_state: dict[str, Any]) -> None:
         if file.is_file()
     }
     state = {"step": step, "run": run_state, "files": sizes}
-    write_text(path / _STATE_FILE, json.dumps(state, indent=2))
+    write_text(path / _STATE_FILE, json_text(state, indent=2))
 
 
 @contextmanager

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from delethink.chunking import ChunkSpec
 from delethink.evaluation.heldout import HeldOutResult
+from delethink.output import open_console, safe_text
 from delethink.training.metrics import METRICS, find_metric
 from delethink.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STEPS_PER_LINE = 5
 _CURVES = (
@@ -31,13 +34,13 @@ class TrainingProgress:
     """Print the progress of a run to ``console`` (standard output by default)."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or open_console()
         self._live: Progress | None = None
         self._bar: Any = None
 
     def log(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(safe_text(text, lines=False), soft_wrap=True)
 
     def start_steps(self, total: int, done: int = 0) -> None:
         """Show the progress bar of the optimizer steps."""
@@ -47,7 +50,7 @@ class TrainingProgress:
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
         )
@@ -110,7 +113,7 @@ def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(safe_text(title, lines=False))
     for axes, key in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         metric = find_metric(key)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import RunDirectoryError
+from delethink.redaction import json_text
 from delethink.training.system import processor
 
 PART = ".part"  # suffix of incomplete files and folders
@@ -103,7 +104,7 @@ class RunDirectory:
                 )
         run = cls.reopen(path)
         versions = {**describe_environment(), "first_weights": weights}
-        run._write(_VERSIONS, json.dumps(versions, indent=2) + "\n")
+        run._write(_VERSIONS, json_text(versions, indent=2) + "\n")
         run._write(_CONFIG, config)  # last, because it marks the directory as a run
         return run
 
@@ -173,7 +174,7 @@ class RunDirectory:
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``; NaN and infinity become ``null``."""
-        self._append(_METRICS, [json.loads(json.dumps(metrics), parse_constant=lambda name: None)])
+        self._append(_METRICS, [json.loads(json_text(metrics), parse_constant=lambda name: None)])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, without a last line cut off by a crash.
@@ -197,11 +198,11 @@ class RunDirectory:
 
     def write_problems(self, counts: dict[str, Any]) -> None:
         """Write ``problems.json``."""
-        self._write("problems.json", json.dumps(counts, indent=2) + "\n")
+        self._write("problems.json", json_text(counts, indent=2) + "\n")
 
     def write_table(self, rows: list[dict[str, Any]]) -> None:
         """Write ``table.json``."""
-        self._write(_TABLE, json.dumps(rows, indent=2) + "\n")
+        self._write(_TABLE, json_text(rows, indent=2) + "\n")
 
     def read_table(self) -> list[dict[str, Any]]:
         """Return the rows of ``table.json``."""
@@ -209,7 +210,7 @@ class RunDirectory:
 
     def finish(self, step: int) -> None:
         """Mark the run as finished."""
-        self._write(_FINISHED, json.dumps({"step": step}) + "\n")
+        self._write(_FINISHED, json_text({"step": step}) + "\n")
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ def _parse(path: Path, text: str) -> Any:
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(json_text(record) + "\n" for record in records)
 
 
 def _step_of(name: str) -> int:

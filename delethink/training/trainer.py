@@ -19,6 +19,7 @@ from delethink.config import Recipe
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
 from delethink.errors import ConfigError
+from delethink.redaction import register_settings
 from delethink.tasks import left_out_of
 from delethink.training.checkpointing import (
     CHECKPOINT_PREFIX,
@@ -68,6 +69,7 @@ def _train(
     prepared: Prepared, location: RunLocation, progress: TrainingProgress, ranks: RankGroup
 ) -> Path:
     recipe, directory = prepared.recipe, location.directory
+    register_settings(recipe.model_dump(mode="json"))  # a rank has not read the recipe itself
     set_seed(recipe.seed)
     inputs = read_inputs(prepared)
     progress.log(f"run directory: {directory.path}")

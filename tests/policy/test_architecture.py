@@ -16,7 +16,8 @@ HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 
 NOUNS = {"errors", "types"}
 CHUNKS = NOUNS | {"tokens", "carryover", "chunking"}
-ROLLOUT = CHUNKS | {"policy", "rollout", "tokenization"}
+SHOWN = {"output", "redaction"}
+ROLLOUT = CHUNKS | SHOWN | {"policy", "rollout", "tokenization"}
 SETTINGS = {"config", "registry"}
 SCORING = {"tasks", "scoring"}
 
@@ -30,17 +31,18 @@ ARROWS: dict[str, set[str]] = {
     "carryover": NOUNS | {"tokenization", "tokens"},  # some policies read text
     "chunking": NOUNS | {"tokenization", "tokens", "carryover"},
     "policy": NOUNS | {"tokens"},
-    "rollout": CHUNKS | {"policy"},
-    "output": NOUNS,
+    "rollout": CHUNKS | SHOWN | {"policy"},
+    "redaction": set(),
+    "output": NOUNS | {"redaction"},
     "tasks": NOUNS,
     "registry": NOUNS,
     "trace_io": ROLLOUT,
     "testing": ROLLOUT,
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
-    "envs": ROLLOUT | {"registry", "scoring", "tasks", "trace_io"},
-    "config": CHUNKS | {"registry"},
-    "cost": CHUNKS | SETTINGS,  # calibration reads the recipe of a run
+    "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_io"},
+    "config": CHUNKS | {"redaction", "registry"},
+    "cost": CHUNKS | SETTINGS | {"redaction"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
     "evaluation": ROLLOUT
@@ -50,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "training": ROLLOUT
     | SETTINGS
     | SCORING
-    | {"cost", "engines", "evaluation", "evaluation.metrics", "output", "trace_io"},
+    | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_io"},
     "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
     "": ROLLOUT,  # the public names, in delethink/__init__.py
 }

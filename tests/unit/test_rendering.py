@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import delethink.envs  # noqa: F401 - registers the ids
-from delethink.envs.episode import render_ansi, render_html, visible
+from delethink.envs.episode import render_ansi, render_html
+from delethink.output import visible
 from delethink.types import Problem
 
 PROBLEM = Problem("01:00000", "11111")
