@@ -199,7 +199,7 @@ class EvaluationProgress:
         if self._live is not None:
             if time.monotonic() - self._shown > _REFRESH_INTERVAL_S or self._done == self._total:
                 self._shown = time.monotonic()
-                self._live.update(self._bar, completed=self._done, text=self._text())
+                self._live.update(self._bar, completed=self._done, text=safe_text(self._text()))
         elif self._done * _PLAIN_LINES % self._total < _PLAIN_LINES:
             each = (time.monotonic() - self._started) / self._new
             left = f"{each * (self._total - self._done):.0f} s left"

@@ -62,7 +62,7 @@ class TrainingProgress:
         text = step_line(metrics) if "reward" in metrics else "same traces again"
         step, accuracy = metrics["step"], metrics.get("heldout_accuracy")
         if self._live is not None:
-            self._live.update(self._bar, advance=1, text=text)
+            self._live.update(self._bar, advance=1, text=safe_text(text))
         elif step % _STEPS_PER_LINE == 0 or accuracy is not None or step in (1, total):
             self.log(f"step {step:4d}/{total}  {text}")
         if accuracy is not None:
