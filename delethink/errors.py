@@ -31,6 +31,10 @@ class ActionError(UserError, ValueError):
     """An action the state of the environment does not allow."""
 
 
+class RewardError(UserError, ValueError):
+    """A reward gave an environment no finite number, or could not be computed."""
+
+
 class CarryoverError(UserError, ValueError):
     """A carryover policy returned more tokens than its bound, or no token ids."""
 
@@ -60,6 +64,10 @@ class MissingExtraError(UserError, ImportError):
             f"{self.package} is not installed; install it from the clone of the repository: "
             f"pip install -e '.[{self.extra}]'"
         )
+
+
+class SandboxError(DelethinkError, RuntimeError):
+    """The isolated process of a program cannot be started, or its host ended."""
 
 
 class PolicyError(DelethinkError, RuntimeError):

@@ -153,19 +153,10 @@ def make(group: str, value: Any, **defaults: Any) -> Any:
     Raises:
         UserError: a name or parameter is unknown or missing, or a value is invalid.
     """
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, str | Mapping):
         return value
     kind = _kind(group)
-    if unknown := set(value) - {"name", "args"}:
-        key = min(map(str, unknown))
-        raise ConfigError(f"unknown key {key!r} of a {kind}.{did_you_mean(key, ('name', 'args'))}")
-    name, args = value.get("name"), dict(value.get("args") or {})
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"a {kind} must be a name, or a mapping with name and args; got {value!r}"
-        )
+    name, args = parse_named(group, value)
     family, slash, member = name.partition("/") if group == "delethink.tasks" else (name, "", "")
     factory = resolve(group, family)
     parameters = inspect.signature(factory).parameters
@@ -180,6 +171,26 @@ def make(group: str, value: Any, **defaults: Any) -> Any:
         return factory(**args)
     except TypeError as error:  # a value of a wrong type
         raise ConfigError(f"the {kind} {name!r}: {error}") from error
+
+
+def parse_named(group: str, value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of a setting: a name, or ``{"name": ..., "args": ...}``.
+
+    Raises:
+        ConfigError: the mapping has another form.
+    """
+    kind = _kind(group)
+    if isinstance(value, str):
+        return value, {}
+    if unknown := set(value) - {"name", "args"}:
+        key = min(map(str, unknown))
+        raise ConfigError(f"unknown key {key!r} of a {kind}.{did_you_mean(key, ('name', 'args'))}")
+    name, args = value.get("name"), value.get("args")
+    if not isinstance(name, str) or not (args is None or isinstance(args, Mapping)):
+        raise ConfigError(
+            f"a {kind} must be a name, or a mapping with name and args; got {value!r:.80}"
+        )
+    return name, dict(args or {})
 
 
 def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import DeadlineError, PolicyError, RolloutError, UserError, WorkersLostError
+from delethink.output import get_logger, safe_text
 from delethink.policy import Policy, Sampling, SchedulingHint
-from delethink.tokens import Logprobs, token_array
+from delethink.tokens import Logprobs, as_list, token_array
 from delethink.types import Chunk, ChunkRole, Problem, StopReason, TokenIds, Trace, TraceStop
 
-_logger = logging.getLogger(__name__)
+_logger = get_logger(__name__)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -159,6 +159,7 @@ async def _sample_chunk(
         _logger.warning("a chunk failed", exc_info=True)
         stop = StopReason.ERROR
         reason = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+        reason = safe_text(reason)
     chunk = Chunk(
         prompt_ids=prompt_ids,
         output_ids=output_ids,
@@ -175,28 +176,61 @@ async def _sample_chunk(
 def replay_trace(env: Any, problem: Problem, trace: Trace) -> float:
     """Step a Gymnasium environment of chunks through a trace and return the last reward.
 
+    An environment with the text interface is stepped with the text of each chunk.
+
     Raises:
-        RolloutError: a prompt or the end of the episode differs from the trace.
+        RolloutError: a prompt or the end of the episode differs from the trace, a chunk failed, or
+            the text of a chunk is encoded to other tokens than the sampled ones.
     """
-    observation, _ = env.reset(options={"problem": problem})
+    observation, info = env.reset(options={"problem": problem})
     reward, ended = 0.0, False
     for i, chunk in enumerate(trace.chunks):
         if ended:
             raise RolloutError(f"the environment ended before chunk {i} of {len(trace.chunks)}")
-        if hasattr(observation, "tolist") and getattr(observation, "ndim", 1) != 1:
+        if chunk.stop in (StopReason.ABORT, StopReason.ERROR):
             raise RolloutError(
-                f"an observation must be a sequence of token ids, got {observation!r:.80}"
+                f"chunk {i} failed ({chunk.error}) and cannot be replayed; cut the trace before it "
+                "with cut_trace"
             )
-        if token_array(observation) != chunk.prompt_ids:
+        if _observed_ids(observation, info) != chunk.prompt_ids:
             raise RolloutError(
                 f"the environment's prompt differs from the prompt of chunk {i}: the rollout and "
                 "the environment use different chunking"
             )
-        observation, reward, terminated, truncated, _ = env.step(chunk.output_ids)
+        by_text = isinstance(observation, str)
+        action = _text_of(env, chunk.output_ids) if by_text else chunk.output_ids
+        observation, reward, terminated, truncated, info = env.step(action)
+        if by_text and token_array(info["output_ids"]) != chunk.output_ids:
+            raise RolloutError(
+                f"the text of chunk {i} is encoded to other tokens than the sampled ones; replay "
+                "the trace in an environment of token ids"
+            )
         ended = terminated or truncated
     if not ended:
         raise RolloutError("the environment has not ended after the last chunk of the trace")
     return float(reward)
+
+
+def _observed_ids(observation: Any, info: Mapping[str, Any]) -> TokenIds:
+    """Return the ids of a prompt; with the text interface ``info`` has them."""
+    ids = info.get("prompt_ids") if isinstance(observation, str) else observation
+    if isinstance(ids, Mapping) or getattr(ids, "ndim", 1) != 1:
+        ids = None
+    try:
+        return token_array(ids)
+    except (TypeError, ValueError):
+        raise RolloutError(
+            "an observation must be a sequence of token ids, or a text with its ids in "
+            f"info['prompt_ids']; got {observation!r:.80}. Replay the trace in Thinking-v0 or "
+            "TextThinking-v0"
+        ) from None
+
+
+def _text_of(env: Any, ids: TokenIds) -> str:
+    tokenizer = getattr(env.unwrapped, "tokenizer", None)
+    if tokenizer is None:
+        raise RolloutError("an environment of text needs a tokenizer to replay a trace, got none")
+    return str(tokenizer.decode(as_list(ids)))
 
 
 def retrace(spec: ChunkSpec, trace: Trace) -> ThinkingState:

@@ -7,20 +7,23 @@ answer, ``truncated`` means the budget is used up.
 
 from __future__ import annotations
 
+import copy
 import html
 import inspect
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, Self, TypeVar
 
 import gymnasium
+from gymnasium.envs.registration import EnvSpec
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
+from delethink.envs.reward import EpisodeReward, RewardFunction
 from delethink.envs.spaces import CharacterTokenizer
-from delethink.errors import ActionError, ConfigError, did_you_mean
-from delethink.registry import make, resolve
-from delethink.scoring.reward import Reward
+from delethink.errors import ActionError, ConfigError, ModelError, did_you_mean
+from delethink.output import safe_text
+from delethink.registry import make
 from delethink.tasks import Task
 from delethink.tokenization import Tokenizer, query_ids, reward_text
 from delethink.tokens import as_list, joined, token_array
@@ -37,7 +40,6 @@ from delethink.types import (
 
 Observation = TypeVar("Observation")
 Action = TypeVar("Action")
-RewardFunction = Callable[[str, str], SupportsFloat]  # (text of a finished trace, gold answer)
 
 _HTML_FACTS = ("chunk", "num_sampled", "budget_left", "role", "stop")
 _STYLE = (
@@ -49,7 +51,6 @@ _STYLE = (
     ".delethink .carried{border-color:#c27c0e}"
     ".delethink .new{border-color:#2e8b57}"
 )
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 DEFAULT_TASK = {"name": "automaton", "args": {"min_steps": 2, "max_steps": 6}}
 DEFAULT_SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=0)
@@ -63,9 +64,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
     Args:
         task: source of problems: a registered name, ``{"name": ..., "args": ...}``, or any object
             with ``problem(split, index)``.
-        reward: scores the text of a finished trace against the gold answer: a registered name, or a
-            function of both.
-        tokenizer: encodes prompts and decodes traces; by default one token per character.
+        reward: scores a finished trace: a registered name, ``{"name": ..., "args": ...}``, or a
+            function whose parameters name its inputs, such as ``text`` and ``answer``.
+        tokenizer: encodes prompts and decodes traces: an object, a folder, or a Hugging Face id;
+            by default one token per character.
         chunk_spec: sizes and policies of the chunks.
         eos_ids: tokens ending an answer; by default the tokenizer's.
         vocabulary: number of token ids; by default the tokenizer's.
@@ -73,11 +75,15 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         render_mode: ``"ansi"`` or ``"html"``.
         keep_trace: keep all sampled tokens, for ``trace`` and for the reward. If off, memory does
             not grow with the number of chunks, and the reward reads the last context only.
+        trust_remote_code: run the code of a tokenizer given by name.
         sizes: fields of ``chunk_spec`` to replace, such as ``context_size=64``. A carryover or
             boundary may be given by its registered name.
 
+    Copies of an environment share its tokenizer and its task.
+
     Raises:
         ConfigError: a name or parameter is unknown, or values contradict each other.
+        ModelError: the tokenizer of a name cannot be loaded.
     """
 
     metadata = {"render_modes": ["ansi", "html"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's
@@ -85,8 +91,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
     def __init__(
         self,
         task: Task | str | Mapping[str, Any] = DEFAULT_TASK,
-        reward: RewardFunction | str = "exact",
-        tokenizer: Tokenizer | None = None,
+        reward: RewardFunction | str | Mapping[str, Any] = "exact",
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         chunk_spec: ChunkSpec | None = None,
         eos_ids: Sequence[int] | None = None,
         vocabulary: int | None = None,
@@ -94,14 +100,16 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         max_query_tokens: int = 2048,
         render_mode: str | None = None,
         keep_trace: bool = True,
+        trust_remote_code: bool = False,
         **sizes: Any,
     ) -> None:
-        self.tokenizer: Any = CharacterTokenizer() if tokenizer is None else tokenizer
+        self._spec: EnvSpec | None = None
+        self.tokenizer: Any = _make_tokenizer(tokenizer, trust_remote_code)
         self.chunk_spec = self._make_spec(chunk_spec, sizes)  # `spec` is Gymnasium's own attribute
         self.task: Task = make("delethink.tasks", task)
         if not callable(getattr(self.task, "problem", None)):
             raise ConfigError(f"a task needs problem(split, index), got {task!r:.80}")
-        self.reward = _make_reward(reward)
+        self.reward = EpisodeReward(reward)
         self._set_vocabulary(vocabulary, eos_ids)
         if max_query_tokens < 1:
             raise ConfigError(f"max_query_tokens must be at least 1, got {max_query_tokens}")
@@ -156,6 +164,25 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             )
 
     @property
+    def spec(self) -> EnvSpec | None:
+        """Return Gymnasium's specification; copies of it share the tokenizer and the task."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = spec and replace(spec, kwargs=_Arguments(spec.kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        _share(memo, self.tokenizer, self.task)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def close(self) -> None:
+        """Stop the verifiers of the reward."""
+        self.reward.close()
+
+    @property
     def longest_context(self) -> int:
         """Return the maximum number of tokens in an observation: query and thinking."""
         return self.max_query_tokens + self.chunk_spec.max_thinking_context
@@ -208,12 +235,9 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         assert self.problem is not None
         assert after.stop is not None
         ids = self._thinking() if self.keep_trace else before.carried + self._last_output
-        text = reward_text(self.tokenizer, ids)
-        if not isinstance(self.reward, Reward):
-            return float(self.reward(text, self.problem.answer))
         attempt = Attempt(
             problem=self.problem,
-            text=text,
+            text=reward_text(self.tokenizer, ids),
             stop=after.stop,
             length=after.num_sampled,
             num_chunks=after.num_chunks,
@@ -221,7 +245,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             max_chunks=self.chunk_spec.max_chunks,
             output_ids=ids,
         )
-        return float(self.reward.function(**self.reward.arguments(attempt)) or 0.0)
+        return self.reward(attempt)
 
     def _thinking(self) -> TokenIds:
         """Return all thinking tokens of the episode."""
@@ -296,22 +320,44 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         return str(self.tokenizer.decode(as_list(ids)))
 
 
-def _make_reward(reward: RewardFunction | str) -> RewardFunction | Reward:
-    """Return the function, or the registered reward. A value of ``None`` counts as 0 here."""
-    if callable(reward):
-        return reward
-    if not isinstance(reward, str):
+class _Arguments(dict[str, Any]):
+    """Arguments of an environment; copies share what never changes and may be large.
+
+    Gymnasium copies them for every ``make`` and ``spec``, and a tokenizer of 262,144 tokens takes a
+    second to copy.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Arguments:
+        _share(memo, self.get("tokenizer"), self.get("task"))
+        return _Arguments(copy.deepcopy(dict(self), memo))
+
+
+def _share(memo: dict[int, Any], *parts: Any) -> None:
+    """Make a deep copy hold these objects themselves. Plain settings are copied."""
+    memo |= {id(part): part for part in parts if not isinstance(part, Mapping)}
+
+
+def _make_tokenizer(given: Any, trust_remote_code: bool) -> Any:
+    if given is None:
+        return CharacterTokenizer()
+    if isinstance(given, str | os.PathLike):
+        from delethink.engines.loading import load_tokenizer  # the core loads without engines
+
+        try:
+            return load_tokenizer(os.fspath(given), trust_remote_code)
+        except ModelError as error:
+            if not str(error).startswith("cannot load"):
+                raise
+            raise ModelError(
+                f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an "
+                "object"
+            ) from error
+    if not callable(given) or not callable(getattr(given, "decode", None)):
         raise ConfigError(
-            f"a reward must be a registered name or a function of text and answer, got {reward!r}"
+            "a tokenizer must be a folder, a Hugging Face id, or an object that is called with a "
+            f"text and has decode(ids); got {given!r:.80}"
         )
-    named = Reward(reward, resolve("delethink.rewards", reward))
-    if named.kind in ("async", "trl") or named.needs_correctness:
-        raise ConfigError(
-            f"the reward {reward!r} cannot score a single trace: use it in a recipe, or pass a "
-            "function of text and answer"
-        )
-    named.check()
-    return named
+    return given
 
 
 def _problem_from(options: dict[str, Any]) -> Problem | None:
@@ -338,7 +384,7 @@ def _problem_from(options: dict[str, Any]) -> Problem | None:
 
 def render_ansi(parts: Mapping[str, str]) -> str:
     """Return each part below its name in brackets."""
-    return "\n".join(f"[{name}]\n{visible(text)}" for name, text in parts.items())
+    return "\n".join(f"[{name}]\n{safe_text(text)}" for name, text in parts.items())
 
 
 def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, object]) -> str:
@@ -356,15 +402,5 @@ def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, objec
     return f'<style>{_STYLE}</style><div class="delethink"><p>{_escape(line)}</p>{sections}</div>'
 
 
-def visible(text: str) -> str:
-    """Return the text with control and invisible characters spelled out."""
-    return "".join(
-        c.encode("unicode_escape").decode("ascii")
-        if c not in "\n\t" and unicodedata.category(c) in _INVISIBLE
-        else c
-        for c in text
-    )
-
-
 def _escape(text: str) -> str:
-    return html.escape(visible(text), quote=True)
+    return html.escape(safe_text(text), quote=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from delethink.tokens import token_array
 from delethink.types import StopReason, TokenIds, TraceStop
 
 _INTERFACES = ("tokens", "text")
+# Vocabulary and longest token of each tokenizer: a vocabulary of 262,144 takes a second to read.
+_LONGEST_TOKENS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 _MAX_CHARACTER_TOKENS = 4  # UTF-8 bytes of a character, each at most one token
 
 
@@ -62,10 +66,7 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             )
             return
         pieces = getattr(self.tokenizer, "pieces", None)
-        if hasattr(self.tokenizer, "get_vocab"):
-            token = max(map(len, self.tokenizer.get_vocab()))
-        else:
-            token = max(len(self._text((i,))) for i in range(self.vocabulary))
+        token = self._longest_token()
         self.action_space = UnicodeText(
             longest * token,
             min_length=1,
@@ -73,6 +74,22 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
             sample_length=always if pieces else max(1, always // _MAX_CHARACTER_TOKENS),
         )
         self.observation_space = UnicodeText(self.longest_context * token, pieces=pieces)
+
+    def _longest_token(self) -> int:
+        """Return the maximum number of characters of a token, computed once per tokenizer."""
+        try:
+            known, longest = _LONGEST_TOKENS.get(self.tokenizer, (0, 0))
+        except TypeError:  # without a hash or weak references
+            known = longest = 0
+        if known == self.vocabulary:
+            return longest
+        if hasattr(self.tokenizer, "get_vocab"):
+            longest = max(map(len, self.tokenizer.get_vocab()))
+        else:
+            longest = max(len(self._text((i,))) for i in range(self.vocabulary))
+        with suppress(TypeError):
+            _LONGEST_TOKENS[self.tokenizer] = self.vocabulary, longest
+        return longest
 
     def _begin(self, state: ThinkingState) -> tuple[Any, dict[str, Any]]:
         return self._observe(state, (), 0)

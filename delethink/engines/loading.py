@@ -20,16 +20,21 @@ _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 
 
-def locate(model: str) -> str:
+def locate(model: str, part: str = "model") -> str:
     """Return the folder or Hugging Face id of a model; ``"toy"`` is the shipped reasoner.
 
+    With the part ``"tokenizer"`` a folder with a tokenizer alone is found too.
+
     Raises:
-        ModelError: the folder does not exist or has no model.
+        ModelError: the folder does not exist or has no such part.
     """
     path = _SHIPPED_TOY if model == TOY else Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"the folder {path} has no config.json, so no model can be loaded")
+        files = ("config.json", "tokenizer_config.json")[: 2 if part == "tokenizer" else 1]
+        if not any((path / file).is_file() for file in files):
+            raise ModelError(
+                f"the folder {path} has no {' or '.join(files)}, so no {part} can be loaded"
+            )
         return str(path)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(
@@ -147,7 +152,8 @@ def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options
         raise MissingExtraError("transformers", "train")
     import transformers
 
-    where, cls = locate(model), getattr(transformers, loader)
+    where = locate(model, "tokenizer" if part == "tokenizer" else "model")
+    cls = getattr(transformers, loader)
     try:
         return cls.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a checkpoint can be broken in any way

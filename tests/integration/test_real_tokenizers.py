@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from delethink.chunking import ChunkSpec, start
 from delethink.engines.loading import TOY, load_tokenizer
 from delethink.envs.thinking import ThinkingEnv
 from delethink.envs.token_thinking import TokenThinkingEnv
+from delethink.errors import ModelError
 from delethink.testing import check_boundary, check_carryover, check_thinking_env
 from delethink.tokenization import encode, retokenized_at
 from delethink.types import Problem, StopReason
@@ -127,3 +130,37 @@ def test_where_sampled_ids_are_not_those_of_their_text_is_told(tokenizer: Any) -
     assert single[place] != whole[place]
     assert retokenized_at(tokenizer, [*whole, *encode(tokenizer, "!")]) is None
     assert retokenized_at(tokenizer, [*encode(tokenizer, "!"), *single]) == 1 + place
+
+
+# -- given by name ---------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_given_by_name_or_folder(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)  # without the config.json of a model
+    for named in (tmp_path, str(tmp_path)):
+        env: Any = gymnasium.make("delethink.envs:delethink/Thinking-v0", tokenizer=named).unwrapped
+        assert env.vocabulary == len(tokenizer)
+        assert tuple(env.reset(options={"problem": Problem("gut", "")})[0]) == tuple(
+            tokenizer.apply_chat_template([{"role": "user", "content": "gut"}])["input_ids"]
+        )
+    toy: Any = gymnasium.make("delethink/TextThinking-v0", tokenizer=TOY)
+    own: Any = gymnasium.make("delethink/TextThinking-v0")
+    assert toy.reset(seed=0)[0] == own.reset(seed=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("/nowhere/at/all", "does not exist; give a folder"),
+        (Path("tests"), "tests has no config.json or tokenizer_config.json, so no tokenizer can"),
+        ("no-such/model", "A tokenizer is a folder, the Hugging Face id of a model"),
+        ("toy ", "A tokenizer is a folder, the Hugging Face id of a model"),
+    ],
+)
+def test_a_wrong_name_says_what_is_allowed(
+    name: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        gymnasium.make("delethink.envs:delethink/Thinking-v0", tokenizer=name)
+    assert text in str(caught.value)

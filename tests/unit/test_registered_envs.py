@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -11,10 +13,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import tokenizers
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import delethink.envs  # noqa: F401 - registers the ids
+from delethink.envs.automaton import AutomatonTask
 from delethink.errors import ActionError, ConfigError
 from delethink.testing import check_thinking_env
 from delethink.types import Problem
@@ -104,10 +108,8 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"context_size": 64.5}, "context_size must be a whole number, got 64.5"),
         ({"chunk_spec": {"context_size": 64}}, "chunk_spec must be a delethink.ChunkSpec"),
         ({"task": None}, "a task needs problem(split, index), got None"),
-        (
-            {"reward": 3},
-            "a reward must be a registered name or a function of text and answer, got 3",
-        ),
+        ({"reward": 3}, "mapping with name and args, or a function; got 3"),
+        ({"tokenizer": 3}, "a tokenizer must be a folder, a Hugging Face id, or an object"),
         (
             {"carryover": ["tail"]},
             "carryover must be an instance of a subclass of delethink.Carryover",
@@ -289,6 +291,75 @@ def test_random_actions_of_a_vector_are_legal() -> None:
         envs.action_space.seed(0)
         for _ in range(40):
             envs.step(envs.action_space.sample())
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of 262,144 words. Copying the words takes a second."""
+
+    chat_template = None
+    eos_token_id = 1
+
+    def __init__(self) -> None:
+        words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 2**18)}
+        self.inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+        self.inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+
+    def __len__(self) -> int:
+        return int(self.inner.get_vocab_size())
+
+    def get_vocab(self) -> Any:
+        self.times_read = getattr(self, "times_read", 0) + 1
+        return self.inner.get_vocab()
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.inner.encode(text).ids}
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        raise AssertionError("there is no chat template")
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        return str(self.inner.decode(list(token_ids), skip_special_tokens=False))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("the tokenizer is copied")
+
+
+@pytest.fixture(scope="module")
+def words() -> Words:
+    return Words()
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_copies_share_the_tokenizer_and_the_task(name: str, words: Words) -> None:
+    task = AutomatonTask(1, 2)
+    env = gymnasium.make(name, tokenizer=words, task=task)
+    spec: Any = copy.deepcopy(env.spec)
+    for other in (copy.deepcopy(env), spec.make(), gymnasium.make(spec), copy.copy(env)):
+        assert other.unwrapped.tokenizer is words
+        assert other.unwrapped.task is task
+    assert pickle.loads(pickle.dumps(copy.deepcopy(make(name, task=task)))).task == task
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_gymnasium_checks_a_large_tokenizer_without_a_copy(name: str, words: Words) -> None:
+    check_env(make(name, tokenizer=words, max_query_tokens=8))
+    assert getattr(words, "times_read", 1) == 1, "the vocabulary is read once"
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_copy_goes_on_by_itself(name: str) -> None:
+    env = gymnasium.make(name, **SMALL)
+    env.reset(seed=0)
+    action = {"Text": "00", "Token": 6}.get(name.split("/")[1].split("Thinking")[0], [6, 6])
+    env.step(action)
+    other = copy.deepcopy(env)
+    assert other.unwrapped.trace == env.unwrapped.trace  # type: ignore[attr-defined]
+    first, second = plain(env.step(action)), plain(other.step(action))
+    assert first == second
+    assert plain(env.reset()[0]) == plain(other.reset()[0]), "the copy draws the same problems"
 
 
 # -- elsewhere -------------------------------------------------------------------------------------

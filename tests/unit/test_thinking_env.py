@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from delethink.chunking import ChunkSpec
 from delethink.envs.automaton import AutomatonTask
+from delethink.envs.spaces import CharacterTokenizer as EnvCharacters
 from delethink.envs.thinking import ThinkingEnv, TokenSequence
 from delethink.errors import ActionError, QueryTooLongError, RolloutError
 from delethink.policy import Sampling, ScriptedPolicy
@@ -217,6 +218,63 @@ def test_replay_refuses_an_environment_with_another_end() -> None:
         replay_trace(deaf, problem, trace)
     with pytest.raises(RolloutError, match="ended before chunk 1 of 2"):
         replay_trace(make(ChunkSpec(16, 8, 1, 0)), problem, trace)
+
+
+def text_env(spec: ChunkSpec, tokenizer: Any = None) -> Any:
+    return gymnasium.make(
+        "delethink.envs:delethink/TextThinking-v0",
+        chunk_spec=spec,
+        tokenizer=tokenizer,
+        carryover_size=spec.carryover_size,
+    )
+
+
+def test_a_trace_replayed_as_text_earns_its_reward() -> None:
+    spec, problem = ChunkSpec(16, 8, 4, 0), Problem("01:00000", "11111")
+    env = text_env(spec)
+    tokenizer = env.unwrapped.tokenizer
+    query = tuple(tokenizer("01:00000<think>")["input_ids"])
+    said = ["0000:11111", "</think>", "11111<eos>"]
+    policy = ScriptedPolicy([tuple(tokenizer(text)["input_ids"]) for text in said])
+    trace = asyncio.run(run_rollout(policy, spec, query, Sampling()))
+    assert replay_trace(env, problem, trace) == 1.0
+    assert env.unwrapped.trace.output_ids == trace.output_ids
+    with pytest.raises(RolloutError, match="prompt differs from the prompt of chunk 1"):
+        replay_trace(text_env(ChunkSpec(16, 7, 4, 0)), problem, trace)
+
+
+class Splits(EnvCharacters):
+    """The mark of thinking may also be sampled character by character."""
+
+    def __init__(self) -> None:
+        super().__init__("<>/think\n:01")
+
+
+def test_a_text_with_other_tokens_than_the_sampled_ones_is_told() -> None:
+    spec, tokenizer = ChunkSpec(16, 8, 4, 0), Splits()
+    query = tuple(tokenizer("01:0<think>")["input_ids"])
+    sampled = [tokenizer._ids[c] for c in "</think>"]
+    policy = ScriptedPolicy([(*sampled, tokenizer.eos_token_id)])
+    trace = asyncio.run(run_rollout(policy, spec, query, Sampling()))
+    with pytest.raises(RolloutError, match="text of chunk 0 is encoded to other tokens"):
+        replay_trace(text_env(spec, tokenizer), Problem("01:0", "1"), trace)
+
+
+def test_what_cannot_be_replayed_says_why() -> None:
+    spec, problem = ChunkSpec(16, 8, 4, 0), Problem("01:00000", "11111")
+    trace = played(spec, [*ids("11111"), EOS])
+    by_token = gymnasium.make("delethink.envs:delethink/TokenThinking-v0")
+    with pytest.raises(RolloutError, match="an observation must be a sequence of token ids"):
+        replay_trace(by_token, problem, trace)
+
+    def fails(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        raise RuntimeError("no engine")
+
+    failed = asyncio.run(
+        run_rollout(ScriptedPolicy(fails), spec, tuple(ids("01:00000")), Sampling())
+    )
+    with pytest.raises(RolloutError, match=r"chunk 0 failed \(.*no engine\).*cut_trace"):
+        replay_trace(make(spec), problem, failed)
 
 
 def test_gymnasium_makes_it_by_name() -> None:
