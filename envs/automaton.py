@@ -68,6 +68,11 @@ class AutomatonTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = self.min_steps, self.max_steps, self.width, self.rule
+        if not all(isinstance(size, int) for size in sizes):
+            raise ConfigError(
+                f"min_steps, max_steps, width and rule must be whole numbers, got {sizes}"
+            )
         if not 1 <= self.min_steps <= self.max_steps <= MAX_STEPS:
             raise ConfigError(
                 f"steps must satisfy 1 <= min_steps <= max_steps <= {MAX_STEPS}, "

@@ -19,13 +19,26 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
+from delethink.envs.arguments import (
+    MAX_VOCABULARY,
+    check_flag,
+    check_number,
+    checked_problem,
+    make_tokenizer,
+    problem_from,
+    token_set,
+)
 from delethink.envs.reward import EpisodeReward, RewardFunction
-from delethink.envs.spaces import CharacterTokenizer
-from delethink.errors import ActionError, ConfigError, ModelError, did_you_mean
+from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.output import safe_text
 from delethink.registry import make
-from delethink.tasks import Task
-from delethink.tokenization import Tokenizer, query_ids, reward_text
+from delethink.tasks import Task, check_split
+from delethink.tokenization import (
+    Tokenizer,
+    check_thinking_is_open,
+    query_ids,
+    reward_text,
+)
 from delethink.tokens import as_list, joined, token_array
 from delethink.types import (
     Attempt,
@@ -104,15 +117,17 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         **sizes: Any,
     ) -> None:
         self._spec: EnvSpec | None = None
-        self.tokenizer: Any = _make_tokenizer(tokenizer, trust_remote_code)
+        check_flag("keep_trace", keep_trace)
+        check_flag("trust_remote_code", trust_remote_code)
+        check_number("max_query_tokens", max_query_tokens)
+        check_split(split)
+        self.tokenizer: Any = make_tokenizer(tokenizer, trust_remote_code)
         self.chunk_spec = self._make_spec(chunk_spec, sizes)  # `spec` is Gymnasium's own attribute
         self.task: Task = make("delethink.tasks", task)
         if not callable(getattr(self.task, "problem", None)):
             raise ConfigError(f"a task needs problem(split, index), got {task!r:.80}")
         self.reward = EpisodeReward(reward)
         self._set_vocabulary(vocabulary, eos_ids)
-        if max_query_tokens < 1:
-            raise ConfigError(f"max_query_tokens must be at least 1, got {max_query_tokens}")
         self.split, self.max_query_tokens = split, max_query_tokens
         modes = self.metadata["render_modes"]
         if render_mode is not None and render_mode not in modes:
@@ -124,6 +139,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self._state: ThinkingState | None = None
         self._chunks: list[tuple[ThinkingState, TokenIds, StopReason]] = []  # with keep_trace
         self._last_output: TokenIds = ()
+        self._has_open_thinking = False  # checked with the first problem
 
     def _make_spec(self, chunk_spec: ChunkSpec | None, sizes: dict[str, Any]) -> ChunkSpec:
         known = {field.name for field in fields(ChunkSpec)}
@@ -152,11 +168,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             if not hasattr(self.tokenizer, "__len__"):
                 raise ConfigError("the tokenizer has no length: pass vocabulary=NUMBER_OF_TOKENS")
             vocabulary = len(self.tokenizer)
-        if vocabulary < 1:
-            raise ConfigError(f"vocabulary must be at least 1, got {vocabulary}")
+        check_number("vocabulary", vocabulary, MAX_VOCABULARY)
         if eos_ids is None:
             eos_ids = [i for i in [getattr(self.tokenizer, "eos_token_id", None)] if i is not None]
-        self.vocabulary, self.eos_ids = vocabulary, frozenset(map(int, eos_ids))
+        self.vocabulary, self.eos_ids = vocabulary, token_set("eos_ids", eos_ids)
         if not self.eos_ids or not all(0 <= i < vocabulary for i in self.eos_ids):
             raise ConfigError(
                 f"eos_ids must name at least one token below vocabulary={vocabulary}, or no "
@@ -196,13 +211,20 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
 
         Raises:
             QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
-            ConfigError: an option is unknown.
+            ConfigError: an option is unknown, or the task gives no valid problem.
+            ModelError: the chat template closes the thinking.
         """
         super().reset(seed=seed)
-        self.problem = _problem_from(options or {}) or self.task.problem(
-            self.split, int(self.np_random.integers(2**31))
-        )
-        query = query_ids(self.tokenizer, self.problem)
+        self._state = None  # no step follows a reset that fails
+        problem = problem_from(options)
+        if problem is None:
+            drawn = self.task.problem(self.split, int(self.np_random.integers(2**31)))
+            problem = checked_problem(drawn, "the problem of the task of this environment")
+        self.problem = problem
+        if not self._has_open_thinking:
+            check_thinking_is_open(self.tokenizer, problem)
+            self._has_open_thinking = True
+        query = query_ids(self.tokenizer, problem)
         if query and max(query) >= self.vocabulary:
             raise ConfigError(
                 f"the query has the token {max(query)}, outside the vocabulary of {self.vocabulary}"
@@ -335,47 +357,6 @@ class _Arguments(dict[str, Any]):
 def _share(memo: dict[int, Any], *parts: Any) -> None:
     """Make a deep copy hold these objects themselves. Plain settings are copied."""
     memo |= {id(part): part for part in parts if not isinstance(part, Mapping)}
-
-
-def _make_tokenizer(given: Any, trust_remote_code: bool) -> Any:
-    if given is None:
-        return CharacterTokenizer()
-    if isinstance(given, str | os.PathLike):
-        from delethink.engines.loading import load_tokenizer  # the core loads without engines
-
-        try:
-            return load_tokenizer(os.fspath(given), trust_remote_code)
-        except ModelError as error:
-            if not str(error).startswith("cannot load"):
-                raise
-            raise ModelError(
-                f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an "
-                "object"
-            ) from error
-    if not callable(given) or not callable(getattr(given, "decode", None)):
-        raise ConfigError(
-            "a tokenizer must be a folder, a Hugging Face id, or an object that is called with a "
-            f"text and has decode(ids); got {given!r:.80}"
-        )
-    return given
-
-
-def _problem_from(options: dict[str, Any]) -> Problem | None:
-    for name in options:
-        if name != "problem":
-            raise ConfigError(f"reset has no option {name!r}.{did_you_mean(name, ['problem'])}")
-    problem = options.get("problem")
-    if isinstance(problem, Mapping):
-        unknown = set(problem) - {field.name for field in fields(Problem)}
-        if unknown or not {"prompt", "answer"} <= set(problem):
-            raise ConfigError(
-                "options['problem'] needs a prompt and an answer, and may have metadata and "
-                f"before; got {sorted(problem)}"
-            )
-        problem = Problem(**problem)
-    if problem is not None and not isinstance(problem, Problem):
-        raise ConfigError(f"options['problem'] must be a delethink.Problem, got {problem!r:.80}")
-    return problem
 
 
 # Model output is untrusted: control characters are spelled out, so they cannot move a terminal's

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from delethink.chunking import ThinkingState
 from delethink.envs.episode import EpisodeEnv
-from delethink.errors import ActionError
+from delethink.errors import ActionError, ConfigError
 from delethink.tokens import token_array
 from delethink.types import StopReason, TokenIds, TraceStop
+
+_MAX_WINDOW = 2**24  # tokens
 
 Window = dict[str, NDArray[Any]]
 
@@ -40,6 +42,11 @@ class TokenThinkingEnv(EpisodeEnv[Window, Any]):
         options["max_query_tokens"] = max_query_tokens
         super().__init__(*args, **options)
         width = self._width = self.longest_context
+        if width > _MAX_WINDOW:
+            raise ConfigError(
+                f"a window of {width} tokens exceeds {_MAX_WINDOW}, and every observation has one; "
+                "lower context_size or max_query_tokens, or use Thinking-v0"
+            )
         self.action_space = spaces.Discrete(self.vocabulary)
         self.observation_space: Any = spaces.Dict(
             {

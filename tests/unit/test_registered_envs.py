@@ -19,7 +19,8 @@ from gymnasium.vector import AutoresetMode
 
 import delethink.envs  # noqa: F401 - registers the ids
 from delethink.envs.automaton import AutomatonTask
-from delethink.errors import ActionError, ConfigError
+from delethink.envs.spaces import CharacterTokenizer
+from delethink.errors import ActionError, ConfigError, ModelError, QueryTooLongError
 from delethink.testing import check_thinking_env
 from delethink.types import Problem
 
@@ -115,12 +116,33 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
             "carryover must be an instance of a subclass of delethink.Carryover",
         ),
         ({"max_query_tokens": 0}, "max_query_tokens must be at least 1"),
+        ({"max_query_tokens": "3"}, "max_query_tokens must be a whole number, got '3'"),
+        ({"max_query_tokens": None}, "max_query_tokens must be a whole number, got None"),
+        ({"max_query_tokens": True}, "max_query_tokens must be a whole number, got True"),
+        ({"vocabulary": 2.5}, "vocabulary must be a whole number, got 2.5"),
+        ({"vocabulary": 2**31}, "vocabulary must be at least 1 and at most 2147483647"),
+        ({"eos_ids": 1}, "eos_ids must be a sequence of token ids, got 1"),
+        ({"eos_ids": "1"}, "eos_ids must be a sequence of token ids, got '1'"),
+        ({"eos_ids": [1.5]}, "eos_ids must be a sequence of token ids, got [1.5]"),
+        ({"eos_ids": [None]}, "eos_ids must be a sequence of token ids, got [None]"),
+        ({"keep_trace": "no"}, "keep_trace must be True or False, got 'no'"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code must be True or False, got 'yes'"),
+        ({"split": "tset"}, "split must be 'train' or 'heldout', got 'tset'"),
+        (
+            {"task": {"name": "automaton", "args": {"min_steps": "1", "max_steps": 2}}},
+            "must be whole numbers",
+        ),
     ],
 )
 def test_wrong_settings_are_explained(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         gymnasium.make("delethink/Thinking-v0", **options)
     assert text in str(caught.value)
+
+
+def test_a_window_that_fits_no_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a window of 1000000000064 tokens"):
+        gymnasium.make("delethink/TokenThinking-v0", max_query_tokens=10**12)
 
 
 def test_a_wrong_render_mode_names_the_nearest() -> None:
@@ -137,12 +159,55 @@ def test_a_wrong_render_mode_names_the_nearest() -> None:
         ({"problem": 3}, "must be a delethink.Problem, got 3"),
         ({"problem": {"prompt": "1"}}, "needs a prompt and an answer"),
         ({"problem": Problem("what?", "1")}, "the character 'w' of 'what?"),
+        ({3: 4}, "no option 3"),
+        ("problem", "options must be a mapping such as {'problem': ...}, got 'problem'"),
+        (3, "options must be a mapping such as {'problem': ...}, got 3"),
+        ({"problem": Problem(3, "1")}, "prompt and answer must be texts, got 3 and '1'"),  # type: ignore[arg-type]
+        ({"problem": {"prompt": "1", "answer": 5}}, "must be texts, got '1' and 5"),
+        ({"problem": Problem("1", "1", 3)}, "metadata must be a mapping, got 3"),  # type: ignore[arg-type]
+        ({"problem": {"prompt": "1", "answer": "", "before": "x"}}, "before must be messages"),
+        (
+            {"problem": {"prompt": "1", "answer": "", "before": [{"role": "user"}]}},
+            "before must be messages",
+        ),
     ],
 )
-def test_wrong_options_of_reset_are_explained(options: dict[str, Any], text: str) -> None:
+def test_wrong_options_of_reset_are_explained(options: Any, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make(IDS[0]).reset(options=options)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_no_step_follows_a_reset_that_failed(name: str) -> None:
+    """The old episode would be scored against the new answer."""
+    env = make(name)
+    env.reset(seed=0)
+    with pytest.raises(QueryTooLongError):
+        env.reset(options={"problem": Problem("0" * 3000, "1")})
+    with pytest.raises(ActionError, match="call reset"):
+        env.step({"delethink/TokenThinking-v0": 6, "delethink/Thinking-v0": [6]}.get(name, "0"))
+
+
+class OwnTask:
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def problem(self, split: str, index: int) -> Any:
+        return self.given
+
+
+@pytest.mark.parametrize("given", [None, ("1", "2"), {"prompt": "1"}, Problem("1", 2)])  # type: ignore[arg-type]
+def test_what_a_task_gives_is_checked(given: Any) -> None:
+    env = make("delethink/Thinking-v0", task=OwnTask(given))
+    with pytest.raises(ConfigError, match="task of this environment"):
+        env.reset(seed=0)
+
+
+def test_a_template_that_closes_the_thinking_is_refused() -> None:
+    closed = CharacterTokenizer(before_thinking="<think></think>")
+    with pytest.raises(ModelError, match="it closes the thinking"):
+        make("delethink/Thinking-v0", tokenizer=closed).reset(seed=0)
 
 
 def test_a_problem_may_be_plain_values() -> None:
@@ -192,8 +257,6 @@ def actions_of(name: str, step: int, count: int) -> Any:
         return drawn[:, -1]
     if name == "delethink/Thinking-v0":
         return tuple(drawn)
-    from delethink.envs.spaces import CharacterTokenizer
-
     return tuple(CharacterTokenizer().decode(row) for row in drawn)
 
 

@@ -1,0 +1,136 @@
+"""Arguments of environments and of ``reset``: tokenizers by name, numbers, flags and problems."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from delethink.envs.spaces import CharacterTokenizer
+from delethink.errors import ConfigError, ModelError, did_you_mean
+from delethink.types import Problem
+
+MAX_VOCABULARY = 2**31 - 1  # ids in windows have 32 bits
+
+
+def make_tokenizer(given: Any, trust_remote_code: bool) -> Any:
+    """Return the tokenizer: an object itself, or loaded from a folder or a Hugging Face id.
+
+    Raises:
+        ConfigError: the object is no tokenizer.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    if given is None:
+        return CharacterTokenizer()
+    if isinstance(given, str | os.PathLike):
+        from delethink.engines.loading import load_tokenizer  # the core loads without engines
+
+        try:
+            return load_tokenizer(os.fspath(given), trust_remote_code)
+        except ModelError as error:
+            if not str(error).startswith("cannot load"):
+                raise
+            raise ModelError(
+                f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an "
+                "object"
+            ) from error
+    has_decode = callable(getattr(given, "decode", None)) and hasattr(given, "chat_template")
+    if not callable(given) or not has_decode:
+        raise ConfigError(
+            "a tokenizer must be a folder, a Hugging Face id, or an object that is called with a "
+            f"text, and has decode(ids) and chat_template; got {given!r:.80}"
+        )
+    return given
+
+
+def check_number(name: str, value: Any, largest: int | None = None) -> None:
+    """Raise a ``ConfigError`` unless ``value`` is a whole number from 1 to ``largest``."""
+    number = _whole(value)
+    if number is None:
+        raise ConfigError(f"{name} must be a whole number, got {value!r:.80}")
+    if number < 1 or (largest is not None and number > largest):
+        most = "" if largest is None else f" and at most {largest}"
+        raise ConfigError(f"{name} must be at least 1{most}, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ``ConfigError`` unless ``value`` is a truth value."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def token_set(name: str, ids: Any) -> frozenset[int]:
+    """Return token ids as a set of numbers; raise a ``ConfigError`` for anything else."""
+    numbers = None if isinstance(ids, str) or not hasattr(ids, "__iter__") else map(_whole, ids)
+    found = None if numbers is None else frozenset(numbers)
+    if found is None or None in found:
+        raise ConfigError(f"{name} must be a sequence of token ids, got {ids!r:.80}")
+    return frozenset(number for number in found if number is not None)
+
+
+def _whole(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def problem_from(options: Any) -> Problem | None:
+    """Return the problem of the options of ``reset``, or ``None``.
+
+    Raises:
+        ConfigError: an option is unknown, or the problem is none.
+    """
+    if options is None:
+        return None
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"options must be a mapping such as {{'problem': ...}}, got {options!r:.80}"
+        )
+    for name in options:
+        if name != "problem":
+            near = did_you_mean(str(name), ["problem"])
+            raise ConfigError(f"reset has no option {name!r:.80}.{near}")
+    problem = options.get("problem")
+    if isinstance(problem, Mapping):
+        unknown = set(problem) - {field.name for field in fields(Problem)}
+        if unknown or not {"prompt", "answer"} <= set(problem):
+            raise ConfigError(
+                "options['problem'] needs a prompt and an answer, and may have metadata and "
+                f"before; got {sorted(map(str, problem))}"
+            )
+        problem = Problem(**problem)
+    return None if problem is None else checked_problem(problem, "options['problem']")
+
+
+def checked_problem(problem: Any, source: str) -> Problem:
+    """Return the problem.
+
+    Raises:
+        ConfigError: it is no ``Problem``, or one of its parts has another type.
+    """
+    if not isinstance(problem, Problem):
+        raise ConfigError(f"{source} must be a delethink.Problem, got {problem!r:.80}")
+    prompt, answer, before = problem.prompt, problem.answer, problem.before
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise ConfigError(
+            f"{source}: prompt and answer must be texts, got {prompt!r:.80} and {answer!r:.80}"
+        )
+    if not isinstance(problem.metadata, Mapping):
+        raise ConfigError(f"{source}: metadata must be a mapping, got {problem.metadata!r:.80}")
+    if not isinstance(before, Sequence) or not all(map(_is_message, before)):
+        raise ConfigError(
+            f"{source}: before must be messages such as {{'role': 'user', 'content': '...'}}, got "
+            f"{before!r:.80}"
+        )
+    return problem
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
