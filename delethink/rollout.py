@@ -192,7 +192,13 @@ def replay_trace(env: Any, problem: Problem, trace: Trace) -> float:
                 f"chunk {i} failed ({chunk.error}) and cannot be replayed; cut the trace before it "
                 "with cut_trace"
             )
-        if _observed_ids(observation, info) != chunk.prompt_ids:
+        observed = _observed_ids(observation, info)
+        if i == 0 and observed != chunk.prompt_ids:
+            raise RolloutError(
+                "the environment's query differs from the query of the trace: the problem, the "
+                "tokenizer or its chat template is another one"
+            )
+        if observed != chunk.prompt_ids:
             raise RolloutError(
                 f"the environment's prompt differs from the prompt of chunk {i}: the rollout and "
                 "the environment use different chunking"

@@ -12,7 +12,9 @@ import numpy as np
 
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ConfigError, ModelError, did_you_mean
-from delethink.types import Problem
+from delethink.tokenization import Tokenizer, query_ids
+from delethink.tokens import token_array
+from delethink.types import Problem, TokenIds
 
 MAX_VOCABULARY = 2**31 - 1  # ids in windows have 32 bits
 
@@ -128,6 +130,32 @@ def checked_problem(problem: Any, source: str) -> Problem:
             f"{before!r:.80}"
         )
     return problem
+
+
+def query_of(tokenizer: Tokenizer, problem: Problem, vocabulary: int) -> TokenIds:
+    """Return the token ids of the prompt of a problem.
+
+    Raises:
+        ConfigError: the tokenizer does not give a list of ids below ``vocabulary``.
+    """
+    try:
+        ids = query_ids(tokenizer, problem)
+    except (TypeError, KeyError, IndexError) as error:
+        raise ConfigError(
+            "the tokenizer must return a mapping with a list of ids under 'input_ids'; encoding "
+            f"the prompt {problem.prompt!r:.80} failed: {error!r}"
+        ) from error
+    wrong = [token for token in ids if (number := _whole(token)) is None or number < 0]
+    if wrong:
+        raise ConfigError(
+            f"the tokenizer must return a list of ids under 'input_ids'; the prompt "
+            f"{problem.prompt!r:.80} has {wrong[0]!r:.80} among them"
+        )
+    if ids and max(ids) >= vocabulary:
+        raise ConfigError(
+            f"the query has the token {max(ids)}, outside the vocabulary of {vocabulary}"
+        )
+    return token_array(ids)
 
 
 def _is_message(value: Any) -> bool:

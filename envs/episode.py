@@ -26,6 +26,7 @@ from delethink.envs.arguments import (
     checked_problem,
     make_tokenizer,
     problem_from,
+    query_of,
     token_set,
 )
 from delethink.envs.reward import EpisodeReward, RewardFunction
@@ -36,10 +37,9 @@ from delethink.tasks import Task, check_split
 from delethink.tokenization import (
     Tokenizer,
     check_thinking_is_open,
-    query_ids,
     reward_text,
 )
-from delethink.tokens import as_list, joined, token_array
+from delethink.tokens import as_list, joined
 from delethink.types import (
     Attempt,
     Chunk,
@@ -161,7 +161,13 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
                 f"chunk_spec must be a delethink.ChunkSpec, got {spec!r:.80}; or pass its fields "
                 "as parameters: context_size=64"
             )
-        return replace(spec, **sizes).bind(self.tokenizer)
+        spec = replace(spec, **sizes).bind(self.tokenizer)
+        if spec.budget >= 2**63:
+            raise ConfigError(
+                f"the budget of {spec.budget} tokens does not fit into 64 bits; lower context_size "
+                "or max_chunks"
+            )
+        return spec
 
     def _set_vocabulary(self, vocabulary: int | None, eos_ids: Sequence[int] | None) -> None:
         if vocabulary is None:
@@ -221,15 +227,11 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             drawn = self.task.problem(self.split, int(self.np_random.integers(2**31)))
             problem = checked_problem(drawn, "the problem of the task of this environment")
         self.problem = problem
+        query = query_of(self.tokenizer, problem, self.vocabulary)
         if not self._has_open_thinking:
             check_thinking_is_open(self.tokenizer, problem)
             self._has_open_thinking = True
-        query = query_ids(self.tokenizer, problem)
-        if query and max(query) >= self.vocabulary:
-            raise ConfigError(
-                f"the query has the token {max(query)}, outside the vocabulary of {self.vocabulary}"
-            )
-        self._state = start(self.chunk_spec, token_array(query), self.longest_context)
+        self._state = start(self.chunk_spec, query, self.longest_context)
         self._chunks, self._last_output = [], ()
         return self._begin(self._state)
 

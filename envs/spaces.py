@@ -251,8 +251,10 @@ class CharacterTokenizer:
     eos_token_id = MARKS.index(EOS)
 
     def __init__(self, alphabet: str = "\n:0123456789", before_thinking: str = THINK) -> None:
-        if len(set(alphabet)) < len(alphabet):
-            raise ConfigError(f"the alphabet must not have duplicates, got {alphabet!r}")
+        if not isinstance(alphabet, str) or len(set(alphabet)) < len(alphabet):
+            raise ConfigError(
+                f"the alphabet must be a text without duplicates, got {alphabet!r:.80}"
+            )
         self.pieces = (*MARKS, *alphabet)
         self.chat_template = before_thinking or None
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
@@ -281,7 +283,11 @@ class CharacterTokenizer:
         return self(conversation[-1]["content"] + (self.chat_template or ""))
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
-        """Return the text of ids. ``skip_special_tokens`` removes padding and EOS."""
+        """Return the text of ids. ``skip_special_tokens`` removes padding and EOS.
+
+        Ids without a piece have no text, as in ``transformers``.
+        """
         skipped = {self.pad_token_id, self.eos_token_id}
         left_out = skipped if options.get("skip_special_tokens") else set()
-        return "".join(self.pieces[i] for i in token_ids if i not in left_out)
+        known = range(len(self.pieces))
+        return "".join(self.pieces[i] for i in token_ids if i in known and i not in left_out)

@@ -127,6 +127,7 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"eos_ids": [None]}, "eos_ids must be a sequence of token ids, got [None]"),
         ({"keep_trace": "no"}, "keep_trace must be True or False, got 'no'"),
         ({"trust_remote_code": "yes"}, "trust_remote_code must be True or False, got 'yes'"),
+        ({"max_chunks": 10**20}, "tokens does not fit into 64 bits"),
         ({"split": "tset"}, "split must be 'train' or 'heldout', got 'tset'"),
         (
             {"task": {"name": "automaton", "args": {"min_steps": "1", "max_steps": 2}}},
@@ -202,6 +203,27 @@ def test_what_a_task_gives_is_checked(given: Any) -> None:
     env = make("delethink/Thinking-v0", task=OwnTask(given))
     with pytest.raises(ConfigError, match="task of this environment"):
         env.reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    "encoded", [[1, 2], {"ids": [1]}, {"input_ids": [[1, 2]]}, {"input_ids": [-1]}]
+)
+def test_what_a_tokenizer_returns_is_checked(encoded: Any) -> None:
+    class Own(CharacterTokenizer):
+        def __call__(self, text: str, **options: Any) -> Any:
+            return encoded
+
+    with pytest.raises(ConfigError, match="tokenizer must return a .*list of ids"):
+        make("delethink/Thinking-v0", tokenizer=Own()).reset(seed=0)
+
+
+def test_ids_beyond_the_tokenizer_have_no_text() -> None:
+    """Models have more ids than their tokenizers."""
+    env = make("delethink/Thinking-v0", vocabulary=99, render_mode="ansi")
+    env.reset(options={"problem": Problem("1", "0")})
+    *_, reward, terminated, _, _ = env.step([50, *env.tokenizer("</think>0")["input_ids"], 98, 1])
+    assert (reward, terminated) == (1.0, True)
+    assert env.render().endswith("[sampled so far]\n</think>0<eos>")
 
 
 def test_a_template_that_closes_the_thinking_is_refused() -> None:

@@ -263,6 +263,8 @@ def test_a_text_with_other_tokens_than_the_sampled_ones_is_told() -> None:
 def test_what_cannot_be_replayed_says_why() -> None:
     spec, problem = ChunkSpec(16, 8, 4, 0), Problem("01:00000", "11111")
     trace = played(spec, [*ids("11111"), EOS])
+    with pytest.raises(RolloutError, match="query differs from the query of the trace"):
+        replay_trace(make(spec), Problem("01:00001", "11111"), trace)
     by_token = gymnasium.make("delethink.envs:delethink/TokenThinking-v0")
     with pytest.raises(RolloutError, match="an observation must be a sequence of token ids"):
         replay_trace(by_token, problem, trace)
