@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.json_io import MAX_DEPTH, read_text, shorten
 from delethink.redaction import hide_settings, register_settings
 from delethink.registry import make, names
 
@@ -588,16 +589,82 @@ def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, ConfigError)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _load_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         first = " ".join(str(error).split())
-        raise ConfigError(f"the recipe {path} is not YAML: {first}") from None
+        raise ConfigError(f"the recipe {path} cannot be used as YAML: {first}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} must be a mapping of keys to values")
     return values
+
+
+class _YamlLimitError(ValueError):
+    """A YAML text is too large, or says something twice."""
+
+
+def _load_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        _YamlLimitError: a key stands there twice, or the text is long, deep, or has repeated
+            aliases that make it so, or numbers of many digits.
+        yaml.YAMLError, ValueError: the text is not YAML, or a date or number does not exist.
+    """
+    if len(text) > _MAX_YAML_LENGTH:
+        raise _YamlLimitError(f"it has more than {_MAX_YAML_LENGTH:,} characters")
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {}, 1)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise _YamlLimitError(f"it has more than {MAX_DEPTH} levels") from None
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: Any, counted: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """Return the numbers of nodes and of levels below a node, with every alias written out."""
+    line = node.start_mark.line + 1
+    if id(node) not in counted:
+        counted[id(node)] = (_MAX_YAML_NODES, 0)  # for an alias of itself
+        parts: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+            _refuse_repeated_keys(node)
+        elif node.tag in _YAML_NUMBERS and len(node.value) > _MAX_YAML_NUMBER_LENGTH:
+            raise _YamlLimitError(f"line {line} has a number of {len(node.value)} characters")
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        below = [_count_nodes(part, counted, depth + 1) for part in parts]
+        total = 1 + sum(size for size, _ in below)
+        counted[id(node)] = (total, 1 + max((levels for _, levels in below), default=0))
+    size, levels = counted[id(node)]
+    if size >= _MAX_YAML_NODES:
+        raise _YamlLimitError(
+            f"line {line} has more than {_MAX_YAML_NODES:,} values, with each alias written out"
+        )
+    if depth + levels > MAX_DEPTH + 1:
+        raise RecursionError
+    return size, levels
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _YAML_MERGE:
+            continue
+        if (key.tag, key.value) in seen:
+            raise _YamlLimitError(
+                f"line {key.start_mark.line + 1} has the key {key.value!r:.60} a second time"
+            )
+        seen.add((key.tag, key.value))
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -614,7 +681,9 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
         values = inner
     try:
-        value = yaml.safe_load(text)
+        value = _load_yaml(text)
+    except _YamlLimitError as error:
+        raise ConfigError(f"the value of {dotted!r:.80} cannot be used: {error}") from None
     except (yaml.YAMLError, ValueError):  # 2024-13-45 is not a date, but a valid string
         value = text
     if dotted == "engine" and isinstance(value, str) and isinstance(values.get(key), dict):
@@ -622,6 +691,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     else:
         values[key] = value
 
+
+_MAX_YAML_LENGTH = 2**20  # characters of a recipe; the reader takes seconds for each MB
+_MAX_YAML_NODES = 100_000
+_MAX_YAML_NUMBER_LENGTH = 100  # characters
+_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_YAML_MERGE = "tag:yaml.org,2002:merge"
 
 Section = typing.TypeVar("Section", bound=_Section)
 
@@ -660,7 +735,7 @@ def _explain(error: Any, section: type[BaseModel], inside: Sequence[str]) -> str
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{dotted}: {message}" if dotted else message
-    return f"{dotted!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}"
+    return f"{dotted!r} is {shorten(error['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:

@@ -14,17 +14,20 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
 from delethink.errors import ConfigError
 from delethink.scoring.answer import final_answer
-from delethink.scoring.reward import threaded
-from delethink.scoring.sandbox import Sandbox, SandboxLimits, check_sandbox, run_python
+from delethink.scoring.reward import runs_programs
+from delethink.scoring.sandbox import Sandbox, SandboxLimits, run_python
 from delethink.types import END_OF_THINKING
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+_MAX_DIGITS = 4000
+_MAX_EXPANSION = 8  # of a JSON text by spaces and escapes
 
 _CALL = """
 
@@ -38,7 +41,7 @@ _out.write("\\n" + {mark!r} + _json.dumps(_value))
 """
 
 
-@threaded(check_sandbox)
+@runs_programs
 def passes_tests(
     text: str,
     metadata: Mapping[str, Any],
@@ -48,6 +51,7 @@ def passes_tests(
     max_tests: int | None = None,
     sandbox: str | None = None,
     end: str | None = END_OF_THINKING,
+    run_program: Sandbox = run_python,
 ) -> float | None:
     """Return 1.0 if the last code block after the end of thinking passes all tests, else 0.0.
 
@@ -60,6 +64,7 @@ def passes_tests(
         max_tests: number of tests to run, from the first.
         sandbox: ``"module:function"`` of another sandbox.
         end: the end of thinking.
+        run_program: sandbox of the scorer's pool, used without ``sandbox``.
     """
     tests: Sequence[Mapping[str, Any]] = metadata.get("tests") or ()
     tests = tests[:max_tests]
@@ -68,7 +73,7 @@ def passes_tests(
     code = extract_code(text, end)
     if code is None:
         return 0.0
-    run = run_python if sandbox is None else _import(sandbox)
+    run = run_program if sandbox is None else _import(sandbox)
     limits = SandboxLimits(seconds, memory_mb)
     passed = 0
     for test in tests:
@@ -102,10 +107,23 @@ def _passes(
     if not is_functional:
         return same_output(ran.stdout, str(test["output"]))
     _, found, value = ran.stdout.rpartition(mark)  # absent if the program ended before its call
-    try:
-        return bool(found) and bool(json.loads(value) == json.loads(str(test["output"])))
-    except json.JSONDecodeError:
+    return bool(found) and same_value(value, str(test["output"]))
+
+
+def same_value(output: str, expected: str) -> bool:
+    """Return whether two JSON texts have the same value. Any other output is different."""
+    wanted = json.loads(expected, parse_int=_integer)
+    if len(output) > 1000 + _MAX_EXPANSION * len(expected):
         return False
+    try:
+        return bool(json.loads(output, parse_int=_integer) == wanted)
+    except (ValueError, RecursionError):  # no JSON, or too deep to read or to compare
+        return False
+
+
+def _integer(digits: str) -> int | Decimal:
+    """Return an integer of any length; Python reads up to 4,300 digits as an ``int``."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else Decimal(digits)
 
 
 def same_output(output: str, expected: str) -> bool:
@@ -122,7 +140,7 @@ def _same_words(line: str, expected: str) -> bool:
         return len(words) == len(wanted) and all(
             Decimal(a) == Decimal(b) for a, b in zip(words, wanted, strict=True)
         )
-    except InvalidOperation:
+    except (ArithmeticError, ValueError):  # no numbers
         return False
 
 

@@ -9,14 +9,37 @@ from typing import Any
 
 from delethink.rewards.match import normalize
 from delethink.scoring.answer import extract_answer, final_answer
-from delethink.scoring.reward import isolated
+from delethink.scoring.reward import evaluates_output
 from delethink.types import END_OF_THINKING
 
 # Tasks with a scorer accepting any answer (reasoning-gym 0.1.25); compared as text instead.
 _BROKEN_SCORERS = {"game_of_life_halting"}
 
 
-@isolated("reasoning_gym", "tasks")
+def _prepare() -> None:
+    import reasoning_gym  # noqa: F401 - takes seconds
+
+
+def _load_dataset(kwargs: Mapping[str, Any]) -> None:
+    if kwargs["metadata"]["dataset"] not in _BROKEN_SCORERS:
+        _dataset_of(kwargs["metadata"])
+
+
+def _with_gold_answer(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call with the gold answer as output."""
+    answer = kwargs["metadata"]["entry"].get("answer")
+    end = kwargs.get("end", END_OF_THINKING) or ""
+    return {**kwargs, "text": f"{end}<answer>{answer}</answer>"}
+
+
+@evaluates_output(
+    "reasoning_gym",
+    "tasks",
+    _prepare,
+    only_expressions=True,
+    warm_up=_load_dataset,
+    control=_with_gold_answer,
+)
 def gym_score(
     text: str,
     metadata: Mapping[str, Any],
@@ -27,7 +50,7 @@ def gym_score(
 
     With ``partial`` the value is the scorer's number between 0 and 1. Many scorers give points to
     any text containing the right answer, which policies exploit, so full points are the default.
-    Some scorers evaluate the answer as an expression, so run them in a verifier process.
+    Some scorers evaluate the answer as Python, so they run inside the isolation.
 
     The answer is the last ``<answer>`` or box after the end of thinking, else all text after it.
     """
@@ -36,18 +59,12 @@ def gym_score(
         return 0.0
     if metadata["dataset"] in _BROKEN_SCORERS:
         return float(normalize(final) == normalize(str(metadata["entry"]["answer"])))
-    dataset = _dataset(metadata["dataset"], json.dumps(metadata.get("config", {}), sort_keys=True))
-    entry = metadata["entry"]
-    try:
-        points = float(dataset.score_answer(answer=final, entry=entry))
-    except MemoryError:
-        raise
-    except Exception:  # scorers may raise anything; the answer is at fault if the gold one passes
-        gold = entry.get("answer")
-        if isinstance(gold, str) and dataset.score_answer(answer=gold, entry=entry) > 0:
-            return 0.0
-        raise
+    points = float(_dataset_of(metadata).score_answer(answer=final, entry=metadata["entry"]))
     return points if partial else float(points >= 1.0 - 1e-9)
+
+
+def _dataset_of(metadata: Mapping[str, Any]) -> Any:
+    return _dataset(metadata["dataset"], json.dumps(metadata.get("config", {}), sort_keys=True))
 
 
 @lru_cache(maxsize=256)

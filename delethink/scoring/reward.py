@@ -24,11 +24,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.scoring.isolation import check_isolation
 from delethink.types import Attempt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RewardKind = Literal["light", "isolated", "thread", "async", "trl"]
 
+POOL_INPUT = "run_program"  # not for recipes: the scorer passes the sandbox of its pool
 _ATTEMPT_INPUTS = ("text", "length", "budget", "num_chunks", "max_chunks", "stop")
 INPUTS = (*_ATTEMPT_INPUTS, "answer", "metadata", "prompt", "correct")
 
@@ -39,8 +41,11 @@ class Traits:
 
     kind: RewardKind = "isolated"
     requires: tuple[str, str] | None = None  # a package and its extra
-    check: Callable[[], None] | None = None  # raises a UserError if the machine cannot run it
     prepare: Callable[[], None] | None = None  # runs once per verifier, without time limit
+    evaluates_output: bool = False  # runs what the model wrote, so only inside the isolation
+    only_expressions: bool = False  # evaluates arithmetic only
+    warm_up: Callable[[Mapping[str, Any]], None] | None = None  # see evaluates_output
+    control: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # see evaluates_output
 
 
 def light(function: Function) -> Function:
@@ -56,12 +61,41 @@ def isolated(
     It requires ``package``, which is in ``extra`` of this library. ``prepare`` runs once per
     verifier, without time limit.
     """
-    return lambda function: _marked(function, Traits("isolated", (package, extra), None, prepare))
+    return lambda function: _marked(function, Traits("isolated", (package, extra), prepare))
 
 
-def threaded(check: Callable[[], None]) -> Callable[[Function], Function]:
-    """Mark a function waiting for its own processes, to run in a thread."""
-    return lambda function: _marked(function, Traits("thread", check=check))
+def evaluates_output(
+    package: str | None = None,
+    extra: str = "",
+    prepare: Callable[[], None] | None = None,
+    *,
+    only_expressions: bool = False,
+    warm_up: Callable[[Mapping[str, Any]], None] | None = None,
+    control: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[[Function], Function]:
+    """Mark a function that evaluates model output as code, to run only inside the isolation.
+
+    Each call runs in a fork of a process that has loaded the function once. A call that fails is
+    repeated on a harmless output. If that works, the model's output is to blame and scores 0;
+    otherwise the reward is broken and gives none.
+
+    Args:
+        package: required package, which is in ``extra`` of this library.
+        extra: name of the extra.
+        prepare: runs once per process, without time limit.
+        only_expressions: refuse evaluated code beyond literals, operators and calls.
+        warm_up: loads what the call needs, before the fork; it must not read the model's output.
+        control: returns the arguments of a call with a right answer, from those of a failed one.
+            Its value must be positive. By default the text is empty, and any value will do.
+    """
+    requires = (package, extra) if package else None
+    traits = Traits("isolated", requires, prepare, True, only_expressions, warm_up, control)
+    return lambda function: _marked(function, traits)
+
+
+def runs_programs(function: Function) -> Function:
+    """Mark a function that runs programs in the sandbox ``run_program``, to wait in a thread."""
+    return _marked(function, Traits("thread", evaluates_output=True))
 
 
 def _marked(function: Function, traits: Traits) -> Function:
@@ -104,7 +138,7 @@ class Reward:
         if self.kind == "trl":
             return
         parameters = self._parameters
-        settings = [name for name in parameters if name not in INPUTS]
+        settings = [name for name in parameters if name not in (*INPUTS, POOL_INPUT)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in self.args:
             if name not in settings and not takes_any:
@@ -125,7 +159,7 @@ class Reward:
     def kind(self) -> RewardKind:
         """Return the way of execution."""
         kind = traits_of(self.function).kind
-        if self.isolate is None or kind in ("trl", "async"):
+        if self.isolate is None or kind in ("trl", "async") or self.needs_sandbox:
             return kind
         return "isolated" if self.isolate else ("thread" if kind == "isolated" else kind)
 
@@ -134,13 +168,25 @@ class Reward:
         """Return whether the reward uses the value of the accuracy reward."""
         return self.kind != "trl" and "correct" in self._parameters
 
-    def check(self) -> None:
+    @property
+    def needs_sandbox(self) -> bool:
+        """Return whether the function runs programs in the sandbox of the pool."""
+        return POOL_INPUT in self._parameters
+
+    def check(self, allow_unsafe_code: bool = False) -> None:
         """Raise a ``UserError`` if this machine cannot compute the reward."""
         traits = traits_of(self.function)
         if traits.requires and importlib.util.find_spec(traits.requires[0]) is None:
             raise MissingExtraError(*traits.requires)
-        if traits.check is not None:
-            traits.check()
+        if not traits.evaluates_output or allow_unsafe_code:
+            return
+        if self.kind == "thread" and not self.needs_sandbox:
+            raise ConfigError(
+                f"the reward {self.name!r} evaluates model output as code, so isolated: false needs "
+                "scoring.allow_unsafe_code: true (--allow-unsafe-code)"
+            )
+        if self.args.get("sandbox") is None:
+            check_isolation()
 
     def arguments(self, attempt: Attempt, correct: float | None = None) -> dict[str, Any]:
         """Return the arguments of the function for ``attempt``, except for TRL's kind."""

@@ -17,7 +17,7 @@ from typing import Any
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.registry import resolve
 from delethink.scoring.pool import Verdict, VerifierPool, VerifierSettings
-from delethink.scoring.reward import Reward
+from delethink.scoring.reward import POOL_INPUT, Reward
 from delethink.tokens import as_list
 from delethink.types import Attempt, Score, TraceStop
 
@@ -139,10 +139,14 @@ class Scorer:
         self, reward: Reward, attempt: Attempt, correct: float | None
     ) -> Verdict:
         arguments = reward.arguments(attempt, correct)
+        if reward.needs_sandbox:
+            arguments[POOL_INPUT] = self.pool.run_program
         try:
             if reward.kind == "isolated":
                 verdict = await asyncio.wrap_future(self.pool.submit(reward.function, arguments))
-                return _to_verdict(verdict.value) if verdict.status == "ok" else verdict
+                if verdict.status != "ok":
+                    return verdict
+                return _to_verdict(verdict.value)._replace(reason=verdict.reason)
             if reward.kind == "async":
                 return _to_verdict(await reward.function(**arguments))
             call = partial(reward.function, **arguments)
@@ -204,10 +208,15 @@ def make_scorer(
     for name, config in rewards.items():
         function = resolve("delethink.rewards", config.reward or name)
         reward = Reward(name, function, config.weight, config.args, config.isolated)
-        reward.check()
+        reward.check(scoring.allow_unsafe_code)
         made.append(reward)
     rules = ScoringRules(scoring.out_of_budget, scoring.penalty, scoring.error)
-    settings = VerifierSettings(scoring.num_verifiers, scoring.timeout, scoring.memory_mb)
+    settings = VerifierSettings(
+        scoring.num_verifiers,
+        scoring.timeout,
+        scoring.memory_mb,
+        allow_unsafe_code=scoring.allow_unsafe_code,
+    )
     return Scorer(made, accuracy, rules, settings, pool)
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from delethink.errors import ConfigError
 from delethink.rewards.code import passes_tests
-from delethink.scoring.sandbox import SandboxLimits, SandboxResult, missing, run_python
+from delethink.scoring.isolation import find_isolation
+from delethink.scoring.sandbox import SandboxLimits, SandboxResult, run_python
 
 pytestmark = pytest.mark.integration
-if missing():
+if find_isolation() == "none":
     pytest.skip(
-        f"this kernel cannot keep code from {missing()}, and it must not be run without",
-        allow_module_level=True,
+        "this machine has no isolation, and the code must not run without", allow_module_level=True
     )
 
 LIMITS = SandboxLimits(seconds=2.0, memory_mb=300, file_mb=1)
@@ -53,8 +53,6 @@ def test_its_folder_is_its_own_and_goes_away() -> None:
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("import socket; socket.socket()", "PermissionError"),
-        ("import urllib.request as u; u.urlopen('http://127.0.0.1:9')", "not permitted"),
         ("import os\nwhile True: os.fork()", "BlockingIOError"),
         ("import subprocess; subprocess.run(['ls'])", "BlockingIOError"),
         ("import os; os.system('true') and 1/0", ""),
@@ -65,12 +63,12 @@ def test_its_folder_is_its_own_and_goes_away() -> None:
         ("import os; open(f'/proc/{os.getppid()}/environ').read()", "PermissionError"),
         ("import os; os.listdir('/root')", "PermissionError"),
         ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
-        ("import os; os.kill(-1, 9)", "PermissionError"),
         ("import os; os.setsid()", "PermissionError"),
         ("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))", "Error"),
         ("x = [0] * 10**10", "MemoryError"),
         ("f = open('a', 'w')\nfor i in range(999): f.write('x' * 9999)", "File too large"),
-        ("while True: print('x' * 9999)", "File too large"),
+        ("while True: print('x' * 9999)", "the program printed too much"),
+        ("import socket; socket.create_connection(('127.0.0.1', 9), 1)", "Error"),
         ("def f(n): return f(n + 1)\nf(0)", ""),
         ("import ctypes; ctypes.string_at(0)", ""),
         ("import sys; sys.exit(3)", ""),
