@@ -16,6 +16,7 @@ from delethink.cost.flops import LONGCOT, Cut
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError, MissingExtraError
+from delethink.output import safe_text
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def plot_costs(report: CostReport, path: Path) -> None:
     }
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(
-        f"{shape.name}, C = {context:,.0f}, m = {cut.carryover_size:,.0f}, "
+        f"{safe_text(shape.name, lines=False)}, C = {context:,.0f}, m = {cut.carryover_size:,.0f}, "
         f"{workload.gpus} x {device.name}"
     )
     panels = (

@@ -92,7 +92,7 @@ class OpenAIServer:
             "timeout": openai.Timeout(timeout_s, connect=connect_s, pool=None),
         }
         self._clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
-        self._negotiation = asyncio.Lock()
+        self._negotiations: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
         self.model, self.max_model_tokens = self._find_model(model)
 
     async def generate(
@@ -105,12 +105,15 @@ class OpenAIServer:
             PolicyError: the request failed, and so did its retries.
         """
         if self.dialect is None:
-            async with self._negotiation:
+            # A lock belongs to one loop, like a connection.
+            lock = self._negotiations.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+            async with lock:
                 self.dialect = self.dialect or await self._negotiate(prompt_ids)
         return await self._complete(self.dialect, prompt_ids, max_new_tokens, sampling)
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""
+        self._negotiations.pop(asyncio.get_running_loop(), None)
         if client := self._clients.pop(asyncio.get_running_loop(), None):
             await client.close()
 
@@ -214,7 +217,13 @@ class OpenAIServer:
         """Return the name and longest sequence of ``model``; a server need not list its models."""
         listed: dict[str, Any] = {}
         try:
-            with openai.OpenAI(max_retries=0, **self._options) as client:
+            opened = openai.OpenAI(max_retries=0, **self._options)
+        except Exception as error:  # of httpx or httpx2, by the version of the client
+            raise ConfigError(
+                f"--base-url is no address of a server: {self._describe(error)}"
+            ) from None
+        try:
+            with opened as client:
                 listed = {str(entry.id): entry for entry in client.models.list().data}
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(

@@ -466,7 +466,8 @@ def plot_findings(findings: Findings, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    figure.suptitle(f"Cost of a reset for {findings.model}, C = {findings.context_size:,}")
+    model = safe_text(findings.model, lines=False)
+    figure.suptitle(f"Cost of a reset for {model}, C = {findings.context_size:,}")
     binned = [line for line in findings.lines if line not in findings.totals]
     curves = {(line.carryover_size, line.condition) for line in binned}
     panels = (("gap", "loss of log-likelihood, nats"), ("divergence", "KL, nats"))

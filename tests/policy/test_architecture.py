@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_io"},
     "config": CHUNKS | {"redaction", "registry"},
-    "cost": CHUNKS | SETTINGS | {"redaction"},  # calibration reads the recipe of a run
+    "cost": CHUNKS | SETTINGS | SHOWN,  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
     "evaluation": ROLLOUT

@@ -24,6 +24,7 @@ from delethink import (
     run_rollout,
 )
 from delethink.engines.openai import OpenAIServer
+from delethink.output import visible
 
 pytest.importorskip("openai")
 
@@ -220,6 +221,65 @@ def test_the_key_shows_nowhere() -> None:
         with pytest.raises(ConfigError, match="rejects the API key") as refused:
             client(served, api_key=f"{KEY}x")
     assert KEY not in f"{caught.value!r} {refused.value!r} {server!r}"
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+@pytest.mark.parametrize("before", [0, 195, 75])
+def test_a_server_text_is_cut_after_the_key_is_redacted(status: int, before: int) -> None:
+    body = f"{'x' * before} Bearer {KEY} \x1b[2J\u202e".encode()
+    with serving(fail(status, body)) as served, pytest.raises((ConfigError, PolicyError)) as caught:
+        ask(served)
+    assert KEY[:6] not in str(caught.value)
+    assert visible(str(caught.value)) == str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["", "x" * 60])
+def test_a_malformed_answer_shows_no_key(before: str) -> None:
+    wrong = [json.dumps({"choices": before + KEY}).encode(), json.dumps([before + KEY]).encode()]
+    answers = [fail(200, body) for body in wrong]
+    answers += [say("a", f"{before} {KEY}\x1b"), say("a", [KEY])]  # type: ignore[arg-type]
+    for answer in answers:
+        with serving(answer) as served, pytest.raises(PolicyError) as caught:
+            ask(served)
+        assert KEY[:6] not in str(caught.value)
+        assert "malformed response" in str(caught.value)
+
+
+def test_a_list_of_models_shows_no_key() -> None:
+    models = {"data": [{"id": f"{KEY}\x1b[2J"}, {"id": "y"}]}
+    with serving(say("a"), models=models) as served, pytest.raises(ConfigError) as caught:
+        client(served)
+    assert r"lists ***\x1b[2J, y, not None" in str(caught.value)
+
+
+def test_a_key_in_a_completion_is_redacted_before_its_text_becomes_tokens() -> None:
+    with serving(say(f"a {KEY} b")) as served:
+        assert ask(served, 100).token_ids == (*map(ord, "a *** b"), EOS)
+
+
+def test_token_ids_of_a_server_stay_exact() -> None:
+    ids = [*map(ord, KEY), EOS]
+    with serving(say(KEY, ids=ids)) as served:
+        assert ask(served, 100).token_ids == tuple(ids)
+
+
+def test_each_event_loop_negotiates_while_the_server_fails() -> None:
+    with serving(fail(500)) as served:
+        server = client(served, retries=0)
+
+        async def both() -> list[BaseException | Completion]:
+            calls = [server.generate((5, 6), 3, Sampling(0.6)) for _ in range(2)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        for _ in range(2):
+            assert [type(outcome) for outcome in asyncio.run(both())] == [PolicyError] * 2
+
+
+@pytest.mark.parametrize("url", ["http://h\x1b[2J/v1", "http://h:port/v1"])
+def test_an_address_that_the_client_refuses_is_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no address of a server") as caught:
+        OpenAIServer(url, None, LetterTokenizer())
+    assert visible(str(caught.value)) == str(caught.value)
 
 
 def test_the_model_is_found_or_the_ones_there_are_named() -> None:
