@@ -13,8 +13,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+_Value = TypeVar("_Value")
 
 HIDDEN = "***"
 # Shorter values occur in ordinary text, and replacing them would tell more than it hides.
@@ -110,10 +112,13 @@ def _is_secret(dotted: str) -> bool:
     return is_secret_name(dotted.rpartition(".")[2])
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: _Value) -> _Value:
     """Return plain values for JSON without secrets."""
     text = json.dumps(value)
-    return value if redact(text) == text else json.loads(json_text(value))
+    if redact(text) == text:
+        return value
+    without: _Value = json.loads(json_text(value))
+    return without
 
 
 def redact(text: str) -> str:
