@@ -6,7 +6,9 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from delethink.errors import ConfigError, ModelError, did_you_mean
 from delethink.tokenization import Tokenizer, query_ids
 from delethink.tokens import token_array
 from delethink.types import Problem, TokenIds
+
+# Tokenizers in use, by name: many environments share one. A folder that changes is read again.
+_TOKENIZERS: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 MAX_VOCABULARY = 2**31 - 1  # ids in windows have 32 bits
 
@@ -29,24 +34,35 @@ def make_tokenizer(given: Any, trust_remote_code: bool) -> Any:
     if given is None:
         return CharacterTokenizer()
     if isinstance(given, str | os.PathLike):
-        from delethink.engines.loading import load_tokenizer  # the core loads without engines
-
-        try:
-            return load_tokenizer(os.fspath(given), trust_remote_code)
-        except ModelError as error:
-            if not str(error).startswith("cannot load"):
-                raise
-            raise ModelError(
-                f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an "
-                "object"
-            ) from error
+        return _named_tokenizer(os.fspath(given), trust_remote_code)
     has_decode = callable(getattr(given, "decode", None)) and hasattr(given, "chat_template")
-    if not callable(given) or not has_decode:
+    if not callable(given) or not has_decode or isinstance(given, type):
         raise ConfigError(
             "a tokenizer must be a folder, a Hugging Face id, or an object that is called with a "
             f"text, and has decode(ids) and chat_template; got {given!r:.80}"
         )
     return given
+
+
+def _named_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    folder = Path(name).expanduser()
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    stamps = tuple((file.name, file.stat().st_mtime_ns) for file in files)
+    key = (str(folder.absolute()) if files else name, trust_remote_code, stamps)
+    found = _TOKENIZERS.get(key)
+    if found is not None:
+        return found
+    from delethink.engines.loading import load_tokenizer  # the core loads without engines
+
+    try:
+        loaded = _TOKENIZERS[key] = load_tokenizer(name, trust_remote_code)
+    except ModelError as error:
+        if not str(error).startswith("cannot load"):
+            raise
+        raise ModelError(
+            f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an object"
+        ) from error
+    return loaded
 
 
 def check_number(name: str, value: Any, largest: int | None = None) -> None:

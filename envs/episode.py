@@ -33,7 +33,7 @@ from delethink.envs.reward import EpisodeReward, RewardFunction
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.output import safe_text
 from delethink.registry import make
-from delethink.tasks import Task, check_split
+from delethink.tasks import Task, check_split, rewards_of
 from delethink.tokenization import (
     Tokenizer,
     check_thinking_is_open,
@@ -78,7 +78,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         task: source of problems: a registered name, ``{"name": ..., "args": ...}``, or any object
             with ``problem(split, index)``.
         reward: scores a finished trace: a registered name, ``{"name": ..., "args": ...}``, or a
-            function whose parameters name its inputs, such as ``text`` and ``answer``.
+            function whose parameters name its inputs, such as ``text`` and ``answer``; by default
+            the first reward of the task, or ``"exact"``.
         tokenizer: encodes prompts and decodes traces: an object, a folder, or a Hugging Face id;
             by default one token per character.
         chunk_spec: sizes and policies of the chunks.
@@ -104,7 +105,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
     def __init__(
         self,
         task: Task | str | Mapping[str, Any] = DEFAULT_TASK,
-        reward: RewardFunction | str | Mapping[str, Any] = "exact",
+        reward: RewardFunction | str | Mapping[str, Any] | None = None,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         chunk_spec: ChunkSpec | None = None,
         eos_ids: Sequence[int] | None = None,
@@ -124,8 +125,12 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         self.tokenizer: Any = make_tokenizer(tokenizer, trust_remote_code)
         self.chunk_spec = self._make_spec(chunk_spec, sizes)  # `spec` is Gymnasium's own attribute
         self.task: Task = make("delethink.tasks", task)
-        if not callable(getattr(self.task, "problem", None)):
-            raise ConfigError(f"a task needs problem(split, index), got {task!r:.80}")
+        if isinstance(self.task, type) or not callable(getattr(self.task, "problem", None)):
+            raise ConfigError(
+                f"a task must be an object with problem(split, index), got {task!r:.80}"
+            )
+        if reward is None:
+            reward = next(iter(rewards_of(self.task)), "exact")
         self.reward = EpisodeReward(reward)
         self._set_vocabulary(vocabulary, eos_ids)
         self.split, self.max_query_tokens = split, max_query_tokens

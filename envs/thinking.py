@@ -125,7 +125,13 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
                     f"the tokenizer, got {action!r:.200}"
                 )
             ids = np.asarray(encode(self.tokenizer, action))
-            space = TokenSequence(self.vocabulary, max(1, len(ids)), min_length=1)
+            if not TokenSequence(self.vocabulary, len(ids), min_length=1).contains(ids):
+                raise ActionError(
+                    f"an action must be a text of 1 to {state.max_new_tokens} token ids below "
+                    f"{self.vocabulary}, and the tokenizer encodes {action!r:.200} as "
+                    f"{ids.tolist()!r:.80}"
+                )
+            return ids.astype(np.int64, copy=False)
         else:
             try:
                 ids = np.asarray(action)

@@ -137,9 +137,11 @@ def test_where_sampled_ids_are_not_those_of_their_text_is_told(tokenizer: Any) -
 
 def test_a_tokenizer_is_given_by_name_or_folder(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)  # without the config.json of a model
+    made = [gymnasium.make("delethink.envs:delethink/Thinking-v0", tokenizer=tmp_path)]
     for named in (tmp_path, str(tmp_path)):
         env: Any = gymnasium.make("delethink.envs:delethink/Thinking-v0", tokenizer=named).unwrapped
         assert env.vocabulary == len(tokenizer)
+        assert env.tokenizer is made[0].unwrapped.tokenizer, "one is loaded for all"  # type: ignore[attr-defined]
         assert tuple(env.reset(options={"problem": Problem("gut", "")})[0]) == tuple(
             tokenizer.apply_chat_template([{"role": "user", "content": "gut"}])["input_ids"]
         )

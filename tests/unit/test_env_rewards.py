@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import pytest
@@ -129,13 +129,36 @@ def test_a_reward_works_where_an_event_loop_runs() -> None:
         ({"name": 3}, "a reward must be a name, or a mapping with name and args"),
         ({}, "a reward must be a name, or a mapping with name and args"),
         ({"name": "exact", "weight": 2}, "unknown key 'weight' of a reward"),
-        (None, "a reward must be a registered name, a mapping with name and args, or a function"),
+        (3, "a reward must be a registered name, a mapping with name and args, or a function"),
     ],
 )
 def test_a_wrong_reward_is_told_when_it_is_given(reward: Any, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         gymnasium.make("delethink/Thinking-v0", reward=reward)
     assert text in str(caught.value)
+
+
+class Counting:
+    """A task with a reward of its own."""
+
+    rewards: ClassVar = {"numeric": 1.0, "exact": 0.5}
+
+    def problem(self, split: str, index: int) -> Problem:
+        return Problem("01:0", "0.5")
+
+
+def test_the_reward_of_the_task_is_the_default() -> None:
+    def reward_name(**options: Any) -> str:
+        env: Any = gymnasium.make("delethink/Thinking-v0", **options).unwrapped
+        return str(env.reward.reward.name)
+
+    class Plain:
+        def problem(self, split: str, index: int) -> Problem:
+            return Problem("01:0", "1")
+
+    assert reward_name(task=Counting()) == "numeric"
+    assert reward_name(task=Counting(), reward="exact") == "exact"
+    assert reward_name(task=Plain()) == reward_name() == "exact"
 
 
 def test_a_function_declared_to_return_none_is_refused() -> None:

@@ -108,7 +108,12 @@ def test_random_actions_are_legal_to_the_end(name: str) -> None:
         ({"context_size": "64"}, "context_size must be a whole number, got '64'"),
         ({"context_size": 64.5}, "context_size must be a whole number, got 64.5"),
         ({"chunk_spec": {"context_size": 64}}, "chunk_spec must be a delethink.ChunkSpec"),
-        ({"task": None}, "a task needs problem(split, index), got None"),
+        ({"task": None}, "a task must be an object with problem(split, index), got None"),
+        (
+            {"task": AutomatonTask},
+            "a task must be an object with problem(split, index), got <class",
+        ),
+        ({"tokenizer": CharacterTokenizer}, "a tokenizer must be a folder, a Hugging Face id, or"),
         ({"reward": 3}, "mapping with name and args, or a function; got 3"),
         ({"tokenizer": 3}, "a tokenizer must be a folder, a Hugging Face id, or an object"),
         (
@@ -249,6 +254,17 @@ def test_the_text_interface_refuses_what_the_tokenizer_does_not_know() -> None:
             env.step(wrong)
     with pytest.raises(ActionError, match="may have at most 64 tokens, got 65"):
         env.step("0" * 65)
+
+
+def test_a_text_without_tokens_says_what_the_tokenizer_makes_of_it() -> None:
+    class Drops(CharacterTokenizer):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return super().__call__("".join(c for c in text if c in "01:<think>"))
+
+    env = make("delethink/TextThinking-v0", tokenizer=Drops("\n:0123456789é"))
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match=r"the tokenizer encodes 'é' as \[\]"):
+        env.step("é")
 
 
 @pytest.mark.parametrize("action", [-1, 16, 1.0, "1", None, True, [1], np.ones(2), 10**30])
