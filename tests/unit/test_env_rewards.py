@@ -98,6 +98,19 @@ def test_a_function_that_a_recipe_isolates_is_isolated_here_too() -> None:
     assert EpisodeReward(marked).reward.kind == "isolated"
 
 
+def test_verifiers_run_beside_the_processes_of_a_vector() -> None:
+    """Those processes are daemons, which ``multiprocessing`` forbids to have children."""
+    envs = gymnasium.make_vec(
+        "delethink/Thinking-v0",
+        num_envs=1,
+        vectorization_mode="async",
+        reward=f"{__name__}:{where_it_runs.__name__}",
+    )
+    envs.reset(seed=0)
+    assert envs.step(([1],))[1].tolist() == [0.0]
+    envs.close()
+
+
 def test_a_reward_works_where_an_event_loop_runs() -> None:
     async def notebook() -> float:
         return paid(slow)
