@@ -126,7 +126,7 @@ def redact(text: str) -> str:
     secrets = _registered | {
         value
         for name, value in os.environ.items()
-        if _VARIABLE.fullmatch(name) and _VARIABLE_VALUE.fullmatch(value) and not value.isdigit()
+        if _is_telling(name) and _VARIABLE_VALUE.fullmatch(value) and not value.isdigit()
     }
     # A search for one plain part of each is fast enough for the traces of a whole step.
     present = frozenset(secret for secret in secrets if _core(secret) in text)
@@ -136,6 +136,11 @@ def redact(text: str) -> str:
 def redact_error(text: str) -> str:
     """Return a message for people without secrets, and without what stands before @ in a URL."""
     return _URL_PASSWORD.sub(f"{HIDDEN}@", redact(text))
+
+
+@lru_cache(maxsize=1024)
+def _is_telling(variable: str) -> bool:
+    return _VARIABLE.fullmatch(variable) is not None
 
 
 @lru_cache(maxsize=64)
