@@ -146,7 +146,8 @@ def _is_telling(variable: str) -> bool:
 @lru_cache(maxsize=64)
 def _core(secret: str) -> str:
     """Return the longest part that JSON, Python and URLs leave as it is."""
-    return max(re.findall(r"[A-Za-z0-9_.~-]*", secret), key=len)
+    parts: list[str] = re.findall(r"[A-Za-z0-9_.~-]*", secret)
+    return max(parts, key=len)
 
 
 @lru_cache(maxsize=8)
