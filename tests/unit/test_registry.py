@@ -46,7 +46,12 @@ def test_a_task_gets_the_seed_it_takes() -> None:
         ("automatn", {}, "Did you mean 'automaton'"),
         ("automaton", {"min_steps": 1}, "needs 'max_steps'"),
         ("automaton", {"widht": 3}, "Did you mean 'width'"),
-        ("automaton", {"min_steps": "few", "max_steps": 3}, "the task 'automaton': '<='"),
+        ("automaton", {"min_steps": "few", "max_steps": 3}, "must be whole numbers, got"),
+        (
+            "reasoning_gym/chain_sum",
+            {"template": 3},
+            "the task 'reasoning_gym/chain_sum': argument",
+        ),
         ("automaton/x", {"min_steps": 1, "max_steps": 2}, "has no members"),
     ],
 )
