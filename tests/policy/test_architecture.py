@@ -17,7 +17,7 @@ HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 NOUNS = {"errors", "types"}
 CHUNKS = NOUNS | {"tokens", "carryover", "chunking"}
 SHOWN = {"output", "redaction"}
-ROLLOUT = CHUNKS | SHOWN | {"policy", "rollout", "tokenization"}
+ROLLOUT = CHUNKS | SHOWN | {"json_io"} | {"policy", "rollout", "tokenization"}
 SETTINGS = {"config", "registry"}
 SCORING = {"tasks", "scoring"}
 
@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "policy": NOUNS | {"tokens"},
     "rollout": CHUNKS | SHOWN | {"policy"},
     "redaction": set(),
+    "json_io": {"errors"},
     "output": NOUNS | {"redaction"},
     "tasks": NOUNS,
     "registry": NOUNS,
@@ -41,8 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_io"},
-    "config": CHUNKS | {"redaction", "registry"},
-    "cost": CHUNKS | SETTINGS | SHOWN,  # calibration reads the recipe of a run
+    "config": CHUNKS | {"json_io", "redaction", "registry"},
+    "cost": CHUNKS | SETTINGS | SHOWN | {"json_io"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
     "evaluation": ROLLOUT
