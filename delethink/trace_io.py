@@ -14,6 +14,7 @@ from typing import Any
 
 from delethink.errors import MissingExtraError, TraceFileError, did_you_mean
 from delethink.json_io import (
+    as_mapping,
     get_count,
     get_ids,
     get_list,
@@ -244,7 +245,8 @@ def _chunk_from_json(values: Any) -> Chunk:
     )
     if len(chunk.logprobs) not in (0, len(chunk.output_ids)):
         raise ValueError(
-            f"a chunk has {len(chunk.output_ids)} sampled tokens and {len(chunk.logprobs)} log-probs"
+            f"a chunk has {len(chunk.output_ids)} sampled tokens and {len(chunk.logprobs)} "
+            "log-probs"
         )
     if chunk.carried > len(chunk.prompt_ids):
         raise ValueError(
@@ -255,7 +257,7 @@ def _chunk_from_json(values: Any) -> Chunk:
 
 def _texts(values: Any) -> dict[str, str]:
     """Return a mapping from text to text."""
-    values = get_mapping({"a mapping of texts": values}, "a mapping of texts")
+    values = as_mapping(values, "a mapping of texts")
     return {key: get_text(values, key) for key in values}
 
 

@@ -17,6 +17,16 @@ from delethink.types import END_OF_THINKING, Problem
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
+# What a converter raises for a row of another form.
+_WRONG_ROW = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
 Convert = Callable[["DatasetSpec", SourceRow], Problem | None]
 Demonstrate = Callable[[Problem], tuple[str | None, str]]
 
@@ -81,7 +91,9 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def convert_plain(spec: DatasetSpec, row: SourceRow) -> Problem | None:
     """Convert a row with a problem and an answer column; ``None`` if one is empty."""
     values = spec.value(row, spec.problem_key), spec.value(row, spec.answer_key)
-    question, answer = ("" if value is None else str(value).strip() for value in values)
+    # A missing number is NaN in Parquet files, and NaN differs from itself.
+    given = ("" if value is None or value != value else str(value).strip() for value in values)
+    question, answer = given
     if not question or not answer:
         return None
     metadata = {key: spec.value(row, key) for key in spec.metadata_keys}
@@ -257,10 +269,10 @@ def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | No
         return spec.convert(spec, row)
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except _WRONG_ROW as error:
         raise ConfigError(
             f"row {number} of {spec.dataset} does not have the schema of {spec.name!r}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
+import io
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.json_io import read_json, read_json_lines, read_text, shorten
 from delethink.types import Problem
 
 SourceRow = dict[str, Any]
@@ -85,34 +86,53 @@ def _read_file(file: Path) -> list[SourceRow]:
         if file.suffix == ".parquet":
             return _read_parquet(file)
         if file.suffix == ".csv":
-            csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-            with file.open(encoding="utf-8", newline="") as lines:
-                return list(csv.DictReader(lines))
+            return _read_csv(file)
         if file.suffix not in _SUFFIXES:
             raise ConfigError(f"{file} has an unknown suffix; allowed: {', '.join(_SUFFIXES)}")
         rows = _read_json(file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ConfigError(f"row {number} of {file} must be an object, got {type(row).__name__}")
     return rows
 
 
+def _read_csv(file: Path) -> list[SourceRow]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = csv.DictReader(io.StringIO(read_text(file, ConfigError), newline=""))
+    rows = []
+    try:
+        for row in lines:
+            if None in row:
+                raise ConfigError(
+                    f"{file}, line {lines.line_num} has more values than the first line has "
+                    "columns; quote values with commas"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ConfigError(f"{file}, line {lines.line_num} is not CSV: {error}") from None
+    return rows
+
+
 def _read_json(file: Path) -> list[Any]:
     """Return the list of a JSON file, the one under its key ``data``, or JSON lines."""
+    of_whole_file = None
     if file.suffix == ".json":
-        with suppress(json.JSONDecodeError):  # raised for JSON lines
-            value = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            value = read_json(file, ConfigError)
             listed = value.get("data") if isinstance(value, dict) else value
             return listed if isinstance(listed, list) else [value]
+        except ConfigError as error:  # also raised for JSON lines
+            of_whole_file = error
     rows = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{file}, line {number} is not JSON: {error.msg}") from None
+    try:
+        for _, row in read_json_lines(file, ConfigError, partial="read"):
+            rows.append(row)
+    except ConfigError:
+        if of_whole_file is not None and not rows:
+            raise of_whole_file from None
+        raise
     return rows
 
 
@@ -123,7 +143,7 @@ def _read_parquet(file: Path) -> list[SourceRow]:
         raise MissingExtraError("pyarrow", "tasks") from None
     try:
         rows: list[SourceRow] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not Parquet: {error}") from None
     return rows
 
@@ -214,7 +234,10 @@ def _read_rates(path: str) -> dict[str, float]:
                 f"{path} is not a file of pass rates: each line needs a prompt, and a pass_rate or "
                 f"rewards; got the keys {', '.join(sorted(row)) or 'none'}"
             )
-        rate = row["pass_rate"] if "pass_rate" in row else next(iter(row["rewards"].values()))
+        rewards = row.get("rewards")
+        if "pass_rate" not in row and not isinstance(rewards, Mapping):
+            raise ConfigError(f"{path}: rewards must be a mapping, got {shorten(rewards)}")
+        rate = row["pass_rate"] if "pass_rate" in row else next(iter(rewards.values()))
         if rate is not None:  # None for a failed trace
             seen.setdefault(str(row["prompt"]), []).append(_number(rate))
     return {prompt: sum(rates) / len(rates) for prompt, rates in seen.items()}
@@ -222,6 +245,9 @@ def _read_rates(path: str) -> dict[str, float]:
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"a pass rate must be a number, got {value!r}") from None
+        rate = float(value)
+        if not math.isfinite(rate):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"a pass rate must be a number, got {shorten(value)}") from None
+    return rate

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +16,17 @@ from delethink.cost.flops import Cut, FloatArray
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.shape import ModelShape
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
+from delethink.json_io import (
+    as_mapping,
+    get_count,
+    get_ids,
+    get_number,
+    is_finite,
+    read_json,
+    read_json_lines,
+    read_text,
+    shorten,
+)
 from delethink.redaction import json_text
 
 if TYPE_CHECKING:
@@ -29,6 +39,9 @@ _FIGURES = (
 # Start of the search for figures that are 0: the search uses logarithms.
 _INITIAL_SECONDS = {"step_seconds": 1e-3, "token_seconds": 1e-5, "pass_seconds": 1e-3}
 _WARM_UP_STEPS = 1  # the first step includes one-time costs
+_MAX_LENGTHS = 10_000_000  # of a file of lengths; 80 MB
+
+Row = TypeVar("Row")
 
 
 class Measurement(NamedTuple):
@@ -157,27 +170,25 @@ def read_lengths(path: Path) -> FloatArray:
         ConfigError: there are no lengths, or a line has another form.
     """
     if path.is_dir():
-        seen = [record["length"] for records in _traces(path).values() for record in records]
+        seen = [record[0] for records in _traces(path).values() for record in records]
     else:
         seen = []
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read lengths from {path}: {error}") from None
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(path, ConfigError).splitlines(), start=1):
             if not line.strip() or line.startswith("#"):
                 continue
             length, _, count = line.partition(",")
             try:
                 times = int(count or 1)
-                if float(length) < 1 or times < 0:
+                if not 1 <= float(length) < float("inf") or not 0 <= times <= _MAX_LENGTHS:
                     raise ValueError
                 seen += [float(length)] * times
             except (ValueError, OverflowError):
                 raise ConfigError(
                     f"{path}, line {number}: expected a length of at least 1, or length,count; "
-                    f"got {line!r}"
+                    f"got {line!r:.80}"
                 ) from None
+            if len(seen) > _MAX_LENGTHS:
+                raise ConfigError(f"{path} has more than {_MAX_LENGTHS:,} lengths; give a sample")
     if not seen:
         raise ConfigError(f"{path} holds no lengths of traces")
     return np.array(seen, float)
@@ -205,7 +216,7 @@ def read_steps(path: Path) -> list[Measurement]:
             "a run with several optimizer steps per batch of traces cannot be calibrated on: set "
             "training.num_iterations=1 and leave out training.steps_per_generation"
         )
-    metrics = {m["step"]: m for m in _lines(path / "metrics.jsonl")}
+    metrics = _times(path / "metrics.jsonl")
     timed = sorted(step for step in metrics if step in traces)[_WARM_UP_STEPS:]
     if not timed:
         raise ConfigError(
@@ -215,10 +226,10 @@ def read_steps(path: Path) -> list[Measurement]:
     engines = max(1, round(engine.num_engines * engine.gpus_per_engine))
     measured = []
     for step in timed:
-        lengths = [trace["length"] for trace in traces[step]]
+        lengths = [float(length) for length, _ in traces[step]]
         seen = Lengths.empirical(lengths, -(-len(lengths) // engines))
         workload = Workload(
-            query=round(np.mean([len(trace["query_ids"]) for trace in traces[step]])),
+            query=round(np.mean([query for _, query in traces[step]])),
             group=training.num_generations,
             prompts=max(1, len(lengths) // training.num_generations),
             steps=1,
@@ -227,9 +238,9 @@ def read_steps(path: Path) -> list[Measurement]:
             # Engines in Ray workers have a prefix cache; "auto" on CPUs is not known here.
             prefix_cache=engine.name not in ("auto", "transformers") or engine.gpus_per_engine > 0,
         )
-        alone, times = dataclasses.replace(workload, gpus=1), metrics[step]
-        measured.append(Measurement(seen, cut, workload, times["seconds_sampling"], None))
-        measured.append(Measurement(seen, cut, alone, None, times["seconds_training"]))
+        alone, (sampling, updating) = dataclasses.replace(workload, gpus=1), metrics[step]
+        measured.append(Measurement(seen, cut, workload, sampling, None))
+        measured.append(Measurement(seen, cut, alone, None, updating))
     return measured
 
 
@@ -241,21 +252,42 @@ def _recipe(path: Path) -> Recipe:
     return load_recipe(path / "config.yaml")
 
 
-def _traces(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """Return the trace records of a run directory by step."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+def _traces(path: Path) -> dict[int, list[tuple[int, int]]]:
+    """Return length and query length of the traces of a run directory, by step."""
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for file in sorted((path / "traces").glob("step_*.jsonl")):
-        found[int(file.stem.removeprefix("step_"))] += _lines(file)
+        step = file.stem.removeprefix("step_")
+        if step.isdecimal():
+            found[int(step)] += _lines(
+                file, lambda line: (get_count(line, "length"), len(get_ids(line, "query_ids")))
+            )
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file, without a last line that a crash cut short."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+def _times(path: Path) -> dict[int, tuple[float, float]]:
+    """Return the seconds of sampling and of training by step."""
+    keys = ("seconds_sampling", "seconds_training")
+    return dict(
+        _lines(
+            path,
+            lambda line: (
+                get_count(line, "step"),
+                (get_number(line, keys[0]), get_number(line, keys[1])),
+            ),
+        )
+    )
+
+
+def _lines(path: Path, convert: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    """Return the converted lines of a JSONL file, without a last one that a crash cut short."""
+    found = []
+    for number, line in read_json_lines(path, ConfigError, partial="skip"):
+        try:
+            found.append(convert(as_mapping(line, "the line")))
+        except (KeyError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ConfigError(f"{path}, line {number}: {reason}") from None
+    return found
 
 
 def write_efficiency(efficiency: Efficiency, path: Path) -> None:
@@ -272,10 +304,7 @@ def read_efficiency(path: Path) -> Efficiency:
     Raises:
         ConfigError: the file cannot be read, or a figure is unknown or not positive.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read efficiencies from {path}: {error}") from None
+    values = read_json(path, ConfigError)
     known = {field.name for field in dataclasses.fields(Efficiency)}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no efficiencies: expected a JSON object")
@@ -283,8 +312,12 @@ def read_efficiency(path: Path) -> Efficiency:
         if name not in known:
             raise ConfigError(f"{path}: unknown figure {name!r}.{did_you_mean(name, known)}")
         may_be_zero = name.endswith("_seconds") or name == "spread"
-        if name != "source" and not (
-            isinstance(value, int | float) and (value > 0 or (may_be_zero and value == 0))
-        ):
-            raise ConfigError(f"{path}: {name} must be a positive number, got {value!r}")
+        if name == "source":
+            is_valid = isinstance(value, str)
+        else:
+            is_valid = type(value) in (int, float) and is_finite(value)
+            is_valid = is_valid and (value > 0 or (may_be_zero and value == 0))
+        if not is_valid:
+            expected = "a text" if name == "source" else "a positive number"
+            raise ConfigError(f"{path}: {name} must be {expected}, got {shorten(value)}")
     return Efficiency(**values)

@@ -24,8 +24,12 @@ from delethink.cost.shape import (
     softmax_attention,
 )
 from delethink.errors import MissingExtraError, ModelError, did_you_mean
+from delethink.json_io import parse_json, read_json, shorten
 
 Config = dict[str, Any]
+
+_MAX_COUNT = 10**12
+_MAX_LAYERS = 10_000  # each is an object
 
 
 def model_shape(model: str) -> ModelShape:
@@ -66,13 +70,13 @@ def shape_of_config(config: Config, name: str) -> ModelShape:
     Raises:
         ModelError: the architecture is not supported, or a figure is missing or impossible.
     """
-    if "text_config" in config:  # a multimodal model
+    if isinstance(config.get("text_config"), dict):  # a multimodal model
         tied = {k: config[k] for k in ("tie_word_embeddings",) if k in config}
         config = {**config["text_config"], **tied}
-    model_type = config.get("model_type", "llama")
+    model_type = str(config.get("model_type", "llama"))
     if model_type not in _FAMILIES:
         raise ModelError(
-            f"{name}: model_type {model_type!r} is not supported."
+            f"{name}: model_type {model_type!r:.80} is not supported."
             f"{did_you_mean(model_type, _FAMILIES)}"
         )
     return _FAMILIES[model_type](_ConfigReader(config, name))
@@ -91,8 +95,10 @@ class _ConfigReader:
             value = self.config.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ModelError(f"{self.name}: {key} must be a whole number >= 1, got {value!r}")
+            if type(value) is not int or not 1 <= value <= _MAX_COUNT:
+                raise ModelError(
+                    f"{self.name}: {key} must be a whole number >= 1, got {shorten(value)}"
+                )
             return value
         if default is None:
             raise ModelError(
@@ -114,7 +120,12 @@ class _ConfigReader:
 
     @property
     def num_layers(self) -> int:
-        return self.count("num_hidden_layers")
+        number = self.count("num_hidden_layers")
+        if number > _MAX_LAYERS:
+            raise ModelError(
+                f"{self.name}: num_hidden_layers must be at most {_MAX_LAYERS:,}, got {number}"
+            )
+        return number
 
     @property
     def hidden_size(self) -> int:
@@ -380,19 +391,14 @@ def _parse_figures(text: str) -> Config:
         if not equals or not key:
             raise ModelError(f"the figures of a model are key=value,key=value: got {part!r}")
         try:
-            config[key] = json.loads(value)
-        except json.JSONDecodeError:
+            config[key] = parse_json(value, "a figure", ModelError)
+        except ModelError:
             config[key] = value
     return config
 
 
 def _read(path: Path) -> Config:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
+    config = read_json(path, ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no config: expected a JSON object")
     return config

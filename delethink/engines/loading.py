@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from delethink.engines.weight_files import check_report, check_values, weight_files
 from delethink.errors import MissingExtraError, ModelError
 from delethink.tokenization import reward_text
 from delethink.types import END_OF_THINKING
@@ -68,15 +72,91 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    model: str, dtype: str, trust_remote_code: bool = False, *, values_checked: bool = False
+) -> PreTrainedModel:
     """Load the causal language model of a checkpoint, with weights from safetensors.
 
+    ``values_checked`` says that another process has called this, so that none reads all values
+    again in search of NaN.
+
     Raises:
-        ModelError: loading failed.
+        ModelError: loading failed; weights are missing, unexpected or mis-shaped; or a value is NaN
+            or infinite.
     """
-    options = {"dtype": dtype, "use_safetensors": True}
-    loaded: Any = _load("AutoModelForCausalLM", "model", model, trust_remote_code, **options)
-    return loaded
+    files = weight_files(_fetch(model))
+    if not values_checked:
+        check_values(files)
+    return _load_whole(model, trust_remote_code, dtype=dtype)
+
+
+def check_checkpoint(model: str, trust_remote_code: bool = False) -> None:
+    """Check the weights of a checkpoint for engines of other processes, without loading them.
+
+    Names and shapes are compared by transformers, on its device without memory. A quantized
+    checkpoint, and a model that only its engine knows, have other names: their engine compares.
+
+    Raises:
+        ModelError: as ``load_model``.
+    """
+    check_values(weight_files(_fetch(model)))
+    config = _load("AutoConfig", "configuration", model, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    from transformers import AutoModelForCausalLM
+
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        _load_whole(model, trust_remote_code, device_map="meta")
+
+
+def _load_whole(model: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """Load a model, and refuse it unless the checkpoint has exactly its weights."""
+    options |= {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # else the error names no weight
+    }
+    with _without_report():
+        loaded, report = _load("AutoModelForCausalLM", "model", model, trust_remote_code, **options)
+    check_report(model, report, type(loaded).__name__)
+    whole: PreTrainedModel = loaded
+    return whole
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from printing its loading report: names are printed by our error."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _fetch(model: str) -> Path:
+    """Return the folder of a model; weights of a Hugging Face id are fetched unless cached."""
+    where = locate(model)
+    if Path(where).is_dir():
+        return Path(where)
+    _require_transformers()
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    if_there = {"_raise_exceptions_for_missing_entries": False}
+    try:
+        config = cached_file(where, "config.json")
+        if cached_file(where, "model.safetensors", **if_there) is None:
+            index = cached_file(where, "model.safetensors.index.json", **if_there)
+            if index is not None:
+                get_checkpoint_shard_files(where, index)
+        return Path(config).parent
+    except Exception as error:  # the hub and its client raise many types
+        raise _load_error("weights", model, error) from error
 
 
 def digest(model: str) -> str | None:
@@ -148,8 +228,7 @@ def _from_config(model: PreTrainedModel, key: str) -> int:
 
 
 def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingExtraError("transformers", "train")
+    _require_transformers()
     import transformers
 
     where = locate(model, "tokenizer" if part == "tokenizer" else "model")
@@ -157,5 +236,14 @@ def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options
     try:
         return cls.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a checkpoint can be broken in any way
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ModelError(f"cannot load the {part} of {model}: {first}") from error
+        raise _load_error(part, model, error) from error
+
+
+def _load_error(part: str, model: str, error: Exception) -> ModelError:
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return ModelError(f"cannot load the {part} of {model}: {first}")
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("transformers", "train")

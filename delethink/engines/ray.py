@@ -125,8 +125,16 @@ class RayPool:
         is_trained: bool,
     ) -> Self:
         """Make an engine; see ``Engine.create``."""
-        from delethink.engines.loading import eos_ids, load_shell, locate, longest_sequence
+        from delethink.engines.loading import (
+            check_checkpoint,
+            eos_ids,
+            load_shell,
+            locate,
+            longest_sequence,
+        )
 
+        if model is None:
+            check_checkpoint(model_path, trust_remote_code)  # once, not in each worker
         shell = load_shell(model_path, trust_remote_code) if model is None else model
         return cls(
             locate(model_path),

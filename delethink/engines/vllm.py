@@ -267,6 +267,7 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
         more["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
     return AsyncEngineArgs(
         model=spec.model,
+        load_format="safetensors",  # the default also unpickles
         skip_tokenizer_init=True,
         trust_remote_code=spec.trust_remote_code,
         dtype=config.engine_dtype,

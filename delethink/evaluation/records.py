@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from delethink.errors import RunDirectoryError
 from delethink.json_io import (
+    as_mapping,
     get_count,
     get_flag,
     get_list,
-    get_mapping,
     get_number,
     get_text,
     optional,
@@ -84,7 +84,7 @@ class Record:
         Raises:
             KeyError, ValueError: a value is missing, or has another type.
         """
-        values = {"error": None, **get_mapping({"the record": values}, "the record")}
+        values = {"error": None, **as_mapping(values, "the record")}
         return cls(
             SampleKey(
                 get_text(values, "setting"),
@@ -100,7 +100,7 @@ class Record:
 
 
 def _outcome(values: Any) -> BudgetOutcome:
-    values = {"forced": False, **get_mapping({"an outcome": values}, "an outcome")}
+    values = {"forced": False, **as_mapping(values, "an outcome")}
     return BudgetOutcome(
         budget=get_count(values, "budget"),
         score=get_number(values, "score"),
@@ -159,7 +159,7 @@ class ResultsDirectory:
         """
         try:
             found = read_json(path / _SETTINGS, RunDirectoryError)
-            before = get_mapping({_SETTINGS: found}, _SETTINGS)
+            before = as_mapping(found, _SETTINGS)
             forced = get_list({"forced": [], **before}, "forced")
         except (RunDirectoryError, ValueError) as error:
             raise RunDirectoryError(

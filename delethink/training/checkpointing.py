@@ -8,7 +8,6 @@ sizes. Checkpoints are complete or absent: a folder gets its name when all files
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from delethink.config import Recipe, dump_recipe, load_recipe
 from delethink.engines.loading import digest
-from delethink.errors import ConfigError, RunDirectoryError, UserError
+from delethink.engines.weight_files import check_values
+from delethink.errors import ConfigError, ModelError, RunDirectoryError, UserError
+from delethink.json_io import (
+    as_mapping,
+    get_count,
+    get_ids,
+    get_mapping,
+    read_json,
+)
 from delethink.output import output_path
 from delethink.redaction import hidden_settings, hide_settings, json_text
 from delethink.training.run_directory import (
@@ -243,14 +250,31 @@ def _newest_checkpoint(folder: Path, progress: TrainingProgress) -> Checkpoint |
         try:
             if not (path / _STATE_FILE).is_file():
                 raise ValueError(f"{_STATE_FILE} is missing")
-            state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-            for name, size in state["files"].items():
+            found = read_json(path / _STATE_FILE, RunDirectoryError)
+            state = as_mapping(found, _STATE_FILE)
+            for name, size in get_mapping(state, "files").items():
                 if not (path / name).is_file() or (path / name).stat().st_size != size:
                     raise ValueError(f"{name} is incomplete")
-            return Checkpoint(path, step, dict(state["run"]))
+            run_state = get_mapping(state, "run")
+            get_count(get_mapping(run_state, "prompts"), "next")
+            get_ids(run_state, "skipped_steps")
         except (OSError, ValueError, KeyError) as error:
             progress.log(f"skipped an incomplete checkpoint: {path.name} ({error})")
+            continue
+        _check_weights(path)
+        return Checkpoint(path, step, run_state)
     return None
+
+
+def _check_weights(path: Path) -> None:
+    """Refuse a checkpoint whose weights cannot be read or are not finite."""
+    try:
+        check_values(sorted(path.glob("*.safetensors")))
+    except ModelError as error:
+        raise RunDirectoryError(
+            f"cannot resume from the checkpoint {path.name}: {error}. To resume from an earlier "
+            f"one, or from the first step, delete {path}"
+        ) from None
 
 
 def write_run_state(path: Path, step: int, run_state: dict[str, Any]) -> None:

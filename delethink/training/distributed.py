@@ -177,7 +177,8 @@ def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
     trainer = make_trainer(
         recipe,
         ranks,
-        model=load_model(recipe.model, "float32", recipe.trust_remote_code),
+        # The main rank reads all values.
+        model=load_model(recipe.model, "float32", recipe.trust_remote_code, values_checked=True),
         processing_class=tokenizer,
         args=trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints),
         train_dataset=[],

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import RunDirectoryError
+from delethink.json_io import (
+    as_mapping,
+    get_count,
+    get_list,
+    get_number,
+    get_text,
+    optional,
+    read_json,
+    read_json_lines,
+)
 from delethink.redaction import json_text
 from delethink.training.system import processor
 
@@ -143,14 +153,16 @@ class RunDirectory:
     @property
     def first_weights(self) -> str | None:
         """Digest of the initial weights, if known."""
-        mark = self._read(_VERSIONS, {}).get("first_weights")
-        return None if mark is None else str(mark)
+        versions = {"first_weights": None, **self._read_mapping(_VERSIONS, {})}
+        with _explain_values(self.path / _VERSIONS):
+            return optional(get_text, versions, "first_weights")
 
     @property
     def finished_step(self) -> int | None:
         """Last step of a finished run; ``None`` for an unfinished one."""
-        finished = self._read(_FINISHED, None)
-        return None if finished is None else int(finished["step"])
+        finished = self._read_mapping(_FINISHED, {"step": None})
+        with _explain_values(self.path / _FINISHED):
+            return optional(get_count, finished, "step")
 
     def release(self) -> None:
         """Release the lock. Safe to call twice."""
@@ -180,11 +192,19 @@ class RunDirectory:
         """Return the lines of ``metrics.jsonl``, without a last line cut off by a crash.
 
         Raises:
-            RunDirectoryError: another line is not JSON.
+            RunDirectoryError: another line is not JSON, or no metrics of a step.
         """
-        path = self.path / _METRICS
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [_parse(path, line) for line in text.split("\n")[:-1]]
+        path, found = self.path / _METRICS, []
+        if not path.exists():
+            return []
+        for number, line in read_json_lines(path, RunDirectoryError, partial="skip"):
+            with _explain_values(path, number):
+                metrics = as_mapping(line, "the line")
+                get_count(metrics, "step")
+                for name in metrics:
+                    optional(_get_metric, metrics, name)
+            found.append(metrics)
+        return found
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Append the traces sampled for a step."""
@@ -205,8 +225,18 @@ class RunDirectory:
         self._write(_TABLE, json_text(rows, indent=2) + "\n")
 
     def read_table(self) -> list[dict[str, Any]]:
-        """Return the rows of ``table.json``."""
-        return list(self._read(_TABLE, []))
+        """Return the rows of ``table.json``.
+
+        Raises:
+            RunDirectoryError: the file is no list of rows.
+        """
+        path = self.path / _TABLE
+        with _explain_values(path):
+            found = {"rows": read_json(path, RunDirectoryError) if path.exists() else []}
+            rows = get_list(found, "rows")
+            for row in rows:
+                get_text(as_mapping(row, "a row"), "setting")
+        return rows
 
     def finish(self, step: int) -> None:
         """Mark the run as finished."""
@@ -255,9 +285,12 @@ class RunDirectory:
 
     # -- files ---------------------------------------------------------------------------------
 
-    def _read(self, name: str, default: Any) -> Any:
+    def _read_mapping(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
         path = self.path / name
-        return _parse(path, path.read_text(encoding="utf-8")) if path.exists() else default
+        if not path.exists():
+            return default
+        with _explain_values(path):
+            return as_mapping(read_json(path, RunDirectoryError), "the file")
 
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Append lines to a file and wait until they are on the disk."""
@@ -284,13 +317,20 @@ def _explain_errors(failure: str, advice: str = "") -> Iterator[None]:
         raise RunDirectoryError(f"{failure}: {error.strerror}{advice}") from None
 
 
-def _parse(path: Path, text: str) -> Any:
+@contextmanager
+def _explain_values(path: Path, line: int | None = None) -> Iterator[None]:
+    """Turn a missing or wrong value of a file into a ``RunDirectoryError``."""
     try:
-        return json.loads(text)
-    except ValueError:
-        raise RunDirectoryError(
-            f"{path} has a line without valid JSON: {text.strip()[:60]!r}; correct the file"
-        ) from None
+        yield
+    except (KeyError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        where = path if line is None else f"{path}, line {line}"
+        raise RunDirectoryError(f"{where}: {reason}; correct the file") from None
+
+
+def _get_metric(values: Mapping[str, Any], key: str) -> float | str:
+    """Return a finite number or a text."""
+    return get_text(values, key) if isinstance(values[key], str) else get_number(values, key)
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from delethink.chunking import ChunkSpec
 from delethink.engines.base import Engine
 from delethink.engines.loading import eos_ids, vocabulary_size
-from delethink.errors import NonFiniteError, RolloutError
+from delethink.errors import NonFiniteError, RolloutError, RunDirectoryError
 from delethink.evaluation.heldout import Evaluator, HeldOutResult
 from delethink.registry import resolve
 from delethink.rollout import replay_trace
@@ -268,7 +268,13 @@ class ResultsTable:
         self._run = run
         temperature, seed = run.recipe.training.temperature, run.recipe.seed
         self._evaluator = Evaluator(problems, scorer, run.tokenizer, temperature, seed)
-        self.rows = [HeldOutResult.from_dict(row) for row in run.directory.read_table()]
+        try:
+            self.rows = [HeldOutResult.from_dict(row) for row in run.directory.read_table()]
+        except (TypeError, KeyError) as error:
+            raise RunDirectoryError(
+                f"{run.directory.path / 'table.json'} has a row of another form ({error}); delete "
+                "the file, and its settings are evaluated again"
+            ) from None
 
     def evaluate(self, setting: str, spec: ChunkSpec, limit: int | None = None) -> HeldOutResult:
         """Return accuracy and lengths of the current weights on the first ``limit`` problems."""

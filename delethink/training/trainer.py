@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from delethink.config import Recipe
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, RunDirectoryError
 from delethink.redaction import register_settings
 from delethink.tasks import left_out_of
 from delethink.training.checkpointing import (
@@ -214,6 +214,19 @@ class RunTrainer(DelethinkTrainer):
     def _complete_folder(self, name: str) -> AbstractContextManager[Path]:
         path = Path(self.args.output_dir) / name
         return complete_folder(path, self.args.should_save, self.accelerator.wait_for_everyone)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights or has others; transformers only warns."""
+        model = self.accelerator.unwrap_model(self.model)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        missing = set(load_result.missing_keys) - tied
+        if missing or load_result.unexpected_keys:
+            names = sorted(missing | set(load_result.unexpected_keys))
+            raise RunDirectoryError(
+                f"cannot resume: the checkpoint in {self.args.output_dir} lacks weights or has "
+                f"others than the model, {len(names)} in all: {', '.join(names[:3])}"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._output_dir or str(super()._get_output_dir(trial))

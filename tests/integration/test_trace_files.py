@@ -52,7 +52,7 @@ def test_files_come_back_without_loss(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"traces{suffix}"
     write_traces(path, records())
     assert list(read_traces(path)) == records()
-    write_traces(path, [])
+    write_traces(path, [], overwrite=True)
     assert list(read_traces(path)) == []
 
 

@@ -182,8 +182,8 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--model hidden_size=64", "num_hidden_layers is missing"),
         ("--model deepseek-ai/DeepSeek-V3", "does not fit: its weights take 1342 GB"),
         ("--model google/gemma-3-1b-pt --accounting paper", "plain softmax attention only"),
-        ("--lengths nowhere.csv", "cannot read lengths from nowhere.csv"),
-        ("--efficiency nowhere.json", "cannot read efficiencies from nowhere.json"),
+        ("--lengths nowhere.csv", "cannot read nowhere.csv"),
+        ("--efficiency nowhere.json", "cannot read nowhere.json"),
         ("--calibrate nowhere", "nowhere is not a run directory"),
         ("--plot nowhere/out.png", "cannot write the plot to nowhere/out.png"),
         (
@@ -229,7 +229,7 @@ def test_a_broken_histogram(
         ('{"bandwidth": 0}', "bandwidth must be a positive number, got 0"),
         ('{"training": "fast"}', "training must be a positive number"),
         ("[]", "expected a JSON object"),
-        ("{", "cannot read"),
+        ("{", "is not JSON"),
     ],
 )
 def test_a_broken_efficiency_file(

@@ -237,7 +237,7 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
     [
         (broken_json, "line 2 is not JSON"),
         (not_objects, "must be an object, got list"),
-        (not_text, "cannot read"),
+        (not_text, "no UTF-8"),
         (nothing_left, "no problem left: 1 without_problem_or_answer"),
         (lambda f: {}, "must have 'dataset'"),
         (lambda f: {"dataset": str(f / "none.jsonl")}, "no such file"),

@@ -55,7 +55,7 @@ def test_a_broken_line_of_metrics_is_refused(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "")
     run.add_metrics({"step": 1})
     (run.path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl has a line without valid JSON"):
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl, line 1 is not JSON"):
         run.read_metrics()
 
 
