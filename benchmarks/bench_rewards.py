@@ -6,7 +6,9 @@ All variants use the same answers and the same number of processes. "Direct" par
 the answers in a ``multiprocessing.Pool``, without math-verify's timeouts. "Reward, plain pool"
 calls the library's reward in the same pool; the verifier pool adds the cost of limits.
 Answers are boxed ones of the corpus in tests/data after a paragraph of working. Starting the
-processes is not counted. The last line is the delay of the event loop while rewards are computed.
+processes is not counted. The next line is the delay of the event loop while rewards are computed.
+The last lines are the time of an empty program, isolated and bare, and of a call of a reward that
+runs in a fork inside the isolation.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ import json
 import logging
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from delethink.rewards.math import math_equal
+from delethink.rewards.reasoning_gym import gym_score
+from delethink.scoring.isolation import find_isolation
 from delethink.scoring.pool import VerifierPool, VerifierSettings
+from delethink.scoring.programs import SandboxLimits
 from delethink.scoring.reward import Reward
 from delethink.scoring.scorer import Scorer
 from delethink.types import Attempt, Problem, TraceStop
@@ -104,6 +111,28 @@ async def loop_delays(work: list[tuple[str, str]], processes: int) -> list[float
     return sorted(turns)
 
 
+def isolation_times(rounds: int) -> tuple[list[float], list[float], list[float]]:
+    """Return ms of a bare empty program, of an isolated one, and of a forked reward, sorted."""
+    entry = {"answer": "1", "metadata": {}}
+    metadata = {"dataset": "chain_sum", "entry": entry, "config": {}}
+    bare, isolated, forked = list[float](), list[float](), list[float]()
+    with VerifierPool(VerifierSettings(num_verifiers=1)) as pool:
+        for i in range(rounds + 3):  # interleaved; the first ones load libraries
+            times = [time.perf_counter()]
+            subprocess.run([sys.executable, "-I", "-c", "pass"], check=True, capture_output=True)
+            times.append(time.perf_counter())
+            pool.run_program("pass", "", SandboxLimits())
+            times.append(time.perf_counter())
+            pool.call(gym_score, text="</think><answer>1</answer>", metadata=metadata)
+            times.append(time.perf_counter())
+            if i >= 3:
+                for found, began, ended in zip(
+                    (bare, isolated, forked), times, times[1:], strict=False
+                ):
+                    found.append(1000 * (ended - began))
+    return sorted(bare), sorted(isolated), sorted(forked)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=2000)
@@ -131,6 +160,11 @@ def main() -> None:
     print(
         f"\ndelay of the event loop in ms: median {statistics.median(turns):.2f}, "
         f"99 % {turns[int(0.99 * len(turns))]:.2f}, longest {turns[-1]:.2f}"
+    )
+    bare, isolated, forked = map(statistics.median, isolation_times(50))
+    print(
+        f"\nisolation {find_isolation()}, median of 50 in ms: bare Python {bare:.1f}, isolated "
+        f"{isolated:.1f} ({isolated - bare:+.1f}), forked reward {forked:.1f}"
     )
 
 

@@ -146,3 +146,5 @@ class Score:
     total: float | None  # None: no reward applies, or a reward failed
     parts: Mapping[str, float | None]  # unweighted, by the names of the recipe; None: no value
     errors: Mapping[str, str] = field(default_factory=dict)  # cause of each failed reward
+    # cause of each 0 for an output that its grader could not evaluate, but a harmless one could
+    zeroed: Mapping[str, str] = field(default_factory=dict)

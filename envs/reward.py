@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from delethink.errors import ConfigError, RewardError, did_you_mean
 from delethink.registry import parse_named, resolve
-from delethink.scoring.reward import INPUTS, Reward
+from delethink.scoring.reward import INPUTS, Reward, is_marked
 from delethink.types import Attempt
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _make_reward(given: RewardFunction | str | Mapping[str, Any]) -> Reward:
     elif callable(given):
         name = getattr(given, "__name__", None) or type(given).__name__
         function, args = given, {}
-        isolate = None if _is_marked(given) else False  # another process may not have it
+        isolate = None if is_marked(given) else False  # another process may not have it
     else:
         raise ConfigError(
             "a reward must be a registered name, a mapping with name and args, or a function; "
@@ -126,10 +126,6 @@ def _make_reward(given: RewardFunction | str | Mapping[str, Any]) -> Reward:
     return reward
 
 
-def _is_marked(function: RewardFunction) -> bool:
-    return hasattr(function, "__delethink_traits__")
-
-
 def _check_signature(name: str, function: RewardFunction, args: Mapping[str, Any]) -> None:
     """Raise a ``ConfigError`` if the function cannot be called with inputs by name."""
     try:
@@ -139,7 +135,7 @@ def _check_signature(name: str, function: RewardFunction, args: Mapping[str, Any
             f"the reward {name!r} does not say its parameters; wrap it: def reward(text, answer)"
         ) from None
     parameters = signature.parameters
-    if _is_marked(function) or "completions" in parameters or "completion_ids" in parameters:
+    if is_marked(function) or "completions" in parameters or "completion_ids" in parameters:
         return  # checked by its own tests, or TRL's convention, which is refused later
     for key, parameter in parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:

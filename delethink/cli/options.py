@@ -42,6 +42,7 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
     add("--split", default="heldout", help="split of a registered task (default heldout)")
     add("--num-problems", type=int, metavar="N", help="use the first N problems (default: all)")
     add("--reward", help="reward that grades answers as 1 or 0 (default: the task's first)")
+    _add_unsafe_code(add)
     _add_thinking(command)
     _add_sampling(command)
     _add_engine(command.add_argument_group("engine").add_argument)
@@ -84,6 +85,16 @@ def _add_task_arguments(add: Any) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="argument of the task (repeatable); for a file: problem_key, answer_key",
+    )
+
+
+def _add_unsafe_code(add: Any) -> None:
+    """Add the option to run code of the model without isolation."""
+    add(
+        "--allow-unsafe-code",
+        action="store_true",
+        help="run code of the model with the rights of your user where the machine has no "
+        "isolation (see delethink doctor)",
     )
 
 
@@ -314,6 +325,7 @@ def add_tasks_options(command: argparse.ArgumentParser) -> None:
     add("--check", type=_count, default=8, help="number of problems to grade (default 8)")
     add("--model", help="render prompts with this model's chat template")
     add("--seed", type=int, default=0, help="seed of the task (default 0)")
+    _add_unsafe_code(add)
     add("--json", action="store_true", help="print JSON")
 
 

@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     number, size = max(arguments.number, arguments.check), sizes[split]
     number = number if size is None else min(number, size)
     problems = [task.problem(split, i) for i in range(number)]
-    check = _check_grader(task, problems[: arguments.check]) if arguments.check else None
+    scoring = ScoringConfig(allow_unsafe_code=arguments.allow_unsafe_code)
+    checked = problems[: arguments.check]
+    check = _check_grader(task, checked, scoring) if checked else None
     report = {
         "task": arguments.name,
         "sizes": sizes,
@@ -88,7 +90,9 @@ def _problem_json(problem: Problem, model: str | None) -> dict[str, Any]:
     return {**shown, "answer": problem.answer, "metadata": sorted(problem.metadata)}
 
 
-def _check_grader(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
+def _check_grader(
+    task: Task, problems: Sequence[Problem], scoring: ScoringConfig
+) -> dict[str, Any]:
     """Score a gold and a wrong answer to each problem with the task's own rewards."""
     named = rewards_of(task)
     if not named:
@@ -96,7 +100,7 @@ def _check_grader(task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
             "the task names no rewards, so there is no grader to check: use --check 0"
         )
     configs = {name: RewardConfig(weight=weight) for name, weight in named.items()}
-    scorer = make_scorer(configs, next(iter(configs)), ScoringConfig())
+    scorer = make_scorer(configs, next(iter(configs)), scoring)
     shown = [(p, *demonstrations_of(task, p)) for p in problems]
     cases = [(p, right, 1.0) for p, right, _ in shown if right is not None]
     cases += [(p, wrong, 0.0) for p, _, wrong in shown if wrong is not None]

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delethink.chunking import ChunkSpec
 from delethink.config import RewardConfig, ScoringConfig
-from delethink.errors import ConfigError, UserError, WorkersLostError
+from delethink.errors import ConfigError, RolloutError, UserError, WorkersLostError
 from delethink.evaluation.models import (
     LoadedModel,
     ModelOpener,
@@ -48,6 +50,11 @@ Grade = Callable[[Attempt], Awaitable[float | None]]
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_COLUMNS = {"problem_key": "problem|prompt|question", "answer_key": "answer|solution|gold"}
 _DEFAULT_PROBLEMS = 256  # for a task without an end
+_MIN_UNSCORED, _MAX_UNSCORED_SHARE = 16, 0.1  # traces without a score, to stop an evaluation
+
+
+class _UnscoredError(Exception):
+    """The reward of a trace cannot be computed."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def load_problems(
     reward: str | None = None,
     split: str = "heldout",
     seed: int = 0,
+    allow_unsafe_code: bool = False,
 ) -> ProblemSet:
     """Load problems from a registered task or a local file.
 
@@ -85,6 +93,7 @@ def load_problems(
         reward: name of the reward; ``None`` for the task's first.
         split: split of a registered task.
         seed: seed for tasks with random problems.
+        allow_unsafe_code: run model output without isolation where the machine has none.
 
     Raises:
         UserError: an unknown task, file, column, package or reward, or no problem.
@@ -102,7 +111,8 @@ def load_problems(
     if not number:
         raise ConfigError(f"the task {task} has no problem in its split {split!r}")
     chosen = reward or next(iter(rewards_of(made)), "exact")
-    scorer = make_scorer({chosen: RewardConfig()}, chosen, ScoringConfig())
+    scoring = ScoringConfig(allow_unsafe_code=allow_unsafe_code)
+    scorer = make_scorer({chosen: RewardConfig()}, chosen, scoring)
     problems = tuple(select_problems(made, split, number).problems)
 
     async def grade(attempt: Attempt) -> float | None:
@@ -111,7 +121,7 @@ def load_problems(
         parts.set_result(await scorer.parts(attempt))
         (score,) = await scorer.finish([attempt], [parts])
         if scorer.accuracy in score.errors:
-            raise RuntimeError(f"{scorer.accuracy}: {score.errors[scorer.accuracy]}")
+            raise _UnscoredError(f"{scorer.accuracy}: {score.errors[scorer.accuracy]}")
         return score.parts[scorer.accuracy]
 
     return ProblemSet(task, problems, chosen, grade, scorer, left_out_of(made))
@@ -267,12 +277,14 @@ class _Sampler:
     evaluation: Evaluation
     loaded: LoadedModel
     setting: Setting
+    unscored: list[str] = field(default_factory=list)  # causes, one for each trace
 
     async def run(self, known: Collection[SampleKey], store: Callable[[Record], None]) -> None:
         """Sample every unknown trace, and store each record when its trace ends.
 
         Raises:
             UserError: a mistake with an effect on every trace; traces in flight are dropped.
+            RolloutError: the reward of too many traces cannot be computed.
         """
         asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
         # Sample 0 of every problem first, for a running accuracy over all problems.
@@ -283,9 +295,12 @@ class _Sampler:
         )
         missing = (key for key in keys if key not in known)
 
+        finished = count(1)
+
         async def work() -> None:
             for key in missing:  # one iterator for all workers
                 store(await self._record(key))
+                self._check_scoring(next(finished))
 
         workers = [asyncio.ensure_future(work()) for _ in range(self.evaluation.in_flight)]
         try:
@@ -297,6 +312,17 @@ class _Sampler:
             disconnect = getattr(self.loaded.policy, "disconnect", None)
             if disconnect is not None:  # connections belong to this event loop
                 await disconnect()
+
+    def _check_scoring(self, finished: int) -> None:
+        """Stop a useless evaluation."""
+        number = len(self.unscored)
+        if number >= _MIN_UNSCORED and number > _MAX_UNSCORED_SHARE * finished:
+            cause, _ = Counter(self.unscored).most_common(1)[0]
+            raise RolloutError(
+                f"{number} of {finished} traces could not be scored, more than "
+                f"{_MAX_UNSCORED_SHARE:.0%}; most often: {cause}. Mend the reward or its data, and "
+                "continue with --resume --retry-errors"
+            )
 
     async def _record(self, key: SampleKey) -> Record:
         """Sample one trace and score it at every budget."""
@@ -322,6 +348,9 @@ class _Sampler:
                         outcomes.append(await self._outcome(spec, trace, problem, sampling))
             except (UserError, WorkersLostError):
                 raise
+            except _UnscoredError as error:
+                failure, outcomes = str(error), []
+                self.unscored.append(failure)
             except Exception as error:  # graders and engines may raise anything
                 failure, outcomes = f"{type(error).__name__}: {error}", []
         return Record(
@@ -353,7 +382,7 @@ class _Sampler:
             attempt = replace(attempt, text=attempt.text + END_OF_THINKING + answer)
         score = await self.evaluation.problems.grade(attempt)
         if score is None:
-            raise RuntimeError("the reward cannot grade the answer")
+            raise _UnscoredError("the reward cannot grade the answer")
         if score not in (0, 1):
             raise ConfigError(
                 f"the reward {self.evaluation.problems.reward!r} must be 0 or 1, got {score}; "

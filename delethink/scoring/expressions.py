@@ -15,9 +15,35 @@ from types import CodeType
 from typing import Any
 
 _ALLOWED_BUILTINS = frozenset(
-    ("abs", "bool", "complex", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int")
-    + ("len", "list", "map", "max", "min", "pow", "range", "repr", "reversed", "round", "set")
-    + ("slice", "sorted", "str", "sum", "tuple", "zip")
+    [
+        "abs",
+        "bool",
+        "complex",
+        "dict",
+        "divmod",
+        "enumerate",
+        "filter",
+        "float",
+        "frozenset",
+        "int",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "pow",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "slice",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "zip",
+    ]
 )
 _REFUSED_NAMES = frozenset(set(dir(builtins)) - _ALLOWED_BUILTINS)
 _REFUSED_OPERATIONS = ("ATTR", "METHOD", "IMPORT_NAME", "STORE_GLOBAL", "DELETE")

@@ -33,8 +33,8 @@ from typing import Any
 
 from delethink.scoring.frames import BrokenChannelError, FrameReader, frame, write_all
 from delethink.scoring.isolation import (
-    Isolation,
     IsolatedProcess,
+    Isolation,
     confine,
     drop_capabilities,
     exit_with_parent,
@@ -267,7 +267,10 @@ class _WarmProcess:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
         self._folder = tempfile.mkdtemp(prefix="delethink-verifier-")
-        code = f"import sys; sys.path[:] = {sys.path!r}; from delethink.scoring.warm import serve; serve()"
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from delethink.scoring.warm import serve; "
+            "serve()"
+        )
         self._process: IsolatedProcess = start_process(
             settings["isolation"],
             [sys.executable, "-I", "-c", code],

@@ -32,8 +32,8 @@ from delethink.errors import ConfigError, MissingExtraError, SandboxError
 from delethink.scoring.frames import BrokenChannelError, FrameReader, frame, write_all
 from delethink.scoring.host import HEARTBEAT_INTERVAL_S
 from delethink.scoring.isolation import LIBRARY, check_isolation, find_isolation, host_command
+from delethink.scoring.programs import SandboxLimits, SandboxResult
 from delethink.scoring.reward import is_importable, traits_of
-from delethink.scoring.sandbox import SandboxLimits, SandboxResult
 
 VerdictStatus = Literal["ok", "timeout", "memory", "error"]
 
@@ -149,7 +149,7 @@ class VerifierPool:
         return found
 
     def verifier_ids(self) -> list[int]:
-        """Return the process id of the verifier host, if it runs. The verifiers are its children."""
+        """Return the process id of the verifier host, the parent of verifiers, if it runs."""
         return [self._host.pid] if self._host is not None and self._host.is_alive else []
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ class _Host:
         read: Callable[[Mapping[str, Any]], Any],
         fail: Callable[[str], Any],
     ) -> Future[Any]:
-        """Send a call. Its future gets what ``read`` makes of the answer, or ``fail`` of a reason."""
+        """Send a call. Its future gets ``read(answer)``, or ``fail(reason)``."""
         waiting = _Waiting(Future(), read, fail)
         with self._lock:
             number = next(self._numbers)

@@ -10,13 +10,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from delethink.scoring.isolation import Isolation, IsolatedProcess, start_process
+from delethink.scoring.isolation import IsolatedProcess, Isolation, start_process
 
 _POLL_INTERVAL_S = 0.05
 _READ_BYTES = 1 << 16
@@ -39,6 +40,28 @@ exec(compile(source, "main.py", "exec"), {{"__name__": "__main__", "__builtins__
 """
 
 
+@dataclass(frozen=True)
+class SandboxLimits:
+    """Limits of a program."""
+
+    seconds: float = 10.0  # wall-clock time; also CPU time, rounded up
+    memory_mb: int = 1024  # address space
+    file_mb: int = 16  # size of each written file, and of each output; four times that on disk
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """Result of a program."""
+
+    status: Literal["ended", "timeout"]
+    exit_code: int  # negative for a signal
+    stdout: str
+    stderr: str
+
+
+Sandbox = Callable[[str, str, SandboxLimits], SandboxResult]
+
+
 def run_program(
     code: str, stdin: str, limits: Mapping[str, Any], isolation: Isolation
 ) -> dict[str, Any]:
@@ -47,11 +70,11 @@ def run_program(
     Args:
         code: source text.
         stdin: text on standard input.
-        limits: the fields of ``delethink.scoring.sandbox.SandboxLimits``.
+        limits: the fields of ``SandboxLimits``.
         isolation: the isolation in force.
 
     Returns:
-        The fields of ``delethink.scoring.sandbox.SandboxResult``.
+        The fields of ``SandboxResult``.
 
     Raises:
         OSError: the process or its folder cannot be created.

@@ -118,6 +118,11 @@ def traits_of(function: Callable[..., Any]) -> Traits:
     return Traits("isolated" if is_importable(function) else "thread")
 
 
+def is_marked(function: Callable[..., Any]) -> bool:
+    """Return whether a decorator of this module declared the way of execution."""
+    return isinstance(getattr(function, "__delethink_traits__", None), Traits)
+
+
 def is_importable(function: Callable[..., Any]) -> bool:
     """Return whether another process can import the function by its name."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
@@ -173,6 +178,11 @@ class Reward:
         """Return whether the function runs programs in the sandbox of the pool."""
         return POOL_INPUT in self._parameters
 
+    @property
+    def evaluates_output(self) -> bool:
+        """Return whether the function runs what the model wrote."""
+        return traits_of(self.function).evaluates_output
+
     def check(self, allow_unsafe_code: bool = False) -> None:
         """Raise a ``UserError`` if this machine cannot compute the reward."""
         traits = traits_of(self.function)
@@ -182,8 +192,8 @@ class Reward:
             return
         if self.kind == "thread" and not self.needs_sandbox:
             raise ConfigError(
-                f"the reward {self.name!r} evaluates model output as code, so isolated: false needs "
-                "scoring.allow_unsafe_code: true (--allow-unsafe-code)"
+                f"the reward {self.name!r} evaluates model output as code, so isolated: false "
+                "needs scoring.allow_unsafe_code: true (--allow-unsafe-code)"
             )
         if self.args.get("sandbox") is None:
             check_isolation()

@@ -178,17 +178,18 @@ class Scorer:
     def _sum(self, attempt: Attempt, parts: Mapping[str, Verdict]) -> Score:
         values = {r.name: parts[r.name].value if r.name in parts else None for r in self.rewards}
         errors = {k: f"{v.status}: {v.reason}" for k, v in parts.items() if v.status != "ok"}
+        zeroed = {k: v.reason for k, v in parts.items() if v.status == "ok" and v.reason}
         if attempt.stop.is_failure or errors:
-            return Score(self.rules.error, values, errors)
+            return Score(self.rules.error, values, errors, zeroed)
         weighted = [r.weight * v for r in self.rewards if (v := values[r.name]) is not None]
         if not weighted:
-            return Score(None, values, errors)
+            return Score(None, values)
         total = math.fsum(weighted)
         if attempt.stop is TraceStop.BUDGET and self.rules.out_of_budget == "zero":
             total = 0.0
         elif attempt.stop is TraceStop.BUDGET and self.rules.out_of_budget == "penalty":
             total -= self.rules.penalty
-        return Score(total, values, errors)
+        return Score(total, values, zeroed=zeroed)
 
 
 def make_scorer(

@@ -113,6 +113,12 @@ def _values_by_reward(batch: TraceBatch) -> dict[str, list[float]]:
     }
 
 
+def _share_by_reward(
+    batch: TraceBatch, causes: Sequence[Mapping[str, str]]
+) -> dict[str, float]:
+    return {name: fmean(name in cause for cause in causes) for name in batch.reward_names}
+
+
 def _verifier_errors(batch: TraceBatch) -> dict[str, int]:
     """Count traces by the kind of their first error, the text before the colon."""
     first = [next(iter(score.errors.values())) for score in batch.scores if score.errors]
@@ -169,6 +175,12 @@ METRICS: tuple[Metric, ...] = (
            lambda b: {n: fmean(v) if v else None for n, v in _values_by_reward(b).items()}),
     _batch("rewards/<name>/applied_share", "share of traces", "Traces to which the reward applies.",
            lambda b: {n: len(v) / len(b.scores) for n, v in _values_by_reward(b).items()}),
+    _batch("rewards/<name>/unscored_share", "share of traces",
+           "Traces whose reward failed: the grader is broken, or a limit too tight.",
+           lambda b: _share_by_reward(b, [score.errors for score in b.scores])),
+    _batch("rewards/<name>/zeroed_share", "share of traces",
+           "Traces scored 0 because the grader failed on their output, and on no harmless one.",
+           lambda b: _share_by_reward(b, [score.zeroed for score in b.scores])),
     _batch("verifier/<name>", "traces",
            "Traces whose reward failed with a `timeout`, for lack of `memory`, or with an `error`.",
            _verifier_errors),

@@ -21,6 +21,7 @@ from delethink.engines.factory import choose_engine
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, locate, longest_sequence
 from delethink.errors import ConfigError, MissingExtraError, ModelError, UserError
 from delethink.registry import make_task, resolve
+from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
@@ -373,12 +374,25 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
 def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
     """Score a right and a wrong answer to the first problem of each task."""
     problem = inputs.selected["train"].problems[0]
-    checks = [_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs)]
+    checks = _check_isolation(prepared)
+    checks.append(_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs))
     if prepared.recipe.evaluation.task is not None:
         task, scorer = prepared.evaluation_task, prepared.evaluation_scorer
         heldout = inputs.selected["heldout"].problems[0]
         checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs))
     return checks
+
+
+def _check_isolation(prepared: Prepared) -> list[Check]:
+    """Name the isolation for the rewards that run code of the model."""
+    scored = [*prepared.scorer.rewards, *prepared.evaluation_scorer.rewards]
+    names = ", ".join(dict.fromkeys(r.name for r in scored if r.evaluates_output))
+    if not names:
+        return []
+    if (isolation := find_isolation()) != "none":
+        return [Check("isolation", "ok", f"{names} runs code of the model inside {isolation}")]
+    found = f"{names} runs code of the model with the rights of your user (allow_unsafe_code)"
+    return [Check("isolation", "warning", found, ADVICE)]
 
 
 def _check_scorer(name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,51 @@ def test_a_stronger_sandbox_takes_its_place(
     assert passes_tests(fenced("anything"), one, sandbox="my_box:run") == 1.0
     with pytest.raises(ConfigError, match="cannot import the sandbox 'my_box:walk'"):
         passes_tests(fenced("anything"), one, sandbox="my_box:walk")
+
+
+INTEGER = "7" * 5000
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "score"),
+    [
+        ("def add(xs, x): return int('7' * 5000)", INTEGER, 1.0),
+        ("def add(xs, x): return int('7' * 4999)", INTEGER, 0.0),
+        (
+            "def add(xs, x):\n    y = []\n    for _ in range(90000): y = [y]\n    return y",
+            "[1]",
+            0.0,
+        ),
+        ("import sys\ndef add(xs, x):\n    sys.exit(0)", "[1]", 0.0),
+        ("import os\ndef add(xs, x):\n    os.kill(os.getppid(), 9)", "[1]", 0.0),
+        ("def add(xs, x): return 'x' * 10**7", "[1]", 0.0),
+        ("def add(xs, x): return float('inf')", "1e999", 1.0),
+        ("def add(xs, x): return 1e400", "1", 0.0),
+    ],
+)
+def test_a_wrong_value_scores_0_whatever_its_form(code: str, expected: str, score: float) -> None:
+    tests = [{"input": "[1, 2]\n3", "output": expected, "type": "functional"}]
+    assert passes_tests(fenced(code), {"function": "add", "tests": tests}) == score
+
+
+@pytest.mark.parametrize(
+    ("code", "score"),
+    [
+        ("print(int('7' * 5000))", 1.0),
+        ("print('[' * 100_000)", 0.0),
+        ("print('1e99999999999999999999999')", 0.0),
+        ("print('sNaN')", 0.0),
+        ("import sys; sys.stdout.buffer.write(bytes(range(256)) * 100)", 0.0),
+        ("print('9' * 500_000)", 0.0),
+    ],
+)
+def test_output_of_any_form_is_compared(code: str, score: float) -> None:
+    assert passes_tests(fenced(code), {"tests": [{"input": "", "output": INTEGER}]}) == score
+
+
+def test_a_tree_of_any_depth_and_any_modes_is_removed() -> None:
+    deep = "import os\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')"
+    closed = "import os\nos.mkdir('a', 0o300)\nopen('a/f', 'w')\nos.mkdir('a/b', 0)"
+    for code in (deep, closed):
+        assert run_python(code, "", SandboxLimits(seconds=5.0)).status == "ended"
+    assert not list(Path(tempfile.gettempdir()).glob("delethink-host-*/delethink-code-*"))

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from delethink.errors import ConfigError
+from delethink.scoring.isolation import find_isolation
 from delethink.scoring.pool import VerifierPool, VerifierSettings
 from delethink.scoring.reward import Reward
-from delethink.scoring.isolation import find_isolation
 from delethink.scoring.scorer import Scorer, ScoringRules
 from delethink.types import Attempt, Problem, TraceStop
 

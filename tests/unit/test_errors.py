@@ -19,6 +19,7 @@ from delethink.errors import (
     PolicyError,
     QueryTooLongError,
     RolloutError,
+    SandboxError,
     RunDirectoryError,
     TraceFileError,
     UserError,
@@ -41,6 +42,7 @@ LEAVES = [
     (RolloutError(TEXT), DelethinkError, RuntimeError),
     (WeightSyncError(TEXT), DelethinkError, RuntimeError),
     (NonFiniteError(TEXT), DelethinkError, ArithmeticError),
+    (SandboxError(TEXT), DelethinkError, RuntimeError),
     (ConformanceError(TEXT), DelethinkError, AssertionError),
 ]
 ALL = [DelethinkError(TEXT), UserError(TEXT), *(leaf for leaf, _, _ in LEAVES)]
