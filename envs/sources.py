@@ -234,13 +234,16 @@ def _read_rates(path: str) -> dict[str, float]:
                 f"{path} is not a file of pass rates: each line needs a prompt, and a pass_rate or "
                 f"rewards; got the keys {', '.join(sorted(row)) or 'none'}"
             )
-        rewards = row.get("rewards")
-        if "pass_rate" not in row and not isinstance(rewards, Mapping):
-            raise ConfigError(f"{path}: rewards must be a mapping, got {shorten(rewards)}")
-        rate = row["pass_rate"] if "pass_rate" in row else next(iter(rewards.values()))
+        rate = row["pass_rate"] if "pass_rate" in row else _first_reward(path, row["rewards"])
         if rate is not None:  # None for a failed trace
             seen.setdefault(str(row["prompt"]), []).append(_number(rate))
     return {prompt: sum(rates) / len(rates) for prompt, rates in seen.items()}
+
+
+def _first_reward(path: str, rewards: Any) -> Any:
+    if not isinstance(rewards, Mapping):
+        raise ConfigError(f"{path}: rewards must be a mapping, got {shorten(rewards)}")
+    return next(iter(rewards.values()))
 
 
 def _number(value: Any) -> float:

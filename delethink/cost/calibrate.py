@@ -170,7 +170,7 @@ def read_lengths(path: Path) -> FloatArray:
         ConfigError: there are no lengths, or a line has another form.
     """
     if path.is_dir():
-        seen = [record[0] for records in _traces(path).values() for record in records]
+        seen = [float(record[0]) for records in _traces(path).values() for record in records]
     else:
         seen = []
         for number, line in enumerate(read_text(path, ConfigError).splitlines(), start=1):

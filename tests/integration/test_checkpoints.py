@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from delethink.cli.main import main
 from delethink.engines.loading import check_checkpoint, load_model, locate
 from delethink.engines.weight_files import check_values, weight_files
-from delethink.errors import ModelError
+from delethink.errors import ModelError, RunDirectoryError
+from delethink.training.checkpointing import _newest_checkpoint, write_run_state
+from delethink.training.progress import TrainingProgress
 from tests.helpers import train_command
 
 pytestmark = pytest.mark.integration
@@ -186,6 +188,24 @@ def test_short_formats_are_read(tmp_path: Path, dtype: torch.dtype, value: float
     save_file({**tensors, "wrong": wrong.to(dtype)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="values in wrong;"):
         check_values(weight_files(tmp_path))
+
+
+def test_a_run_is_not_resumed_from_broken_weights(tmp_path: Path) -> None:
+    """The state says that the file has its size; an earlier checkpoint is whole."""
+    state = {"prompts": {"next": 4}, "skipped_steps": []}
+    for step, change in ((1, lambda w: None), (2, set_value(_HEAD, float("nan")))):
+        folder = copy_of_toy(tmp_path / f"checkpoint-{step}", change)
+        write_run_state(folder, step, state)
+    progress = TrainingProgress()
+    with pytest.raises(RunDirectoryError, match=r"checkpoint-2: .* in lm_head\.weight.*delete"):
+        _newest_checkpoint(tmp_path, progress)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    found = _newest_checkpoint(tmp_path, progress)
+    assert found is not None
+    assert (found.step, found.run_state) == (1, state)
+    for odd in ("[" * 5000, "{}", '{"files": {}, "run": {"prompts": {"next": "4"}}}', "[]"):
+        (tmp_path / "checkpoint-1" / "delethink.json").write_text(odd)
+        assert _newest_checkpoint(tmp_path, progress) is None
 
 
 # -- through commands ------------------------------------------------------------------------------

@@ -94,3 +94,32 @@ def test_parquet_that_holds_no_traces_is_refused(tmp_path: Path) -> None:
     newer.to_parquet(str(path))
     with pytest.raises(TraceFileError, match="record 1: the trace has version 9"):
         list(read_traces(path))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("metadata", "[" * 5000, "'metadata' cannot be used: it has more than 100 levels"),
+        ("rewards", '{"a": NaN}', "NaN is no JSON number"),
+        ("before", None, "'before' must be a text"),
+        ("query_ids", [-1], "'query_ids' must be a list of token ids, got -1"),
+        ("query_ids", [None], "'query_ids' must be a list of token ids, got None"),
+        ("advantage", float("nan"), "'advantage' must be a finite number"),
+        ("prompt", None, "'prompt' must be a text"),
+        ("chunks", None, "'chunks' must be a list"),
+    ],
+)
+def test_values_of_parquet_are_validated(
+    tmp_path: Path, column: str, value: object, says: str
+) -> None:
+    path = tmp_path / "x.parquet"
+    to_dataset(records()[:1]).map(lambda row: {column: value}).to_parquet(str(path))
+    with pytest.raises(TraceFileError, match="record 1: ") as caught:
+        list(read_traces(path))
+    assert says in str(caught.value)
+
+
+def test_a_folder_is_no_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(TraceFileError, match=r"x\.parquet"):
+        list(read_traces(tmp_path / "x.parquet"))
