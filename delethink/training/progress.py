@@ -115,7 +115,8 @@ def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(safe_text(title, lines=False))
     for axes, key in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
-        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+        found = [(line["step"], line.get(key)) for line in metrics]
+        points = [(step, value) for step, value in found if isinstance(value, (int, float))]
         metric = find_metric(key)
         axes.set_title(f"{key} ({metric.unit})" if metric else key, fontsize=10)
         axes.set_xlabel("step")

@@ -328,9 +328,11 @@ def _explain_values(path: Path, line: int | None = None) -> Iterator[None]:
         raise RunDirectoryError(f"{where}: {reason}; correct the file") from None
 
 
-def _get_metric(values: Mapping[str, Any], key: str) -> float | str:
-    """Return a finite number or a text."""
-    return get_text(values, key) if isinstance(values[key], str) else get_number(values, key)
+def _get_metric(values: Mapping[str, Any], key: str) -> Any:
+    """Return a finite number, a text, or what a metric has for each chunk."""
+    value = values[key]
+    is_other = isinstance(value, (str, bool, dict, list))
+    return value if is_other else get_number(values, key)
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -148,7 +148,14 @@ CONFIG = {
     "num_hidden_layers": 3,
     "vocab_size": 16,
 }
-METRICS = {"step": 1, "loss": None, "reward": 0.5, "seconds_sampling": 1, "seconds_training": 2.0}
+METRICS = {
+    "step": 1,
+    "loss": None,
+    "reward": 0.5,
+    "seconds_sampling": 1,
+    "seconds_training": 2.0,
+    "by_chunk": {"entropy": [0.5, 0.25]},
+}
 
 
 def read_trace(folder: Path, data: bytes) -> Any:
