@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -47,11 +48,12 @@ _REFUSED_CALLS = (
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("utime", "utimes", "utimensat", "futimesat", "mknod", "mknodat"),
     *("setxattr", "lsetxattr", "fsetxattr", "setxattrat"),
-    *("removexattr", "lremovexattr", "fremovexattr", "removexattrat"),
+    *("removexattr", "lremovexattr", "fremovexattr", "removexattrat", "file_setattr"),
     # limits, priorities and memory of other processes
     *("setpriority", "sched_setaffinity", "sched_setscheduler", "sched_setparam"),
     *("sched_setattr", "ioprio_set", "prlimit64", "setrlimit", "process_madvise"),
     *("migrate_pages", "move_pages", "pidfd_open", "pidfd_getfd", "pidfd_send_signal"),
+    *("process_mrelease", "set_mempolicy_home_node", "quotactl", "quotactl_fd"),
     # objects of the kernel without a process or a path
     *("memfd_create", "memfd_secret", "mq_open", "mq_unlink", "inotify_init", "inotify_init1"),
     *("fanotify_init", "listen", "accept", "accept4"),
@@ -218,32 +220,54 @@ class _PlainProcess:
 
 
 class _ConfinedProcess:
-    """Process confined by sandlock."""
+    """Process confined by sandlock.
+
+    sandlock's supervisor makes some calls for the process, with the rights of the thread that
+    started it. That thread therefore confines itself first. It lives as long as the process, which
+    the kernel kills when its parent thread ends.
+    """
 
     def __init__(self, command: Sequence[str], with_stderr: bool, **policy: Any) -> None:
-        import sandlock
-        from sandlock.sandbox import StdioMode
-
-        try:
-            self._process = sandlock.Sandbox(**policy).popen(
-                list(command),
-                stdin=StdioMode.PIPED,
-                stdout=StdioMode.PIPED,
-                stderr=StdioMode.PIPED if with_stderr else StdioMode.NULL,
-            )
-        except (RuntimeError, sandlock.SandlockError) as error:
-            raise OSError(f"cannot start an isolated process: {error}") from None
+        self._is_started, self._is_over = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
+        arguments = list(command), with_stderr, policy
+        threading.Thread(target=self._supervise, args=arguments, daemon=True).start()
+        self._is_started.wait()
+        if self._error is not None:
+            raise OSError(f"cannot start an isolated process: {self._error}") from None
         self.pid = self._process.pid or 0
         self.stdin: Any = self._process.stdin
         self.stdout: Any = self._process.stdout
         self.stderr: Any = self._process.stderr
+
+    def _supervise(self, command: list[str], with_stderr: bool, policy: dict[str, Any]) -> None:
+        try:
+            import sandlock
+            from sandlock.sandbox import StdioMode
+
+            confine([*policy["fs_readable"], "/proc"], policy["fs_writable"])
+            self._process = sandlock.Sandbox(**policy).popen(
+                command,
+                stdin=StdioMode.PIPED,
+                stdout=StdioMode.PIPED,
+                stderr=StdioMode.PIPED if with_stderr else StdioMode.NULL,
+            )
+        except Exception as error:  # raised by the constructor
+            self._error = error
+        finally:
+            self._is_started.set()
+        if self._error is None:
+            self._is_over.wait()
 
     def end(self) -> int:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(self.pid, signal.SIGKILL)  # the group may be another one by now
         with suppress(OSError, RuntimeError):
             self._process.kill()
-        result = self._process.wait(timeout=_PROBE_TIMEOUT_S)
+        try:
+            result = self._process.wait(timeout=_PROBE_TIMEOUT_S)
+        finally:
+            self._is_over.set()
         _close(self.stdin, self.stdout, self.stderr)
         return int(result.exit_code) if int(result.reason or 0) == 0 else -signal.SIGKILL
 
@@ -300,9 +324,9 @@ def _bubblewrap(path: Sequence[str]) -> list[str]:
         if os.path.islink(name):
             arguments += ["--symlink", os.readlink(name), name]
     for name in python_folders(path):
-        if not name.startswith("/dev/"):
+        if not name.startswith("/dev/") and name != "/tmp":  # the scratch folder is there
             arguments += ["--ro-bind", name, name]
     for name in {*map(os.path.abspath, path), sys.prefix, os.path.dirname(sys.executable)}:
         if os.path.realpath(name) != name and os.path.exists(name):
             arguments += ["--ro-bind", os.path.realpath(name), name]
-    return [*arguments, "--chdir", "/tmp"]
+    return [*arguments, "--remount-ro", "/", "--chdir", "/tmp"]
