@@ -50,7 +50,8 @@ class TraceRecord:
     advantage: float | None = None  # None for a trace without training
     text: str | None = None  # the decoded trace, for people only
     reward: float | None = None  # weighted sum of rewards; None: no reward applies, or one failed
-    reward_errors: Mapping[str, str] = field(default_factory=dict)  # cause of each failed reward
+    # cause of each reward without a value, or of 0 because its grader failed on the output
+    reward_errors: Mapping[str, str] = field(default_factory=dict)
 
     def rescored(
         self, name: str, reward: Callable[[str, str], float], tokenizer: Tokenizer

@@ -27,6 +27,8 @@ class FrameReader:
 
     def __init__(self, pipe: int, max_bytes: int) -> None:
         self._pipe, self._max_bytes = pipe, max_bytes
+        self._poll = select.poll()  # select() refuses descriptors from 1,024
+        self._poll.register(pipe, select.POLLIN)
         self._buffer = bytearray()
 
     def read(self, deadline: float | None = None) -> dict[str, Any]:
@@ -43,8 +45,8 @@ class FrameReader:
 
     def _take(self, size: int, deadline: float | None) -> bytes:
         while len(self._buffer) < size:
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._pipe], [], [], wait)[0]:
+            wait = None if deadline is None else max(0.0, 1000 * (deadline - time.monotonic()))
+            if not self._poll.poll(wait):
                 raise TimeoutError("no answer in time")
             data = os.read(self._pipe, _READ_BYTES)
             if not data:

@@ -101,9 +101,11 @@ class Host:
                 end_group()
 
     def _send_heartbeats(self) -> None:
-        while True:
+        parent = os.getppid()
+        while os.getppid() == parent:  # a fork of the owner may keep the pipe open
             time.sleep(HEARTBEAT_INTERVAL_S)
             self._write({"heartbeat": True})
+        end_group()
 
     # Rewards that only read text
 

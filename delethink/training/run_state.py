@@ -253,7 +253,7 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
                 trace=trace,
                 reward=score.total,
                 rewards=score.parts,
-                reward_errors=score.errors,
+                reward_errors={**score.errors, **score.zeroed},
                 advantage=advantage,
                 text=self.tokenizer.decode(list(trace.output_ids)),
             )
