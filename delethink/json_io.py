@@ -3,17 +3,21 @@
 Text is refused if it is no UTF-8 or no standard JSON: NaN, infinity and numbers that overflow,
 repeated keys, nesting beyond ``MAX_DEPTH``, half surrogate pairs. So whatever is returned can be
 printed, compared, encoded and written again. Types of values are checked by the functions at the
-end.
+end. A file may begin with a byte-order mark and may be compressed with gzip, up to a size.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
 import math
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from delethink.errors import UserError
 
@@ -21,6 +25,8 @@ MAX_DEPTH = 100  # lists and mappings inside each other
 _MAX_COUNT = 2**63 - 1
 _MAX_DIGITS = 300  # an integer of more digits overflows as a float
 _SHOWN = 60  # characters of a wrong value in an error text
+_MAX_DECOMPRESSED_BYTES = 2**31  # of one file; gzip packs up to a thousand bytes in one
+_GZIP_MARK = b"\x1f\x8b"
 
 Value = TypeVar("Value")
 
@@ -50,6 +56,11 @@ def parse_json(text: str | bytes, where: str, error_class: type[UserError]) -> A
     raise error_class(f"{where} {reason}")
 
 
+def kind_of_file(file: Path) -> str:
+    """Return the suffix that names the kind of a file: ``.jsonl`` of ``x.jsonl.gz``."""
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
 def read_text(path: Path, error_class: type[UserError]) -> str:
     """Return the text of a UTF-8 file."""
     return _decode(_read_bytes(path, error_class), path, error_class)
@@ -77,8 +88,10 @@ def read_json_lines(
         place: name of a line in error texts.
     """
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 is_whole = line.endswith(b"\n")
                 if not is_whole and partial == "skip":
                     return
@@ -99,9 +112,50 @@ def read_json_lines(
 
 def _read_bytes(path: Path, error_class: type[UserError]) -> bytes:
     try:
-        return path.read_bytes()
+        with _open(path) as file:
+            return file.read().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:
         raise _read_error(path, error, error_class) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file, and decompress it if it begins as gzip does, whatever its name."""
+    file = io.BufferedReader(io.FileIO(path))
+    if not file.peek(len(_GZIP_MARK)).startswith(_GZIP_MARK):
+        return file
+    return io.BufferedReader(_Decompressed(file))
+
+
+class _Decompressed(io.RawIOBase):
+    """The bytes of a gzip file, up to ``_MAX_DECOMPRESSED_BYTES``."""
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        self._packed, self._file, self._size = packed, gzip.GzipFile(fileobj=packed), 0
+
+    def readable(self) -> bool:
+        """Return true."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` and return the number of bytes, 0 at the end."""
+        try:
+            data = self._file.read(len(buffer))
+        except (EOFError, zlib.error) as error:  # a cut or damaged file
+            raise OSError(f"its gzip data are damaged: {error}") from None
+        self._size += len(data)
+        if self._size > _MAX_DECOMPRESSED_BYTES:
+            raise OSError(
+                f"it has more than {_MAX_DECOMPRESSED_BYTES:,} bytes once decompressed; decompress "
+                "it with gunzip if that is right"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._packed.close()
+        super().close()
 
 
 def _read_error(path: Path, error: Exception, error_class: type[UserError]) -> UserError:

@@ -27,9 +27,16 @@ _PRESETS = (
     "math_500",
     "aime_2024",
     "aime_2025",
+    "aime_2026",
     "hmmt_2025",
+    "hmmt_nov_2025",
+    "hmmt_feb_2026",
+    "beyond_aime",
+    "imo_answerbench",
     "gpqa_diamond",
+    "supergpqa",
     "livecodebench",
+    "livecodebench_v6",
     "crosswordbench",
 )
 _SHIPPED = {
@@ -41,6 +48,7 @@ _SHIPPED = {
         **{name: f"delethink.envs.presets:{name}" for name in _PRESETS},
         "aime24": "delethink.envs.presets:aime_2024",  # names used by other evaluators
         "aime25": "delethink.envs.presets:aime_2025",
+        "aime26": "delethink.envs.presets:aime_2026",
     },
     "delethink.rewards": {
         "chunks": "delethink.rewards.length:chunks",

@@ -16,6 +16,7 @@ from typing import Any
 from delethink.tokens import Logprobs as Logprobs
 from delethink.tokens import TokenIds as TokenIds  # re-exported with the other types
 
+ACCEPTED_ANSWERS = "accepted_answers"  # key of a problem's metadata with all its gold answers
 END_OF_THINKING = "</think>"  # separates thinking from the answer; does not end a chunk
 
 
@@ -61,6 +62,11 @@ class Problem:
     answer: str  # the gold answer
     metadata: Mapping[str, Any] = field(default_factory=dict)
     before: tuple[Mapping[str, str], ...] = ()  # earlier messages: {"role": ..., "content": ...}
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Return the accepted answers: the gold answer, or those in the metadata."""
+        return tuple(map(str, self.metadata.get(ACCEPTED_ANSWERS) or (self.answer,)))
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import random
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from delethink.envs.rows import (
+    MISSING,
+    Message,
+    accepted_answers,
+    names_of,
+    read_date,
+    read_question,
+    value_at,
+)
 from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.tasks import check_split
-from delethink.types import END_OF_THINKING, Problem
+from delethink.types import ACCEPTED_ANSWERS, END_OF_THINKING, Problem
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+# Columns of well-known sets: DeepScaleR, verl, TRL, Tulu, NeMo, DeepMath, Search-R1, SYNTHETIC-1.
+PROBLEM_KEYS = "problem|prompt|question|messages"
+ANSWER_KEYS = (
+    "answer|ground_truth|reward_model.ground_truth|expected_answer|final_answer|gold|"
+    "golden_answers|verification_info.ground_truth|label|target|solution"
+)
+
+_MATHEMATICAL = {"math", "numeric"}  # rewards that read answers as formulas
+_WORD = re.compile(r"[^\W\d_]{2,}")  # a single letter may be a variable, and its case matters
+_NUMBER = re.compile(r"[-+]?\d{1,40}(?:\.\d{1,40})?")
 
 # What a converter raises for a row of another form.
 _WRONG_ROW = (
@@ -89,15 +113,19 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def convert_plain(spec: DatasetSpec, row: SourceRow) -> Problem | None:
-    """Convert a row with a problem and an answer column; ``None`` if one is empty."""
-    values = spec.value(row, spec.problem_key), spec.value(row, spec.answer_key)
-    # A missing number is NaN in Parquet files, and NaN differs from itself.
-    given = ("" if value is None or value != value else str(value).strip() for value in values)
-    question, answer = given
-    if not question or not answer:
+    """Convert a row with a problem and an answer column; ``None`` if one is empty.
+
+    Of several accepted answers the first is the problem's; all of them stand in its metadata.
+    """
+    question = read_question(spec.value(row, spec.problem_key))
+    gold = spec.value(row, spec.answer_key)
+    answers = accepted_answers(gold, as_mathematics=spec.rewards.keys() <= _MATHEMATICAL)
+    if question is None or not answers:
         return None
     metadata = {key: spec.value(row, key) for key in spec.metadata_keys}
-    return spec.make_problem(question, answer, metadata)
+    if len(answers) > 1:
+        metadata[ACCEPTED_ANSWERS] = list(answers)
+    return spec.make_problem(question.prompt, answers[0], metadata, question.before)
 
 
 @dataclass(frozen=True)
@@ -109,11 +137,16 @@ class DatasetSpec:
     split: str = "train"  # the part with the problems
     config: str | None = None  # the configuration, for a data set with several
     files: str | None = None  # a pattern of file names, if they are not named after the split
-    problem_key: str = "problem"  # column with the problem; ``a|b``: the first of these in a row
-    answer_key: str = "answer"  # the column with the gold answer, as ``problem_key``
+    # column with the problem; ``a|b``: the first of these in a row; ``a.b``: the key b inside a
+    problem_key: str = PROBLEM_KEYS
+    answer_key: str = ANSWER_KEYS  # the column with the gold answer, as ``problem_key``
     metadata_keys: Sequence[str] = ()  # additional columns for rewards
     template: str = BOXED  # the prompt, with ``{problem}`` in place of the problem
+    conversation_template: str = "{problem}"  # as ``template``, for problems that are conversations
     system: str | None = None  # a system message before the prompt
+    date_key: str | None = None  # the column with the date of a problem
+    start_date: str | None = None  # first and last day of the problems used, as 2024-08-01
+    end_date: str | None = None
     rewards: Mapping[str, float] = field(default_factory=lambda: {"math": 1.0})
     for_evaluation: bool = False  # hold out all problems
     heldout_share: float = 0.02  # chosen by a hash of the problem; 1 holds out all
@@ -131,6 +164,9 @@ class DatasetSpec:
         metadata_keys: Sequence[str] | None = None,
         template: str | None = None,
         system: str | None = None,
+        date_key: str | None = None,
+        start_date: str | None = None,
+        end_date: str | None = None,
         reward: str | None = None,
         eval_dataset: str | None = None,
         eval_split: str | None = None,
@@ -143,7 +179,8 @@ class DatasetSpec:
     ) -> DatasetTask:
         """Create the task. Arguments named as fields of the class replace these fields.
 
-        The others are:
+        A conversation is used as it stands. A ``template`` given here is put around its last
+        message, and a ``system`` given here replaces its system message. The other arguments are:
 
         - ``reward``: the name of the only reward.
         - ``eval_dataset``: source of held-out problems; by default the same data set.
@@ -156,9 +193,13 @@ class DatasetSpec:
         Raises:
             ConfigError: a data set, column or template is missing or invalid.
         """
+        if isinstance(template, Mapping) and list(template.items()) == [("problem", None)]:
+            template = "{problem}"  # which YAML reads as a mapping
         arguments = locals()
         given = {f.name: arguments[f.name] for f in fields(self) if f.name in arguments}
         spec = replace(self, **{key: value for key, value in given.items() if value is not None})
+        if template is not None:
+            spec = replace(spec, conversation_template=template)
         if reward is not None:
             spec = replace(spec, rewards={reward: 1.0})
         spec._check()
@@ -172,7 +213,7 @@ class DatasetSpec:
                 f"task.args of {self.name!r} must have 'dataset': a JSON-lines, JSON, Parquet or "
                 "CSV file, a folder, or a name on the Hugging Face hub"
             )
-        if "{problem}" not in self.template:
+        if not isinstance(self.template, str) or "{problem}" not in self.template:
             raise ConfigError(f"the template {self.template!r} must contain {{problem}}")
         if "\\n\\n" in self.template:
             raise ConfigError(
@@ -181,6 +222,25 @@ class DatasetSpec:
             )
         if not 0 <= self.heldout_share <= 1:
             raise ConfigError(f"heldout_share must be in 0..1, got {self.heldout_share}")
+        start, end = self._window
+        if (start or end) and self.date_key is None:
+            raise ConfigError("start_date and end_date need date_key, the column with the dates")
+        if start and end and start > end:
+            raise ConfigError(f"start_date must not be after end_date, got {start} and {end}")
+
+    @property
+    def _window(self) -> tuple[datetime.date | None, datetime.date | None]:
+        days = (self.start_date, "start_date"), (self.end_date, "end_date")
+        start, end = (None if day is None else read_date(day, name) for day, name in days)
+        return start, end
+
+    def is_in_window(self, row: SourceRow) -> bool:
+        """Return whether the date of a row is from ``start_date`` to ``end_date``."""
+        start, end = self._window
+        if self.date_key is None or (start is None and end is None):
+            return True
+        day = read_date(self.value(row, self.date_key), self.date_key)
+        return (start is None or start <= day) and (end is None or day <= end)
 
     @property
     def summary(self) -> str:
@@ -197,36 +257,105 @@ class DatasetSpec:
             ConfigError: the row has none of them.
         """
         for key in keys.split("|"):
-            if key in row:
-                return row[key]
+            value = value_at(row, key)
+            if value is not MISSING:
+                return value
         raise ConfigError(
             f"the data set {self.dataset} has no column {keys.replace('|', ' or ')!r}."
-            f"{did_you_mean(keys, row)} Set task.args.problem_key and task.args.answer_key"
+            f"{did_you_mean(keys, names_of(row))} Set task.args.problem_key and "
+            "task.args.answer_key"
         )
 
-    def make_problem(self, question: str, answer: str, metadata: Mapping[str, Any]) -> Problem:
-        """Return the problem with its prompt and system message."""
-        before = () if self.system is None else ({"role": "system", "content": self.system},)
-        return Problem(self.template.replace("{problem}", question), answer, metadata, before)
+    def make_problem(
+        self,
+        question: str,
+        answer: str,
+        metadata: Mapping[str, Any],
+        before: Sequence[Message] | None = None,
+    ) -> Problem:
+        """Return the problem with its prompt and system message.
+
+        Args:
+            question: the text of the problem, or the last message of a conversation.
+            answer: the gold answer.
+            metadata: additional values for rewards.
+            before: the earlier messages of a conversation; ``None`` if it is none.
+        """
+        template = self.template if before is None else self.conversation_template
+        messages = tuple(before or ())
+        if self.system is not None:
+            system = {"role": "system", "content": self.system}
+            messages = (system, *(m for m in messages if m["role"] != "system"))
+        return Problem(template.replace("{problem}", question), answer, metadata, messages)
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    """Different problems in order, as a reader tells them apart."""
+
+    by_text: dict[str, RatedProblem] = field(default_factory=dict)
+    _by_answer: dict[Hashable, str] = field(default_factory=dict)
+
+    def find(self, problem: Problem) -> str | None:
+        """Return the text of the same problem, if it is known.
+
+        White space makes no difference. Neither does the case of words if the answers agree:
+        "ASCII code of A?" and "ASCII code of a?" are two problems.
+        """
+        text = _text_of(problem)
+        return text if text in self.by_text else self._by_answer.get(_folded(problem))
+
+    def add(self, problem: Problem, rate: float | None) -> None:
+        """Add a problem that is not known yet."""
+        text = _text_of(problem)
+        self.by_text[text] = problem, rate
+        self._by_answer[_folded(problem)] = text
+
+    def without(self, removed: Callable[[Problem], bool]) -> _Distinct:
+        """Return the problems that are not removed."""
+        kept = _Distinct()
+        for problem, rate in self.by_text.values():
+            if not removed(problem):
+                kept.add(problem, rate)
+        return kept
+
+
+def _text_of(problem: Problem) -> str:
+    """Return the whole conversation with white space merged, in one Unicode form."""
+    parts = [f"{message['role']}: {message['content']}" for message in problem.before]
+    return unicodedata.normalize("NFC", " ".join(" ".join([*parts, problem.prompt]).split()))
+
+
+def _folded(problem: Problem) -> Hashable:
+    """Return a key that ignores the case of words, with the answer."""
+    return _WORD.sub(lambda word: word[0].casefold(), _text_of(problem)), _gold_of(problem)
+
+
+def _gold_of(problem: Problem) -> Hashable:
+    """Return the accepted answers as a key; 070 and 70.0 are one number."""
+    merged = (" ".join(answer.split()) for answer in problem.accepted)
+    return frozenset(Fraction(one) if _NUMBER.fullmatch(one) else one for one in merged)
 
 
 def _build(
     spec: DatasetSpec, rates: PassRates, eval_dataset: str | None, eval_split: str | None, seed: int
 ) -> DatasetTask:
     left_out: Counter[str] = Counter()
-    train, heldout = _read_problems(spec, rates, left_out), {}
+    train, heldout = _read_problems(spec, rates, left_out), _Distinct()
     if spec.for_evaluation:
-        train, heldout = {}, train
+        train, heldout = heldout, train
     elif eval_dataset or eval_split:
         source = replace(spec, dataset=eval_dataset or spec.dataset, split=eval_split or spec.split)
         heldout = _read_problems(source, rates, left_out, "heldout_")
-        left_out["also_heldout"] = len(train.keys() & heldout.keys())
+        before = len(train.by_text)
+        train = train.without(lambda problem: heldout.find(problem) is not None)
+        left_out["also_heldout"] = before - len(train.by_text)
     else:
-        heldout = {k: known for k, known in train.items() if _is_held_out(k, spec.heldout_share)}
-    train = {key: known for key, known in train.items() if key not in heldout}
+        heldout = train.without(lambda problem: not _is_held_out(problem, spec.heldout_share))
+        train = train.without(lambda problem: _is_held_out(problem, spec.heldout_share))
     task = DatasetTask(
-        rates.select(train.values(), left_out),
-        [problem for problem, _ in heldout.values()],
+        rates.select(train.by_text.values(), left_out),
+        [problem for problem, _ in heldout.by_text.values()],
         spec.rewards,
         {name: number for name, number in left_out.items() if number},
         seed,
@@ -241,27 +370,29 @@ def _build(
 
 def _read_problems(
     spec: DatasetSpec, rates: PassRates, left_out: Counter[str], prefix: str = ""
-) -> dict[str, RatedProblem]:
-    """Return the different problems by key, without those with contradictory answers."""
+) -> _Distinct:
+    """Return the different problems, without those with contradictory answers."""
     assert spec.dataset is not None
-    found: dict[str, RatedProblem] = {}
+    found = _Distinct()
     contradictory = set()
     rows = read_rows(spec.dataset, spec.split, spec.config, spec.files)
     for number, row in enumerate(rows, 1):
+        if not spec.is_in_window(row):
+            left_out[prefix + "outside_dates"] += 1
+            continue
         problem = _convert_row(spec, row, number)
         if problem is None:
             left_out[prefix + "without_problem_or_answer"] += 1
             continue
-        # Case and white space make no different problem.
-        key = " ".join(problem.prompt.casefold().split())
-        if key not in found:
-            found[key] = problem, rates.rate(problem, row)
+        known = found.find(problem)
+        if known is None:
+            found.add(problem, rates.rate(problem, row))
             continue
         left_out[prefix + "duplicates"] += 1
-        if problem.answer != found[key][0].answer:
-            contradictory.add(key)
+        if _gold_of(problem) != _gold_of(found.by_text[known][0]):
+            contradictory.add(known)
     left_out[prefix + "contradictory"] += len(contradictory)
-    return {key: known for key, known in found.items() if key not in contradictory}
+    return found.without(lambda problem: _text_of(problem) in contradictory)
 
 
 def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | None:
@@ -276,7 +407,10 @@ def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | No
         ) from error
 
 
-def _is_held_out(key: str, share: float) -> bool:
+def _is_held_out(problem: Problem, share: float) -> bool:
+    """Choose by a hash of what was asked, so that problems alike but for case stay together."""
+    turns = [message["content"] for message in problem.before if message["role"] != "system"]
+    key = " ".join(" ".join([*turns, problem.prompt]).casefold().split())
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 

@@ -7,17 +7,22 @@ Each preset has its name on the Hugging Face hub, its columns, its prompt and it
 from __future__ import annotations
 
 import base64
-import io
 import json
-import pickle
+import pickletools
 import random
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from delethink.envs.dataset import DatasetSpec
 from delethink.envs.sources import SourceRow
 from delethink.errors import ConfigError
 from delethink.types import Problem
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MAX_TESTS_BYTES = 2**28  # of one problem's private tests; zlib packs a thousand bytes in one
+_TEXT_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 
 CHOICES = (
     "{problem}\n\nThink step by step. Choose one of the options, and put its letter within "
@@ -43,14 +48,31 @@ def convert_choices(spec: DatasetSpec, row: SourceRow) -> Problem | None:
     order = [0, 1, 2, 3]
     random.Random(f"choices of {question}").shuffle(order)  # the same on every machine
     shuffled = [str((right, *wrong)[i]).strip() for i in order]
-    listed = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", shuffled, strict=True))
-    question = f"{str(question).strip()}\n\n{listed}"
-    return spec.make_problem(question, "ABCD"[order.index(0)], {"choices": shuffled})
+    return _make_choice(spec, str(question), shuffled, _LETTERS[order.index(0)])
+
+
+def convert_options(spec: DatasetSpec, row: SourceRow) -> Problem | None:
+    """Convert a question with a list of options and the letter of the right one."""
+    question = spec.value(row, spec.problem_key)
+    options = [str(option).strip() for option in spec.value(row, "options") or ()]
+    letter = str(spec.value(row, spec.answer_key) or "").strip().upper()
+    if not question or not letter:
+        return None
+    if letter not in list(_LETTERS[: len(options)]):
+        raise ValueError(f"the answer {letter!r} is none of the {len(options)} options")
+    return _make_choice(spec, str(question), options, letter)
+
+
+def _make_choice(spec: DatasetSpec, question: str, choices: Sequence[str], right: str) -> Problem:
+    listed = "\n".join(f"{letter}) {text}" for letter, text in zip(_LETTERS, choices, strict=False))
+    question = f"{question.strip()}\n\n{listed}"
+    return spec.make_problem(question, right, {"choices": list(choices)})
 
 
 def demonstrate_choice(problem: Problem) -> tuple[str, str]:
     """Return the right letter and a wrong letter."""
-    wrong = "ABCD"[("ABCD".index(problem.answer) + 1) % 4]
+    place = _LETTERS.index(problem.answer) + 1
+    wrong = _LETTERS[place % len(problem.metadata["choices"])]
     return f"\\boxed{{{problem.answer}}}", f"\\boxed{{{wrong}}}"
 
 
@@ -85,22 +107,38 @@ def _tests(cases: Any) -> list[dict[str, Any]]:
     ]
 
 
-class _TextUnpickler(pickle.Unpickler):
-    """Unpickles strings, and refuses everything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"the pickle of a test refers to {module}.{name}")
-
-
 def _unpack(packed: str) -> str:
     """Decode private tests: JSON, pickled, compressed and in base 64."""
+    unzip = zlib.decompressobj()
     try:
-        text = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
-    except (zlib.error, pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
+        data = unzip.decompress(base64.b64decode(packed), _MAX_TESTS_BYTES)
+        if unzip.unconsumed_tail:
+            raise ValueError(f"they have more than {_MAX_TESTS_BYTES:,} bytes once decompressed")
+        if not unzip.eof:
+            raise ValueError("their end is missing")
+        return _pickled_text(data)
+    except (zlib.error, ValueError, LookupError) as error:
         raise ConfigError(f"private tests cannot be unpacked: {error}") from None
-    if not isinstance(text, str):
-        raise ConfigError(f"private tests must be text, got {type(text).__name__}")
-    return text
+
+
+def _pickled_text(data: bytes) -> str:
+    """Return the text of a pickle that holds one text. Its opcodes are read, and never executed.
+
+    Raises:
+        ValueError: anything else, such as a pickle that would run code.
+    """
+    texts: list[str] = []
+    for opcode, argument, _ in pickletools.genops(data):
+        if "GLOBAL" in opcode.name:
+            name = ".".join(texts[-2:]) if argument is None else str(argument).replace(" ", ".")
+            raise ValueError(f"the pickle of a test refers to {name[:100]}")
+        if "UNICODE" in opcode.name:
+            texts.append(str(argument))
+        elif opcode.name not in _TEXT_OPCODES:
+            raise ValueError(f"private tests must be text, got a pickle with {opcode.name}")
+    if len(texts) != 1:
+        raise ValueError(f"private tests must be one text, got {len(texts)}")
+    return texts[0]
 
 
 def convert_crossword(spec: DatasetSpec, row: SourceRow) -> Problem | None:
@@ -151,7 +189,20 @@ openmath = DatasetSpec(
 math_500 = DatasetSpec("math_500", "HuggingFaceH4/MATH-500", split="test", for_evaluation=True)
 aime_2024 = DatasetSpec("aime_2024", "HuggingFaceH4/aime_2024", for_evaluation=True)
 aime_2025 = DatasetSpec("aime_2025", "MathArena/aime_2025", for_evaluation=True)
+aime_2026 = DatasetSpec("aime_2026", "MathArena/aime_2026", for_evaluation=True)
 hmmt_2025 = DatasetSpec("hmmt_2025", "MathArena/hmmt_feb_2025", for_evaluation=True)
+hmmt_nov_2025 = DatasetSpec("hmmt_nov_2025", "MathArena/hmmt_nov_2025", for_evaluation=True)
+hmmt_feb_2026 = DatasetSpec("hmmt_feb_2026", "MathArena/hmmt_feb_2026", for_evaluation=True)
+beyond_aime = DatasetSpec(
+    "beyond_aime", "ByteDance-Seed/BeyondAIME", split="test", for_evaluation=True
+)
+imo_answerbench = DatasetSpec(
+    "imo_answerbench",
+    "evalscope/imo-answerbench",
+    problem_key="Problem|problem",
+    answer_key="Short Answer|short_answer|answer",
+    for_evaluation=True,
+)
 gpqa_diamond = DatasetSpec(
     "gpqa_diamond",
     "Idavidrein/gpqa",
@@ -164,6 +215,17 @@ gpqa_diamond = DatasetSpec(
     convert=convert_choices,
     demonstrate=demonstrate_choice,
 )
+supergpqa = DatasetSpec(
+    "supergpqa",
+    "m-a-p/SuperGPQA",
+    problem_key="question",
+    answer_key="answer_letter",
+    template=CHOICES,
+    rewards={"multiple_choice": 1.0},
+    for_evaluation=True,
+    convert=convert_options,
+    demonstrate=demonstrate_choice,
+)
 livecodebench = DatasetSpec(
     "livecodebench",
     "livecodebench/code_generation_lite",
@@ -172,9 +234,14 @@ livecodebench = DatasetSpec(
     problem_key="question_content",
     template=PROGRAM,
     rewards={"code": 1.0},
+    date_key="contest_date",
     for_evaluation=True,
     convert=convert_program,
     demonstrate=demonstrate_program,
+)
+# Release 6 in the months that reports use (August 2024 to May 2025).
+livecodebench_v6 = replace(
+    livecodebench, name="livecodebench_v6", start_date="2024-08-01", end_date="2025-05-01"
 )
 crosswordbench = DatasetSpec(
     "crosswordbench",

@@ -6,21 +6,23 @@ import csv
 import glob
 import io
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from delethink.envs.rows import MISSING, names_of, value_at
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.json_io import read_json, read_json_lines, read_text, shorten
+from delethink.json_io import kind_of_file, read_json, read_json_lines, read_text, shorten
 from delethink.types import Problem
 
 SourceRow = dict[str, Any]
 RatedProblem = tuple[Problem, float | None]  # with its measured pass rate
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")  # of files; .gz may follow all but Parquet
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -30,8 +32,8 @@ def read_rows(
     """Return the rows of a split.
 
     Args:
-        dataset: a file (JSON lines, JSON, Parquet, CSV), a folder of such files, or the name of a
-            data set on the Hugging Face hub.
+        dataset: a file (JSON lines, JSON, Parquet, CSV, also compressed as in ``.jsonl.gz``), a
+            folder of such files, or the name of a data set on the Hugging Face hub.
         split: the split of a folder or of a data set on the hub; a file has one split.
         config: the configuration of a data set with several.
         files: a pattern of the names of the split's files, if they are not named after the split.
@@ -45,7 +47,8 @@ def read_rows(
         return _read_file(path)
     if path.is_dir():
         return [row for file in _files(path, split, config, files) for row in _read_file(file)]
-    if path.suffix in _SUFFIXES or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+    is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    if is_path or kind_of_file(path) in SUFFIXES:
         raise ConfigError(f"the data set {path} does not exist: no such file or folder")
     return _fetch(dataset, split, config, files)
 
@@ -54,7 +57,7 @@ def _files(folder: Path, split: str, config: str | None, pattern: str | None) ->
     present = sorted(
         file
         for file in (path.relative_to(folder) for path in folder.rglob("*"))
-        if file.suffix in _SUFFIXES
+        if kind_of_file(file) in SUFFIXES
         and file.name not in _METADATA_FILES
         and ".cache" not in file.parts
     )
@@ -70,8 +73,7 @@ def _files(folder: Path, split: str, config: str | None, pattern: str | None) ->
         what = f"matching {pattern!r}" if pattern else f"of the split {split!r}"
         more = f" and {len(present) - 10} more" if len(present) > 10 else ""
         raise ConfigError(
-            f"the folder {folder} has no file {what} ({', '.join(_SUFFIXES)}); it has {listed}"
-            f"{more}"
+            f"the folder {folder} has no file {what} ({', '.join(SUFFIXES)}); it has {listed}{more}"
         )
     return [folder / file for file in chosen]
 
@@ -82,13 +84,17 @@ def _is_of_split(file: Path, split: str) -> bool:
 
 
 def _read_file(file: Path) -> list[SourceRow]:
+    kind = kind_of_file(file)
     try:
         if file.suffix == ".parquet":
             return _read_parquet(file)
-        if file.suffix == ".csv":
+        if kind == ".csv":
             return _read_csv(file)
-        if file.suffix not in _SUFFIXES:
-            raise ConfigError(f"{file} has an unknown suffix; allowed: {', '.join(_SUFFIXES)}")
+        if kind not in SUFFIXES or kind == ".parquet":
+            raise ConfigError(
+                f"{file} has an unknown suffix; allowed: {', '.join(SUFFIXES)}, and .gz after "
+                "JSON and CSV"
+            )
         rows = _read_json(file)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
@@ -103,6 +109,7 @@ def _read_csv(file: Path) -> list[SourceRow]:
     lines = csv.DictReader(io.StringIO(read_text(file, ConfigError), newline=""))
     rows = []
     try:
+        lines.fieldnames = _columns(file, lines.fieldnames or ())
         for row in lines:
             if None in row:
                 raise ConfigError(
@@ -115,10 +122,24 @@ def _read_csv(file: Path) -> list[SourceRow]:
     return rows
 
 
+def _columns(file: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of the columns, without the spaces that people put around them."""
+    names = [name.strip() for name in names]
+    if len(names) == 1 and (other := re.search(r"[;\t]", names[0])):
+        raise ConfigError(
+            f"{file} separates its columns with {other[0]!r}; CSV needs commas, so save it again "
+            "with commas or as JSON lines"
+        )
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"{file} has the column {repeated[0]!r} twice; rename one of them")
+    return names
+
+
 def _read_json(file: Path) -> list[Any]:
     """Return the list of a JSON file, the one under its key ``data``, or JSON lines."""
     of_whole_file = None
-    if file.suffix == ".json":
+    if kind_of_file(file) == ".json":
         try:
             value = read_json(file, ConfigError)
             listed = value.get("data") if isinstance(value, dict) else value
@@ -157,7 +178,7 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
         if files is None:
             loaded = datasets.load_dataset(dataset, config, split=split)
         else:
-            kind = "json" if files.endswith(("json", "jsonl")) else Path(files).suffix[1:]
+            kind = kind_of_file(Path(files)).removeprefix(".").removesuffix("l")
             where = f"hf://datasets/{dataset}/{files}"
             loaded = datasets.load_dataset(kind, data_files=where, split="train")
         return [dict(row) for row in loaded]
@@ -204,11 +225,12 @@ class PassRates:
         """Return the measured pass rate of a problem, if any."""
         if self.key is None:
             return self.by_prompt.get(problem.prompt) if self.by_prompt is not None else None
-        if self.key not in row:
+        rate = value_at(row, self.key)
+        if rate is MISSING:
             raise ConfigError(
-                f"the data set has no column {self.key!r}.{did_you_mean(self.key, row)}"
+                f"the data set has no column {self.key!r}.{did_you_mean(self.key, names_of(row))}"
             )
-        return None if row[self.key] is None else _number(row[self.key])
+        return None if rate is None else _number(rate)
 
     def select(self, rated: Iterable[RatedProblem], left_out: Counter[str]) -> list[Problem]:
         """Return the problems with a rate in the range, and count the others in ``left_out``."""

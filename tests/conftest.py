@@ -88,6 +88,19 @@ LIVECODEBENCH = {
     "question_id": "1",
     "solution": "print(sum(map(int, input().split())))",
 }
+DATES = ("2024-07-31T00:00:00", "2024-08-01T17:30:00", "2025-04-06T00:00:00", "2025-05-02T00:00:00")
+SUPERGPQA = {
+    "uuid": "ab12",
+    "question": "Which is the tenth letter?",
+    "options": list("ZYXWVUTSRJ"),
+    "answer": "J",
+    "answer_letter": "J",
+    "discipline": "Literature",
+    "field": "Language",
+    "subfield": "Alphabets",
+    "difficulty": "easy",
+    "is_calculation": False,
+}
 SCHEMAS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "deepscaler": ("train.jsonl", [r | {"solution": "..."} for r in numbers(200)]),
     "openmath": (
@@ -102,6 +115,51 @@ SCHEMAS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [
             {"problem_idx": 1, "problem": "Halve 1.", "answer": "\\frac{1}{2}"},
             {"problem_idx": 2, "problem": "Which?", "answer": "$-1, 2\\sqrt{3}$"},
+        ],
+    ),
+    "aime_2026": (
+        "data/train-0.jsonl",
+        [{"problem_idx": i, "problem": f"What is 7 + {i}?", "answer": 7 + i} for i in range(3)],
+    ),
+    "hmmt_feb_2026": (
+        "data/train-0.jsonl",
+        [
+            {
+                "problem_idx": 1,
+                "problem": "Root?",
+                "answer": "\\sqrt{2}",
+                "problem_type": ["Algebra"],
+            },
+            {"problem_idx": 2, "problem": "How many?", "answer": "12", "problem_type": []},
+        ],
+    ),
+    "hmmt_nov_2025": (
+        "data/train-0.jsonl",
+        [{"problem_idx": 1, "problem": "Half of 3?", "answer": "\\frac{3}{2}", "problem_type": []}],
+    ),
+    "beyond_aime": ("data/test-0.jsonl", [{"problem": "What is 5000 + 1?", "answer": 5001}]),
+    "imo_answerbench": (
+        "train.csv",
+        [
+            {
+                "Problem ID": "imo-bench-algebra-001",
+                "Problem": "Find all $x$ with $x^2 \\le 1$.",
+                "Short Answer": "$[-1, 1]$",
+                "Category": "Algebra",
+                "Subcategory": "Inequality",
+                "Source": "Shortlist 2005",
+            }
+        ],
+    ),
+    "supergpqa": (
+        "SuperGPQA-all.jsonl",
+        [SUPERGPQA, SUPERGPQA | {"options": ["one", "two"], "answer": "one", "answer_letter": "A"}],
+    ),
+    "livecodebench_v6": (
+        "test6.jsonl",
+        [
+            LIVECODEBENCH | {"question_content": f"Sum {i}.", "contest_date": day}
+            for i, day in enumerate(DATES)
         ],
     ),
     "gpqa_diamond": ("gpqa_diamond.csv", [GPQA, GPQA | {"Question": "And which is not?"}]),

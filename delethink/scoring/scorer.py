@@ -138,7 +138,22 @@ class Scorer:
     async def _compute_one(
         self, reward: Reward, attempt: Attempt, correct: float | None
     ) -> Verdict:
+        """Compute a reward. Of several accepted answers, the one with the best verdict counts."""
         arguments = reward.arguments(attempt, correct)
+        if "answer" not in arguments or len(attempt.problem.accepted) < 2:
+            return await self._compute_with(reward, arguments)
+        verdicts = []
+        for answer in attempt.problem.accepted:
+            verdict = await self._compute_with(reward, arguments | {"answer": answer})
+            if verdict.status == "ok" and verdict.value == 1.0:
+                return verdict
+            verdicts.append(verdict)
+        # An answer that could not be compared might have been the right one.
+        failed = [verdict for verdict in verdicts if verdict.status != "ok"]
+        values = [-math.inf if verdict.value is None else verdict.value for verdict in verdicts]
+        return failed[0] if failed else verdicts[values.index(max(values))]
+
+    async def _compute_with(self, reward: Reward, arguments: dict[str, Any]) -> Verdict:
         if reward.needs_sandbox:
             arguments[POOL_INPUT] = self.pool.run_program
         try:

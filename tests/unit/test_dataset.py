@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from delethink.envs.dataset import BOXED, dataset_task
+from delethink.envs.presets import _unpack
 from delethink.envs.sources import read_rows
 from delethink.errors import ConfigError
 from delethink.registry import make_task
@@ -27,9 +28,16 @@ PRESETS = [
     "math_500",
     "aime_2024",
     "aime_2025",
+    "aime_2026",
     "hmmt_2025",
+    "hmmt_nov_2025",
+    "hmmt_feb_2026",
+    "beyond_aime",
+    "imo_answerbench",
     "gpqa_diamond",
+    "supergpqa",
     "livecodebench",
+    "livecodebench_v6",
     "crosswordbench",
 ]
 
@@ -339,6 +347,62 @@ def test_private_tests_that_would_run_code_are_refused(
     ):
         make_task("livecodebench", {"dataset": str(tmp_path)}, 0)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_private_tests_are_read_from_every_kind_of_pickle(protocol: int) -> None:
+    tests = '[{"input": "1\u2713", "output": "2"}]'
+    assert _unpack(base64.b64encode(zlib.compress(pickle.dumps(tests, protocol))).decode()) == tests
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (zlib.compress(pickle.dumps("1" * 5000)), "more than 4,000 bytes once decompressed"),
+        (zlib.compress(pickle.dumps("x" * 99))[:-6], "their end is missing"),
+        (zlib.compress(pickle.dumps(["a", "b"])), "must be text, got a pickle with EMPTY_LIST"),
+        (zlib.compress(pickle.dumps(b"a", 4)), "must be text, got a pickle with SHORT_BINBYTES"),
+        (zlib.compress(b"\x8c\x05abc"), "cannot be unpacked"),
+        (zlib.compress(b""), "cannot be unpacked"),
+        (zlib.compress(pickle.dumps(1, 0)), "must be text, got a pickle with INT"),
+        (zlib.compress(b"."), "must be one text, got 0"),
+        (b"no zlib", "cannot be unpacked"),
+    ],
+)
+def test_private_tests_of_another_form_are_refused(
+    data: bytes, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delethink.envs.presets._MAX_TESTS_BYTES", 4000)
+    with pytest.raises(ConfigError, match="private tests cannot be unpacked") as caught:
+        _unpack(base64.b64encode(data).decode())
+    assert text in str(caught.value)
+
+
+def test_options_have_as_many_letters_as_the_row(hub_copy: HubCopy, tmp_path: Path) -> None:
+    task = make_task("supergpqa", {"dataset": hub_copy("supergpqa")}, 0)
+    ten, two = task.heldout
+    assert "I) R\nJ) J\n\nThink" in ten.prompt
+    assert (ten.answer, ten.metadata["choices"][9], two.answer) == ("J", "J", "A")
+    assert demonstrations_of(task, two)[1].endswith("\\boxed{B}")  # type: ignore[union-attr]
+    row = {"question": "Which?", "options": ["x", "y"], "answer_letter": "C"}
+    with pytest.raises(ConfigError, match="'C' is none of the 2 options"):
+        make_task("supergpqa", {"dataset": write_lines(tmp_path / "a.jsonl", [row])}, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("aime_2026", "7"),
+        ("hmmt_feb_2026", "\\sqrt{2}"),
+        ("hmmt_nov_2025", "\\frac{3}{2}"),
+        ("beyond_aime", "5001"),
+        ("imo_answerbench", "$[-1, 1]$"),
+    ],
+)
+def test_answers_of_contests_are_texts(name: str, answer: str, hub_copy: HubCopy) -> None:
+    problem = first(name, hub_copy)
+    assert problem.answer == answer
+    assert problem.prompt.endswith(BOXED[len("{problem}") :])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,9 @@ from delethink.json_io import (
     get_numbers,
     get_text,
     parse_json,
+    read_json,
     read_json_lines,
+    read_text,
 )
 from delethink.trace_io import TraceRecord, read_traces, write_traces
 from delethink.training.checkpointing import changed_settings
@@ -113,6 +117,36 @@ def test_lines_have_numbers_and_a_partial_one_is_treated_as_said(tmp_path: Path)
     for wrong in (tmp_path, tmp_path / "none", tmp_path / "a\0b"):
         with pytest.raises(RunDirectoryError, match="cannot read"):
             list(read_json_lines(wrong, RunDirectoryError))
+
+
+def test_a_file_may_begin_with_a_mark_or_be_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for end in (b"\n", b"\r\n"):
+        data = b'{"a": 1}' + end
+        marked = codecs.BOM_UTF8 + data
+        for written in (marked, gzip.compress(data), gzip.compress(marked)):
+            path.write_bytes(written)
+            assert read_json(path, ConfigError) == {"a": 1}
+            assert list(read_json_lines(path, ConfigError)) == [(1, {"a": 1})]
+            assert read_text(path, ConfigError) == data.decode()
+    path.write_bytes(b'{"a": "' + codecs.BOM_UTF8 + b'"}\n')
+    assert read_json(path, ConfigError) == {"a": "\ufeff"}
+
+
+def test_a_compressed_file_may_be_damaged_or_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "x.jsonl.gz", gzip.compress(b"1\n" * 5000)
+    for bad in (data[:-9], data[:12] + b"\xff" * 9 + data[12:], data[:-8] + b"\0" * 8, data + b"x"):
+        path.write_bytes(bad)
+        with pytest.raises(ConfigError, match=r"cannot read .*x\.jsonl\.gz: "):
+            list(read_json_lines(path, ConfigError))
+    path.write_bytes(data)
+    assert len(list(read_json_lines(path, ConfigError))) == 5000
+    monkeypatch.setattr("delethink.json_io._MAX_DECOMPRESSED_BYTES", 9999)
+    for read in (read_text, read_json, lambda *of: list(read_json_lines(*of))):
+        with pytest.raises(ConfigError, match="more than 9,999 bytes once decompressed"):
+            read(path, ConfigError)
 
 
 # -- every reader --------------------------------------------------------------------------------

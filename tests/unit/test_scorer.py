@@ -52,6 +52,23 @@ def test_none_does_not_apply() -> None:
     assert score(none) == Score(None, {"none": None})
 
 
+def test_any_accepted_answer_is_right() -> None:
+    for text, value in (("</think>1/2", 1.0), ("</think>0.5", 1.0), ("</think>2", 0.0)):
+        of = attempt(text, accepted_answers=["1/2", "0.5"])
+        assert score(Reward("exact", exact_match), of=of).parts == {"exact": value}
+
+    @light
+    def careful(answer: str) -> float | None:
+        return {"a": None, "b": 0.5}.get(answer, 0.0) if answer != "broken" else 1 / 0
+
+    def found(*answers: str) -> Score:
+        return score(Reward("careful", careful), of=attempt(accepted_answers=[*answers]))
+
+    assert found("a", "b", "c").total == 0.5
+    assert found("a", "a").total is None
+    assert "division by zero" in found("broken", "b").errors["careful"]
+
+
 def test_a_weight_of_zero_only_measures() -> None:
     found = score(Reward("exact", exact_match, 1.0), Reward("seen", constant(7), 0.0))
     assert (found.total, found.parts["seen"]) == (1.0, 7.0)
