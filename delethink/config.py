@@ -37,7 +37,9 @@ WeightTransfer = Literal["store", "nccl", "ipc"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        ser_json_inf_nan="constants", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 class NamedConfig(_Section):
@@ -549,7 +551,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML without secrets; ``load_recipe`` reads it back."""
     unnamed = set() if recipe.rewards else {"rewards"}
     values = hide_settings(recipe.model_dump(mode="json", exclude=unnamed))
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
@@ -588,6 +590,17 @@ def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def parse_scalar(text: str) -> Any:
+    """Return a number, true, false or null as a recipe would read it, or the text itself."""
+    if text.lower() in _YAML_CONSTANTS:
+        return _YAML_CONSTANTS[text.lower()]
+    try:
+        value = _load_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return value if type(value) in (int, float) else text
+
+
 def _read(path: Path) -> dict[str, Any]:
     text = read_text(path, ConfigError)
     try:
@@ -614,7 +627,7 @@ def _load_yaml(text: str) -> Any:
     """
     if len(text) > _MAX_YAML_LENGTH:
         raise _YamlLimitError(f"it has more than {_MAX_YAML_LENGTH:,} characters")
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -692,11 +705,48 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[key] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does: 1e-3 is one, 010 is ten, and 1:30 is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers."""
+
+
+_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_YAML_MERGE = "tag:yaml.org,2002:merge"
+_YAML_CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+def _set_number_forms() -> None:
+    """Replace the forms of numbers of YAML 1.1, in which 1e-3 is a text and 1:30 is 90."""
+    digits = r"[0-9](?:_?[0-9])*"
+    whole = re.compile(rf"[-+]?(?:{digits}|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+)$")
+    decimal = re.compile(
+        rf"(?:[-+]?(?:{digits}(?:\.(?:{digits})?)?|\.{digits})(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    )
+    for reader in (_Loader, _Dumper):
+        reader.yaml_implicit_resolvers = {
+            first: [form for form in forms if form[0] not in _YAML_NUMBERS]
+            for first, forms in reader.yaml_implicit_resolvers.items()
+        }
+        for tag, form in zip(_YAML_NUMBERS, (whole, decimal), strict=True):
+            reader.add_implicit_resolver(tag, form, list("-+.0123456789"))
+    _Loader.add_constructor(_YAML_NUMBERS[0], _whole_number)
+
+
+def _whole_number(loader: Any, node: Any) -> int:
+    text = loader.construct_scalar(node).replace("_", "").lower()
+    is_decimal = text.lstrip("+-").isdecimal()  # also with leading zeros
+    return int(text, 10 if is_decimal else 0)
+
+
+_set_number_forms()
+
 _MAX_YAML_LENGTH = 2**20  # characters of a recipe; the reader takes seconds for each MB
 _MAX_YAML_NODES = 100_000
 _MAX_YAML_NUMBER_LENGTH = 100  # characters
-_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_YAML_MERGE = "tag:yaml.org,2002:merge"
 
 Section = typing.TypeVar("Section", bound=_Section)
 

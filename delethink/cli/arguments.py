@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from delethink.carryover import Carryover
+from delethink.config import parse_scalar
 from delethink.errors import ConfigError
 from delethink.redaction import register_settings
 from delethink.registry import make
@@ -16,12 +17,12 @@ _SIZES = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def size(text: str, option: str, minimum: int = 1) -> int:
-    """Return the number of tokens of a text: 8,192 for ``8k``.
+    """Return the number of tokens of a text: 8,192 for ``8k``, 100,000 for ``1e5``.
 
     Raises:
         ConfigError: not a whole number of tokens, or below the minimum; it names the option.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([km]?)\s*", text.lower())
     value = float(found[1]) * _SIZES[found[2]] if found else math.nan
     if not value >= minimum or value != int(value):
         raise ConfigError(
@@ -64,7 +65,9 @@ def parse_carryover(text: str | None) -> Carryover | None:
 
 
 def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` texts as a mapping; values are Python literals or plain text.
+    """Return ``KEY=VALUE`` texts as a mapping.
+
+    Values are Python literals, numbers and constants as in a recipe, or plain text.
 
     Raises:
         ConfigError: a text of another form.
@@ -77,6 +80,6 @@ def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[key] = value
+            found[key] = parse_scalar(value)
     register_settings(found)
     return found

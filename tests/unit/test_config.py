@@ -1,12 +1,15 @@
 """Recipes: what is refused, and that the sentence says how to mend it."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from delethink.carryover import LineBreak, SinkWindow, Tail
 from delethink.chunking import ChunkSpec
-from delethink.config import Recipe, dump_recipe, load_recipe, with_rewards
+from delethink.cli.arguments import parse_pairs, size
+from delethink.config import Recipe, dump_recipe, load_recipe, parse_values, with_rewards
 from delethink.errors import ConfigError
 
 MINIMAL = """
@@ -37,6 +40,71 @@ def test_overrides_win_over_the_file(recipe_path: Path) -> None:
 
 def test_a_number_written_like_1e_4_is_a_number(recipe_path: Path) -> None:
     assert load_recipe(recipe_path, ["training.learning_rate=1e-4"]).training.learning_rate == 1e-4
+
+
+NUMBERS: list[tuple[str, Any]] = [
+    ("1e-3", 0.001),
+    ("1e5", 100000.0),
+    ("+2E-4", 0.0002),
+    ("1.e5", 100000.0),
+    ("5e-07", 5e-07),
+    (".5", 0.5),
+    ("-3", -3),
+    ("010", 10),
+    ("09", 9),
+    ("1_000", 1000),
+    ("0x1F", 31),
+    ("0o17", 15),
+    (".inf", math.inf),
+    ("1:30", "1:30"),
+    ("1e-3x", "1e-3x"),
+    ("1e", "1e"),
+    ("0x", "0x"),
+    ("1.5.2", "1.5.2"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS)
+def test_numbers_are_numbers_everywhere(
+    text: str, value: Any, recipe_path: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_path, [f"task.args.x={text}", f"task.args.y=[{text}, a]"])
+    for found in (recipe.task.args["x"], recipe.task.args["y"][0]):
+        assert (found, type(found)) == (value, type(value))
+    file = tmp_path / "written.yaml"
+    file.write_text(dump_recipe(recipe).replace("  args:", f"  args:\n    z: {text}", 1))
+    assert load_recipe(file).task.args == {**recipe.task.args, "z": value}
+    assert parse_values([f"x={text}"]) == {"x": value}
+    assert parse_pairs([f"x={text}"], "--task-arg") == {"x": value}
+
+
+@pytest.mark.parametrize("text", [text for text, _ in NUMBERS] + ["2024-08-01", "null", "yes", ""])
+def test_a_text_that_looks_like_a_number_is_written_as_a_text(
+    text: str, recipe_path: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_path, [f"task.args.x='{text}'"])
+    assert recipe.task.args["x"] == text
+    file = tmp_path / "written.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == recipe
+
+
+def test_arguments_of_a_task_are_flags_and_texts_too() -> None:
+    given = ["a=true", "b=False", "c=null", "d=None", "e=", "f=yes", "g={problem}", "h=2024-08-01"]
+    assert parse_pairs(given, "--task-arg") == {
+        "a": True,
+        "b": False,
+        "c": None,
+        "d": None,
+        "e": "",
+        "f": "yes",
+        "g": "{problem}",
+        "h": "2024-08-01",
+    }
+    assert [size(text, "-C") for text in ("8k", "1e5", "1.5e3", "1M")] == [8192, 10**5, 1500, 2**20]
+    for text in ("1e-3", "1e400", "1.5", "1:30"):
+        with pytest.raises(ConfigError, match="-C: a whole number of tokens"):
+            size(text, "-C")
 
 
 def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path) -> None:
