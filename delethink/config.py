@@ -465,6 +465,8 @@ class Recipe(_Section):
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the model's chat template, such as enable_thinking."""
     trust_remote_code: bool = False
     """Allow code from the model's repository to run."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, Protocol
 
-from delethink.errors import ModelError
+from delethink.errors import ConfigError, ModelError, did_you_mean
 from delethink.tokens import as_list
 from delethink.types import END_OF_THINKING, Problem, TokenIds
 
@@ -29,18 +31,25 @@ class Tokenizer(Protocol):
         ...
 
 
-def query_ids(tokenizer: Tokenizer, problem: Problem) -> TokenIds:
+def query_ids(
+    tokenizer: Tokenizer,
+    problem: Problem,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> TokenIds:
     """Return q, the token ids of the templated prompt.
 
     The tokenizer's chat template may open the thinking. Without a template, the messages are joined
-    with an empty line between them.
+    with an empty line between them. ``chat_template_kwargs`` are variables of the template; by
+    default those of ``bind_template``.
+
+    Raises:
+        ModelError: the template cannot render the messages.
     """
     if tokenizer.chat_template is None:
-        contents = [message["content"] for message in problem.messages]
-        return tuple(tokenizer("\n\n".join(contents))["input_ids"])
-    encoded = tokenizer.apply_chat_template(
-        problem.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+        text = "\n\n".join(message["content"] for message in problem.messages)
+        return tuple(tokenizer(text)["input_ids"])
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    encoded = _apply_template(tokenizer, problem.messages, chat_template_kwargs, options)
     return tuple(encoded["input_ids"])
 
 
@@ -68,19 +77,295 @@ def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     return str(tokenizer.decode(as_list(token_ids), skip_special_tokens=True))
 
 
-def check_thinking_is_open(tokenizer: Tokenizer, problem: Problem) -> None:
-    """Check that the query does not end with the end of thinking, which rewards search later.
+# -- chat templates ----------------------------------------------------------------------------
+
+_START_OF_THINKING = "<think>"
+_KWARGS = "chat_template_kwargs"
+# Arguments of ``apply_chat_template`` that would change more than the text of the prompt.
+_RESERVED = frozenset(
+    (
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "tokenizer_kwargs",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+    )
+)
+# Variables with which templates of public models turn thinking on, and values that do.
+_THINKING_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "enable_thinking": (True,),  # Qwen3, GLM-4.5, SmolLM3, Hunyuan, EXAONE 4
+    "thinking": (True,),  # DeepSeek-V3.1, Granite 3.2, Kimi K2.5
+    "reasoning": (True,),  # Command A Reasoning
+    "reasoning_effort": ("medium", "high"),  # gpt-oss, Mistral
+    "thinking_mode": ("thinking", "on"),  # DeepSeek-V3.2, Ling
+}
+
+
+def bind_template(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> None:
+    """Make these variables of the chat template the default for every query of a tokenizer.
 
     Raises:
-        ModelError: the chat template closes the thinking, so every reward would be 0.
+        ConfigError: the tokenizer has no template, or its template has no such variable.
     """
-    if tokenizer.chat_template is None:
+    check_template_kwargs(tokenizer, chat_template_kwargs)
+    if chat_template_kwargs:
+        tokenizer.chat_template_kwargs = dict(chat_template_kwargs)
+
+
+def check_template_kwargs(
+    tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Refuse variables that the chat template of a tokenizer does not read.
+
+    Raises:
+        ConfigError: the tokenizer has no template, or its template has no such variable.
+    """
+    if not chat_template_kwargs:
         return
-    user_text = problem.prompt + "".join(message["content"] for message in problem.before)
-    query = str(tokenizer.decode(list(query_ids(tokenizer, problem))))
-    if query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in user_text:
-        raise ModelError(
-            f"the tokenizer's chat template ends with {END_OF_THINKING}: it closes the thinking "
-            "before the model begins, so no answer is ever found; use a template that leaves the "
-            "thinking open"
+    if not isinstance(chat_template_kwargs, Mapping):
+        raise ConfigError(
+            f"{_KWARGS} must be a mapping such as {{'enable_thinking': True}}, got "
+            f"{chat_template_kwargs!r:.80}"
         )
+    source = _template_source(tokenizer)
+    given = ", ".join(map(str, chat_template_kwargs))
+    if source is None:
+        raise ConfigError(
+            f"{_KWARGS} ({given}) has no effect: the tokenizer has no chat template; leave it out"
+        )
+    for name in chat_template_kwargs:
+        if name in _RESERVED or not _has_variable(source, str(name)):
+            known = [option for option in _THINKING_OPTIONS if _has_variable(source, option)]
+            raise ConfigError(
+                f"{_KWARGS} names {name!r}, which the tokenizer's chat template does not read."
+                f"{did_you_mean(str(name), known)}"
+            )
+
+
+def check_thinking_is_open(
+    tokenizer: Tokenizer,
+    problem: Problem,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that the query does not end the thinking, which rewards search later.
+
+    Raises:
+        ModelError: the chat template closes the thinking, so every reward would be 0. The text
+            names the variable of the template that leaves it open, if there is one.
+    """
+    if tokenizer.chat_template is None or not _closes(tokenizer, problem, chat_template_kwargs):
+        return
+    bound = dict(_bound(tokenizer, chat_template_kwargs))
+    given = "".join(f", with {name}={value}" for name, value in bound.items())
+    option = _opening_option(tokenizer, problem, bound)
+    advice = (
+        f"set {_KWARGS}.{option} in the recipe, or pass --chat-template-kwargs {option}"
+        if option
+        else "use a template that leaves the thinking open"
+    )
+    raise ModelError(
+        f"the tokenizer's chat template ends with {END_OF_THINKING}{given}: it closes the thinking "
+        f"before the model begins, so no answer is ever found; {advice}"
+    )
+
+
+def _opening_option(tokenizer: Tokenizer, problem: Problem, bound: Mapping[str, Any]) -> str:
+    """Return the ``name=value`` with which the template leaves the thinking open, or ``""``."""
+    source = _template_source(tokenizer) or ""
+    for name, values in _THINKING_OPTIONS.items():
+        for value in values if _has_variable(source, name) else ():
+            with suppress(ModelError):  # a template may refuse a value
+                if not _closes(tokenizer, problem, {**bound, name: value}):
+                    return f"{name}={str(value).lower()}"
+    return ""
+
+
+def _closes(
+    tokenizer: Tokenizer, problem: Problem, chat_template_kwargs: Mapping[str, Any] | None
+) -> bool:
+    """Return whether the text that the template adds for the model's turn ends the thinking.
+
+    Texts of the problem and of the system prompt may speak of the marks.
+    """
+    added = _generation_prompt(tokenizer, problem, chat_template_kwargs)
+    if added:
+        return added.rfind(END_OF_THINKING) > added.rfind(_START_OF_THINKING)
+    query = str(tokenizer.decode(list(query_ids(tokenizer, problem, chat_template_kwargs))))
+    user_text = problem.prompt + "".join(message["content"] for message in problem.before)
+    return query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in user_text
+
+
+def _generation_prompt(
+    tokenizer: Tokenizer, problem: Problem, chat_template_kwargs: Mapping[str, Any] | None
+) -> str:
+    """Return the text that a template adds for the model's turn; ``""`` if that is unknown."""
+    if not hasattr(tokenizer, "get_chat_template"):
+        return ""
+    texts = []
+    for adds in (True, False):
+        options = {"tokenize": False, "add_generation_prompt": adds}
+        try:
+            texts.append(
+                str(_apply_template(tokenizer, problem.messages, chat_template_kwargs, options))
+            )
+        except ModelError:
+            return ""
+    pairs = enumerate(zip_longest(*texts))
+    return texts[0][next((i for i, (one, other) in pairs if one != other), len(texts[0])) :]
+
+
+def _apply_template(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    chat_template_kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    """Render messages with the chat template.
+
+    Raises:
+        ModelError: the template fails, or refuses the messages.
+    """
+    variables = _bound(tokenizer, chat_template_kwargs)
+    try:
+        return tokenizer.apply_chat_template(list(messages), **variables, **options)
+    except Exception as error:  # a template is a program and may raise anything
+        if not hasattr(tokenizer, "get_chat_template"):
+            raise  # not of transformers: a bug of the tokenizer
+        roles = ", ".join(message["role"] for message in messages)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        advice = "use another template, or other messages"
+        if "system" in roles:
+            advice = "leave out the task's system message, or use another template"
+        raise ModelError(
+            f"the tokenizer's chat template fails on messages of the roles {roles}: {reason}; "
+            f"{advice}"
+        ) from error
+
+
+def _bound(
+    tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Return the given variables of a template, or those bound to the tokenizer."""
+    if chat_template_kwargs is not None:
+        return chat_template_kwargs
+    bound: Mapping[str, Any] = getattr(tokenizer, _KWARGS, None) or {}
+    return bound
+
+
+def _template_source(tokenizer: Tokenizer) -> str | None:
+    """Return the source of the chat template; of several named ones, the default."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return None if template is None else str(template)
+
+
+def _has_variable(source: str, name: str) -> bool:
+    """Return whether a template reads a variable: not an attribute, not a word of a text."""
+    code = " ".join(re.findall(r"\{[{%](.*?)[}%]\}", source, re.DOTALL))
+    code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", code) is not None
+
+
+# -- tokens that end an answer -----------------------------------------------------------------
+
+_ANSWER = "ANSWER"  # content of an assistant's message, to find what follows it
+
+
+def end_tokens(tokenizer: Any, model: Any = None) -> dict[int, str]:
+    """Return the tokens that end an answer, and where each was found.
+
+    A model may end its turn with another token than the tokenizer's end-of-sequence token, so all
+    places count: tokenizer, generation settings, configuration and chat template. The order is
+    theirs.
+
+    Args:
+        tokenizer: the tokenizer, of transformers or any other.
+        model: anything with ``config`` and ``generation_config``: a model, or ``load_shell``.
+    """
+    found: dict[int, list[str]] = {}
+    for source, ids in (
+        ("eos_token of the tokenizer", _as_ids(getattr(tokenizer, "eos_token_id", None))),
+        ("generation_config.json", _generation_ends(model)),
+        ("config.json", _configured_ends(model)),
+        ("the chat template", _template_ends(tokenizer)),
+    ):
+        for token in dict.fromkeys(ids):
+            found.setdefault(token, []).append(source)
+    return {token: " and ".join(sources) for token, sources in found.items()}
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    """Return the ids of an ``eos_token_id``: a number, a sequence, or nothing."""
+    ids = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+
+
+def _configured_ends(model: Any) -> tuple[int, ...]:
+    """Return the end tokens that a ``config.json`` states, not those of a class's defaults."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return ()
+    parts = [config]
+    if hasattr(config, "get_text_config"):
+        parts.append(config.get_text_config())
+    return tuple(
+        token
+        for part in parts
+        for token in _as_ids(getattr(part, "eos_token_id", None))
+        if (token,) != _default_ends(part)
+    )
+
+
+def _generation_ends(model: Any) -> tuple[int, ...]:
+    settings = getattr(model, "generation_config", None)
+    ends = _as_ids(getattr(settings, "eos_token_id", None))
+    # Without a file, transformers takes them from the configuration, defaults of the class too.
+    is_default = getattr(settings, "_from_model_config", False) and ends == _default_ends(
+        model.config
+    )
+    return () if is_default else ends
+
+
+def _default_ends(config: Any) -> tuple[int, ...]:
+    """Return the end tokens of a configuration class.
+
+    They need not be the checkpoint's: Llama's default of 2 is a digit in other vocabularies.
+    """
+    default = getattr(type(config), "eos_token_id", None)
+    return _as_ids(default) if isinstance(default, int | list | tuple) else ()
+
+
+def _template_ends(tokenizer: Any) -> tuple[int, ...]:
+    """Return the token that the chat template puts after an assistant's message, if it is one.
+
+    Where nothing follows the last message, the next turn's first token ends it, as in GLM-4.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ()
+    if not hasattr(tokenizer, "get_chat_template"):
+        return ()
+    asked = {"role": "user", "content": "QUESTION"}
+    said = {"role": "assistant", "content": _ANSWER}
+    for messages in ([asked, said], [asked, said, asked]):
+        options = {"tokenize": False, "add_generation_prompt": False}
+        try:
+            text = str(_apply_template(tokenizer, messages, None, options))
+        except ModelError:  # not every template takes an answer; queries are checked elsewhere
+            return ()
+        before, _, after = text.rpartition(_ANSWER)
+        if not before or not after.strip():
+            continue
+        added = tokenizer.get_added_vocab()
+        starts = [token for token in added if token and after.lstrip().startswith(token)]
+        ends = [token for token in starts if token not in (_START_OF_THINKING, END_OF_THINKING)]
+        return (int(added[max(ends, key=len)]),) if ends else ()
+    return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ConfigError, ModelError, did_you_mean
-from delethink.tokenization import Tokenizer, query_ids
+from delethink.tokenization import Tokenizer, end_tokens, query_ids
 from delethink.tokens import token_array
 from delethink.types import Problem, TokenIds
 
@@ -46,7 +47,7 @@ def make_tokenizer(given: Any, trust_remote_code: bool) -> Any:
 
 def _named_tokenizer(name: str, trust_remote_code: bool) -> Any:
     folder = Path(name).expanduser()
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.j*")) if folder.is_dir() else []  # json, and jinja templates
     stamps = tuple((file.name, file.stat().st_mtime_ns) for file in files)
     key = (str(folder.absolute()) if files else name, trust_remote_code, stamps)
     found = _TOKENIZERS.get(key)
@@ -63,6 +64,23 @@ def _named_tokenizer(name: str, trust_remote_code: bool) -> Any:
             f"{error} A tokenizer is a folder, the Hugging Face id of a model, 'toy', or an object"
         ) from error
     return loaded
+
+
+def default_eos_ids(
+    tokenizer: Any, given: Any, vocabulary: int, trust_remote_code: bool
+) -> tuple[int, ...]:
+    """Return the tokens below ``vocabulary`` that end an answer.
+
+    ``given`` is the argument of the environment: for a name, the settings of its model count too,
+    where there are any.
+    """
+    model = None
+    if isinstance(given, str | os.PathLike):
+        from delethink.engines.loading import load_shell
+
+        with suppress(ModelError):  # a folder may hold a tokenizer alone
+            model = load_shell(os.fspath(given), trust_remote_code)
+    return tuple(token for token in end_tokens(tokenizer, model) if token < vocabulary)
 
 
 def check_number(name: str, value: Any, largest: int | None = None) -> None:
@@ -148,14 +166,20 @@ def checked_problem(problem: Any, source: str) -> Problem:
     return problem
 
 
-def query_of(tokenizer: Tokenizer, problem: Problem, vocabulary: int) -> TokenIds:
+def query_of(
+    tokenizer: Tokenizer,
+    problem: Problem,
+    vocabulary: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> TokenIds:
     """Return the token ids of the prompt of a problem.
 
     Raises:
         ConfigError: the tokenizer does not give a list of ids below ``vocabulary``.
+        ModelError: the chat template fails.
     """
     try:
-        ids = query_ids(tokenizer, problem)
+        ids = query_ids(tokenizer, problem, chat_template_kwargs)
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(
             "the tokenizer must return a mapping with a list of ids under 'input_ids'; encoding "

@@ -24,6 +24,7 @@ from delethink.envs.arguments import (
     check_flag,
     check_number,
     checked_problem,
+    default_eos_ids,
     make_tokenizer,
     problem_from,
     query_of,
@@ -36,6 +37,7 @@ from delethink.registry import make
 from delethink.tasks import Task, check_split, rewards_of
 from delethink.tokenization import (
     Tokenizer,
+    check_template_kwargs,
     check_thinking_is_open,
     reward_text,
 )
@@ -83,12 +85,15 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         tokenizer: encodes prompts and decodes traces: an object, a folder, or a Hugging Face id;
             by default one token per character.
         chunk_spec: sizes and policies of the chunks.
-        eos_ids: tokens ending an answer; by default the tokenizer's.
+        eos_ids: tokens ending an answer; by default those of the tokenizer, its chat template, and
+            the settings of its model.
         vocabulary: number of token ids; by default the tokenizer's.
         max_query_tokens: maximum length of a query, for the observation space.
         render_mode: ``"ansi"`` or ``"html"``.
         keep_trace: keep all sampled tokens, for ``trace`` and for the reward. If off, memory does
             not grow with the number of chunks, and the reward reads the last context only.
+        chat_template_kwargs: variables of the tokenizer's chat template, such as
+            ``{"enable_thinking": True}``.
         trust_remote_code: run the code of a tokenizer given by name.
         sizes: fields of ``chunk_spec`` to replace, such as ``context_size=64``. A carryover or
             boundary may be given by its registered name.
@@ -114,6 +119,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         max_query_tokens: int = 2048,
         render_mode: str | None = None,
         keep_trace: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         **sizes: Any,
     ) -> None:
@@ -123,6 +129,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         check_number("max_query_tokens", max_query_tokens)
         check_split(split)
         self.tokenizer: Any = make_tokenizer(tokenizer, trust_remote_code)
+        check_template_kwargs(self.tokenizer, chat_template_kwargs)
+        self.chat_template_kwargs = chat_template_kwargs
         self.chunk_spec = self._make_spec(chunk_spec, sizes)  # `spec` is Gymnasium's own attribute
         self.task: Task = make("delethink.tasks", task)
         if isinstance(self.task, type) or not callable(getattr(self.task, "problem", None)):
@@ -132,7 +140,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         if reward is None:
             reward = next(iter(rewards_of(self.task)), "exact")
         self.reward = EpisodeReward(reward)
-        self._set_vocabulary(vocabulary, eos_ids)
+        self._set_vocabulary(vocabulary, eos_ids, tokenizer, trust_remote_code)
         self.split, self.max_query_tokens = split, max_query_tokens
         modes = self.metadata["render_modes"]
         if render_mode is not None and render_mode not in modes:
@@ -174,14 +182,20 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             )
         return spec
 
-    def _set_vocabulary(self, vocabulary: int | None, eos_ids: Sequence[int] | None) -> None:
+    def _set_vocabulary(
+        self,
+        vocabulary: int | None,
+        eos_ids: Sequence[int] | None,
+        given: Tokenizer | str | os.PathLike[str] | None,
+        trust_remote_code: bool,
+    ) -> None:
         if vocabulary is None:
             if not hasattr(self.tokenizer, "__len__"):
                 raise ConfigError("the tokenizer has no length: pass vocabulary=NUMBER_OF_TOKENS")
             vocabulary = len(self.tokenizer)
         check_number("vocabulary", vocabulary, MAX_VOCABULARY)
         if eos_ids is None:
-            eos_ids = [i for i in [getattr(self.tokenizer, "eos_token_id", None)] if i is not None]
+            eos_ids = default_eos_ids(self.tokenizer, given, vocabulary, trust_remote_code)
         self.vocabulary, self.eos_ids = vocabulary, token_set("eos_ids", eos_ids)
         if not self.eos_ids or not all(0 <= i < vocabulary for i in self.eos_ids):
             raise ConfigError(
@@ -223,7 +237,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         Raises:
             QueryTooLongError: the query has more than ``max_query_tokens`` tokens.
             ConfigError: an option is unknown, or the task gives no valid problem.
-            ModelError: the chat template closes the thinking.
+            ModelError: the chat template fails, or closes the thinking.
         """
         super().reset(seed=seed)
         self._state = None  # no step follows a reset that fails
@@ -232,9 +246,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             drawn = self.task.problem(self.split, int(self.np_random.integers(2**31)))
             problem = checked_problem(drawn, "the problem of the task of this environment")
         self.problem = problem
-        query = query_of(self.tokenizer, problem, self.vocabulary)
+        kwargs = self.chat_template_kwargs
+        query = query_of(self.tokenizer, problem, self.vocabulary, kwargs)
         if not self._has_open_thinking:
-            check_thinking_is_open(self.tokenizer, problem)
+            check_thinking_is_open(self.tokenizer, problem, kwargs)
             self._has_open_thinking = True
         self._state = start(self.chunk_spec, query, self.longest_context)
         self._chunks, self._last_output = [], ()

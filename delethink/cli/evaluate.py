@@ -10,7 +10,7 @@ from pathlib import Path
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
 from delethink.cli.process import require_packages, set_up_process
-from delethink.config import EngineConfig, parse_engine
+from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
 from delethink.engines.factory import choose_engine
@@ -79,6 +79,7 @@ def _evaluate(
         in_flight=arguments.in_flight,
         keep_tokens=not arguments.no_tokens,
         weights={model: digest(model) for model in models},
+        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
     )
     progress = EvaluationProgress(stderr=arguments.json)
     if problems.left_out:
@@ -170,6 +171,7 @@ def _settings(
         carryover=parse_carryover(arguments.carryover),
         cap_longcot=arguments.cap_longcot,
         trust_remote_code=arguments.trust_remote_code,
+        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
     )
 
 
@@ -193,12 +195,16 @@ def _modes(arguments: argparse.Namespace) -> list[str]:
 def _opener(arguments: argparse.Namespace, engine: EngineConfig) -> ModelOpener:
     if arguments.base_url is None:
         return local_models(
-            engine, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed
+            engine,
+            trust_remote_code=arguments.trust_remote_code,
+            chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+            seed=arguments.seed,
         )
     return served_model(
         arguments.base_url,
         arguments.served_model,
         trust_remote_code=arguments.trust_remote_code,
+        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         api_key=os.environ.get(arguments.api_key_env),
         retries=arguments.retries,
         timeout_s=arguments.timeout,

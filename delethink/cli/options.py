@@ -167,7 +167,18 @@ def _add_engine(add: Any) -> None:
     )
     for option, new in _OLD_ENGINE_OPTIONS.items():
         add(option, action=_OldOption, const=new, help=argparse.SUPPRESS)
+    _add_chat_template_kwargs(add)
     add("--trust-remote-code", action="store_true", help="run code from the model's repository")
+
+
+def _add_chat_template_kwargs(add: Any) -> None:
+    add(
+        "--chat-template-kwargs",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="variable of the model's chat template, e.g. enable_thinking=true (repeatable)",
+    )
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:
@@ -324,6 +335,7 @@ def add_tasks_options(command: argparse.ArgumentParser) -> None:
     add("-n", "--number", type=_count, default=1, help="number of problems to show (default 1)")
     add("--check", type=_count, default=8, help="number of problems to grade (default 8)")
     add("--model", help="render prompts with this model's chat template")
+    _add_chat_template_kwargs(add)
     add("--seed", type=int, default=0, help="seed of the task (default 0)")
     _add_unsafe_code(add)
     add("--json", action="store_true", help="print JSON")

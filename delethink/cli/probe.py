@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, size, sizes
 from delethink.cli.process import require_packages, set_up_process
-from delethink.config import EngineConfig, parse_engine
+from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
@@ -56,6 +56,8 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
     """Return the engine's settings; by default transformers, as the probe loads the model too."""
     engine = parse_engine(["engine=transformers", *arguments.values])
     choose_engine(engine.name)
+    if arguments.chat_template_kwargs and arguments.traces is not None:
+        raise ConfigError("--traces samples nothing, so --chat-template-kwargs has no effect")
     if arguments.values and arguments.traces is not None:
         raise ConfigError(
             "--traces samples nothing, so engine settings have no effect: remove "
@@ -99,4 +101,5 @@ def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:
             temperature=arguments.temperature,
             seed=arguments.seed,
             trust_remote_code=arguments.trust_remote_code,
+            chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         )

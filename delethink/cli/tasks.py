@@ -15,7 +15,7 @@ from delethink.registry import make_task, names, resolve
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SPLITS, Task, demonstrations_of, left_out_of, rewards_of, task_size
-from delethink.tokenization import query_ids
+from delethink.tokenization import check_thinking_is_open, query_ids
 from delethink.types import Problem
 
 _TASK_OPTIONS = ("dataset", "split", "problem_key", "answer_key")  # arguments of the task
@@ -36,6 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.model is not None:
         locate(arguments.model)
+    elif arguments.chat_template_kwargs:
+        raise ConfigError("--chat-template-kwargs needs --model, whose template it is for")
+    tokenizer = _tokenizer(arguments)
     given = {key: getattr(arguments, key) for key in _TASK_OPTIONS}
     given = {key: value for key, value in given.items() if value is not None}
     task = make_task(arguments.name, parse_values(arguments.values) | given, arguments.seed)
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         "left_out": left_out_of(task),
         "rewards": rewards_of(task),
         "split": split,
-        "problems": [_problem_json(p, arguments.model) for p in problems[: arguments.number]],
+        "problems": [_problem_json(p, tokenizer) for p in problems[: arguments.number]],
         "check": check,
     }
     if arguments.json:
@@ -79,12 +82,21 @@ def _list_text(report: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join([*lines, "details of a task: delethink tasks NAME [key=value ...] -n 3"])
 
 
-def _problem_json(problem: Problem, model: str | None) -> dict[str, Any]:
+def _tokenizer(arguments: argparse.Namespace) -> Any:
+    """Return the tokenizer of ``--model``, or ``None``."""
+    if arguments.model is None:
+        return None
+    return load_tokenizer(
+        arguments.model, chat_template_kwargs=parse_values(arguments.chat_template_kwargs)
+    )
+
+
+def _problem_json(problem: Problem, tokenizer: Any) -> dict[str, Any]:
     shown: dict[str, Any] = {}
-    if model is None:
+    if tokenizer is None:
         shown["prompt"] = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in problem.messages)
     else:
-        tokenizer = load_tokenizer(model)
+        check_thinking_is_open(tokenizer, problem)
         ids = query_ids(tokenizer, problem)
         shown |= {"prompt": str(tokenizer.decode(list(ids))), "tokens": len(ids)}
     return {**shown, "answer": problem.answer, "metadata": sorted(problem.metadata)}

@@ -6,14 +6,16 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from delethink.engines.weight_files import check_report, check_values, weight_files
 from delethink.errors import MissingExtraError, ModelError
-from delethink.tokenization import reward_text
+from delethink.output import get_logger
+from delethink.tokenization import bind_template, end_tokens, reward_text
 from delethink.types import END_OF_THINKING
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
+_KEPT_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version")
+_logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 
 
@@ -48,10 +52,15 @@ def locate(model: str, part: str = "model") -> str:
     return model
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint.
+def load_tokenizer(
+    model: str,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint, with variables for its chat template.
 
     Raises:
+        ConfigError: the chat template has no such variable.
         ModelError: loading failed, or the tokenizer has no end-of-sequence token. Or text decoded
             without special tokens lacks the end-of-thinking mark: rewards would find no answer.
     """
@@ -69,6 +78,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
             f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; add "
             "this token as a non-special one"
         )
+    bind_template(tokenizer, chat_template_kwargs)
     return tokenizer
 
 
@@ -87,7 +97,48 @@ def load_model(
     files = weight_files(_fetch(model))
     if not values_checked:
         check_values(files)
-    return _load_whole(model, trust_remote_code, dtype=dtype)
+    loaded = _load_whole(model, trust_remote_code, dtype=dtype)
+    if left_out := _make_savable(loaded):
+        _logger.warning(
+            "generation_config.json of %s contradicts itself, and transformers cannot write it "
+            "back: checkpoints leave out %s; the evaluation and training here do not read it",
+            model,
+            ", ".join(left_out),
+        )
+    return loaded
+
+
+def _make_savable(model: PreTrainedModel) -> list[str]:
+    """Remove contradictory generation settings, which transformers reads but refuses to save.
+
+    An example is a temperature without ``do_sample``. Returns the removed names.
+    """
+    from transformers import GenerationConfig
+
+    settings, defaults, removed = model.generation_config, GenerationConfig(), list[str]()
+    while settings is not None and (reason := _save_error(settings)) is not None:
+        stated = settings.to_diff_dict()
+        named = [
+            name for name in re.findall(r"^- `(\w+)`:", reason, re.MULTILINE) if name in stated
+        ]
+        named = [name for name in named if name not in _KEPT_SETTINGS] or [
+            name for name in stated if name not in _KEPT_SETTINGS
+        ]
+        if not named:
+            break
+        for name in named:
+            setattr(settings, name, getattr(defaults, name, None))
+        removed += named
+    return sorted(set(removed))
+
+
+def _save_error(settings: Any) -> str | None:
+    """Return the reason for which generation settings cannot be saved, or ``None``."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_checkpoint(model: str, trust_remote_code: bool = False) -> None:
@@ -188,11 +239,15 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
         settings = GenerationConfig.from_pretrained(locate(model))
     except OSError:  # generation settings are optional
         settings = None
+    except Exception as error:  # a checkpoint can be broken in any way
+        raise _load_error("generation settings", model, error) from error
     return SimpleNamespace(config=config, generation_config=settings)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the end-of-answer tokens of the tokenizer and of the generation settings.
+    """Return the tokens that end an answer (``end_tokens``).
+
+    Tokens outside the model's vocabulary are left out: they are never sampled.
 
     Raises:
         ModelError: the tokenizer's token is outside the model's vocabulary. transformers invents
@@ -205,9 +260,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
             f"outside the model's vocabulary of {vocabulary}, so no answer could end; "
             "set eos_token in its tokenizer_config.json"
         )
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    more = (configured,) if isinstance(configured, int) else tuple(configured or ())
-    return tuple(dict.fromkeys((own, *more)))
+    return tuple(token for token in end_tokens(tokenizer, model) if token < vocabulary)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

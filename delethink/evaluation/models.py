@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longe
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.policy import Policy
-from delethink.tokenization import Tokenizer, encode, query_ids
+from delethink.tokenization import Tokenizer, check_thinking_is_open, encode, query_ids
 from delethink.types import END_OF_THINKING, Problem
 
 _BATCH_SIZE = 128  # chunks sampled at once by the transformers engine, unless set by the user
@@ -34,11 +34,16 @@ ModelOpener = Callable[[str], AbstractContextManager[LoadedModel]]
 
 
 def local_models(
-    engine: EngineConfig | None = None, *, trust_remote_code: bool = False, seed: int = 0
+    engine: EngineConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> ModelOpener:
     """Return an opener for models in engines of this machine or its Ray cluster.
 
-    ``seed`` is for requests without a seed of their own.
+    ``seed`` is for requests without a seed of their own, and ``chat_template_kwargs`` are variables
+    of the chat template.
     """
     config = engine or EngineConfig()
     if config.max_batch_size is None and choose_engine(config.name) == "transformers":
@@ -46,7 +51,7 @@ def local_models(
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
-        tokenizer = load_tokenizer(model, trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
         opened = make_engine(
             config,
             model,
@@ -67,6 +72,7 @@ def served_model(
     served_name: str | None = None,
     *,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> ModelOpener:
     """Return an opener for a model on an OpenAI-compatible server.
@@ -84,7 +90,7 @@ def served_model(
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
-        tokenizer = load_tokenizer(model, trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
         shell = load_shell(model, trust_remote_code)
         ends = eos_ids(shell, tokenizer)
         server = OpenAIServer(base_url, served_name, tokenizer, eos_ids=ends, **options)
@@ -104,6 +110,7 @@ def settings_for_model(
     carryover: Carryover | None = None,
     cap_longcot: bool = False,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **sizes: Any,
 ) -> list[Setting]:
     """Return the settings of a model, checked against its window before the weights load.
@@ -113,9 +120,11 @@ def settings_for_model(
 
     Raises:
         ConfigError: a context is longer than the window.
+        ModelError: the chat template fails, or closes the thinking.
         QueryTooLongError: with ``cap_longcot``, no token of thinking fits.
     """
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    check_thinking_is_open(tokenizer, problems[0])
     window = longest_sequence(load_shell(model, trust_remote_code))
     longest, answer = longest_query(tokenizer, problems), answer_room(tokenizer, plan)
     cap = None

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ from delethink.policy import Sampling
 from delethink.redaction import json_text
 from delethink.rollout import derive_seed, run_rollouts
 from delethink.scoring.answer import vote
-from delethink.tokenization import query_ids, reward_text
+from delethink.tokenization import check_thinking_is_open, query_ids, reward_text
 from delethink.trace_io import read_traces
 from delethink.types import Problem, StopReason, TokenIds, Trace
 
@@ -136,14 +136,20 @@ def sample_traces(
     temperature: float = 0.6,
     seed: int = 0,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Trace]:
     """Sample one LongCoT trace per problem, by default with transformers in this process.
 
     ``budget`` is the maximum length of a trace in tokens; the model's window may lower it.
     """
     opener = local_models(
-        engine or EngineConfig(name="transformers"), trust_remote_code=trust_remote_code, seed=seed
+        engine or EngineConfig(name="transformers"),
+        trust_remote_code=trust_remote_code,
+        chat_template_kwargs=chat_template_kwargs,
+        seed=seed,
     )
+    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    check_thinking_is_open(tokenizer, problems[0])  # before the weights load
     with opener(model) as loaded:
         queries = [query_ids(loaded.tokenizer, problem) for problem in problems]
         if loaded.max_model_tokens is not None:

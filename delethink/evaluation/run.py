@@ -30,6 +30,7 @@ from delethink.evaluation.models import (
 from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory, SampleKey
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
+from delethink.json_io import kind_of_file
 from delethink.policy import Sampling
 from delethink.redaction import json_text
 from delethink.registry import make_task
@@ -38,7 +39,7 @@ from delethink.scoring.answer import vote
 from delethink.scoring.rollouts import make_attempt
 from delethink.scoring.scorer import Scorer, make_scorer
 from delethink.tasks import left_out_of, rewards_of, select_problems, task_size
-from delethink.tokenization import encode, query_ids, reward_text
+from delethink.tokenization import check_thinking_is_open, encode, query_ids, reward_text
 from delethink.types import END_OF_THINKING, Attempt, Problem, StopReason, Trace, TraceStop
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ Grade = Callable[[Attempt], Awaitable[float | None]]
 """Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_DEFAULT_COLUMNS = {"problem_key": "problem|prompt|question", "answer_key": "answer|solution|gold"}
 _DEFAULT_PROBLEMS = 256  # for a task without an end
 _MIN_UNSCORED, _MAX_UNSCORED_SHARE = 16, 0.1  # traces without a score, to stop an evaluation
 
@@ -101,9 +101,9 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of problems must be at least 1, got {limit}")
     path = Path(task).expanduser()
-    if path.suffix in _FILE_SUFFIXES:
+    if kind_of_file(path) in _FILE_SUFFIXES:
         file = {"dataset": str(path), "heldout_share": 1.0}
-        made = make_task("dataset", {**file, **_DEFAULT_COLUMNS, **arguments}, seed)
+        made = make_task("dataset", {**file, **arguments}, seed)
     else:
         made = make_task(task, dict(arguments), seed)
     size = task_size(made, split)
@@ -139,6 +139,7 @@ class Evaluation:
     keep_tokens: bool = True  # store the sampled tokens
     # digest of the weights by model (``engines.loading.digest``)
     weights: Mapping[str, str | None] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -158,6 +159,7 @@ class Evaluation:
             "reward": self.problems.reward,
             "engine": self.engine,
             "models": dict(self.weights),
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
             **asdict(self.plan),
             "settings": [setting.as_dict() for setting in self.settings],
         }
@@ -243,6 +245,7 @@ def _sample(
     progress: EvaluationProgress | None,
 ) -> None:
     """Sample the missing traces of one model."""
+    check_thinking_is_open(loaded.tokenizer, evaluation.problems.problems[0])
     query_tokens = longest_query(loaded.tokenizer, evaluation.problems.problems)
     answer_tokens = answer_room(loaded.tokenizer, evaluation.plan)
     for setting in settings:

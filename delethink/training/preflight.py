@@ -25,7 +25,7 @@ from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
-from delethink.tokenization import check_thinking_is_open, query_ids
+from delethink.tokenization import check_thinking_is_open, end_tokens, query_ids
 from delethink.training.checkpointing import run_path
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
@@ -155,11 +155,12 @@ def read_inputs(prepared: Prepared) -> Inputs:
     """Read tokenizer, configuration and problems, and check their sizes.
 
     Raises:
-        UserError: the tokenizer has no end token, the chat template closes the thinking, there are
-            too few problems, a query leaves no room for thinking, or the model has no settings.
+        UserError: the tokenizer has no end token, the chat template fails or closes the thinking,
+            there are too few problems, a query leaves no room for thinking, or the model has no
+            settings.
     """
     recipe, training = prepared.recipe, prepared.recipe.training
-    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
     shell = load_shell(recipe.model, recipe.trust_remote_code)
     eos_ids(shell, tokenizer)
     spec, max_model_tokens = recipe.thinking.spec().bind(tokenizer), longest_sequence(shell)
@@ -178,7 +179,8 @@ def read_inputs(prepared: Prepared) -> Inputs:
         for query in queries:
             start(spec, query, max_model_tokens)
         longest[split] = max(map(len, queries))
-    check_thinking_is_open(tokenizer, selected["train"].problems[0])
+    for chosen in selected.values():  # tasks may have system messages of their own
+        check_thinking_is_open(tokenizer, chosen.problems[0])
     return Inputs(tokenizer, shell, spec, selected, longest)
 
 
@@ -243,8 +245,10 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     tokenizer = inputs.tokenizer
     ids = query_ids(tokenizer, inputs.selected["train"].problems[0])
     template = "a chat template" if tokenizer.chat_template else "no chat template"
-    ends = eos_ids(inputs.shell, tokenizer)
-    listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in ends)
+    sources, ends = end_tokens(tokenizer, inputs.shell), eos_ids(inputs.shell, tokenizer)
+    listed = ", ".join(
+        f"{tokenizer.convert_ids_to_tokens(end)} ({end}, from {sources[end]})" for end in ends
+    )
     text = str(tokenizer.decode(list(ids)))
     found = f"ends with {listed}; {template}, a query ends with {text[-30:]!r}"
     bos = tokenizer.bos_token_id
