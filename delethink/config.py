@@ -360,6 +360,9 @@ class EngineConfig(_Section):
     """Data type of the engine's weights; unset, bfloat16 on GPUs and float32 on CPUs."""
     max_batch_size: int | None = Field(None, ge=1)
     """Chunks sampled at once by an engine; unset, the engine's own default."""
+    max_model_tokens: int | None = Field(None, gt=0)
+    """Longest sequence of an engine, prompt and new tokens together; unset, that of the run's
+    longest context. vLLM starts only if its cache has room for one."""
     kv_cache_gib: float = Field(1.0, gt=0, allow_inf_nan=False)
     """GiB of KV cache of each engine, on CPUs."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)

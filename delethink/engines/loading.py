@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from delethink.engines.weight_files import check_report, check_values, weight_files
-from delethink.errors import MissingExtraError, ModelError
+from delethink.errors import ConfigError, MissingExtraError, ModelError
 from delethink.output import get_logger
 from delethink.tokenization import bind_template, end_tokens, reward_text
 from delethink.types import END_OF_THINKING
@@ -268,9 +268,72 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return _from_config(model, "vocab_size")
 
 
+_WINDOW_KEYS = ("n_positions", "max_seq_len", "seq_length", "model_max_length", "max_seq_length")
+# Other kinds of scaling (YaRN, LongRoPE, Llama 3) are part of max_position_embeddings already.
+_UNSCALED_ROPE = ("linear", "dynamic", "ntk")
+
+
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Return the longest sequence (prompt and new tokens); raise ``ModelError`` if unknown."""
-    return _from_config(model, "max_position_embeddings")
+    """Return the longest sequence (prompt and new tokens), as vLLM derives it.
+
+    Raises:
+        ModelError: the configuration does not say.
+    """
+    config = model.config.get_text_config()
+    keys = ("max_position_embeddings", *_WINDOW_KEYS)
+    known = (getattr(config, key, None) for key in keys)
+    window = next((int(value) for value in known if value is not None), None)
+    if window is None:
+        raise ModelError(f"the model's config.json has no {keys[0]}")
+    if config.model_type.startswith("gemma3"):  # its scaling is part of the window
+        return window
+    factors = [rope.get("factor") for rope in _ropes(config) if _type_of(rope) in _UNSCALED_ROPE]
+    return int(window * (factors[-1] if factors and factors[-1] else 1))
+
+
+def scaled_window(model: PreTrainedModel) -> int:
+    """Return the longest sequence for which YaRN is set up.
+
+    It may exceed ``longest_sequence``: some checkpoints state the original window beside a factor.
+    """
+    config = model.config.get_text_config()
+    sizes = [
+        int(rope["original_max_position_embeddings"] * rope["factor"])
+        for rope in _ropes(config)
+        if rope.get("original_max_position_embeddings") and rope.get("factor")
+    ]
+    return max([longest_sequence(model), *sizes])
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Return the RoPE settings of a configuration, one for each kind of layer."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [each for each in ropes.values() if isinstance(each, Mapping)]
+    return nested or [ropes]
+
+
+def _type_of(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type"))
+
+
+def engine_window(model: PreTrainedModel, max_model_tokens: int | None) -> int:
+    """Return the longest sequence of an engine.
+
+    Args:
+        model: a model, or ``load_shell``.
+        max_model_tokens: setting of the engine; ``None`` for the model's window.
+
+    Raises:
+        ConfigError: the setting exceeds the window.
+        ModelError: the window is unknown.
+    """
+    window = longest_sequence(model)
+    if max_model_tokens is not None and max_model_tokens > window:
+        raise ConfigError(
+            f"engine.max_model_tokens={max_model_tokens} is more than the {window} tokens that the "
+            "model takes; lower it, or leave it out"
+        )
+    return max_model_tokens or window
 
 
 def _from_config(model: PreTrainedModel, key: str) -> int:

@@ -127,10 +127,10 @@ class RayPool:
         """Make an engine; see ``Engine.create``."""
         from delethink.engines.loading import (
             check_checkpoint,
+            engine_window,
             eos_ids,
             load_shell,
             locate,
-            longest_sequence,
         )
 
         if model is None:
@@ -140,7 +140,7 @@ class RayPool:
             locate(model_path),
             config,
             eos_ids=eos_ids(shell, tokenizer),
-            max_model_tokens=longest_sequence(shell),
+            max_model_tokens=engine_window(shell, config.max_model_tokens),
             trust_remote_code=trust_remote_code,
             seed=seed,
         )

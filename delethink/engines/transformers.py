@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from delethink.config import EngineConfig
-from delethink.engines.loading import eos_ids, load_model, longest_sequence
+from delethink.engines.loading import engine_window, eos_ids, load_model
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
 from delethink.types import StopReason, TokenIds
@@ -46,6 +46,7 @@ class TransformersEngine:
         seed: seed of the stream for requests without a seed of their own.
         is_trained: a trainer updates this very model, adapters included. New weights then take
             effect at once, and ``update_weights`` only counts.
+        max_model_tokens: longest sequence; ``None`` for the model's window.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class TransformersEngine:
         max_batch_size: int = _DEFAULT_BATCH_SIZE,
         seed: int = 0,
         is_trained: bool = False,
+        max_model_tokens: int | None = None,
     ) -> None:
         self.model, self._is_trained = model, is_trained
-        self.max_model_tokens = longest_sequence(model)
+        self.max_model_tokens = engine_window(model, max_model_tokens)
         self._eos_ids, self._pad_id = tuple(eos_ids), pad_id
         self._max_batch_size = max_batch_size
         self._generator = torch.Generator().manual_seed(seed)
@@ -94,6 +96,7 @@ class TransformersEngine:
             config.max_batch_size or _DEFAULT_BATCH_SIZE,
             seed,
             is_trained,
+            config.max_model_tokens,
         )
 
     async def generate(

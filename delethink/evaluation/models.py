@@ -39,11 +39,17 @@ def local_models(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    longest: Callable[[str, Tokenizer], int] | None = None,
 ) -> ModelOpener:
     """Return an opener for models in engines of this machine or its Ray cluster.
 
-    ``seed`` is for requests without a seed of their own, and ``chat_template_kwargs`` are variables
-    of the chat template.
+    Args:
+        engine: settings of the engine.
+        trust_remote_code: run code from the models' repositories.
+        chat_template_kwargs: variables of the chat template.
+        seed: seed of requests without a seed of their own.
+        longest: returns the longest sequence asked of a model; by default the engine has room for
+            the model's window.
     """
     config = engine or EngineConfig()
     if config.max_batch_size is None and choose_engine(config.name) == "transformers":
@@ -52,8 +58,11 @@ def local_models(
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
         tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+        settings = config
+        if longest is not None and config.max_model_tokens is None:
+            settings = config.model_copy(update={"max_model_tokens": longest(model, tokenizer)})
         opened = make_engine(
-            config,
+            settings,
             model,
             None,  # only the engine loads the weights
             tokenizer,
@@ -143,6 +152,17 @@ def settings_for_model(
     for setting in settings:
         check_window(setting, longest, window, answer)
     return settings
+
+
+def longest_context(
+    settings: Sequence[Setting],
+    problems: Sequence[Problem],
+    plan: SamplingPlan,
+    tokenizer: Tokenizer,
+) -> int:
+    """Return the longest sequence of settings of one model: query, thinking, forced answer."""
+    thinking = max(setting.spec.max_thinking_context for setting in settings)
+    return longest_query(tokenizer, problems) + thinking + answer_room(tokenizer, plan)
 
 
 def check_window(

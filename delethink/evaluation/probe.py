@@ -30,7 +30,13 @@ import torch
 from delethink.carryover import name_of
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.config import EngineConfig
-from delethink.engines.loading import load_model, load_tokenizer, longest_sequence
+from delethink.engines.loading import (
+    engine_window,
+    load_model,
+    load_shell,
+    load_tokenizer,
+    longest_sequence,
+)
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import clustered_mean
 from delethink.evaluation.models import local_models, longest_query
@@ -142,19 +148,21 @@ def sample_traces(
 
     ``budget`` is the maximum length of a trace in tokens; the model's window may lower it.
     """
+    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    check_thinking_is_open(tokenizer, problems[0])  # before the weights load
+    longest = longest_query(tokenizer, problems)
+    config = engine or EngineConfig(name="transformers")
+    window = engine_window(load_shell(model, trust_remote_code), config.max_model_tokens)
+    budget = min(budget, window - longest)
     opener = local_models(
-        engine or EngineConfig(name="transformers"),
+        config,
         trust_remote_code=trust_remote_code,
         chat_template_kwargs=chat_template_kwargs,
         seed=seed,
+        longest=lambda *_: longest + budget,
     )
-    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
-    check_thinking_is_open(tokenizer, problems[0])  # before the weights load
     with opener(model) as loaded:
         queries = [query_ids(loaded.tokenizer, problem) for problem in problems]
-        if loaded.max_model_tokens is not None:
-            room = loaded.max_model_tokens - longest_query(loaded.tokenizer, problems)
-            budget = min(budget, room)
         samplings = [
             Sampling(temperature, derive_seed("probe", seed, i)) for i in range(len(queries))
         ]

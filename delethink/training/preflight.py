@@ -18,7 +18,15 @@ from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
 from delethink.cost.shape import ModelShape
 from delethink.engines.factory import choose_engine
-from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, locate, longest_sequence
+from delethink.engines.loading import (
+    engine_window,
+    eos_ids,
+    load_shell,
+    load_tokenizer,
+    locate,
+    longest_sequence,
+    scaled_window,
+)
 from delethink.errors import ConfigError, MissingExtraError, ModelError, UserError
 from delethink.registry import make_task, resolve
 from delethink.scoring.isolation import ADVICE, find_isolation
@@ -136,6 +144,19 @@ class Inputs(NamedTuple):
         """Longest sequence of LongCoT with the same budget, in tokens."""
         return max(self.longest_query.values()) + self.spec.budget
 
+    def engine_config(self, engine: EngineConfig) -> EngineConfig:
+        """Return the settings with the longest sequence of the run, unless they have one."""
+        if engine.max_model_tokens is not None:
+            return engine
+        return engine.model_copy(update={"max_model_tokens": self.engine_context})
+
+    @property
+    def engine_context(self) -> int:
+        """Longest sequence of the run, LongCoT's in the table included if the model takes it."""
+        longcot = self.longest_query["heldout"] + self.spec.budget
+        fits = longcot <= longest_sequence(self.shell)
+        return max(self.longest_context, longcot if fits else 0)
+
     @property
     def max_chunks(self) -> int:
         """Most chunks of a trace, including chunks that write a carryover."""
@@ -163,7 +184,8 @@ def read_inputs(prepared: Prepared) -> Inputs:
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
     shell = load_shell(recipe.model, recipe.trust_remote_code)
     eos_ids(shell, tokenizer)
-    spec, max_model_tokens = recipe.thinking.spec().bind(tokenizer), longest_sequence(shell)
+    spec = recipe.thinking.spec().bind(tokenizer)
+    max_model_tokens = engine_window(shell, recipe.engine.max_model_tokens)
     num_heldout = recipe.evaluation.num_problems
     num_train = training.num_batches * training.traces_per_batch // training.num_generations
     evaluated = recipe.evaluation.task or recipe.task
@@ -267,6 +289,11 @@ def _check_context(inputs: Inputs) -> Check:
         f"{spec.context_size} need {inputs.longest_context} of the model's {available}; a budget "
         f"of {spec.budget} in up to {spec.max_chunks} chunks"
     )
+    if (scaled := scaled_window(inputs.shell)) > available:
+        found = (
+            f"{found}; RoPE is scaled for {scaled}, which max_position_embeddings={scaled} in "
+            "config.json would allow"
+        )
     if inputs.longcot_context <= available:
         return Check("context", "ok", found)
     found = f"{found}; LongCoT would need {inputs.longcot_context}"
@@ -303,10 +330,11 @@ def _check_workers(
     """Compare the cache of a worker with one context, and all workers with the memory."""
     size = 4 if engine.engine_dtype == "float32" else 2
     weights = weight_bytes(shape, size)
-    cache = float(cache_bytes(shape, inputs.longest_context, size, block=16))
+    longest = engine.max_model_tokens or inputs.engine_context
+    cache = float(cache_bytes(shape, longest, size, block=16))
     found = (
         f"{engine.num_engines} workers with {_gib(weights)} of weights each; the cache of a "
-        f"context takes {_gib(cache)}"
+        f"sequence of {longest} takes {_gib(cache)}"
     )
     advice = "use fewer engines, a smaller model or a smaller context"
     reserved = engine.kv_cache_gib * _BYTES_PER_GIB

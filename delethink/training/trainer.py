@@ -89,7 +89,7 @@ def _train(
 
     progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
     engine = make_engine(
-        recipe.engine,
+        inputs.engine_config(recipe.engine),
         recipe.model,
         sampling_model,
         inputs.tokenizer,
