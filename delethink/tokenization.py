@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -47,7 +47,8 @@ def query_ids(
     """
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in problem.messages)
-        return tuple(tokenizer(text)["input_ids"])
+        ids = tuple(tokenizer(text)["input_ids"])
+        return ids[: -_adds_end(tokenizer, text, ids) or None]  # the model would begin after it
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     encoded = _apply_template(tokenizer, problem.messages, chat_template_kwargs, options)
     return tuple(encoded["input_ids"])
@@ -56,9 +57,89 @@ def query_ids(
 def encode(tokenizer: Tokenizer, text: str) -> TokenIds:
     """Return the token ids of ``text`` without added special tokens.
 
-    Special tokens spelled out in the text, such as EOS, become their ids.
+    Special tokens spelled out in the text, such as EOS, become their ids. Some tokenizers add BOS
+    or EOS although they are told not to.
     """
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    options = {"add_special_tokens": False}
+    ids = tuple(tokenizer(text, **options)["input_ids"])
+    start = _adds(tokenizer, "bos_token", text.startswith, ids[:2], options)
+    return ids[start : -_adds_end(tokenizer, text, ids, options) or None]
+
+
+def _adds_end(tokenizer: Tokenizer, text: str, ids: TokenIds, options: Any = None) -> bool:
+    """Return whether the tokenizer itself has put EOS at the end of the ids of a text."""
+    return _adds(tokenizer, "eos_token", text.endswith, ids[:-3:-1], options or {})
+
+
+def _adds(
+    tokenizer: Tokenizer,
+    name: str,
+    is_at_edge: Callable[[str], bool],
+    edge: TokenIds,
+    options: Mapping[str, Any],
+) -> bool:
+    """Return whether the outermost token is one that the tokenizer adds to any text.
+
+    Args:
+        tokenizer: the tokenizer.
+        name: ``"bos_token"`` or ``"eos_token"``.
+        is_at_edge: whether a spelled token stands at this edge of the text.
+        edge: the two outermost ids, the outermost first.
+        options: those with which the text was encoded.
+    """
+    token, spelled = getattr(tokenizer, f"{name}_id", None), getattr(tokenizer, name, None)
+    if token is None or not spelled or edge[:1] != (token,):
+        return False
+    if is_at_edge(str(spelled)) and edge != (token, token):
+        return False  # the text's own
+    return token in tokenizer("", **options)["input_ids"]
+
+
+_SPACES = re.compile(r"[\s\u0120\u010a\u2581]")  # also as vocabularies write them
+_SINGLE_SPACES, _ALL_SPACES = "Let x be 3 and y be 4", "Let x:\n\ty  be 4\n\nx"
+
+
+def changed_spaces(tokenizer: Tokenizer, text: str) -> str | None:
+    """Return the text after encoding and decoding if its spaces differ, or ``None``.
+
+    A tokenizer that lacks letters of the text says nothing about spaces. Spaces at the start are
+    not compared.
+    """
+    again = str(tokenizer.decode(list(encode(tokenizer, text))))
+    if again.lstrip() == text.lstrip() or _SPACES.sub("", again) != _SPACES.sub("", text):
+        return None
+    return again
+
+
+def tokenizer_faults(tokenizer: Any, query: TokenIds, ends: Sequence[int]) -> list[tuple[str, str]]:
+    """Return faults of a tokenizer and its chat template, each with advice.
+
+    ``query`` has the ids of a problem's query, and ``ends`` are the tokens that end an answer.
+    """
+    faults, bos = [], getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and query[:2] == (bos, bos):
+        advice = "remove the token from the chat template: the tokenizer adds it already"
+        faults.append((f"a query begins with two {tokenizer.bos_token}", advice))
+    added = tuple(tokenizer("")["input_ids"])
+    if bos is not None and bos in added and bos not in query:
+        advice = "begin the chat template with {{ bos_token }}"
+        lacks = f"a query has no {tokenizer.bos_token}, which the tokenizer adds to any text"
+        faults.append((lacks, advice))
+    if query[-1:] and query[-1] in ends:
+        name = tokenizer.convert_ids_to_tokens(query[-1])
+        advice = "end the chat template with the start of the model's turn"
+        faults.append((f"a query ends with {name}, which ends an answer", advice))
+    for text in (_SINGLE_SPACES, _ALL_SPACES):
+        if (again := changed_spaces(tokenizer, text)) is not None:
+            advice = "update transformers, or correct the tokenizer's tokenizer_class and files"
+            faults.append((f"encoding and decoding makes {text!r} to {again!r}", advice))
+            break
+    return faults
+
+
+def loses_spaces(tokenizer: Tokenizer) -> bool:
+    """Return whether spaces between words do not come back from the ids of a text."""
+    return changed_spaces(tokenizer, _SINGLE_SPACES) is not None
 
 
 def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None:

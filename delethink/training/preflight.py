@@ -33,7 +33,13 @@ from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
-from delethink.tokenization import check_thinking_is_open, end_tokens, query_ids
+from delethink.tokenization import (
+    check_thinking_is_open,
+    end_tokens,
+    loses_spaces,
+    query_ids,
+    tokenizer_faults,
+)
 from delethink.training.checkpointing import run_path
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
@@ -263,7 +269,7 @@ def check_recipe(recipe: Recipe) -> list[Check]:
 
 
 def _check_tokenizer(inputs: Inputs) -> Check:
-    """Show end tokens and chat template, and check for a doubled start token."""
+    """Show end tokens and chat template, and check special tokens and spaces."""
     tokenizer = inputs.tokenizer
     ids = query_ids(tokenizer, inputs.selected["train"].problems[0])
     template = "a chat template" if tokenizer.chat_template else "no chat template"
@@ -273,12 +279,14 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     )
     text = str(tokenizer.decode(list(ids)))
     found = f"ends with {listed}; {template}, a query ends with {text[-30:]!r}"
-    bos = tokenizer.bos_token_id
-    if bos is None or ids[:2] != (bos, bos):
+    faults = tokenizer_faults(tokenizer, ids, ends)
+    if not faults:
         return Check("tokenizer", "ok", found)
-    found = f"{found}, and begins with two {tokenizer.bos_token}"
-    advice = "remove the token from the chat template: the tokenizer adds it already"
-    return Check("tokenizer", "warning", found, advice)
+    found = "; ".join([found, *(fault for fault, _ in faults)])
+    advice = "; ".join(dict.fromkeys(advice for _, advice in faults))
+    # Prompts and answers without spaces are not what the model was trained on.
+    status: Literal["problem", "warning"] = "problem" if loses_spaces(tokenizer) else "warning"
+    return Check("tokenizer", status, found, advice)
 
 
 def _check_context(inputs: Inputs) -> Check:
