@@ -15,7 +15,6 @@ process and becomes a verdict.
 from __future__ import annotations
 
 import base64
-import math
 import os
 import pickle
 import queue
@@ -42,7 +41,13 @@ from delethink.scoring.isolation import (
     start_process,
 )
 from delethink.scoring.programs import remove_folder, run_program
-from delethink.scoring.warm import MAX_CALL_BYTES, call_function, describe, load_function
+from delethink.scoring.warm import (
+    MAX_CALL_BYTES,
+    call_function,
+    describe,
+    is_value,
+    load_function,
+)
 
 HEARTBEAT_INTERVAL_S = 1.0
 _MAX_FILE_BYTES = 1 << 20
@@ -310,10 +315,7 @@ class _WarmProcess:
         message = {"id": self._number, "module": call["module"], "name": call["name"], **fields}
         write_all(self._process.stdin.fileno(), frame(message))
         answer = self._reader.read(time.monotonic() + seconds)
-        value = answer.get("value")
-        if answer.pop("id", None) != self._number or not (
-            value is None or (isinstance(value, int | float) and math.isfinite(value))
-        ):
+        if answer.pop("id", None) != self._number or not is_value(answer.get("value")):
             raise BrokenChannelError("the answer belongs to no call")
         return answer
 
@@ -347,17 +349,16 @@ def run_host(settings: dict[str, Any]) -> None:
     drop_capabilities()
     for limit in (resource.RLIMIT_CORE, getattr(resource, "RLIMIT_MSGQUEUE", resource.RLIMIT_CORE)):
         resource.setrlimit(limit, (0, 0))
-    with tempfile.TemporaryDirectory(
-        prefix="delethink-host-", ignore_cleanup_errors=True
-    ) as folder:
-        tempfile.tempdir = folder
-        Host(settings, calls, answers).run()
-        remove_folder(folder)
-    end_group()
+    # The pool removes its folder; inside bubblewrap, the folder is in memory.
+    tempfile.tempdir = settings["folder"] or tempfile.mkdtemp()
+    Host(settings, calls, answers).run()
+    end_group()  # the pool was killed
 
 
 def end_group() -> None:
-    """End this process and everything it started."""
+    """End this process and everything it started, and remove its folder."""
+    if tempfile.tempdir:
+        remove_folder(tempfile.tempdir)
     with suppress(OSError):
         if os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)

@@ -17,6 +17,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -32,7 +33,7 @@ from delethink.errors import ConfigError, MissingExtraError, SandboxError
 from delethink.scoring.frames import BrokenChannelError, FrameReader, frame, write_all
 from delethink.scoring.host import HEARTBEAT_INTERVAL_S
 from delethink.scoring.isolation import LIBRARY, check_isolation, find_isolation, host_command
-from delethink.scoring.programs import SandboxLimits, SandboxResult
+from delethink.scoring.programs import SandboxLimits, SandboxResult, remove_folder
 from delethink.scoring.reward import is_importable, traits_of
 
 VerdictStatus = Literal["ok", "timeout", "memory", "error"]
@@ -221,7 +222,10 @@ class _Host:
     def __init__(self, settings: VerifierSettings, num_verifiers: int) -> None:
         isolation = find_isolation()
         fields = dataclasses.asdict(settings) | {"num_verifiers": num_verifiers}
-        fields["isolation"] = isolation
+        self._folder = ""
+        if isolation != "bubblewrap":
+            self._folder = tempfile.mkdtemp(prefix="delethink-host-")
+        fields |= {"isolation": isolation, "folder": self._folder}
         path = list(dict.fromkeys([LIBRARY, *map(os.path.abspath, sys.path)]))
         code = (
             f"import sys; sys.path[:] = {path!r}; from delethink.scoring.host import run_host; "
@@ -288,6 +292,8 @@ class _Host:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        if self._folder:
+            remove_folder(self._folder)
         for waiting in unfinished:
             _settle(waiting.future, waiting.fail(self._reason))
         if threading.current_thread() is not self._thread:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import os
 import pickle
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from delethink.scoring.expressions import allow_only_expressions
@@ -40,6 +43,8 @@ _MAX_REASON_CHARACTERS = 500
 def serve() -> None:
     """Answer calls until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if find_spec("sandlock") is not None:
+        import sandlock  # noqa: F401 - before the forks, which confine themselves
     calls = FrameReader(0, MAX_CALL_BYTES)
     functions: dict[tuple[str, str], Callable[..., Any]] = {}
     while True:
@@ -93,9 +98,10 @@ def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[s
     except BaseException as error:  # the data of the task is at fault, not the model's output
         return {"broken": describe(error)}
     reader, writer = os.pipe()
+    key = secrets.token_hex(16)  # a result without it is forged
     child = os.fork()
     if child == 0:
-        _run_and_exit(function, kwargs, call["control"], writer)
+        _run_and_exit(function, kwargs, call["control"], writer, key)
     os.close(writer)
     deadline = time.monotonic() + call["timeout"]
     body, in_time = _read_result(reader, deadline)
@@ -110,12 +116,19 @@ def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[s
     except BrokenChannelError:
         cause = f"signal {-status}" if status < 0 else f"exit code {status}"
         return {"died": f"it ended without a result, with {cause}"}
-    kind, value = next(iter(result.items()), ("", None))
-    if kind == "value" and (value is None or isinstance(value, int | float)):
+    if result.pop("key", None) != key or len(result) != 1:
+        return {"died": "it wrote a result of its own"}
+    kind, value = result.popitem()
+    if kind == "value" and is_value(value):
         return {"value": value}
-    if kind == "error" and isinstance(value, str):
-        return {"error": value[:_MAX_REASON_CHARACTERS]}
-    return {"memory": True} if kind == "memory" else {"died": "it wrote something else"}
+    if kind == "value":
+        return {"error": f"a reward must be finite, got {value}"[:_MAX_REASON_CHARACTERS]}
+    return {"memory": True} if kind == "memory" else {"error": str(value)[:_MAX_REASON_CHARACTERS]}
+
+
+def is_value(value: object) -> bool:
+    """Return whether ``value`` may be that of a reward: ``None`` or a finite number."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def _read_result(reader: int, deadline: float) -> tuple[bytes, bool]:
@@ -136,7 +149,11 @@ def _read_result(reader: int, deadline: float) -> tuple[bytes, bool]:
 
 
 def _run_and_exit(
-    function: Callable[..., Any], kwargs: Mapping[str, Any], is_control: bool, writer: int
+    function: Callable[..., Any],
+    kwargs: Mapping[str, Any],
+    is_control: bool,
+    writer: int,
+    key: str,
 ) -> NoReturn:
     """Run the call in the fork, and write its result."""
     try:
@@ -160,6 +177,6 @@ def _run_and_exit(
     except BaseException as error:  # the code under test may raise anything
         result = {"error": describe(error)}
     try:
-        write_all(3, json.dumps(result).encode())
+        write_all(3, json.dumps({**result, "key": key}).encode())
     finally:
         os._exit(0)

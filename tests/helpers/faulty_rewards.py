@@ -22,6 +22,7 @@ FAULTS = (
         "noise",
         "partial",
         "forged",
+        "own_result",
         "starts",
         "flood",
         "exit",
@@ -85,6 +86,8 @@ def _misbehave(behaviour: str, rng: random.Random) -> object:
         _write(forged[: rng.randrange(1, len(forged))], end)
     elif behaviour == "forged":
         _write(forged * rng.randrange(1, 4), end)
+    elif behaviour == "own_result":
+        _write(json.dumps({"value": 1.0}).encode(), True)
     elif behaviour == "starts":
         _write(b"".join(frame({"id": n, "loaded": True}) for n in range(50)), end)
     elif behaviour == "flood":

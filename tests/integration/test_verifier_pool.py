@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from delethink.errors import ConfigError
 from delethink.scoring.isolation import find_isolation
 from delethink.scoring.pool import VerifierPool, VerifierSettings
+from delethink.scoring.programs import SandboxLimits
 from delethink.scoring.reward import Reward
 from delethink.scoring.scorer import Scorer, ScoringRules
 from delethink.types import Attempt, Problem, TraceStop
@@ -263,6 +265,15 @@ def test_a_sample_whose_verifier_stalls_is_an_error_and_never_a_zero(hostile: An
     assert score.errors == {"stalls": "timeout: computing the reward took more than 1 s"}
     with Scorer(rewards, rules=ScoringRules(error=-1.0), settings=settings) as scorer:
         assert scorer.score_now([attempt])[0].total == -1.0
+
+
+def test_closing_leaves_no_folder(hostile: Any) -> None:
+    temp = Path(tempfile.gettempdir())
+    before = set(temp.glob("delethink-*"))
+    with VerifierPool(VerifierSettings(num_verifiers=1)) as pool:
+        assert pool.call(hostile.double, text="abc").value == 6.0
+        pool.run_program("open('x', 'w').write('y')", "", SandboxLimits())
+    assert set(temp.glob("delethink-host-*")) <= before
 
 
 OWNER = """
