@@ -294,7 +294,7 @@ class _RayWorkerHandle:
         call = self.actor.generate.remote(
             token_array(prompt_ids),  # pickled as one block of bytes
             max_new_tokens,
-            Sampling(sampling.temperature, sampling.seed),  # the hint is for the scheduler alone
+            dataclasses.replace(sampling, hint=None),  # the hint is for the scheduler alone
         )
         try:
             return await _result(call)

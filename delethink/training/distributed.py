@@ -173,9 +173,7 @@ def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
     from delethink.training.weights import GatherWeights
 
     set_seed(recipe.seed)
-    tokenizer = load_tokenizer(
-        recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs
-    )
+    tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
     trainer = make_trainer(
         recipe,
         ranks,
