@@ -129,7 +129,7 @@ def _open(path: Path) -> BinaryIO:
 class _Decompressed(io.RawIOBase):
     """The bytes of a gzip file, up to ``_MAX_DECOMPRESSED_BYTES``."""
 
-    def __init__(self, packed: io.BufferedReader) -> None:
+    def __init__(self, packed: BinaryIO) -> None:
         self._packed, self._file, self._size = packed, gzip.GzipFile(fileobj=packed), 0
 
     def readable(self) -> bool:

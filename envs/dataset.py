@@ -25,6 +25,7 @@ from delethink.envs.rows import (
 )
 from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
+from delethink.scoring.answer import extract_answer
 from delethink.tasks import check_split
 from delethink.types import ACCEPTED_ANSWERS, END_OF_THINKING, Problem
 
@@ -57,7 +58,8 @@ Demonstrate = Callable[[Problem], tuple[str | None, str]]
 
 def demonstrate_boxed(problem: Problem) -> tuple[str, str]:
     """Return the gold answer in a box, and a wrong number in a box."""
-    return f"\\boxed{{{problem.answer}}}", "\\boxed{-987654321}"
+    gold = extract_answer(problem.answer, None) or problem.answer  # it may have a box of its own
+    return f"\\boxed{{{gold}}}", "\\boxed{-987654321}"
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class DatasetSpec:
         problem_key: str | None = None,
         answer_key: str | None = None,
         metadata_keys: Sequence[str] | None = None,
-        template: str | None = None,
+        template: str | Mapping[str, None] | None = None,
         system: str | None = None,
         date_key: str | None = None,
         start_date: str | None = None,
@@ -199,7 +201,7 @@ class DatasetSpec:
         given = {f.name: arguments[f.name] for f in fields(self) if f.name in arguments}
         spec = replace(self, **{key: value for key, value in given.items() if value is not None})
         if template is not None:
-            spec = replace(spec, conversation_template=template)
+            spec = replace(spec, conversation_template=str(template))
         if reward is not None:
             spec = replace(spec, rewards={reward: 1.0})
         spec._check()

@@ -189,7 +189,8 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
             f"the data set {dataset} is not on this machine and cannot be fetched "
             f"({type(error).__name__}: {first}). On a machine with a network, run: hf download "
             f"--repo-type dataset {dataset}{only} --local-dir FOLDER; then set "
-            "task.args.dataset=FOLDER. A private data set needs hf auth login"
+            "task.args.dataset=FOLDER, or in delethink eval --task-arg dataset=FOLDER. A private "
+            "data set needs hf auth login"
         ) from None
 
 

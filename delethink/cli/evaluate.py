@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
+from delethink.cli.presets import apply_preset, compared, comparison_lines
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.cost.hardware import accelerator
@@ -28,17 +30,11 @@ _MINIMA = {
     **dict.fromkeys(("samples", "in_flight", "bootstrap", "resamples"), 1),
     **dict.fromkeys(("retries", "force_answer", "margin"), 0),
 }
-# Section 5 and appendix D of the paper. Its C, m, head and temperature are the defaults.
-_PAPER_SAMPLES, _PAPER_BOOTSTRAP = 256, 128
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments before heavy imports, then sample and print the results."""
-    is_paper = arguments.preset == "paper"
-    if arguments.samples is None:
-        arguments.samples = _PAPER_SAMPLES if is_paper else 4
-    if arguments.bootstrap is None and is_paper:
-        arguments.bootstrap = _PAPER_BOOTSTRAP
+    apply_preset(arguments)
     if arguments.in_flight is None:
         # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
         arguments.in_flight = 512 if arguments.base_url is None else 256
@@ -106,9 +102,12 @@ def _evaluate(
         write_curves(results.rows, problems.name, output)
     if arguments.json:
         text = evaluation.as_dict() | results.as_dict() | {"timing": results.timing}
-        echo_json(text | {"output": str(output)})
+        published = [asdict(c) | {"verdict": c.verdict} for c in compared(arguments, results.rows)]
+        echo_json(text | {"published": published, "output": str(output)})
     else:
         progress.table(results)
+        for line in comparison_lines(arguments, results.rows):
+            progress.print(line)
         progress.print(f"results: {output}")
     return 0 if results.rows else 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import ConfigError
+from delethink.evaluation.targets import TARGETS
 
 _OLD_ENGINE_OPTIONS = {
     "--engine": "engine",
@@ -33,11 +34,10 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         action="append",
-        required=True,
         help="folder, Hugging Face id, or toy for the shipped model; for several, use commas or "
         "repeat the option, baseline first",
     )
-    add("--task", required=True, help="registered task, or file (JSON lines, JSON, Parquet, CSV)")
+    add("--task", help="registered task, or file (JSON lines, JSON, Parquet, CSV)")
     _add_task_arguments(add)
     add("--split", default="heldout", help="split of a registered task (default heldout)")
     add("--num-problems", type=int, metavar="N", help="use the first N problems (default: all)")
@@ -100,17 +100,13 @@ def _add_unsafe_code(add: Any) -> None:
 
 def _add_thinking(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("thinking (k is 1,024; lists with commas)").add_argument
-    modes = "delethink,longcot"
-    add("--mode", default=modes, metavar="LIST", help="delethink, longcot, or both (default)")
-    add(
-        *("-C", "--context-size"), default="8k", metavar="LIST", help="context sizes C (default 8k)"
-    )
+    add("--mode", metavar="LIST", help="delethink, longcot, or both (default)")
+    add("-C", "--context-size", metavar="LIST", help="context sizes C (default 8k)")
     add("--carryover-size", metavar="LIST", help="carryover sizes m (default: half of each C)")
     _add_carryover(add)
     add("--head-outside", action="store_true", help="carry the head on top of m")
     add(
         "--max-chunks",
-        default="5",
         metavar="LIST",
         help="numbers of chunks I; traces of the largest are cut to the smaller ones; a single "
         "number is spread over five budgets (default 5)",
@@ -150,9 +146,10 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--preset",
-        choices=["paper"],
+        choices=["paper", *TARGETS],
         help="paper: 256 samples and avg@128 by bootstrap; the paper's C, m and temperature are "
-        "the defaults",
+        "the defaults. The others also set model, task and budgets of a result of the paper, and "
+        "compare with it",
     )
     default = "default 512; 256 with --base-url"
     add("--in-flight", type=int, metavar="N", help=f"maximum traces sampled at once ({default})")
