@@ -149,6 +149,7 @@ class ScoringConfig(_Section):
     """Run the code of the model with the rights of your user where the machine has no isolation."""
 
 
+_CUTS = ("top_p", "top_k", "min_p")  # names of TRL
 _REFUSED_LOSS_TYPES = {
     "bnpo": "it divides by the tokens of a micro-batch, so the result would depend on how traces "
     "are split into micro-batches",
@@ -192,7 +193,8 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Maximum global gradient norm."""
     temperature: float = Field(0.6, gt=0, allow_inf_nan=False)
-    """Temperature of sampling and of the log-probs in the loss."""
+    """Temperature of sampling and of the log-probs in the loss; all tokens can be sampled, as
+    top-p, top-k and min-p would bias the gradient."""
     epsilon: float = Field(0.2, gt=0, lt=1)
     """Lower clip range of the probability ratio, which is 1 in the first step on a batch."""
     epsilon_high: float = Field(0.26, gt=0, allow_inf_nan=False)
@@ -260,6 +262,17 @@ class TrainingConfig(_Section):
     def num_batches(self) -> int:
         """Batches sampled in the run."""
         return -(-self.max_steps // self.steps_per_batch)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_cut_distributions(cls, values: Any) -> Any:
+        cut = [key for key in _CUTS if isinstance(values, Mapping) and key in values]
+        if cut:
+            raise ValueError(
+                f"{cut[0]} is not a key of training, which samples from the full distribution: the "
+                "gradient would be biased towards the tokens left in; delethink eval has an option"
+            )
+        return values
 
     @field_validator("loss_type", mode="before")
     @classmethod

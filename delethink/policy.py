@@ -33,11 +33,24 @@ class SchedulingHint:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. Top-p and top-k are missing because they bias the policy gradient."""
+    """Sampling parameters.
+
+    ``top_p``, ``top_k`` and ``min_p`` cut the distribution, as vLLM does: after the temperature,
+    ``min_p`` first. Log-probs are then those of the cut distribution. Training samples without
+    them, because they bias the policy gradient; greedy decoding does not use them.
+    """
 
     temperature: float = 1.0  # 0 means greedy; log-probs are then those at temperature 1
     seed: int | None = None  # None uses the engine's own random stream
     hint: SchedulingHint | None = field(default=None, compare=False, repr=False)
+    top_p: float = 1.0  # keep the most probable tokens with this mass; 1 keeps all
+    top_k: int = 0  # keep this many of the most probable tokens; 0 keeps all
+    min_p: float = 0.0  # drop tokens less probable than this share of the most probable one
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether tokens are dropped from the distribution."""
+        return self.temperature > 0 and (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0)
 
 
 @dataclass(frozen=True)

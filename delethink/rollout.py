@@ -118,7 +118,7 @@ async def _sample(
         if seed is not None:
             written = () if state.role is ChunkRole.THINKING else (state.role.value,)
             seed = derive_seed(seed, state.num_chunks, *written)
-        own = Sampling(sampling.temperature, seed, hint)
+        own = replace(sampling, seed=seed, hint=hint)
         chunk, state = await _sample_chunk(policy, state, own, deadline)
         chunks = (*chunks, chunk)
     return Trace(state.query_ids, chunks, state.stop)

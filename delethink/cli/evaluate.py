@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +19,19 @@ from delethink.cost.models import model_shape
 from delethink.engines.factory import choose_engine
 from delethink.engines.loading import digest
 from delethink.errors import ConfigError, did_you_mean
-from delethink.evaluation.models import ModelOpener, local_models, served_model, settings_for_model
+from delethink.evaluation.models import (
+    ModelOpener,
+    local_models,
+    longest_context,
+    served_model,
+    settings_for_model,
+)
 from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.output import echo_json, output_path
 from delethink.redaction import register_secret, register_url
+from delethink.tokenization import Tokenizer
 
 _MODES = ("delethink", "longcot")
 _MINIMA = {
@@ -63,13 +71,26 @@ def _evaluate(
 ) -> int:
     from delethink.evaluation.report import EvaluationProgress, write_curves
 
-    models, open_model = _models(arguments), _opener(arguments, engine)
+    models = _models(arguments)
     plan = SamplingPlan(
-        arguments.samples, arguments.temperature, arguments.seed, arguments.force_answer
+        arguments.samples,
+        arguments.temperature,
+        arguments.seed,
+        arguments.force_answer,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
     )
+    settings = [s for model in models for s in _settings(arguments, model, problems, plan)]
+
+    def longest(model: str, tokenizer: Tokenizer) -> int:
+        own = [setting for setting in settings if setting.model == model]
+        return longest_context(own, problems.problems, plan, tokenizer)
+
+    open_model = _opener(arguments, engine, longest)
     evaluation = Evaluation(
         problems,
-        [s for model in models for s in _settings(arguments, model, problems, plan)],
+        settings,
         plan,
         engine="server" if arguments.base_url is not None else choose_engine(engine.name),
         in_flight=arguments.in_flight,
@@ -191,13 +212,16 @@ def _modes(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(modes))
 
 
-def _opener(arguments: argparse.Namespace, engine: EngineConfig) -> ModelOpener:
+def _opener(
+    arguments: argparse.Namespace, engine: EngineConfig, longest: Callable[[str, Tokenizer], int]
+) -> ModelOpener:
     if arguments.base_url is None:
         return local_models(
             engine,
             trust_remote_code=arguments.trust_remote_code,
             chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
             seed=arguments.seed,
+            longest=longest,
         )
     return served_model(
         arguments.base_url,

@@ -135,6 +135,10 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("sampling").add_argument
     add("-n", "--samples", type=int, metavar="N", help="samples per problem (default 4)")
     add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="most probable tokens of mass P")
+    add("--top-k", type=int, default=0, metavar="K", help="K most probable tokens (default all)")
+    lowest = "drop tokens below P times the highest probability (default 0)"
+    add("--min-p", type=float, default=0.0, metavar="P", help=lowest)
     add("--seed", type=int, default=0, help="seed of problems and samples (default 0)")
     add(
         "--force-answer",

@@ -166,9 +166,14 @@ class OpenAIServer:
             "prompt": list(prompt_ids),
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
-            "top_p": 1.0,
+            "top_p": sampling.top_p,
             "seed": sampling.seed,
         }
+        if dialect != "ids" and (sampling.top_k or sampling.min_p):
+            raise ConfigError(
+                f"the server at {self._address} has no top-k and min-p, which the API of OpenAI "
+                "does not have either: leave out --top-k and --min-p, or use a vLLM server"
+            )
         if dialect == "text":
             bos_id = getattr(self._tokenizer, "bos_token_id", None)  # the server adds this token
             ids = prompt_ids[1:] if bos_id is not None and prompt_ids[0] == bos_id else prompt_ids
@@ -177,8 +182,8 @@ class OpenAIServer:
             request["extra_body"] = {
                 # A server takes unset values from the checkpoint's generation config, which would
                 # change the distribution.
-                "top_k": -1,
-                "min_p": 0.0,
+                "top_k": sampling.top_k or -1,
+                "min_p": sampling.min_p,
                 "repetition_penalty": 1.0,
                 "return_token_ids": True,
                 "skip_special_tokens": False,

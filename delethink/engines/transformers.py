@@ -8,6 +8,7 @@ left, and each row stops at its own limit.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,6 +206,29 @@ class TransformersEngine:
         return completions
 
 
+def cut(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Return logits [B, V] with -inf for the tokens that each row's sampling drops.
+
+    The order is vLLM's: ``min_p`` of the whole distribution, then ``top_k``, then ``top_p`` of what
+    is left. Greedy rows stay as they are.
+    """
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    min_p = column([s.min_p if s.is_cut else 0.0 for s in samplings])
+    top_k = column([float(s.top_k) if s.is_cut and s.top_k else math.inf for s in samplings])
+    # Rounding may take a sum of probabilities to 1 before the last token.
+    top_p = column([s.top_p if s.is_cut and s.top_p < 1 else math.inf for s in samplings])
+    probs = torch.softmax(logits, dim=-1)
+    logits = logits.masked_fill(probs < min_p * probs.max(dim=-1, keepdim=True).values, -math.inf)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    dropped = torch.arange(logits.shape[1], device=logits.device)[None] >= top_k
+    probs = torch.softmax(ordered.masked_fill(dropped, -math.inf), dim=-1)
+    dropped = dropped | (probs.cumsum(dim=-1) - probs >= top_p)
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -math.inf)
+
+
 class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
     """Samples each row with its own temperature and seed, and keeps log-probs of the samples.
 
@@ -215,6 +239,7 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
     def __init__(self, samplings: list[Sampling], shared: torch.Generator) -> None:
         self._greedy = torch.tensor([s.temperature == 0 for s in samplings])
         self._temperatures = torch.tensor([s.temperature or 1.0 for s in samplings])
+        self._samplings = samplings if any(s.is_cut for s in samplings) else []
         self._generators = [
             shared if s.seed is None else torch.Generator().manual_seed(s.seed) for s in samplings
         ]
@@ -226,7 +251,10 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
         if self._last is not None:
             self._keep(input_ids[:, -1].cpu())
         temperatures = self._temperatures.to(scores.device)
-        self._last = torch.log_softmax(scores.float() / temperatures[:, None], dim=-1)
+        logits = scores.float() / temperatures[:, None]
+        if self._samplings:
+            logits = cut(logits, self._samplings)
+        self._last = torch.log_softmax(logits, dim=-1)
         shape = self._last.shape
         if self._unseeded is not None:
             times = torch.empty(shape).exponential_(generator=self._unseeded)

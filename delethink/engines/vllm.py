@@ -226,12 +226,15 @@ class VllmPool(RayPool):
 
 
 def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
-    """Return parameters for the model's own distribution at a temperature: vLLM's defaults."""
+    """Return parameters for the model's own distribution at a temperature, cut if asked."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
         seed=sampling.seed,
         max_tokens=max_new_tokens,
         ignore_eos=True,  # ignores the model's configuration: eos_ids alone end an answer

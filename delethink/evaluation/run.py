@@ -335,7 +335,7 @@ class _Sampler:
         # The seed depends on problem and sample only, so models and settings draw alike, and paired
         # comparisons become sharper.
         seed = derive_seed("evaluation", plan.seed, key.problem, key.sample)
-        sampling = Sampling(plan.temperature, seed)
+        sampling = plan.sampling(seed)
         trace = await run_rollout(
             self.loaded.policy, self.setting.spec, query, sampling, self.loaded.max_model_tokens
         )

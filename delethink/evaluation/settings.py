@@ -12,6 +12,7 @@ from typing import Any, Literal
 from delethink.carryover import Carryover, name_of
 from delethink.chunking import ChunkSpec, start
 from delethink.errors import ConfigError, RolloutError
+from delethink.policy import Sampling
 from delethink.types import Chunk, Problem, StopReason, Trace
 
 Mode = Literal["delethink", "longcot"]
@@ -91,8 +92,28 @@ class SamplingPlan:
     temperature: float = 0.6  # 0 is greedy
     seed: int = 0
     forced_answer_tokens: int = 0  # length of an answer sampled when the budget is spent; 0: none
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def sampling(self, seed: int) -> Sampling:
+        """Return the parameters of a sample with a seed."""
+        cut = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return Sampling(self.temperature, seed, **cut)  # type: ignore[arg-type]  # of mixed types
 
     def __post_init__(self) -> None:
+        for name, value, fits, allowed in (
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 for all tokens, or more"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not fits:
+                raise ConfigError(f"--{name} must be {allowed}, got {value}")
+        if not self.temperature and (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
+            raise ConfigError(
+                "--temperature 0 takes the most probable token, so --top-p, --top-k and --min-p "
+                "have no effect: leave them out"
+            )
         if self.samples < 1:
             raise ConfigError(f"samples must be at least 1, got {self.samples}")
         if not 0 <= self.temperature < float("inf"):

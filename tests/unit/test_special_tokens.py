@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from chat_tokenizers import END, PAD, make_chat_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from chat_tokenizers import END, PAD, make_chat_tokenizer
 from delethink.tokenization import (
     changed_spaces,
     encode,
