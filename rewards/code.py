@@ -1,31 +1,41 @@
 """Reward for code that passes tests.
 
-``metadata["tests"]`` is a list of mappings with ``input`` and ``output``, in the schema of
-LiveCodeBench (arXiv 2403.07974):
+``metadata["tests"]`` is a list of mappings with ``type``, ``input`` and ``output``. The first two
+types have the schema of LiveCodeBench (arXiv 2403.07974):
 
-- ``"type": "stdin"``: the text on standard input, and the expected standard output;
-- ``"type": "functional"``: the arguments of the function ``metadata["function"]``, one JSON value
-  per line, and the expected JSON value.
+- ``"stdin"``: the text on standard input, and the expected standard output;
+- ``"functional"``: the arguments of the function ``metadata["function"]``, one JSON value per line,
+  and the expected JSON value;
+- ``"assertion"``: ``input`` is source code with ``assert`` statements, as in HumanEval, MBPP and
+  EvalPlus. It calls functions by name, or ``metadata["function"]`` as ``candidate``. ``setup``,
+  which may be missing, is trusted source before the program: imports and helpers of the prompt.
+
+Programs may use the names of the usual modules without an import (``delethink.rewards.prelude``).
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
-from delethink.errors import ConfigError
+from delethink.errors import ConfigError, did_you_mean
+from delethink.rewards.assertions import called_names, passes_assertions
+from delethink.rewards.prelude import program_source
 from delethink.scoring.answer import final_answer
 from delethink.scoring.reward import runs_programs
 from delethink.scoring.sandbox import Sandbox, SandboxLimits, run_python
 from delethink.types import END_OF_THINKING
 
-_FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-
+_TYPES = ("stdin", "functional", "assertion")
+_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)\Z")
+_PYTHON = re.compile(r"(?:i|c|micro)?py(?:thon|py)?[\d.]*", re.IGNORECASE)
 _MAX_DIGITS = 4000
 _MAX_EXPANSION = 8  # of a JSON text by spaces and escapes
 
@@ -35,7 +45,7 @@ import json as _json, sys as _sys
 _out = _sys.stdout
 _sys.stdout = _sys.stderr
 _arguments = [_json.loads(_line) for _line in _sys.stdin.read().splitlines() if _line.strip()]
-_function = getattr(Solution(), {name!r}) if "Solution" in globals() else globals()[{name!r}]
+_function = getattr(_scope["Solution"](), {name!r}) if "Solution" in _scope else _scope[{name!r}]
 _value = _function(*_arguments)
 _out.write("\\n" + {mark!r} + _json.dumps(_value))
 """
@@ -53,7 +63,7 @@ def passes_tests(
     end: str | None = END_OF_THINKING,
     run_program: Sandbox = run_python,
 ) -> float | None:
-    """Return 1.0 if the last code block after the end of thinking passes all tests, else 0.0.
+    """Return 1.0 if the last Python block after the end of thinking passes all tests, else 0.0.
 
     Args:
         text: the trace.
@@ -85,26 +95,121 @@ def passes_tests(
 
 
 def extract_code(text: str, end: str | None = END_OF_THINKING) -> str | None:
-    """Return the last fenced Python block after the end of thinking."""
-    blocks = _FENCE.findall(final_answer(text, end) or "")
-    return blocks[-1] if blocks else None
+    """Return the last fenced Python block after the end of thinking.
+
+    A block without a language counts only where none is marked as Python: it may be sample output.
+    Of such blocks the last one counts that is a program rather than a value.
+    """
+    blocks = list(_blocks(final_answer(text, end) or ""))
+    marked = [code for language, code in blocks if _PYTHON.fullmatch(language)]
+    unmarked = [code for language, code in blocks if not language]
+    programs = marked or [code for code in unmarked if _is_program(code)] or unmarked
+    return programs[-1] if programs else None
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the language and the content of each complete fenced block."""
+    opened: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.splitlines():
+        if opened is None:
+            opened, lines = _opening(line), []
+            continue
+        rest = line.rstrip()
+        if rest.lstrip() == rest.lstrip()[:1] * len(rest.lstrip()) and _closes(rest, opened):
+            pass  # the fence alone
+        elif rest.endswith(opened["fence"]) and not rest.endswith("\\" + opened["fence"]):
+            lines.append(rest.removesuffix(opened["fence"]))
+        else:
+            lines.append(line)
+            continue
+        code = "\n".join(lines) + "\n"
+        yield _language(opened["info"]), textwrap.dedent(code) if opened["indent"] else code
+        opened = None
+
+
+def _opening(line: str) -> re.Match[str] | None:
+    """Return the fence that opens a block at the end of a line, after any text."""
+    at = min((i for i in (line.find("```"), line.find("~~~")) if i >= 0), default=-1)
+    if at < 0:
+        return None
+    before = line[:at]
+    return _FENCE.match(line[at:] if before.strip() else line)
+
+
+def _closes(line: str, opened: re.Match[str]) -> bool:
+    fence = line.strip()
+    return fence[:1] == opened["fence"][0] and len(fence) >= len(opened["fence"])
+
+
+def _language(info: str) -> str:
+    """Return the language of a fence, as in ``python``, ``{.python}`` or ``python title="a"``."""
+    words = info.strip().strip("{}").replace(",", " ").split()
+    return words[0].lstrip(".").partition(":")[0] if words else ""
+
+
+def _is_program(code: str) -> bool:
+    """Return whether a text is Python with more than names and literals."""
+    try:
+        statements = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(
+        not isinstance(statement, ast.Expr) or isinstance(statement.value, ast.Call | ast.Await)
+        for statement in statements
+    )
+
+
+def can_read_tests(metadata: Mapping[str, Any]) -> bool:
+    """Return whether the tests of a problem can be run."""
+    tests: Sequence[Mapping[str, Any]] = metadata.get("tests") or ()
+    try:
+        return bool(tests) and all(_is_complete(test, metadata.get("function")) for test in tests)
+    except ConfigError:
+        return False
+
+
+def _is_complete(test: Mapping[str, Any], function: str | None) -> bool:
+    kind = _type_of(test)
+    if "input" not in test or (kind != "assertion" and "output" not in test):
+        return False
+    if kind == "assertion":
+        return bool(called_names(str(test["input"]), str(test.get("setup") or ""), function))
+    if kind == "functional":
+        json.loads(str(test["output"]), parse_int=_integer)
+        return function is not None
+    return True
+
+
+def _type_of(test: Mapping[str, Any]) -> str:
+    kind = str(test.get("type", "stdin"))
+    if kind not in _TYPES:
+        raise ConfigError(
+            f"got a test of type {kind!r}, and a test is of type {', '.join(_TYPES)}."
+            f"{did_you_mean(kind, _TYPES)}"
+        )
+    return kind
 
 
 def _passes(
     run: Sandbox, code: str, test: Mapping[str, Any], function: str | None, limits: SandboxLimits
 ) -> bool:
-    is_functional = test.get("type", "stdin") != "stdin"
+    kind = _type_of(test)
+    if kind == "assertion":
+        setup = str(test.get("setup") or "")
+        return passes_assertions(run, code, str(test["input"]), setup, function, limits)
     mark = secrets.token_hex(16)
-    if is_functional:
+    source = program_source(code)
+    if kind == "functional":
         if function is None:
             raise ConfigError(
                 'a functional test needs the name of the function in metadata["function"]'
             )
-        code += _CALL.format(name=function, mark=mark)
-    ran = run(code, str(test["input"]), limits)
+        source += _CALL.format(name=function, mark=mark)
+    ran = run(source, str(test["input"]), limits)
     if ran.status != "ended" or ran.exit_code != 0:
         return False
-    if not is_functional:
+    if kind == "stdin":
         return same_output(ran.stdout, str(test["output"]))
     _, found, value = ran.stdout.rpartition(mark)  # absent if the program ended before its call
     return bool(found) and same_value(value, str(test["output"]))

@@ -56,18 +56,26 @@ def multiple_choice(
 ) -> float:
     """Return 1.0 if the final answer of ``text`` is the letter ``answer`` only, else 0.0.
 
-    Accepted forms: ``B``, ``b``, ``(B)``, ``B.``, ``B) its text``, ``option B``, and the text of
-    choice B from ``metadata["choices"]``. Two letters are no answer.
+    Accepted forms, also of ``answer``: ``B``, ``b``, ``(B)``, ``B.``, ``B) its text`` and
+    ``option B``; and the text of choice B from ``metadata["choices"]``. Two letters are no answer.
     """
     said = extract_answer(text, end)
     if said is None or len(said) > _MAX_CHOICE_CHARACTERS:
         return 0.0
-    named = _LETTER.fullmatch(" ".join(_WRAPPED.sub(" ", said).split()).rstrip("."))
-    letter = named[1].upper() if named else None
+    letter = choice_letter(said)
     choices = [normalize(str(choice)) for choice in (metadata or {}).get("choices", ())]
     if choices.count(normalize(said)) == 1:
         letter = chr(ord("A") + choices.index(normalize(said)))
-    return float(letter == answer.strip().upper())
+    return float(letter == (choice_letter(answer) or answer.strip().upper()))
+
+
+def choice_letter(text: str) -> str | None:
+    """Return the letter that a text such as ``(B)``, ``B) its text`` or ``option B`` names."""
+    text = extract_answer(text, None) or text
+    if len(text) > _MAX_CHOICE_CHARACTERS:
+        return None
+    named = _LETTER.fullmatch(" ".join(_WRAPPED.sub(" ", text).split()).rstrip("."))
+    return named[1].upper() if named else None
 
 
 @light
@@ -82,8 +90,20 @@ def crossword(
     Returns:
         1.0 if all words are right, else 0.0; with ``partial`` the share of right words.
     """
-    key = {name.lower(): word.lower() for name, word in json.loads(answer).items()}
+    key = _crossword_key(answer)
     final = (final_answer(text, end) or "")[-_MAX_CROSSWORD_CHARACTERS:]
     given = {f"{m[1]} {int(m[2])}".lower(): m[3].lower() for m in _ENTRY.finditer(final)}
     right = sum(given.get(name) == word for name, word in key.items())
     return right / len(key) if partial else float(right == len(key))
+
+
+def _crossword_key(answer: str) -> dict[str, str]:
+    return {name.lower(): word.lower() for name, word in json.loads(answer).items()}
+
+
+def can_read_crossword(answer: str) -> bool:
+    """Return whether a gold answer holds the words of a crossword puzzle."""
+    try:
+        return bool(_crossword_key(answer))
+    except (ValueError, AttributeError, RecursionError):
+        return False

@@ -15,6 +15,7 @@ from delethink.errors import ConfigError
 from delethink.registry import names, resolve
 from delethink.rewards.code import extract_code, same_output
 from delethink.rewards.format import closes_thinking, language, well_formed
+from delethink.rewards.gold import can_read
 from delethink.rewards.length import chunks, cosine, overlong, ternary
 from delethink.rewards.match import crossword
 from delethink.rewards.numeric import parse_number
@@ -149,7 +150,7 @@ def test_a_crossword_is_read_word_by_word(said: str, whole: float, share: float)
 
 
 def test_the_last_block_of_code_after_thinking_counts() -> None:
-    text = "```python\nold\n```</think>\n```python\none\n```\nor\n```\ntwo\n```"
+    text = "```python\nold\n```</think>\n```python\none\n```\nor\n```python\ntwo\n```"
     assert extract_code(text) == "two\n"
     assert extract_code("```python\none\n```") is None
     assert extract_code("</think>print(1)") is None
@@ -170,3 +171,100 @@ def test_the_last_block_of_code_after_thinking_counts() -> None:
 )
 def test_outputs_are_compared_line_by_line(said: str, expected: str, same: bool) -> None:
     assert same_output(said, expected) is same
+
+
+# Gold answers that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "gold", "is_read"),
+    [
+        ("numeric", "1 1/2", True),
+        ("numeric", "10^{-3}", True),
+        ("numeric", "2x", False),
+        ("numeric", "a lot", False),
+        ("multiple_choice", "(B)", True),
+        ("multiple_choice", "B) Paris", True),
+        ("multiple_choice", "Paris", False),
+        ("multiple_choice", "", False),
+        ("crossword", KEY, True),
+        ("crossword", "cat", False),
+        ("crossword", "[1]", False),
+        ("math", "42", True),
+        ("math", "-1,234.5", True),
+        ("math", "\\text{even}", True),
+        ("math", "", False),
+        ("exact", "", True),
+    ],
+)
+def test_a_gold_answer_is_read_or_not(name: str, gold: str, is_read: bool) -> None:
+    assert can_read(resolve("delethink.rewards", name), gold, {}) is is_read
+
+
+@pytest.mark.parametrize(
+    ("test", "function", "is_read"),
+    [
+        ({"input": "1", "output": "1"}, None, True),
+        ({"input": "1"}, None, False),
+        ({"input": "1", "output": "1", "type": "functional"}, "add", True),
+        ({"input": "1", "output": "1", "type": "functional"}, None, False),
+        ({"input": "1", "output": "1", "type": "funtional"}, "add", False),
+        ({"input": "assert add(1) == 2", "type": "assertion"}, None, True),
+        ({"input": "assert candidate(1) == 2", "type": "assertion"}, "add", True),
+        ({"input": "assert candidate(1) == 2", "type": "assertion"}, None, False),
+        ({"input": "assert (", "type": "assertion"}, "add", False),
+    ],
+)
+def test_the_tests_of_a_program_are_complete_or_not(
+    test: dict[str, Any], function: str | None, is_read: bool
+) -> None:
+    metadata = {"tests": [test], "function": function}
+    assert can_read(resolve("delethink.rewards", "code"), "", metadata) is is_read
+
+
+# Which block is the program
+
+
+PROGRAM = "def f(x):\n    return x\n"
+MARKED = f"```python\n{PROGRAM}```"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        MARKED,
+        f"{MARKED}\nIt prints:\n```\n3\n```",
+        f"{MARKED}\n```text\n3\n```",
+        f"{MARKED}\n```bash\npython main.py\n```",
+        f"{MARKED}\n```json\n[1]\n```",
+        f"```cpp\nint main() {{}}\n```\nor in Python\n{MARKED}",
+        f"```cpp\nint main() {{}}\n```\nsome words\n\n```\n{PROGRAM}```\nand more words",
+        f"{MARKED}\n```java\nclass A {{}}\n```\nNo code here.",
+        f"```\n{PROGRAM}```\nSample output:\n```\n3\n```",
+        f"```\n{PROGRAM}```\n```\nYes\nNo\n```",
+        f"```\n{PROGRAM}```\n```\n1 2\n[3, 4]\n```",
+        f"```Python3\n{PROGRAM}```",
+        f"```py\n{PROGRAM}```",
+        f"```python3.11\n{PROGRAM}```",
+        f"```{{.python}}\n{PROGRAM}```",
+        f'```python title="a.py"\n{PROGRAM}```',
+        f"~~~python\n{PROGRAM}~~~",
+        f"````python\n{PROGRAM}````",
+        f"Here it is: ```python\n{PROGRAM}```",
+        f"```python\n{PROGRAM.rstrip()}```",
+        "1. The program:\n   ```python\n   def f(x):\n       return x\n   ```",
+        f"```python\r\n{PROGRAM}```".replace("\r\n", "\n").replace("\n", "\r\n"),
+        f"```python\nold\n```\n{MARKED}",
+        f"{MARKED}\n```python\nnever closed",
+    ],
+)
+def test_the_program_is_the_last_python_block(said: str) -> None:
+    assert extract_code("so</think>" + said) == PROGRAM
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "print(3)", "```cpp\nint main() {}\n```", "```python\nnever closed", "```text\n3\n```"],
+)
+def test_without_a_python_block_there_is_no_program(said: str) -> None:
+    assert extract_code("so</think>" + said) is None
