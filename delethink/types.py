@@ -66,7 +66,8 @@ class Problem:
     @property
     def accepted(self) -> tuple[str, ...]:
         """Return the accepted answers: the gold answer, or those in the metadata."""
-        return tuple(map(str, self.metadata.get(ACCEPTED_ANSWERS) or (self.answer,)))
+        listed = self.metadata.get(ACCEPTED_ANSWERS)
+        return tuple(map(str, listed)) if listed and isinstance(listed, list) else (self.answer,)
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -14,17 +14,18 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from delethink.envs.rows import (
+from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
+from delethink.errors import ConfigError, UserError, did_you_mean
+from delethink.rows import (
     MISSING,
     Message,
     accepted_answers,
+    has_picture,
     names_of,
     read_date,
     read_question,
     value_at,
 )
-from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
-from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.scoring.answer import extract_answer
 from delethink.tasks import check_split
 from delethink.types import ACCEPTED_ANSWERS, END_OF_THINKING, Problem
@@ -381,6 +382,9 @@ def _read_problems(
     for number, row in enumerate(rows, 1):
         if not spec.is_in_window(row):
             left_out[prefix + "outside_dates"] += 1
+            continue
+        if has_picture(row):
+            left_out[prefix + "with_picture"] += 1
             continue
         problem = _convert_row(spec, row, number)
         if problem is None:

@@ -15,9 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from delethink.envs.rows import MISSING, names_of, value_at
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.json_io import kind_of_file, read_json, read_json_lines, read_text, shorten
+from delethink.rows import MISSING, names_of, read_question, value_at
 from delethink.types import Problem
 
 SourceRow = dict[str, Any]
@@ -259,8 +259,17 @@ def _read_rates(path: str) -> dict[str, float]:
             )
         rate = row["pass_rate"] if "pass_rate" in row else _first_reward(path, row["rewards"])
         if rate is not None:  # None for a failed trace
-            seen.setdefault(str(row["prompt"]), []).append(_number(rate))
+            seen.setdefault(_prompt_of(path, row["prompt"]), []).append(_number(rate))
     return {prompt: sum(rates) / len(rates) for prompt, rates in seen.items()}
+
+
+def _prompt_of(path: str, prompt: Any) -> str:
+    """Return the text of a prompt, or the last message of a conversation."""
+    try:
+        question = read_question(prompt)
+    except ValueError as error:
+        raise ConfigError(f"{path} has a prompt that cannot be used: {error}") from None
+    return "" if question is None else question.prompt
 
 
 def _first_reward(path: str, rewards: Any) -> Any:

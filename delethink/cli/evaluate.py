@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
 from delethink.cli.presets import apply_preset, compared, comparison_lines
@@ -26,12 +27,15 @@ from delethink.evaluation.models import (
     served_model,
     settings_for_model,
 )
-from delethink.evaluation.results import AnalysisSettings
+from delethink.evaluation.results import AnalysisSettings, Results
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.output import echo_json, output_path
 from delethink.redaction import register_secret, register_url
 from delethink.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from delethink.evaluation.report import EvaluationProgress
 
 _MODES = ("delethink", "longcot")
 _MINIMA = {
@@ -121,6 +125,18 @@ def _evaluate(
     )
     if results.rows and not arguments.no_curves:
         write_curves(results.rows, problems.name, output)
+    _report(arguments, evaluation, results, progress, output)
+    return 0 if results.rows else 1
+
+
+def _report(
+    arguments: argparse.Namespace,
+    evaluation: Evaluation,
+    results: Results,
+    progress: EvaluationProgress,
+    output: Path,
+) -> None:
+    """Print the results, and how they compare with published ones."""
     if arguments.json:
         text = evaluation.as_dict() | results.as_dict() | {"timing": results.timing}
         published = [asdict(c) | {"verdict": c.verdict} for c in compared(arguments, results.rows)]
@@ -130,7 +146,6 @@ def _evaluate(
         for line in comparison_lines(arguments, results.rows):
             progress.print(line)
         progress.print(f"results: {output}")
-    return 0 if results.rows else 1
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -70,6 +70,24 @@ def test_answers_are_taken_from_the_columns_people_have() -> None:
     assert call(own, completions=["</think>1", "2"], gold=[1, 2], answer=["0"] * 2) == [1.0, 0.0]
 
 
+def test_answers_are_read_as_in_the_data_sets_of_tasks() -> None:
+    said = ["</think>1/2", "</think>0.5"]
+    lists = [["1/2", "0.5"], ["1/2"]]
+    assert call(for_trl(exact_match), completions=said, answer=lists) == [1.0, 0.0]
+    assert call(for_trl(exact_match), completions=said, answer=["0.5", 0.5]) == [0.0, 1.0]
+    assert call(for_trl(exact_match), completions=said, answer=[None, 0.5]) == [None, 1.0]
+    verl = [{"style": "rule", "ground_truth": answer} for answer in ("1/2", "2")]
+    assert call(for_trl(exact_match), completions=said, reward_model=verl) == [1.0, 0.0]
+    nested = for_trl(exact_match, answer_column="info.gold")
+    assert call(nested, completions=said, info=[{"gold": "1/2"}, {"gold": 5.0}]) == [1.0, 0.0]
+    length = for_trl(overlong, budget=10, cache=5)
+    ids = [[1] * 9, [1]]
+    rewards = call(length, completions=said, completion_ids=ids, answer=[None, "x"])
+    assert rewards[0] is not None
+    with pytest.raises(ConfigError, match="the column 'answer': the answer must be a text"):
+        call(for_trl(exact_match), completions=said, answer=[{"a": 1, "b": 2}] * 2)
+
+
 def test_mistakes_are_explained() -> None:
     with pytest.raises(ConfigError, match="only level: name one with answer_column="):
         call(for_trl(exact_match), completions=["1", "2"], level=[1, 2], log_extra=print)

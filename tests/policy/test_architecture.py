@@ -17,7 +17,7 @@ HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 NOUNS = {"errors", "types"}
 CHUNKS = NOUNS | {"tokens", "carryover", "chunking"}
 SHOWN = {"output", "redaction"}
-ROLLOUT = CHUNKS | SHOWN | {"json_io"} | {"policy", "rollout", "tokenization"}
+ROLLOUT = CHUNKS | SHOWN | {"json_io", "policy", "rollout", "rows", "tokenization"}
 SETTINGS = {"config", "registry"}
 SCORING = {"tasks", "scoring"}
 
@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": CHUNKS | SHOWN | {"policy"},
     "redaction": set(),
     "json_io": {"errors"},
+    "rows": {"errors", "json_io"},
     "output": NOUNS | {"redaction"},
     "tasks": NOUNS,
     "registry": NOUNS,

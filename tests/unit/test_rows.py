@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from delethink.envs.dataset import BOXED, dataset_task
-from delethink.envs.rows import accepted_answers, read_question, value_at
 from delethink.envs.sources import read_rows
 from delethink.errors import ConfigError
 from delethink.registry import make_task
+from delethink.rows import accepted_answers, read_question, value_at
 from delethink.types import Problem
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
@@ -63,6 +63,11 @@ KNOWN_ROWS: dict[str, tuple[dict[str, Any], str]] = {
             "prompt": [{"role": "user", "content": [{"type": "text", "text": "What is 2 + 2?"}]}],
             "answer": "4",
         },
+        "4",
+    ),
+    "one message": ({"prompt": USER, "answer": "4"}, "4"),
+    "a list of each field": (
+        {"prompt": {"role": ["user"], "content": [USER["content"]]}, "answer": "4"},
         "4",
     ),
     "columns of another row are null": (
@@ -237,6 +242,40 @@ def test_several_accepted_answers_stand_in_the_metadata(tmp_path: Path) -> None:
     assert (problem.answer, problem.accepted) == ("1/2", ("1/2", "0.5"))
     (problem,) = problems_of(tmp_path, {"question": "Half?", "answer": ["1/2"]})
     assert (problem.metadata, problem.accepted) == ({}, ("1/2",))
+
+
+def test_metadata_of_that_name_may_hold_anything() -> None:
+    for value in ("12", 12, None, [], {"a": 1}):
+        assert Problem("q", "1", {"accepted_answers": value}).accepted == ("1",)
+
+
+def test_rows_with_pictures_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"problem": f"{i}?", "answer": i, "image": image}
+        for i, image in enumerate(["", None, "data:image/png;base64,AA", {"bytes": "AA"}])
+    ]
+    rows += [{"problem": "5?", "answer": 5, "images": images} for images in ([], ["a.png"])]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dataset_task(str(file), heldout_share=0.0)
+    assert (len(task.train), task.left_out) == (3, {"with_picture": 3})
+
+
+def test_pass_rates_of_conversations_are_found(tmp_path: Path) -> None:
+    rates = tmp_path / "rates.jsonl"
+    lines = [{"prompt": [USER], "pass_rate": 0.5}, {"prompt": "3 + 3?", "pass_rate": 1}]
+    rates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [{"prompt": [SYSTEM, USER], "answer": 4}, {"prompt": "3 + 3?", "answer": 6}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"heldout_share": 0.0, "max_pass_rate": 0.9}
+    task = dataset_task(str(file), pass_rates=str(rates), template="{problem}", **options)
+    assert [problem.answer for problem in task.train] == ["4"]
+    rows[0]["rates"] = {"Qwen-1.5B": 0.5}
+    rows[1]["rates"] = {"Qwen-1.5B": 1}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dataset_task(str(file), pass_rate_key="rates.Qwen-1.5B", **options)
+    assert [problem.answer for problem in task.train] == ["4"]
 
 
 def test_nothing_else_is_a_question() -> None:

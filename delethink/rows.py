@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import zip_longest
 from typing import Any
 
 from delethink.errors import ConfigError
@@ -65,6 +66,12 @@ def names_of(row: Mapping[str, Any]) -> Iterable[str]:
         yield name
         if isinstance(value, Mapping):
             yield from (f"{name}.{inner}" for inner in value)
+
+
+def has_picture(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has a picture, in the columns that models for pictures read."""
+    pictures = (row.get(name) for name in ("image", "images"))
+    return any(bool(picture) and not is_missing(picture) for picture in pictures)
 
 
 def is_missing(value: Any) -> bool:
@@ -163,6 +170,13 @@ def _conversation_of(value: Any) -> list[Any] | None:
     """Return the messages in a value, which may be JSON; ``None`` if it has none."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         value = _json_of(value)
+    if isinstance(value, Mapping):  # one message, or a list of each field, as `datasets` gives
+        fields = dict(value)
+        if all(isinstance(column, (list, tuple)) for column in fields.values()):
+            rows = zip_longest(*fields.values())
+            value = [dict(zip(fields, row, strict=True)) for row in rows]
+        else:
+            value = [fields]
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
         return None
     known = all(("role" in m and "content" in m) or ("from" in m and "value" in m) for m in value)
@@ -199,7 +213,7 @@ def _list_of(text: str) -> list[str] | None:
         return None
     try:
         listed = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             listed = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
