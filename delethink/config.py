@@ -471,7 +471,8 @@ class Recipe(_Section):
     name: str
     """Name of the run."""
     model: str
-    """A folder, a Hugging Face id, or "toy" for the shipped reasoner."""
+    """A folder, a Hugging Face id (ID@REVISION for a branch, tag or commit), or "toy" for the
+    shipped reasoner."""
     task: TaskConfig
     rewards: dict[str, RewardConfig] = Field(default_factory=dict)
     """Registered rewards: a weight each, or a section; left out, those of the task."""

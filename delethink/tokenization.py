@@ -356,6 +356,34 @@ def _has_variable(source: str, name: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", code) is not None
 
 
+# Marks of public models, with those of their start, which a template may show alone.
+_MARKS: Mapping[str, tuple[str, ...]] = {
+    "[/THINK]": ("[THINK]",),  # Magistral, Mistral
+    "<|channel|>final<|message|>": ("<|channel|>",),  # gpt-oss
+    "<channel|>": ("<|channel>",),  # Gemma 4
+    "</seed:think>": ("<seed:think>",),  # Seed-OSS
+    "<|END_THINKING|>": ("<|START_THINKING|>",),  # Command A Reasoning
+    "</thought>": ("<thought>",),  # EXAONE Deep
+    "\u25c1/think\u25b7": ("\u25c1think\u25b7",),  # Kimi-VL
+    "</reasoning>": ("<reasoning>",),
+}
+
+
+def thinking_marks(tokenizer: Any) -> tuple[str, ...]:
+    """Return the marks of the end of thinking that the vocabulary or the chat template shows.
+
+    Empty if there is none: a model that was trained without thinking, or a base model.
+    """
+    vocabulary: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ()
+    source = _template_source(tokenizer) or ""
+    known = {END_OF_THINKING: (_START_OF_THINKING,), **_MARKS}
+    return tuple(
+        end
+        for end, starts in known.items()
+        if any(mark in vocabulary or mark in source for mark in (end, *starts))
+    )
+
+
 # -- tokens that end an answer -----------------------------------------------------------------
 
 _ANSWER = "ANSWER"  # content of an assistant's message, to find what follows it

@@ -405,7 +405,8 @@ def _read(path: Path) -> Config:
 
 
 def _download(model: str) -> Config:
-    if model.count("/") != 1 or model.startswith((".", "/")):
+    name, _, revision = model.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/")):
         raise ModelError(
             f"{model!r} is neither a file nor a known model (see `delethink cost --models`), "
             "and models on the Hugging Face Hub are named owner/name"
@@ -416,7 +417,7 @@ def _download(model: str) -> Config:
     except ImportError:
         raise MissingExtraError("huggingface_hub", "eval") from None
     try:
-        return _read(Path(hf_hub_download(model, "config.json")))
+        return _read(Path(hf_hub_download(name, "config.json", revision=revision or None)))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         near = get_close_matches(model.lower(), _bundled(), n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "`delethink cost --models` lists them."

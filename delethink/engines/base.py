@@ -83,7 +83,7 @@ class Engine(Policy, Protocol):
 class WorkerSpec:
     """Everything needed to start the engine of a worker."""
 
-    model: str  # folder or Hugging Face id
+    model: str  # folder, or Hugging Face id with its revision (``split_revision``)
     config: EngineConfig
     eos_ids: TokenIds  # the only tokens to end an answer
     max_model_tokens: int | None  # None: the model's own limit

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.engines.weight_files import check_report, check_values, weight_files
 from delethink.errors import ConfigError, MissingExtraError, ModelError
+from delethink.json_io import read_json
 from delethink.output import get_logger
 from delethink.tokenization import bind_template, end_tokens, reward_text
 from delethink.types import END_OF_THINKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
+_ADAPTER = "adapter_config.json"
 _KEPT_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version")
 _logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
@@ -31,7 +33,8 @@ _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 def locate(model: str, part: str = "model") -> str:
     """Return the folder or Hugging Face id of a model; ``"toy"`` is the shipped reasoner.
 
-    With the part ``"tokenizer"`` a folder with a tokenizer alone is found too.
+    An id keeps its revision (``split_revision``). With the part ``"tokenizer"`` a folder with a
+    tokenizer alone is found too.
 
     Raises:
         ModelError: the folder does not exist or has no such part.
@@ -40,16 +43,46 @@ def locate(model: str, part: str = "model") -> str:
     if path.is_dir():
         files = ("config.json", "tokenizer_config.json")[: 2 if part == "tokenizer" else 1]
         if not any((path / file).is_file() for file in files):
+            if (path / _ADAPTER).is_file():
+                raise ModelError(_adapter_text(path))
             raise ModelError(
                 f"the folder {path} has no {' or '.join(files)}, so no {part} can be loaded"
             )
         return str(path)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    name, revision = split_revision(model)
+    if revision == "":
+        raise ModelError(f"the model {model!r} names no revision after @; write ID@REVISION or ID")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"the model folder {path} does not exist; give a folder with config.json, safetensors "
             f"weights and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
         )
     return model
+
+
+def _adapter_text(path: Path) -> str:
+    """Return the error text for a folder with a LoRA adapter instead of a model."""
+    settings = read_json(path / _ADAPTER, ModelError)
+    base = isinstance(settings, dict) and settings.get("base_model_name_or_path")
+    merged = path.parent
+    advice = (
+        f"name {merged}, which holds the merged model"
+        if (merged / "config.json").is_file()
+        else "merge it into the model with merge_and_unload() of PEFT, and name that folder"
+    )
+    return f"the folder {path} holds a LoRA adapter of {base or 'a model'} alone: {advice}"
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Return a Hugging Face id and its revision: a branch, tag or commit after ``@``.
+
+    >>> split_revision("Qwen/Qwen3-0.6B@main")
+    ('Qwen/Qwen3-0.6B', 'main')
+    """
+    name, at, revision = model.partition("@")
+    if not at or Path(model).expanduser().is_dir():
+        return model, None
+    return name, revision
 
 
 def load_tokenizer(
@@ -198,13 +231,14 @@ def _fetch(model: str) -> Path:
     _require_transformers()
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+    name, revision = split_revision(where)
     if_there = {"_raise_exceptions_for_missing_entries": False}
     try:
-        config = cached_file(where, "config.json")
-        if cached_file(where, "model.safetensors", **if_there) is None:
-            index = cached_file(where, "model.safetensors.index.json", **if_there)
+        config = cached_file(name, "config.json", revision=revision)
+        if cached_file(name, "model.safetensors", revision=revision, **if_there) is None:
+            index = cached_file(name, "model.safetensors.index.json", revision=revision, **if_there)
             if index is not None:
-                get_checkpoint_shard_files(where, index)
+                get_checkpoint_shard_files(name, index, revision=revision)
         return Path(config).parent
     except Exception as error:  # the hub and its client raise many types
         raise _load_error("weights", model, error) from error
@@ -236,7 +270,8 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
     from transformers import GenerationConfig
 
     try:
-        settings = GenerationConfig.from_pretrained(locate(model))
+        name, revision = split_revision(locate(model))
+        settings = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # generation settings are optional
         settings = None
     except Exception as error:  # a checkpoint can be broken in any way
@@ -347,10 +382,12 @@ def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options
     _require_transformers()
     import transformers
 
-    where = locate(model, "tokenizer" if part == "tokenizer" else "model")
+    name, revision = split_revision(locate(model, "tokenizer" if part == "tokenizer" else "model"))
+    if revision is not None:
+        options["revision"] = revision  # of its code too, where that is in the same repository
     cls = getattr(transformers, loader)
     try:
-        return cls.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        return cls.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a checkpoint can be broken in any way
         raise _load_error(part, model, error) from error
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
+from delethink.engines.loading import split_revision
 from delethink.engines.ray import RayPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling
@@ -268,8 +269,10 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
         from vllm.config import WeightTransferConfig
 
         more["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
+    name, revision = split_revision(spec.model)
     return AsyncEngineArgs(
-        model=spec.model,
+        model=name,
+        revision=revision,
         load_format="safetensors",  # the default also unpickles
         skip_tokenizer_init=True,
         trust_remote_code=spec.trust_remote_code,

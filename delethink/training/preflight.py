@@ -38,11 +38,12 @@ from delethink.tokenization import (
     end_tokens,
     loses_spaces,
     query_ids,
+    thinking_marks,
     tokenizer_faults,
 )
 from delethink.training.checkpointing import run_path
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
-from delethink.types import Problem, Score
+from delethink.types import END_OF_THINKING, Problem, Score
 
 # -- names and settings ------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
     if (number := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
         found = f"{number} GPUs are visible and the trainer uses one"  # TRL wants a process each
         checks.append(Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES"))
-    checks += [_check_tokenizer(inputs), _check_context(inputs)]
+    checks += [_check_tokenizer(inputs), *_check_marks(recipe, inputs), _check_context(inputs)]
     try:
         shape = shape_of_config(inputs.shell.config.to_dict(), recipe.model)
     except ModelError as error:
@@ -287,6 +288,27 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     # Prompts and answers without spaces are not what the model was trained on.
     status: Literal["problem", "warning"] = "problem" if loses_spaces(tokenizer) else "warning"
     return Check("tokenizer", status, found, advice)
+
+
+def _check_marks(recipe: Recipe, inputs: Inputs) -> list[Check]:
+    """Compare the marks that the model knows with the one that rewards look for."""
+    marks = thinking_marks(inputs.tokenizer)
+    expected = {
+        name: reward.args.get("end", END_OF_THINKING) for name, reward in recipe.rewards.items()
+    }
+    unknown = {name: end for name, end in expected.items() if end is not None and end not in marks}
+    if not unknown:
+        return []
+    name, end = next(iter(unknown.items()))
+    shown = f"the tokenizer shows {', '.join(marks)}" if marks else "the tokenizer shows no mark"
+    found = f"{name} reads the answer after {end}, and {shown} of the end of thinking"
+    advice = (
+        f"set rewards.{name}.args.end to {marks[0]!r}"
+        if marks
+        else f"every reward is 0 until the model writes {end}: ask for it in the prompt, use "
+        f"another model, or grade the whole text with rewards.{name}.args.end=null"
+    )
+    return [Check("thinking", "warning", found, advice)]
 
 
 def _check_context(inputs: Inputs) -> Check:

@@ -1,0 +1,89 @@
+"""Marks of the end of thinking: found in vocabulary or template, and compared with the rewards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from chat_tokenizers import make_chat_tokenizer
+
+from delethink.config import load_recipe
+from delethink.engines.loading import load_tokenizer, locate
+from delethink.errors import ModelError
+from delethink.tokenization import thinking_marks
+from delethink.training.preflight import check_recipe
+
+TOY = Path(__file__).parents[2] / "delethink" / "assets" / "toy_reasoner"
+RECIPE = "recipes/quickstart/recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("template", "marks", "expected"),
+    [
+        (None, [], ()),
+        ("{{ messages[-1]['content'] }}", [], ()),
+        (None, ["<think>", "</think>"], ("</think>",)),
+        ("{{ messages[-1]['content'] }}<think>\n", [], ("</think>",)),
+        ("{% set content = content.split('</think>')[-1] %}", [], ("</think>",)),
+        (None, ["[THINK]", "[/THINK]"], ("[/THINK]",)),
+        (None, ["<|channel|>", "<|message|>"], ("<|channel|>final<|message|>",)),
+        ("<|channel|>analysis<|message|>", [], ("<|channel|>final<|message|>",)),
+        (None, ["<|channel>", "<channel|>"], ("<channel|>",)),
+        (None, ["<seed:think>", "</seed:think>"], ("</seed:think>",)),
+        (None, ["<|START_THINKING|>", "<|END_THINKING|>"], ("<|END_THINKING|>",)),
+        ("{{ messages[-1]['content'] }}<thought>\n", [], ("</thought>",)),
+        ("\u25c1think\u25b7", [], ("\u25c1/think\u25b7",)),
+    ],
+)
+def test_marks_are_found(template: Any, marks: list[str], expected: tuple[str, ...]) -> None:
+    assert thinking_marks(make_chat_tokenizer(template, marks)) == expected
+
+
+def test_the_toy_has_the_usual_mark() -> None:
+    assert thinking_marks(load_tokenizer("toy")) == ("</think>",)
+
+
+def warning_of(model: Path, *overrides: str) -> Any:
+    checks = check_recipe(load_recipe(RECIPE, [f"model={model}", *overrides]))
+    return next((check for check in checks if check.name == "thinking"), None)
+
+
+def test_doctor_says_so_before_every_reward_is_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(TOY, tmp_path / "model"))
+    assert warning_of(model) is None
+    for marks, shown, advice in (
+        ((), "the tokenizer shows no mark", "rewards.exact.args.end=null"),
+        (("[/THINK]",), "the tokenizer shows [/THINK]", "rewards.exact.args.end to '[/THINK]'"),
+    ):
+        monkeypatch.setattr(
+            "delethink.training.preflight.thinking_marks", lambda tokenizer, marks=marks: marks
+        )
+        found = warning_of(model)
+        assert found.status == "warning"
+        assert f"exact reads the answer after </think>, and {shown}" in found.found
+        assert advice in found.advice
+    assert warning_of(model, "rewards={exact: {args: {end: null}}}") is None
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_adapter_alone_is_a_sentence(tmp_path: Path, merged: bool) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b"}))
+    if merged:
+        (tmp_path / "config.json").write_text("{}")
+    expected = f"name {tmp_path}, which holds the merged" if merged else "merge_and_unload()"
+    with pytest.raises(ModelError, match="holds a LoRA adapter of a/b alone") as caught:
+        locate(str(folder))
+    assert expected in str(caught.value)
