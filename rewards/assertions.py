@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import ast
 import builtins
-import json
 import secrets
 from hashlib import blake2b
-from typing import Any
+from typing import NamedTuple
 
 from delethink.errors import ConfigError
 from delethink.rewards.prelude import program_source
@@ -25,6 +24,7 @@ from delethink.scoring.sandbox import Sandbox, SandboxLimits
 
 _MAX_ROUNDS = 8
 _MAX_REMEMBERED = 4096
+_NO_CALLS = "[]"
 _COLLECTED: dict[str, str] = {}  # calls of a test, by its digest
 
 _CODEC = """
@@ -228,8 +228,8 @@ def judge(test, setup, names, mark):
             print(type(error).__name__, error)
             judge.checks = 0
     is_passed = judge.checks > 0 and not judge.is_collecting and bool(judge.calls)
-    answer = {"passed": is_passed, "more": judge.is_collecting, "calls": judge.calls}
-    out.write("\\n" + mark + json.dumps(answer))
+    verdict = "more" if judge.is_collecting else "passed" if is_passed else "failed"
+    out.write("\\n" + mark + verdict + "\\n" + json.dumps(judge.calls))
 """
 _MODULES = (
     "collections",
@@ -242,6 +242,11 @@ _MODULES = (
     "re",
     "string",
 )
+
+
+class _Answer(NamedTuple):
+    verdict: str  # passed, failed, more (calls have no result yet) or broken (no answer)
+    calls: str  # all calls of the test, as JSON
 
 
 def passes_assertions(
@@ -267,18 +272,19 @@ def passes_assertions(
         ConfigError: the test is no Python, or calls nothing.
     """
     names = called_names(test, setup, function)
+    asked = sorted({name for _, name in names})
     calls, results = _collect(run, test, setup, names, limits), ""
     for _ in range(_MAX_ROUNDS):
         mark = secrets.token_hex(16)
         serve = f"{_CODEC}{_SERVE}\n_serve(_scope, {mark!r})\n"
-        ran = run(program_source(program, setup) + serve, calls, limits)
+        ran = run(program_source(program, setup, asked) + serve, calls, limits)
         _, found, results = ran.stdout.rpartition(mark)
         if ran.status != "ended" or ran.exit_code != 0 or not found or "\n" in results:
             return False
         answer = _judge(run, test, setup, names, (calls, results), limits)
-        if answer is None or not answer["more"]:
-            return bool(answer and answer["passed"])
-        calls = json.dumps(answer["calls"])
+        if answer.verdict != "more":
+            return answer.verdict == "passed"
+        calls = answer.calls
     return False
 
 
@@ -335,19 +341,19 @@ def _collect(
     names: list[tuple[str, str]],
     limits: SandboxLimits,
 ) -> str:
-    key = blake2b(json.dumps([test, setup, names]).encode(), digest_size=16).hexdigest()
+    key = blake2b(repr((test, setup, names)).encode(), digest_size=16).hexdigest()
     if key not in _COLLECTED:
-        answer = _judge(run, test, setup, names, ("[]", "[]"), limits)
-        if answer is None:
-            return "[]"
-        if not answer["calls"]:
+        answer = _judge(run, test, setup, names, (_NO_CALLS, _NO_CALLS), limits)
+        if answer.verdict == "broken":
+            return _NO_CALLS
+        if answer.calls == _NO_CALLS:
             raise ConfigError(
                 "got an assertion test that calls no function of the program; a test that defines "
                 "check(candidate) must also call it"
             )
         if len(_COLLECTED) >= _MAX_REMEMBERED:
             _COLLECTED.clear()
-        _COLLECTED[key] = json.dumps(answer["calls"])
+        _COLLECTED[key] = answer.calls
     return _COLLECTED[key]
 
 
@@ -358,14 +364,14 @@ def _judge(
     names: list[tuple[str, str]],
     known: tuple[str, str],
     limits: SandboxLimits,
-) -> dict[str, Any] | None:
-    """Run the test with the known calls and results; return ``None`` if the judge fails."""
+) -> _Answer:
+    """Run the test with the known calls and their results."""
     mark = secrets.token_hex(16)
     source = f"{_CODEC}\nMODULES = {_MODULES!r}\n{_JUDGE}\n"
     source += f"judge({test!r}, {setup!r}, {names!r}, {mark!r})\n"
     ran = run(source, "\n".join(known) + "\n", limits)
     _, found, said = ran.stdout.rpartition(mark)
     if ran.status != "ended" or ran.exit_code != 0 or not found:
-        return None
-    answer: dict[str, Any] = json.loads(said)
-    return answer
+        return _Answer("broken", _NO_CALLS)
+    verdict, _, calls = said.partition("\n")
+    return _Answer(verdict, calls)

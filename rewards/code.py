@@ -27,6 +27,7 @@ from typing import Any
 
 from delethink.errors import ConfigError, did_you_mean
 from delethink.rewards.assertions import called_names, passes_assertions
+from delethink.rewards.gold import reads_gold
 from delethink.rewards.prelude import program_source
 from delethink.scoring.answer import final_answer
 from delethink.scoring.reward import runs_programs
@@ -51,6 +52,16 @@ _out.write("\\n" + {mark!r} + _json.dumps(_value))
 """
 
 
+def can_read_tests(_: str, metadata: Mapping[str, Any]) -> bool:
+    """Return whether the tests of a problem can be run."""
+    tests: Sequence[Mapping[str, Any]] = metadata.get("tests") or ()
+    try:
+        return bool(tests) and all(_is_complete(test, metadata.get("function")) for test in tests)
+    except ConfigError:
+        return False
+
+
+@reads_gold(can_read_tests)
 @runs_programs
 def passes_tests(
     text: str,
@@ -160,15 +171,6 @@ def _is_program(code: str) -> bool:
     )
 
 
-def can_read_tests(metadata: Mapping[str, Any]) -> bool:
-    """Return whether the tests of a problem can be run."""
-    tests: Sequence[Mapping[str, Any]] = metadata.get("tests") or ()
-    try:
-        return bool(tests) and all(_is_complete(test, metadata.get("function")) for test in tests)
-    except ConfigError:
-        return False
-
-
 def _is_complete(test: Mapping[str, Any], function: str | None) -> bool:
     kind = _type_of(test)
     if "input" not in test or (kind != "assertion" and "output" not in test):
@@ -199,7 +201,7 @@ def _passes(
         setup = str(test.get("setup") or "")
         return passes_assertions(run, code, str(test["input"]), setup, function, limits)
     mark = secrets.token_hex(16)
-    source = program_source(code)
+    source = program_source(code, asked=(function,) if kind == "functional" and function else ())
     if kind == "functional":
         if function is None:
             raise ConfigError(

@@ -1,29 +1,30 @@
-"""Check of gold answers: whether a reward can ever be 1 for them."""
+"""Check of gold answers: whether a reward can read them.
+
+A problem whose gold answer the reward cannot read scores 0 or ``None`` for ever. A task leaves such
+problems out and counts them. A reward with ``@reads_gold(check)`` has its check as ``can_read``, so
+that a task finds it on the registered function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from delethink.rewards.code import can_read_tests, passes_tests
-from delethink.rewards.match import can_read_crossword, choice_letter, crossword, multiple_choice
-from delethink.rewards.math import can_read_math, math_equal
-from delethink.rewards.numeric import can_read_number, numeric
+Function = TypeVar("Function", bound=Callable[..., Any])
+Check = Callable[[str, Mapping[str, Any]], bool]
+
+
+def reads_gold(check: Check) -> Callable[[Function], Function]:
+    """Give a reward the check ``can_read(answer, metadata)`` of gold answers."""
+
+    def mark(function: Function) -> Function:
+        function.can_read = check  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def can_read(reward: Callable[..., Any], answer: str, metadata: Mapping[str, Any]) -> bool:
-    """Return whether a reward can read the gold answer of a problem.
-
-    A problem with another gold answer scores 0 or ``None`` for ever, so a task leaves it out and
-    counts it. Rewards that this module does not know can read everything.
-    """
-    if reward is passes_tests:
-        return can_read_tests(metadata)
-    if reward is multiple_choice:
-        return choice_letter(answer) is not None
-    checks: dict[Any, Callable[[str], bool]] = {
-        math_equal: can_read_math,
-        numeric: can_read_number,
-        crossword: can_read_crossword,
-    }
-    return checks[reward](answer) if reward in checks else True
+    """Return whether a reward can read the gold answer; true for a reward without a check."""
+    check: Check | None = getattr(reward, "can_read", None)
+    return check is None or check(answer, metadata)

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from delethink.rewards.gold import reads_gold
 from delethink.scoring.answer import extract_answer, final_answer
 from delethink.scoring.reward import light
 from delethink.types import END_OF_THINKING
@@ -21,12 +22,12 @@ _ENTRY = re.compile(r"\b(across|down)\W{0,5}(\d{1,3})\W{1,8}([^\W\d_]{1,50})", r
 
 
 @light
-def exact_match(text: str, answer: str) -> float:
+def exact_match(text: str, answer: str, end: str | None = END_OF_THINKING) -> float:
     """Return 1.0 if the final answer of ``text`` is ``answer`` without outer spaces, else 0.0.
 
     A trace without end of thinking has no answer and scores 0.0.
     """
-    return float(final_answer(text) == answer.strip())
+    return float(final_answer(text, end) == answer.strip())
 
 
 @light
@@ -47,6 +48,14 @@ def normalize(text: str) -> str:
     return " ".join(text.split()).strip(" \t\"'`*_.,;:!$")
 
 
+def can_read_choice(answer: str, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a gold answer names a choice."""
+    letter = choice_letter(answer)
+    num_choices = len(metadata.get("choices", ())) or 26
+    return letter is not None and ord(letter) - ord("A") < num_choices
+
+
+@reads_gold(can_read_choice)
 @light
 def multiple_choice(
     text: str,
@@ -78,6 +87,15 @@ def choice_letter(text: str) -> str | None:
     return named[1].upper() if named else None
 
 
+def can_read_crossword(answer: str, _: Mapping[str, Any]) -> bool:
+    """Return whether a gold answer holds the words of a crossword puzzle."""
+    try:
+        return bool(_crossword_key(answer))
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+@reads_gold(can_read_crossword)
 @light
 def crossword(
     text: str, answer: str, partial: bool = False, end: str | None = END_OF_THINKING
@@ -99,11 +117,3 @@ def crossword(
 
 def _crossword_key(answer: str) -> dict[str, str]:
     return {name.lower(): word.lower() for name, word in json.loads(answer).items()}
-
-
-def can_read_crossword(answer: str) -> bool:
-    """Return whether a gold answer holds the words of a crossword puzzle."""
-    try:
-        return bool(_crossword_key(answer))
-    except (ValueError, AttributeError, RecursionError):
-        return False

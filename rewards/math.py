@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from delethink.rewards.gold import reads_gold
 from delethink.rewards.units import are_different, split_unit
 from delethink.scoring.answer import extract_answer
 from delethink.scoring.reward import isolated
@@ -27,6 +28,9 @@ _MAX_ELEMENTS = 200  # of a set or tuple that is compared element by element
 _FLOAT_TOLERANCE = 1e-5  # relative, where a side is a decimal number
 _EXACT_TOLERANCE = 1e-20  # relative, of exact values at _DIGITS digits
 _DIGITS = 60
+_MAX_REPEATED_CHARACTERS = 40  # of a text that an answer repeats letter by letter
+_MIN_WORDS = 3  # of prose
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _POINTS = ("0.7310585786", "1.3862943611", "2.2360679775")  # values of the first variable
 
 
@@ -38,6 +42,17 @@ def _prepare() -> None:
         _equal(answer, answer + "+0")
 
 
+def can_read_math(answer: str, _: Mapping[str, Any]) -> bool:
+    """Return whether a gold answer is a formula or short, so that another answer can equal it.
+
+    A short one can be repeated letter by letter. Only a long text with words is parsed.
+    """
+    gold = _clean(extract_answer(answer, None) or answer)
+    is_prose = len(gold) > _MAX_REPEATED_CHARACTERS and len(_PROSE.findall(gold)) >= _MIN_WORDS
+    return bool(gold) and (not is_prose or _parse(split_unit(gold).body) is not None)
+
+
+@reads_gold(can_read_math)
 @isolated("math_verify", "math", _prepare)
 def math_equal(text: str, answer: str, end: str | None = END_OF_THINKING) -> float:
     """Return 1.0 if the final answer of ``text`` equals ``answer`` as mathematics, else 0.0.
@@ -53,27 +68,6 @@ def math_equal(text: str, answer: str, end: str | None = END_OF_THINKING) -> flo
         return 1.0
     words = _words(gold)
     return float((bool(words) and words == _words(final)) or _equal(gold, final))
-
-
-_NUMERAL = re.compile(r"[-+]?[\d.,]{1,50}(?:/\d{1,50})?\Z|[-+]?\\[dt]?frac\{-?\d+\}\{-?\d+\}\Z")
-
-
-def can_read_math(answer: str) -> bool:
-    """Return whether a gold answer is a formula or a few words, so that an answer can equal it.
-
-    The function may take long for hostile texts. Needs math-verify for all but plain numbers.
-    """
-    gold = _clean(extract_answer(answer, None) or answer)
-    if not gold or _NUMERAL.match(gold):
-        return bool(gold)
-    words = _words(gold)
-    return (
-        bool(words and len(words.split()) <= _MAX_WORDS)
-        or _parse(split_unit(gold).body) is not None
-    )
-
-
-_MAX_WORDS = 6  # a longer text is never repeated letter by letter
 
 
 # Texts

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
+from delethink.rewards.gold import reads_gold
 from delethink.rewards.units import are_different, is_symbol, is_unit_text, unit_of
 from delethink.scoring.answer import extract_answer
 from delethink.scoring.reward import light
@@ -34,6 +37,12 @@ _SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
 _VULGAR = re.compile(r"(?P<whole>\d ?)?(?P<part>[\u00bc-\u00be\u2150-\u215e])")
 
 
+def can_read_number(answer: str, _: Mapping[str, Any]) -> bool:
+    """Return whether a gold answer is a number."""
+    return parse_number(extract_answer(answer, None) or answer) is not None
+
+
+@reads_gold(can_read_number)
 @light
 def numeric(
     text: str,
@@ -56,11 +65,6 @@ def numeric(
     if found is None or are_different(_unit_after(gold_text), _unit_after(said)):
         return 0.0
     return float(abs(found - gold) <= max(absolute, relative * abs(gold)))
-
-
-def can_read_number(answer: str) -> bool:
-    """Return whether a gold answer is a number."""
-    return parse_number(extract_answer(answer, None) or answer) is not None
 
 
 def parse_number(text: str) -> float | None:

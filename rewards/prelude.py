@@ -6,6 +6,8 @@ the usual modules, and all of their names, before each program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _MODULES = (
     "bisect",
     "collections",
@@ -49,14 +51,16 @@ PRELUDE = "\n".join(
 )
 
 
-def program_source(program: str, setup: str = "") -> str:
+def program_source(program: str, setup: str = "", asked: Sequence[str] = ()) -> str:
     """Return the source of a process that runs ``program`` after the prelude and ``setup``.
 
-    They share the namespace ``_scope``, which the lines that follow can read. Each is compiled on
+    The prelude leaves out the names ``asked`` of the program: ``add`` is no answer of its own. All
+    share the namespace ``_scope``, which the lines that follow can read. Each is compiled on
     its own, so that a program may begin with ``from __future__ import``.
     """
     lines = ['_scope = {"__name__": "__main__", "__builtins__": __builtins__}']
-    for name, source in (("prelude.py", PRELUDE), ("setup.py", setup), ("program.py", program)):
+    prelude = f"{PRELUDE}\nfor _name in {list(asked)!r}:\n    globals().pop(_name, None)"
+    for name, source in (("prelude.py", prelude), ("setup.py", setup), ("program.py", program)):
         if source:
             lines.append(f"exec(compile({source!r}, {name!r}, 'exec', dont_inherit=True), _scope)")
     return "\n".join(lines) + "\n"

@@ -156,11 +156,42 @@ FUNCTION: Mapping[str, Any] = {
         ("def add(xs, x): return float('nan')", 0.0),
         ("def add(xs, x): return {1}", 0.0),
         ("def sub(xs, x): return xs + [x]", 0.0),
+        ("xs = [1]", 0.0),  # the usual names include operator.add
         ("import sys; print('[1, 2, 3]'); sys.exit(0)", 0.0),
     ],
 )
 def test_a_function_is_called(code: str, score: float) -> None:
     assert passes_tests(fenced(code), FUNCTION) == score
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class Solution:\n    def add(self, xs: List[int], x: int) -> List[int]: return xs + [x]",
+        "def add(xs: Optional[list], x: Union[int, str]) -> Any: return xs + [x]",
+        "def add(xs, x): return list(chain(xs, repeat(x, gcd(1, 3))))",
+        "@cache\ndef one(): return 1\ndef add(xs, x): return [*xs, x][: 2 + one()]",
+        "def add(xs, x):\n    d = deque(xs)\n    d.append(x)\n    return list(d)",
+        "def add(xs, x): return sorted(xs + [x], key=itemgetter) if inf < 0 else xs + [x]",
+        "def add(xs, x): return [*xs, pow(x, 1, 100)]",
+        "def add(xs, x): return [*xs, heapq.nsmallest(1, [x])[0] + bisect_left([1], 0)]",
+        "def add(xs, x): return xs + [math.ceil(x)] + [random.randint(0, 0)] * len(Counter())",
+        "from __future__ import annotations\ndef add(xs: Missing, x): return xs + [x]",
+    ],
+)
+def test_the_usual_names_need_no_import(code: str) -> None:
+    assert passes_tests(fenced(code), FUNCTION) == 1.0
+
+
+def test_a_program_that_reads_and_prints_needs_no_import() -> None:
+    code = "a, b = map(int, sys.stdin.readline().split())\nprint(reduce(operator.add, [a, b]))"
+    assert passes_tests(fenced(code), ADD) == 1.0
+
+
+def test_an_unknown_type_of_test_is_refused_with_the_nearest() -> None:
+    tests = [{"type": "funtional", "input": "1", "output": "1"}]
+    with pytest.raises(ConfigError, match="Did you mean 'functional'"):
+        passes_tests(fenced("print(1)"), {"tests": tests})
 
 
 def test_a_stronger_sandbox_takes_its_place(

@@ -194,6 +194,9 @@ def test_outputs_are_compared_line_by_line(said: str, expected: str, same: bool)
         ("math", "-1,234.5", True),
         ("math", "\\text{even}", True),
         ("math", "", False),
+        ("math", "\\frac{1}{2} \\text{ for all } x > 0", True),
+        ("math", "Draw the circle with diameter AB and see where it meets the line.", False),
+        ("multiple_choice", "E", True),
         ("exact", "", True),
     ],
 )
