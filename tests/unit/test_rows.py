@@ -350,7 +350,7 @@ def test_files_are_read_however_they_were_saved(
 ) -> None:
     data = (codecs.BOM_UTF8 if marked else b"") + data.replace(b"\n", end)
     file = tmp_path / (f"{name}.gz" if packed == "named" else name)
-    file.write_bytes(gzip.compress(data) if packed else data)
+    file.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     rows = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "2"}]
     assert read_rows(str(file), "train") == rows
     file.rename(file.with_name(file.name.replace(file.name[0], "train", 1)))
@@ -364,7 +364,7 @@ def test_files_are_read_however_they_were_saved(
         ("x.csv", b"problem\tanswer\na\t1\n", "separates its columns with '\\t'"),
         ("x.csv", b"problem,answer,answer\na,1,2\n", "has the column 'answer' twice"),
         ("x.jsonl", LINES.decode().encode("utf-16"), "no UTF-8"),
-        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "cannot read"),
+        ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "cannot read"),
         ("x.jsonl.zst", LINES, "unknown suffix; allowed: .jsonl"),
         ("x.parquet.gz", LINES, "unknown suffix"),
     ],
