@@ -95,6 +95,7 @@ def _adds(
     return token in tokenizer("", **options)["input_ids"]
 
 
+_KEPT = "kept_special_tokens"  # attribute: text of special tokens that rewards read, by id
 _SPACES = re.compile(r"[\s\u0120\u010a\u2581]")  # also as vocabularies write them
 _SINGLE_SPACES, _ALL_SPACES = "Let x be 3 and y be 4", "Let x:\n\ty  be 4\n\nx"
 
@@ -154,8 +155,34 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
 
 
 def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """Return the text of a trace for rewards, without special tokens."""
-    return str(tokenizer.decode(as_list(token_ids), skip_special_tokens=True))
+    """Return the text of a trace for rewards, without special tokens.
+
+    Marks of the end of thinking stay, also where the tokenizer counts them among its special tokens
+    (``keep_marks``).
+    """
+    ids = as_list(token_ids)
+    kept: Mapping[int, str] = getattr(tokenizer, _KEPT, {})
+    if not kept or kept.keys().isdisjoint(ids):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    pieces, start = [], 0
+    for position, token in enumerate(ids):
+        if token in kept:
+            pieces += [tokenizer.decode(ids[start:position], skip_special_tokens=True), kept[token]]
+            start = position + 1
+    pieces.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    return "".join(map(str, pieces))
+
+
+def keep_marks(tokenizer: Any) -> None:
+    """Make ``reward_text`` keep the special tokens in marks of the end of thinking."""
+    kept = {
+        token: str(tokenizer.decode([token]))
+        for mark in thinking_marks(tokenizer)
+        for token in encode(tokenizer, mark)
+        if not tokenizer.decode([token], skip_special_tokens=True)
+    }
+    if kept:
+        setattr(tokenizer, _KEPT, kept)
 
 
 # -- chat templates ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from delethink.engines.weight_files import check_report, check_values, weight_fi
 from delethink.errors import ConfigError, MissingExtraError, ModelError
 from delethink.json_io import read_json
 from delethink.output import get_logger
-from delethink.tokenization import bind_template, end_tokens, reward_text
+from delethink.tokenization import bind_template, end_tokens, keep_marks, reward_text
 from delethink.types import END_OF_THINKING
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    keep_marks(tokenizer)
     ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
     if END_OF_THINKING not in reward_text(tokenizer, ids):
         raise ModelError(

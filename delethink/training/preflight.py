@@ -7,6 +7,7 @@ problems, and ``run_checks`` compares them with this machine. None of them loads
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from contextlib import closing
 from pathlib import Path
@@ -290,12 +291,19 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     return Check("tokenizer", status, found, advice)
 
 
+def _end_of_thinking(recipe: Recipe, name: str) -> str | None:
+    """Return the mark that a reward looks for; ``None`` for one that reads the whole text."""
+    reward = recipe.rewards[name]
+    function = resolve("delethink.rewards", reward.reward or name)
+    parameter = inspect.signature(function).parameters.get("end")
+    end = reward.args.get("end", parameter and parameter.default)
+    return end if isinstance(end, str) else None
+
+
 def _check_marks(recipe: Recipe, inputs: Inputs) -> list[Check]:
     """Compare the marks that the model knows with the one that rewards look for."""
     marks = thinking_marks(inputs.tokenizer)
-    expected = {
-        name: reward.args.get("end", END_OF_THINKING) for name, reward in recipe.rewards.items()
-    }
+    expected = {name: _end_of_thinking(recipe, name) for name in recipe.rewards}
     unknown = {name: end for name, end in expected.items() if end is not None and end not in marks}
     if not unknown:
         return []
@@ -435,13 +443,13 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
 
 def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
     """Score a right and a wrong answer to the first problem of each task."""
-    problem = inputs.selected["train"].problems[0]
+    problem, recipe = inputs.selected["train"].problems[0], prepared.recipe
     checks = _check_isolation(prepared)
-    checks.append(_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs))
+    checks.append(_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs, recipe))
     if prepared.recipe.evaluation.task is not None:
         task, scorer = prepared.evaluation_task, prepared.evaluation_scorer
         heldout = inputs.selected["heldout"].problems[0]
-        checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs))
+        checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs, recipe))
     return checks
 
 
@@ -457,13 +465,20 @@ def _check_isolation(prepared: Prepared) -> list[Check]:
     return [Check("isolation", "warning", found, ADVICE)]
 
 
-def _check_scorer(name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs) -> Check:
+def _check_scorer(
+    name: str, scorer: Any, task: Task, problem: Problem, inputs: Inputs, recipe: Recipe
+) -> Check:
     answers = demonstrations_of(task, problem)
     if None in answers:
         found = "the task has no example of a right and a wrong answer"
         return Check(name, "not checked", found, "give the task a method demonstrations(problem)")
-    spec, attempts = inputs.spec, []
-    for text in map(str, answers):
+    spec, attempts, mark = inputs.spec, [], END_OF_THINKING
+    if "end" in (config.args if (config := recipe.rewards.get(scorer.accuracy)) else ()):
+        mark = _end_of_thinking(recipe, scorer.accuracy) or ""
+    for answer in map(str, answers):
+        thinking, closing, rest = answer.rpartition(END_OF_THINKING)
+        # Without a mark, the whole text is the answer.
+        text = f"{thinking}{mark}{rest}" if mark and closing else rest
         length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
         attempts.append(attempt_from_text(problem, text, length, spec.budget, spec.max_chunks))
     right, wrong = scorer.score_now(attempts)

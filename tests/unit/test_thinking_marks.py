@@ -16,7 +16,7 @@ from chat_tokenizers import make_chat_tokenizer
 from delethink.config import load_recipe
 from delethink.engines.loading import load_tokenizer, locate
 from delethink.errors import ModelError
-from delethink.tokenization import thinking_marks
+from delethink.tokenization import encode, keep_marks, reward_text, thinking_marks
 from delethink.training.preflight import check_recipe
 
 TOY = Path(__file__).parents[2] / "delethink" / "assets" / "toy_reasoner"
@@ -71,6 +71,47 @@ def test_doctor_says_so_before_every_reward_is_0(
         assert f"exact reads the answer after </think>, and {shown}" in found.found
         assert advice in found.advice
     assert warning_of(model, "rewards={exact: {args: {end: null}}}") is None
+
+
+MAGISTRAL = ("[THINK]", "[/THINK]")
+GPT_OSS = ("<|channel|>", "<|message|>")
+
+
+@pytest.mark.parametrize(
+    ("marks", "text", "expected"),
+    [
+        (MAGISTRAL, "a[/THINK]b<|end|>", "a[/THINK]b"),
+        (MAGISTRAL, "[THINK]a[/THINK]<|pad|>b[/THINK]<|end|>", "a[/THINK]b[/THINK]"),
+        (
+            GPT_OSS,
+            "a<|pad|><|channel|>final<|message|>4<|end|>",
+            "a<|channel|>final<|message|>4",
+        ),
+        (("</think>",), "a</think>b<|end|>", "a</think>b"),
+        (("<|END_THINKING|>",), "\u4f60<|END_THINKING|>\u597d", "\u4f60<|END_THINKING|>\u597d"),
+        (("<|other|>",), "a<|other|>b<|end|>", "ab"),
+    ],
+)
+def test_a_mark_among_the_special_tokens_stays_for_rewards(
+    marks: tuple[str, ...], text: str, expected: str
+) -> None:
+    tokenizer = make_chat_tokenizer(None, marks)
+    keep_marks(tokenizer)
+    assert reward_text(tokenizer, encode(tokenizer, text)) == expected
+    assert reward_text(tokenizer, ()) == ""
+
+
+def test_a_special_mark_is_no_reason_to_refuse_a_tokenizer(tmp_path: Path) -> None:
+    make_chat_tokenizer(None, ["</think>"]).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert reward_text(tokenizer, encode(tokenizer, "a</think>b<|end|>")) == "a</think>b"
+
+
+def test_the_rewards_of_a_recipe_are_checked_with_their_own_mark(tmp_path: Path) -> None:
+    for end in ("'[/THINK]'", "null"):
+        checks = check_recipe(load_recipe(RECIPE, [f"rewards={{exact: {{args: {{end: {end}}}}}}}"]))
+        (rewards,) = [check for check in checks if check.name == "rewards"]
+        assert rewards.status == "ok"
 
 
 # -- adapters --------------------------------------------------------------------------------------
