@@ -125,6 +125,7 @@ def pool(
     pool.close()
 
 
+@pytest.mark.slow  # minutes; test_worker_pool and test_ray_worker have each fault on its own
 def test_traces_show_nothing_of_what_happened_to_the_workers(
     pool: VllmPool, others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_job_gets_code_and_no_weights_and_its_results_may_not_be_lost_with_it(
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_no_worker_and_no_engine_and_the_same_command_goes_on(
     head: RayHead, tmp_path: Path
 ) -> None:
