@@ -43,6 +43,8 @@ def value_at(value: Any, key: str) -> Any:
 
     A column may have dots in its name. Lists have the keys 0, 1, ...; a text with JSON is read.
     """
+    if value is None:
+        return None  # a column that the row leaves empty
     if isinstance(value, str):
         value = _json_of(value)
     if isinstance(value, Mapping):

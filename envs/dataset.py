@@ -12,15 +12,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
+from delethink.json_io import shorten
 from delethink.rows import (
     MISSING,
     Message,
     accepted_answers,
     has_picture,
+    is_missing,
     names_of,
     read_date,
     read_question,
@@ -39,6 +42,10 @@ ANSWER_KEYS = (
     "golden_answers|verification_info.ground_truth|label|target|solution"
 )
 
+_TEXTS = (
+    *("dataset", "split", "config", "files", "problem_key", "answer_key", "template", "system"),
+    *("reward", "eval_dataset", "eval_split", "pass_rate_key", "pass_rates", "date_key"),
+)
 _MATHEMATICAL = {"math", "numeric"}  # rewards that read answers as formulas
 _WORD = re.compile(r"[^\W\d_]{2,}")  # a single letter may be a variable, and its case matters
 _NUMBER = re.compile(r"[-+]?\d{1,40}(?:\.\d{1,40})?")
@@ -198,7 +205,10 @@ class DatasetSpec:
         """
         if isinstance(template, Mapping) and list(template.items()) == [("problem", None)]:
             template = "{problem}"  # which YAML reads as a mapping
+        if isinstance(metadata_keys, str):
+            metadata_keys = [key.strip() for key in metadata_keys.split(",")]
         arguments = locals()
+        _check_types(arguments)
         given = {f.name: arguments[f.name] for f in fields(self) if f.name in arguments}
         spec = replace(self, **{key: value for key, value in given.items() if value is not None})
         if template is not None:
@@ -206,6 +216,7 @@ class DatasetSpec:
         if reward is not None:
             spec = replace(spec, rewards={reward: 1.0})
         spec._check()
+        _refuse_splits_of_a_file(spec, arguments)
         rates = PassRates.read(pass_rate_key, pass_rates, min_pass_rate, max_pass_rate)
         return _build(spec, rates, eval_dataset, eval_split, seed)
 
@@ -254,15 +265,18 @@ class DatasetSpec:
         return f"{self.dataset} ({use}; reward {', '.join(self.rewards)})."
 
     def value(self, row: SourceRow, keys: str) -> Any:
-        """Return the value of the first column of ``keys`` in a row.
+        """Return the value of the first column of ``keys`` that is not empty in a row, or ``None``.
 
         Raises:
             ConfigError: the row has none of them.
         """
-        for key in keys.split("|"):
-            value = value_at(row, key)
-            if value is not MISSING:
-                return value
+        found = {key: value_at(row, key) for key in keys.split("|")}
+        present = {key: value for key, value in found.items() if value is not MISSING}
+        if keys == ANSWER_KEYS and len(present) > 1:
+            present.pop("solution", None)  # beside an answer it is a text with the steps
+        if present:
+            filled = (value for value in present.values() if not is_missing(value) and value != "")
+            return next(filled, None)
         raise ConfigError(
             f"the data set {self.dataset} has no column {keys.replace('|', ' or ')!r}."
             f"{did_you_mean(keys, names_of(row))} Set task.args.problem_key and "
@@ -290,6 +304,38 @@ class DatasetSpec:
             system = {"role": "system", "content": self.system}
             messages = (system, *(m for m in messages if m["role"] != "system"))
         return Problem(template.replace("{problem}", question), answer, metadata, messages)
+
+
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """Raise a ``ConfigError`` for an argument of another type, such as a name that is a number."""
+    for name in _TEXTS:
+        if not isinstance(arguments[name], (str, type(None))):
+            raise ConfigError(
+                f"{name} must be a text, got {shorten(arguments[name])}; put it in quotes"
+            )
+    for name in ("heldout_share", "min_pass_rate", "max_pass_rate"):
+        value = arguments[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{name} must be a number, got {shorten(value)}")
+    keys = arguments["metadata_keys"]
+    if keys is not None and not (
+        isinstance(keys, (list, tuple)) and all(isinstance(key, str) for key in keys)
+    ):
+        raise ConfigError(f"metadata_keys must be a list of columns, got {shorten(keys)}")
+
+
+def _refuse_splits_of_a_file(spec: DatasetSpec, arguments: Mapping[str, Any]) -> None:
+    """Raise a ``ConfigError`` for arguments that choose a part of a data set that is one file."""
+    for dataset, names in (
+        (spec.dataset, ("split", "config", "files")),
+        (arguments["eval_dataset"] or spec.dataset, ("eval_split",)),
+    ):
+        for name in names:
+            if arguments[name] is not None and Path(str(dataset)).expanduser().is_file():
+                raise ConfigError(
+                    f"{name}={arguments[name]} has no effect, because {dataset} is one file; "
+                    "remove it, or name a folder or a data set with splits"
+                )
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,21 @@ def test_parquet(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "bad.parquet"), "train")
 
 
+def test_structures_of_parquet_are_conversations_and_nested_answers(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    user = {"role": "user", "content": "What is 1 + 1?"}
+    rows = [
+        {"prompt": [user], "reward_model": {"ground_truth": "2"}, "extra": {"level": 1}},
+        {"prompt": [user | {"name": "x"}], "reward_model": {"ground_truth": None}},
+        {"prompt": None, "reward_model": None},
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    task = dataset_task(str(tmp_path), heldout_share=1.0, metadata_keys=["extra.level"])
+    assert task.heldout == [Problem("What is 1 + 1?", "2", {"extra.level": 1})]
+    assert task.left_out == {"without_problem_or_answer": 2}
+
+
 def broken_json(folder: Path) -> dict[str, Any]:
     (folder / "a.jsonl").write_text('{"problem": "1"}\n{"problem": \n')
     return {"dataset": str(folder / "a.jsonl")}
@@ -260,6 +275,15 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
         (lambda f: good(f, pass_rate_key="rat"), "no column 'rat'"),
         (lambda f: good(f, pass_rates=str(f / "a.jsonl")), "is not a file of pass rates"),
         (lambda f: good(f, tempate="x"), "Did you mean 'template'"),
+        (lambda f: good(f, split="test"), "split=test has no effect"),
+        (lambda f: good(f, eval_split="test"), "eval_split=test has no effect"),
+        (lambda f: good(f, files="*.jsonl"), "is one file; remove it"),
+        (lambda f: good(f, problem_key=3), "problem_key must be a text, got 3"),
+        (lambda f: good(f, reward=3), "reward must be a text, got 3; put it in quotes"),
+        (lambda f: good(f, heldout_share="a"), "heldout_share must be a number, got 'a'"),
+        (lambda f: good(f, metadata_keys=3), "metadata_keys must be a list of columns, got 3"),
+        (lambda f: good(f, metadata_keys="answer, x"), "no column 'x'"),
+        (lambda f: good(f, template={"a": "b"}), "template must be a text"),
     ],
 )
 def test_mistakes_are_explained(

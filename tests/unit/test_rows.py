@@ -104,6 +104,19 @@ def test_a_text_gets_the_template_and_its_answer_is_found(
     assert (problem.prompt, problem.answer) == (BOXED.replace("{problem}", "2 + 2?"), answer)
 
 
+def test_the_columns_of_other_sets_in_a_mixture_are_empty(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "1?", "answer": "1", "prompt": None, "reward_model": None},
+        {"problem": None, "answer": None, "prompt": "2?", "reward_model": {"ground_truth": "2"}},
+        {"problem": "", "answer": "", "prompt": "3?", "label": 3},
+        {"problem": "4?", "answer": None, "solution": "Long steps."},
+        {"problem": "5?", "solution": "5"},
+    ]
+    assert [problem.answer for problem in problems_of(tmp_path, *rows)] == ["1", "2", "3", "5"]
+    found = problems_of(tmp_path, *rows[3:], answer_key="answer|solution")
+    assert [problem.answer for problem in found] == ["Long steps.", "5"]
+
+
 def test_earlier_messages_stay_before_the_last(tmp_path: Path) -> None:
     turns = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "And 3 + 3?"}]
     row = {"prompt": turns, "answer": 6}
