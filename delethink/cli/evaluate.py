@@ -23,7 +23,7 @@ from delethink.errors import ConfigError, did_you_mean
 from delethink.evaluation.models import (
     ModelOpener,
     local_models,
-    longest_context,
+    needed_context,
     served_model,
     settings_for_model,
 )
@@ -89,7 +89,7 @@ def _evaluate(
 
     def longest(model: str, tokenizer: Tokenizer) -> int:
         own = [setting for setting in settings if setting.model == model]
-        return longest_context(own, problems.problems, plan, tokenizer)
+        return needed_context(own, problems.problems, plan, tokenizer)
 
     open_model = _opener(arguments, engine, longest)
     evaluation = Evaluation(

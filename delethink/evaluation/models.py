@@ -154,7 +154,7 @@ def settings_for_model(
     return settings
 
 
-def longest_context(
+def needed_context(
     settings: Sequence[Setting],
     problems: Sequence[Problem],
     plan: SamplingPlan,

@@ -26,7 +26,7 @@ from delethink.engines.loading import engine_window, longest_sequence, scaled_wi
 from delethink.engines.transformers import TransformersEngine
 from delethink.errors import ConfigError, ModelError
 from delethink.evaluation import models
-from delethink.evaluation.models import local_models, longest_context
+from delethink.evaluation.models import local_models, needed_context
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.training.preflight import Inputs
 from delethink.types import Problem
@@ -148,7 +148,7 @@ def test_the_engine_of_an_evaluation_has_room_for_its_settings(
     plan = SamplingPlan(forced_answer_tokens=10)
 
     def longest(model: str, tokenizer: Any) -> int:
-        return longest_context(settings, problems, plan, tokenizer)
+        return needed_context(settings, problems, plan, tokenizer)
 
     for config in (EngineConfig(name="transformers"), EngineConfig(max_model_tokens=500)):
         with local_models(config, longest=longest)("m") as loaded:
