@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Check = Callable[[str, Mapping[str, Any]], bool]
+GradingFunction = TypeVar("GradingFunction", bound=Callable[..., Any])
+GoldCheck = Callable[[str, Mapping[str, Any]], bool]
 
 
-def reads_gold(check: Check) -> Callable[[Function], Function]:
+def reads_gold(check: GoldCheck) -> Callable[[GradingFunction], GradingFunction]:
     """Give a reward the check ``can_read(answer, metadata)`` of gold answers."""
 
-    def mark(function: Function) -> Function:
+    def mark(function: GradingFunction) -> GradingFunction:
         function.can_read = check  # type: ignore[attr-defined]
         return function
 
@@ -26,5 +26,5 @@ def reads_gold(check: Check) -> Callable[[Function], Function]:
 
 def can_read(reward: Callable[..., Any], answer: str, metadata: Mapping[str, Any]) -> bool:
     """Return whether a reward can read the gold answer; true for a reward without a check."""
-    check: Check | None = getattr(reward, "can_read", None)
+    check: GoldCheck | None = getattr(reward, "can_read", None)
     return check is None or check(answer, metadata)

@@ -29,8 +29,8 @@ _FLOAT_TOLERANCE = 1e-5  # relative, where a side is a decimal number
 _EXACT_TOLERANCE = 1e-20  # relative, of exact values at _DIGITS digits
 _DIGITS = 60
 _MAX_REPEATED_CHARACTERS = 40  # of a text that an answer repeats letter by letter
-_MIN_WORDS = 3  # of prose
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_MIN_WORDS = 5  # of a sentence
+_PROSE = re.compile(r"(?<![A-Za-z])[A-Za-z]{3,}")
 _POINTS = ("0.7310585786", "1.3862943611", "2.2360679775")  # values of the first variable
 
 
@@ -45,11 +45,13 @@ def _prepare() -> None:
 def can_read_math(answer: str, _: Mapping[str, Any]) -> bool:
     """Return whether a gold answer is a formula or short, so that another answer can equal it.
 
-    A short one can be repeated letter by letter. Only a long text with words is parsed.
+    A short one can be repeated letter by letter. Sentences cannot.
     """
     gold = _clean(extract_answer(answer, None) or answer)
-    is_prose = len(gold) > _MAX_REPEATED_CHARACTERS and len(_PROSE.findall(gold)) >= _MIN_WORDS
-    return bool(gold) and (not is_prose or _parse(split_unit(gold).body) is not None)
+    if found := _TEXT.fullmatch(gold):
+        gold = found[1]
+    words = _PROSE.findall(_COMMAND.sub(" ", _TEXT.sub(" ", gold)))
+    return bool(gold) and (len(gold) <= _MAX_REPEATED_CHARACTERS or len(words) < _MIN_WORDS)
 
 
 @reads_gold(can_read_math)
