@@ -55,8 +55,8 @@ class TraceStop(str, Enum):
 class Problem:
     """A question with its gold answer.
 
-    Example: ``Problem("02:0110", answer="1001", metadata={"steps": 2})``. A list of accepted answers
-    stands in ``metadata["accepted_answers"]``; each of them scores.
+    Example: ``Problem("02:0110", answer="1001", metadata={"steps": 2})``. A list of accepted
+    answers stands in ``metadata["accepted_answers"]``; each of them scores.
     """
 
     prompt: str  # the user's message; the tokenizer adds its chat template

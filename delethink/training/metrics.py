@@ -113,9 +113,7 @@ def _values_by_reward(batch: TraceBatch) -> dict[str, list[float]]:
     }
 
 
-def _share_by_reward(
-    batch: TraceBatch, causes: Sequence[Mapping[str, str]]
-) -> dict[str, float]:
+def _share_by_reward(batch: TraceBatch, causes: Sequence[Mapping[str, str]]) -> dict[str, float]:
     return {name: fmean(name in cause for cause in causes) for name in batch.reward_names}
 
 
