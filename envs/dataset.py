@@ -18,6 +18,7 @@ from typing import Any
 from delethink.envs.sources import PassRates, RatedProblem, SourceRow, read_rows
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.json_io import shorten
+from delethink.registry import resolve
 from delethink.rows import (
     MISSING,
     Message,
@@ -424,6 +425,7 @@ def _read_problems(
     assert spec.dataset is not None
     found = _Distinct()
     contradictory = set()
+    checks = _gold_checks(spec)
     rows = read_rows(spec.dataset, spec.split, spec.config, spec.files)
     for number, row in enumerate(rows, 1):
         if not spec.is_in_window(row):
@@ -436,6 +438,9 @@ def _read_problems(
         if problem is None:
             left_out[prefix + "without_problem_or_answer"] += 1
             continue
+        if not all(any(check(a, problem.metadata) for a in problem.accepted) for check in checks):
+            left_out[prefix + "unreadable_answer"] += 1
+            continue
         known = found.find(problem)
         if known is None:
             found.add(problem, rates.rate(problem, row))
@@ -445,6 +450,12 @@ def _read_problems(
             contradictory.add(known)
     left_out[prefix + "contradictory"] += len(contradictory)
     return found.without(lambda problem: _text_of(problem) in contradictory)
+
+
+def _gold_checks(spec: DatasetSpec) -> list[Callable[[str, Mapping[str, Any]], bool]]:
+    """Return the checks of gold answers that the rewards have (``delethink.rewards.gold``)."""
+    functions = [resolve("delethink.rewards", name) for name in spec.rewards]
+    return [f.can_read for f in functions if hasattr(f, "can_read")]
 
 
 def _convert_row(spec: DatasetSpec, row: SourceRow, number: int) -> Problem | None:

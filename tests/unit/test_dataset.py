@@ -453,3 +453,15 @@ def test_a_crossword_shows_its_grid_and_not_its_key(hub_copy: HubCopy) -> None:
     assert "Across 1 (row 1, column 1, 3 letters): It purrs" in problem.prompt
     assert "CAT" not in problem.prompt
     assert json.loads(problem.answer) == {"across 1": "CAT", "down 2": "AX"}
+
+
+def test_gold_answers_that_the_reward_cannot_read_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "one", "answer": "1"},
+        {"problem": "two", "answer": "no number at all"},
+        {"problem": "three", "answer": ["x y z", "3"]},
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    task = dataset_task(dataset=path, reward="numeric", heldout_share=1.0)
+    assert task.left_out == {"unreadable_answer": 1}
+    assert task.size("heldout") == 2
