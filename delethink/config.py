@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.json_io import MAX_DEPTH, read_text, shorten
+from delethink.json_io import read_text, shorten
 from delethink.redaction import hide_settings, register_settings
 from delethink.registry import make, names
+from delethink.yaml_io import YAML_ERRORS, YamlLimitError, dump_yaml, load_yaml
 
 try:
-    import yaml
     from pydantic import (
         BaseModel,
         ConfigDict,
@@ -570,7 +570,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML without secrets; ``load_recipe`` reads it back."""
     unnamed = set() if recipe.rewards else {"rewards"}
     values = hide_settings(recipe.model_dump(mode="json", exclude=unnamed))
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(values)
 
 
 def with_rewards(recipe: Recipe, weights: Mapping[str, float]) -> Recipe:
@@ -609,94 +609,16 @@ def parse_values(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def parse_scalar(text: str) -> Any:
-    """Return a number, true, false or null as a recipe would read it, or the text itself."""
-    if text.lower() in _YAML_CONSTANTS:
-        return _YAML_CONSTANTS[text.lower()]
-    try:
-        value = _load_yaml(text)
-    except (yaml.YAMLError, ValueError):
-        return text
-    return value if type(value) in (int, float) else text
-
-
 def _read(path: Path) -> dict[str, Any]:
     text = read_text(path, ConfigError)
     try:
-        values = _load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+        values = load_yaml(text)
+    except YAML_ERRORS as error:
         first = " ".join(str(error).split())
         raise ConfigError(f"the recipe {path} cannot be used as YAML: {first}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} must be a mapping of keys to values")
     return values
-
-
-class _YamlLimitError(ValueError):
-    """A YAML text is too large, or says something twice."""
-
-
-def _load_yaml(text: str) -> Any:
-    """Return the value of a YAML text.
-
-    Raises:
-        _YamlLimitError: a key stands there twice, or the text is long, deep, or has repeated
-            aliases that make it so, or numbers of many digits.
-        yaml.YAMLError, ValueError: the text is not YAML, or a date or number does not exist.
-    """
-    if len(text) > _MAX_YAML_LENGTH:
-        raise _YamlLimitError(f"it has more than {_MAX_YAML_LENGTH:,} characters")
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_nodes(node, {}, 1)
-        return loader.construct_document(node)
-    except RecursionError:
-        raise _YamlLimitError(f"it has more than {MAX_DEPTH} levels") from None
-    finally:
-        loader.dispose()
-
-
-def _count_nodes(node: Any, counted: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """Return the numbers of nodes and of levels below a node, with every alias written out."""
-    line = node.start_mark.line + 1
-    if id(node) not in counted:
-        counted[id(node)] = (_MAX_YAML_NODES, 0)  # for an alias of itself
-        parts: list[Any] = []
-        if isinstance(node, yaml.SequenceNode):
-            parts = node.value
-        elif isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-            _refuse_repeated_keys(node)
-        elif node.tag in _YAML_NUMBERS and len(node.value) > _MAX_YAML_NUMBER_LENGTH:
-            raise _YamlLimitError(f"line {line} has a number of {len(node.value)} characters")
-        if depth > MAX_DEPTH:
-            raise RecursionError
-        below = [_count_nodes(part, counted, depth + 1) for part in parts]
-        total = 1 + sum(size for size, _ in below)
-        counted[id(node)] = (total, 1 + max((levels for _, levels in below), default=0))
-    size, levels = counted[id(node)]
-    if size >= _MAX_YAML_NODES:
-        raise _YamlLimitError(
-            f"line {line} has more than {_MAX_YAML_NODES:,} values, with each alias written out"
-        )
-    if depth + levels > MAX_DEPTH + 1:
-        raise RecursionError
-    return size, levels
-
-
-def _refuse_repeated_keys(node: Any) -> None:
-    seen = set()
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag == _YAML_MERGE:
-            continue
-        if (key.tag, key.value) in seen:
-            raise _YamlLimitError(
-                f"line {key.start_mark.line + 1} has the key {key.value!r:.60} a second time"
-            )
-        seen.add((key.tag, key.value))
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -713,59 +635,16 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
         values = inner
     try:
-        value = _load_yaml(text)
-    except _YamlLimitError as error:
+        value = load_yaml(text)
+    except YamlLimitError as error:
         raise ConfigError(f"the value of {dotted!r:.80} cannot be used: {error}") from None
-    except (yaml.YAMLError, ValueError):  # 2024-13-45 is not a date, but a valid string
+    except YAML_ERRORS:  # 2024-13-45 is not a date, but a valid string
         value = text
     if dotted == "engine" and isinstance(value, str) and isinstance(values.get(key), dict):
         values[key]["name"] = value
     else:
         values[key] = value
 
-
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: 1e-3 is one, 010 is ten, and 1:30 is a text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that ``_Loader`` would read as numbers."""
-
-
-_YAML_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_YAML_MERGE = "tag:yaml.org,2002:merge"
-_YAML_CONSTANTS = {"true": True, "false": False, "null": None}
-
-
-def _set_number_forms() -> None:
-    """Replace the forms of numbers of YAML 1.1, in which 1e-3 is a text and 1:30 is 90."""
-    digits = r"[0-9](?:_?[0-9])*"
-    whole = re.compile(rf"[-+]?(?:{digits}|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+)$")
-    decimal = re.compile(
-        rf"(?:[-+]?(?:{digits}(?:\.(?:{digits})?)?|\.{digits})(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    )
-    for reader in (_Loader, _Dumper):
-        reader.yaml_implicit_resolvers = {
-            first: [form for form in forms if form[0] not in _YAML_NUMBERS]
-            for first, forms in reader.yaml_implicit_resolvers.items()
-        }
-        for tag, form in zip(_YAML_NUMBERS, (whole, decimal), strict=True):
-            reader.add_implicit_resolver(tag, form, list("-+.0123456789"))
-    _Loader.add_constructor(_YAML_NUMBERS[0], _whole_number)
-
-
-def _whole_number(loader: Any, node: Any) -> int:
-    text = loader.construct_scalar(node).replace("_", "").lower()
-    is_decimal = text.lstrip("+-").isdecimal()  # also with leading zeros
-    return int(text, 10 if is_decimal else 0)
-
-
-_set_number_forms()
-
-_MAX_YAML_LENGTH = 2**20  # characters of a recipe; the reader takes seconds for each MB
-_MAX_YAML_NODES = 100_000
-_MAX_YAML_NUMBER_LENGTH = 100  # characters
 
 Section = typing.TypeVar("Section", bound=_Section)
 

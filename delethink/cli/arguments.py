@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from delethink.carryover import Carryover
-from delethink.config import parse_scalar
 from delethink.errors import ConfigError
 from delethink.redaction import register_settings
 from delethink.registry import make
+from delethink.yaml_io import parse_scalar
 
 _SIZES = {"": 1, "k": 1024, "m": 1024**2}
 

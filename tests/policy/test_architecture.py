@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": CHUNKS | SHOWN | {"policy"},
     "redaction": set(),
     "json_io": {"errors"},
+    "yaml_io": {"errors", "json_io"},
     "rows": {"errors", "json_io"},
     "output": NOUNS | {"redaction"},
     "tasks": NOUNS,
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_io"},
-    "config": CHUNKS | {"json_io", "redaction", "registry"},
+    "config": CHUNKS | {"json_io", "redaction", "registry", "yaml_io"},
     "cost": CHUNKS | SETTINGS | SHOWN | {"json_io"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
