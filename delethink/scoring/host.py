@@ -350,7 +350,7 @@ def run_host(settings: dict[str, Any]) -> None:
     for limit in (resource.RLIMIT_CORE, getattr(resource, "RLIMIT_MSGQUEUE", resource.RLIMIT_CORE)):
         resource.setrlimit(limit, (0, 0))
     # The pool removes its folder; inside bubblewrap, the folder is in memory.
-    tempfile.tempdir = settings["folder"] or tempfile.mkdtemp()
+    tempfile.tempdir = settings["folder"] or tempfile.mkdtemp(prefix="delethink-host-")
     Host(settings, calls, answers).run()
     end_group()  # the pool was killed
 

@@ -176,8 +176,9 @@ def leftovers(base: set[int], host: int) -> list[str]:
 
 
 def _files(root: str) -> list[str]:
-    """Return everything below ``root`` but the folder of the verifiers' host."""
-    found = os.listdir(root)
+    """Return everything below ``root`` but the folder of the verifiers' host and import paths."""
+    imported = {path.split("/")[2] for path in sys.path if path.startswith("/tmp/")}
+    found = [name for name in os.listdir(root) if name not in imported]
     inner = [f"{name}/{file}" for name in found for file in os.listdir(f"{root}/{name}")]
     return inner + [name for name in found if not name.startswith("delethink-host-")]
 

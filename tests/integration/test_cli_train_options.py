@@ -164,6 +164,7 @@ def test_an_engine_that_takes_no_weights_fails_before_the_first_rollout(
     assert told == "delethink: worker 0 failed: such a model takes no new weights yet"
 
 
+@pytest.mark.slow  # minutes
 def test_rollouts_are_prefetched_while_the_trainer_trains(tmp_path: Path) -> None:
     """Batches are sampled one update ahead; new weights enter at boundaries; the loss corrects."""
     done = run(

@@ -88,7 +88,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_ranks compares two ranks with one without Ray
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_give_the_run_of_one(alone: Path, tmp_path: Path, strategy: str) -> None:
     code, printed, errors = run(tmp_path, "trainer.num_ranks=2", f"trainer.strategy={strategy}")
     assert code == 0, errors

@@ -75,6 +75,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> Done:
             signal.signal(sign, handler)
     printed = capfd.readouterr()
     for text in printed:
+        text = text.replace("\r", "\n")  # of progress bars
         assert visible(text) == text
         assert not secrets_in(text.encode())
     return Done(code, printed.out, printed.err)

@@ -95,8 +95,8 @@ def assert_runs(pool: RayPool, model: TinyModel, version: int) -> None:
 @pytest.mark.parametrize(
     ("transfer", "ranks"),
     [
-        ("ipc", 2),
-        # The next test has one rank and nccl, and all runs that train one rank and the store.
+        # Runs that train have one rank and the store.
+        pytest.param("ipc", 2, marks=pytest.mark.slow),
         pytest.param("ipc", 1, marks=pytest.mark.slow),
         pytest.param("store", 2, marks=pytest.mark.slow),
         pytest.param("nccl", 2, marks=pytest.mark.slow),
@@ -121,6 +121,7 @@ def test_every_rank_takes_weights_up(
         assert_runs(pool, first, 3)
 
 
+@pytest.mark.slow  # minutes
 def test_a_worker_that_stands_still_in_a_transfer_takes_no_other_with_it(
     others: set[psutil.Process],
     own_ray: None,

@@ -122,6 +122,7 @@ def test_memory_is_bounded_by_traces_and_not_by_chunks() -> None:
         assert done.completions == 200 * max_chunks
         return most
 
+    peak(4)  # what the first call loads does not count
     assert peak(60) < 1.2 * peak(4)
 
 
