@@ -26,9 +26,13 @@ _MAX_DEPTH = 32  # of folders
 _FOLDER_FILES = 4  # times the size of a file: bytes of all files of a program
 _KILLED = -9
 
+# Python starts without its ``site``, which would read the settings of each installed package.
 _BOOT = """
-import sys
-sys.path.insert(0, {folder!r})
+import sys, builtins, _sitebuiltins
+builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+del builtins, _sitebuiltins
+sys.path[:] = [{folder!r}, *sys.path, *{packages!r}]
 sys.argv = ["main.py"]
 with open("main.py", encoding="utf-8") as file:
     source = file.read()
@@ -83,9 +87,10 @@ def run_program(
     try:
         Path(folder, "main.py").write_text(code, encoding="utf-8", errors="replace")
         memory = int(limits["memory_mb"]) << 20
+        packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         process = start_process(
             isolation,
-            [sys.executable, "-I", "-c", _BOOT.format(folder=folder)],
+            [sys.executable, "-I", "-S", "-c", _BOOT.format(folder=folder, packages=packages)],
             folder,
             with_stderr=True,
         )

@@ -35,6 +35,11 @@ def test_a_program_reads_and_prints() -> None:
     )
 
 
+@pytest.mark.parametrize("code", ["exit()", "quit(0)", "import numpy; print(numpy.ones(2).sum())"])
+def test_usual_names_and_packages_are_there(code: str) -> None:
+    assert run(code).exit_code == 0
+
+
 def test_it_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hush")
     said = run("import os, sys; print(dict(os.environ), sys.argv, sys.path, list(sys.modules))")
