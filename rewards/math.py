@@ -153,6 +153,9 @@ def _equal(gold: str, final: str) -> bool:
     numeral = _same_numeral(gold, final)
     if numeral is not None:
         return numeral
+    infinite, other_text = (gold, final) if "\\infty" in gold else (final, gold)
+    if "\\infty" in infinite and re.fullmatch(r"[-+]?[\d.]+", other_text):
+        return False
     one, other = split_unit(gold), split_unit(final)
     if are_different(one.unit, other.unit):
         return False
