@@ -103,7 +103,8 @@ def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[s
     if child == 0:
         _run_and_exit(function, kwargs, call["control"], writer, key)
     os.close(writer)
-    deadline = time.monotonic() + call["timeout"]
+    began = time.monotonic()
+    deadline = began + call["timeout"]
     body, in_time = _read_result(reader, deadline)
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
@@ -120,7 +121,7 @@ def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[s
         return {"died": "it wrote a result of its own"}
     kind, value = result.popitem()
     if kind == "value" and is_value(value):
-        return {"value": value}
+        return {"value": value, "seconds": time.monotonic() - began}
     if kind == "value":
         return {"error": f"a reward must be finite, got {value}"[:_MAX_REASON_CHARACTERS]}
     return {"memory": True} if kind == "memory" else {"error": str(value)[:_MAX_REASON_CHARACTERS]}

@@ -67,6 +67,13 @@ def blind(text: str) -> float:
     return 0.0
 
 
+@evaluates_output(control=lambda kwargs: {"text": "gold"})
+def busy(text: str) -> float:
+    """Take longer than the limit, and long for a right answer too."""
+    time.sleep(1.5 if text == "gold" else 60)
+    return 1.0
+
+
 def _write(data: bytes, end: bool) -> None:
     """Write to every descriptor; then end the process or go on."""
     for number in _DESCRIPTORS:

@@ -93,3 +93,9 @@ def test_a_reward_that_fails_on_harmless_output_too_gives_none(
         assert (verdict.status, verdict.value) == ("error", None)
         assert reason in str(verdict.reason)
     assert pool.counts == {"error": 3}
+
+
+def test_time_on_a_busy_machine_is_not_blamed_on_the_output(pool: VerifierPool) -> None:
+    verdict = pool.call(faulty_rewards.busy, text="any")
+    assert (verdict.status, verdict.value) == ("timeout", None)
+    assert "the machine is busy" in str(verdict.reason)
