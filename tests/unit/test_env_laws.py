@@ -7,7 +7,6 @@ interface and a rollout, and each is held against the others.
 from __future__ import annotations
 
 import asyncio
-import tracemalloc
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traced_memory import traced_memory
 
 from delethink.carryover import (
     Boundary,
@@ -297,14 +297,14 @@ def test_text_and_tokens_agree_or_say_where_they_differ(play: Play) -> None:
 def test_memory_does_not_grow_with_the_chunks_where_no_trace_is_kept(kind: type) -> None:
     def held(chunks: int, keep_trace: bool) -> int:
         env = kind(context_size=64, carryover_size=32, max_chunks=2000, keep_trace=keep_trace)
-        env.reset(seed=0)
         action = 6 if kind is TokenThinkingEnv else [6] * 32
-        tracemalloc.start()
-        while env.step(action)[4]["chunk"] < chunks:
-            pass
-        size = tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        return size
+
+        def run() -> None:
+            env.reset(seed=0)
+            while env.step(action)[4]["chunk"] < chunks:
+                pass
+
+        return traced_memory(run).held
 
     assert held(300, keep_trace=False) < held(10, keep_trace=False) + 20_000
     assert held(300, keep_trace=True) > held(10, keep_trace=True) + 290 * 32 * 8

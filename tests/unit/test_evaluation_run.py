@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from evaluation_fakes import GuessingPolicy, guessing_problems, opener
+from traced_memory import traced_memory
 
 from delethink import Completion, ConfigError, RunDirectoryError, StopReason
 from delethink.evaluation.models import check_window
@@ -246,6 +248,7 @@ import sys
 sys.path[:0] = {folders!r}
 from pathlib import Path
 from evaluation_fakes import GuessingPolicy, opener
+from traced_memory import traced_memory
 from test_evaluation_run import evaluation
 from delethink.evaluation.run import evaluate
 path = Path({path!r})
@@ -291,7 +294,6 @@ def test_killed_ten_times_and_resumed_it_gives_what_an_undisturbed_run_gives(
 
 def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
     """What is held at a time is the traces in flight; each here has 5,000 tokens."""
-    import tracemalloc
 
     class Endless(GuessingPolicy):
         async def generate(self, prompt_ids: Any, max_new_tokens: int, sampling: Any) -> Completion:
@@ -301,11 +303,8 @@ def test_memory_does_not_grow_with_the_number_of_traces(tmp_path: Path) -> None:
     def peak(samples: int) -> int:
         settings = make_settings(["x"], ["delethink"], [1000], [500], [9], head_size=0)
         long = Evaluation(guessing_problems(4), settings, SamplingPlan(samples), in_flight=1)
-        tracemalloc.start()
-        run(tmp_path / str(samples), Endless(), evaluation=long)
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return most
+        folders = (tmp_path / f"{samples}-{n}" for n in itertools.count())
+        return traced_memory(lambda: run(next(folders), Endless(), evaluation=long)).peak
 
     few, many = peak(1), peak(20)
     assert many < few + 80 * 5_000  # bytes: an eighth of what the tokens of 80 traces take

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from simulation import (
     bounds,
     simulate,
 )
+from traced_memory import traced_memory
 
 from delethink.chunking import ChunkSpec
 from delethink.engines.scheduler import Rank
@@ -115,14 +115,13 @@ def test_a_cluster_that_fails_now_and_then_stays_near_the_bound() -> None:
 def test_memory_is_bounded_by_traces_and_not_by_chunks() -> None:
     def peak(max_chunks: int) -> int:
         spec = ChunkSpec(100, 50, max_chunks, head_size=0)
-        tracemalloc.start()
-        done = simulate(Workload(spec, [spec.budget] * 200, 20), cluster(4), breadth, 0, 1e9)
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert done.completions == 200 * max_chunks
-        return most
+        work = Workload(spec, [spec.budget] * 200, 20)
 
-    peak(4)  # what the first call loads does not count
+        def run() -> None:
+            assert simulate(work, cluster(4), breadth, 0, 1e9).completions == 200 * max_chunks
+
+        return traced_memory(run).peak
+
     assert peak(60) < 1.2 * peak(4)
 
 
