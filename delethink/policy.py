@@ -88,6 +88,53 @@ class Policy(Protocol):
         ...
 
 
+TokenListener = Callable[[TokenIds, Logprobs], None]
+
+
+class StreamingPolicy(Policy, Protocol):
+    """A policy that gives tokens out while it samples.
+
+    The method is optional: ``stream_completion`` reads any policy.
+    """
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """Sample as ``generate`` does, and pass on tokens as they are sampled.
+
+        Args:
+            prompt_ids: the prompt.
+            max_new_tokens: limit of sampled tokens.
+            sampling: sampling parameters.
+            on_tokens: called in the event loop of the caller with the next tokens and their
+                log-probs. All calls together give the tokens of the completion, in order.
+
+        A cancelled call stops sampling.
+        """
+        ...
+
+
+async def stream_completion(
+    policy: Policy,
+    prompt_ids: TokenIds,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_tokens: TokenListener,
+) -> Completion:
+    """Sample from any policy; one without ``stream`` gives all tokens at its end."""
+    stream = getattr(policy, "stream", None)
+    if stream is not None:
+        streamed: Completion = await stream(prompt_ids, max_new_tokens, sampling, on_tokens)
+        return streamed
+    completion = await policy.generate(prompt_ids, max_new_tokens, sampling)
+    on_tokens(completion.token_ids, completion.logprobs)
+    return completion
+
+
 ScriptLine = Sequence[int] | Completion | Exception
 
 

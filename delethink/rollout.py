@@ -110,18 +110,41 @@ async def _sample(
     deadline: _Deadline | None = None,
 ) -> Trace:
     """Sample chunks from ``state`` until the trace ends."""
-    given, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
     while state.stop is None:
-        position = {"num_chunks": state.num_chunks, "max_chunks": state.spec.max_chunks}
-        hint = replace(given, query=query, **position)
-        seed = sampling.seed
-        if seed is not None:
-            written = () if state.role is ChunkRole.THINKING else (state.role.value,)
-            seed = derive_seed(seed, state.num_chunks, *written)
-        own = replace(sampling, seed=seed, hint=hint)
-        chunk, state = await _sample_chunk(policy, state, own, deadline)
+        chunk, state = await sample_next(policy, state, sampling, deadline)
         chunks = (*chunks, chunk)
     return Trace(state.query_ids, chunks, state.stop)
+
+
+async def sample_next(
+    policy: Policy,
+    state: ThinkingState,
+    sampling: Sampling,
+    deadline: _Deadline | None = None,
+) -> tuple[Chunk, ThinkingState]:
+    """Sample the next chunk of a trace, with its seed and its place in the queue of an engine.
+
+    Args:
+        policy: samples the chunk.
+        state: a state before the end of its trace.
+        sampling: sampling parameters of the trace.
+        deadline: time at which the chunk is aborted.
+
+    Returns:
+        The chunk, and the state after it. A failure of the policy is a chunk without tokens.
+
+    Raises:
+        UserError, WorkersLostError: raised by the policy.
+    """
+    given, query = sampling.hint or SchedulingHint(), hash(state.query_ids)
+    position = {"num_chunks": state.num_chunks, "max_chunks": state.spec.max_chunks}
+    hint = replace(given, query=query, **position)
+    seed = sampling.seed
+    if seed is not None:
+        written = () if state.role is ChunkRole.THINKING else (state.role.value,)
+        seed = derive_seed(seed, state.num_chunks, *written)
+    own = replace(sampling, seed=seed, hint=hint)
+    return await _sample_chunk(policy, state, own, deadline)
 
 
 _DEFAULT_REASONS = {
