@@ -6,29 +6,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
-from delethink.errors import ConfigError, ModelError, did_you_mean
+from delethink.chat_templates import (
+    TEMPLATE_KWARGS,
+    THINKING_OPTIONS,
+    apply_template,
+    bound_kwargs,
+    generation_prompt,
+    has_variable,
+    template_source,
+)
+from delethink.chat_templates import Tokenizer as Tokenizer
+from delethink.chat_templates import bind_template as bind_template
+from delethink.chat_templates import check_template_kwargs as check_template_kwargs
+from delethink.errors import ModelError
+from delethink.thinking_marks import OPTION, ThinkingMarks, marks_of, shown_ends
 from delethink.tokens import as_list
-from delethink.types import END_OF_THINKING, Problem, TokenIds
-
-
-class Tokenizer(Protocol):
-    """The tokenizer interface of the library, implemented by tokenizers of ``transformers``."""
-
-    chat_template: Any
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Return a mapping with the token ids of ``text`` under ``"input_ids"``."""
-        ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Return the token ids of a conversation."""
-        ...
-
-    def decode(self, token_ids: Any, **options: Any) -> Any:
-        """Return the text of token ids."""
-        ...
+from delethink.types import END_OF_THINKING, START_OF_THINKING, Problem, TokenIds
 
 
 def query_ids(
@@ -50,7 +45,7 @@ def query_ids(
         ids = tuple(tokenizer(text)["input_ids"])
         return ids[: -_adds_end(tokenizer, text, ids) or None]  # the model would begin after it
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-    encoded = _apply_template(tokenizer, problem.messages, chat_template_kwargs, options)
+    encoded = apply_template(tokenizer, problem.messages, chat_template_kwargs, options)
     return tuple(encoded["input_ids"])
 
 
@@ -173,242 +168,89 @@ def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     return "".join(map(str, pieces))
 
 
-def keep_marks(tokenizer: Any) -> None:
-    """Make ``reward_text`` keep the special tokens in marks of the end of thinking."""
+def keep_marks(tokenizer: Any, *marks: str | None) -> None:
+    """Make ``reward_text`` keep the special tokens in marks of the end of thinking.
+
+    These are the given ones; by default all that the tokenizer shows.
+    """
     kept = {
         token: str(tokenizer.decode([token]))
-        for mark in thinking_marks(tokenizer)
-        for token in encode(tokenizer, mark)
+        for mark in marks or shown_ends(tokenizer)
+        for token in encode(tokenizer, mark or "")
         if not tokenizer.decode([token], skip_special_tokens=True)
     }
     if kept:
-        setattr(tokenizer, _KEPT, kept)
+        setattr(tokenizer, _KEPT, {**getattr(tokenizer, _KEPT, {}), **kept})
 
 
-# -- chat templates ----------------------------------------------------------------------------
-
-_START_OF_THINKING = "<think>"
-_KWARGS = "chat_template_kwargs"
-# Arguments of ``apply_chat_template`` that would change more than the text of the prompt.
-_RESERVED = frozenset(
-    (
-        "conversation",
-        "messages",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "tokenizer_kwargs",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-    )
-)
-# Variables with which templates of public models turn thinking on, and values that do.
-_THINKING_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "enable_thinking": (True,),  # Qwen3, GLM-4.5, SmolLM3, Hunyuan, EXAONE 4
-    "thinking": (True,),  # DeepSeek-V3.1, Granite 3.2, Kimi K2.5
-    "reasoning": (True,),  # Command A Reasoning
-    "reasoning_effort": ("medium", "high"),  # gpt-oss, Mistral
-    "thinking_mode": ("thinking", "on"),  # DeepSeek-V3.2, Ling
-}
-
-
-def bind_template(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> None:
-    """Make these variables of the chat template the default for every query of a tokenizer.
-
-    Raises:
-        ConfigError: the tokenizer has no template, or its template has no such variable.
-    """
-    check_template_kwargs(tokenizer, chat_template_kwargs)
-    if chat_template_kwargs:
-        tokenizer.chat_template_kwargs = dict(chat_template_kwargs)
-
-
-def check_template_kwargs(
-    tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None
-) -> None:
-    """Refuse variables that the chat template of a tokenizer does not read.
-
-    Raises:
-        ConfigError: the tokenizer has no template, or its template has no such variable.
-    """
-    if not chat_template_kwargs:
-        return
-    if not isinstance(chat_template_kwargs, Mapping):
-        raise ConfigError(
-            f"{_KWARGS} must be a mapping such as {{'enable_thinking': True}}, got "
-            f"{chat_template_kwargs!r:.80}"
-        )
-    source = _template_source(tokenizer)
-    given = ", ".join(map(str, chat_template_kwargs))
-    if source is None:
-        raise ConfigError(
-            f"{_KWARGS} ({given}) has no effect: the tokenizer has no chat template; leave it out"
-        )
-    for name in chat_template_kwargs:
-        if name in _RESERVED or not _has_variable(source, str(name)):
-            known = [option for option in _THINKING_OPTIONS if _has_variable(source, option)]
-            raise ConfigError(
-                f"{_KWARGS} names {name!r}, which the tokenizer's chat template does not read."
-                f"{did_you_mean(str(name), known)}"
-            )
+# -- closed thinking ---------------------------------------------------------------------------
 
 
 def check_thinking_is_open(
     tokenizer: Tokenizer,
     problem: Problem,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    marks: ThinkingMarks | None = None,
 ) -> None:
     """Check that the query does not end the thinking, which rewards search later.
+
+    ``marks`` are by default those of the tokenizer (``marks_of``). Without a mark of the end,
+    nothing is refused: rewards read the whole output.
 
     Raises:
         ModelError: the chat template closes the thinking, so every reward would be 0. The text
             names the variable of the template that leaves it open, if there is one.
     """
-    if tokenizer.chat_template is None or not _closes(tokenizer, problem, chat_template_kwargs):
+    marks = marks_of(tokenizer) if marks is None else marks
+    if tokenizer.chat_template is None or marks.end is None:
         return
-    bound = dict(_bound(tokenizer, chat_template_kwargs))
+    if not _closes(tokenizer, problem, chat_template_kwargs, marks):
+        return
+    bound = dict(bound_kwargs(tokenizer, chat_template_kwargs))
     given = "".join(f", with {name}={value}" for name, value in bound.items())
-    option = _opening_option(tokenizer, problem, bound)
+    option = _opening_option(tokenizer, problem, bound, marks)
     advice = (
-        f"set {_KWARGS}.{option} in the recipe, or pass --chat-template-kwargs {option}"
+        f"set {TEMPLATE_KWARGS}.{option} in the recipe, or pass --chat-template-kwargs {option}"
         if option
         else "use a template that leaves the thinking open"
     )
     raise ModelError(
-        f"the tokenizer's chat template ends with {END_OF_THINKING}{given}: it closes the thinking "
-        f"before the model begins, so no answer is ever found; {advice}"
+        f"the tokenizer's chat template ends with {marks.end}{given}: it closes the thinking "
+        f"before the model begins, so no answer is ever found; {advice}; or, to grade the whole "
+        f"output of a model that does not think, set {OPTION}, to null"
     )
 
 
-def _opening_option(tokenizer: Tokenizer, problem: Problem, bound: Mapping[str, Any]) -> str:
+def _opening_option(
+    tokenizer: Tokenizer, problem: Problem, bound: Mapping[str, Any], marks: ThinkingMarks
+) -> str:
     """Return the ``name=value`` with which the template leaves the thinking open, or ``""``."""
-    source = _template_source(tokenizer) or ""
-    for name, values in _THINKING_OPTIONS.items():
-        for value in values if _has_variable(source, name) else ():
+    source = template_source(tokenizer) or ""
+    for name, values in THINKING_OPTIONS.items():
+        for value in values if has_variable(source, name) else ():
             with suppress(ModelError):  # a template may refuse a value
-                if not _closes(tokenizer, problem, {**bound, name: value}):
+                if not _closes(tokenizer, problem, {**bound, name: value}, marks):
                     return f"{name}={str(value).lower()}"
     return ""
 
 
 def _closes(
-    tokenizer: Tokenizer, problem: Problem, chat_template_kwargs: Mapping[str, Any] | None
+    tokenizer: Tokenizer,
+    problem: Problem,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    marks: ThinkingMarks,
 ) -> bool:
     """Return whether the text that the template adds for the model's turn ends the thinking.
 
     Texts of the problem and of the system prompt may speak of the marks.
     """
-    added = _generation_prompt(tokenizer, problem, chat_template_kwargs)
+    added = generation_prompt(tokenizer, problem, chat_template_kwargs)
     if added:
-        return added.rfind(END_OF_THINKING) > added.rfind(_START_OF_THINKING)
+        return marks.closed_by(added)
     query = str(tokenizer.decode(list(query_ids(tokenizer, problem, chat_template_kwargs))))
     user_text = problem.prompt + "".join(message["content"] for message in problem.before)
-    return query.rstrip().endswith(END_OF_THINKING) and END_OF_THINKING not in user_text
-
-
-def _generation_prompt(
-    tokenizer: Tokenizer, problem: Problem, chat_template_kwargs: Mapping[str, Any] | None
-) -> str:
-    """Return the text that a template adds for the model's turn; ``""`` if that is unknown."""
-    if not hasattr(tokenizer, "get_chat_template"):
-        return ""
-    texts = []
-    for adds in (True, False):
-        options = {"tokenize": False, "add_generation_prompt": adds}
-        try:
-            texts.append(
-                str(_apply_template(tokenizer, problem.messages, chat_template_kwargs, options))
-            )
-        except ModelError:
-            return ""
-    pairs = enumerate(zip_longest(*texts))
-    return texts[0][next((i for i, (one, other) in pairs if one != other), len(texts[0])) :]
-
-
-def _apply_template(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
-    chat_template_kwargs: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
-) -> Any:
-    """Render messages with the chat template.
-
-    Raises:
-        ModelError: the template fails, or refuses the messages.
-    """
-    variables = _bound(tokenizer, chat_template_kwargs)
-    try:
-        return tokenizer.apply_chat_template(list(messages), **variables, **options)
-    except Exception as error:  # a template is a program and may raise anything
-        if not hasattr(tokenizer, "get_chat_template"):
-            raise  # not of transformers: a bug of the tokenizer
-        roles = ", ".join(message["role"] for message in messages)
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        advice = "use another template, or other messages"
-        if "system" in roles:
-            advice = "leave out the task's system message, or use another template"
-        raise ModelError(
-            f"the tokenizer's chat template fails on messages of the roles {roles}: {reason}; "
-            f"{advice}"
-        ) from error
-
-
-def _bound(
-    tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None
-) -> Mapping[str, Any]:
-    """Return the given variables of a template, or those bound to the tokenizer."""
-    if chat_template_kwargs is not None:
-        return chat_template_kwargs
-    bound: Mapping[str, Any] = getattr(tokenizer, _KWARGS, None) or {}
-    return bound
-
-
-def _template_source(tokenizer: Tokenizer) -> str | None:
-    """Return the source of the chat template; of several named ones, the default."""
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return None if template is None else str(template)
-
-
-def _has_variable(source: str, name: str) -> bool:
-    """Return whether a template reads a variable: not an attribute, not a word of a text."""
-    code = " ".join(re.findall(r"\{[{%](.*?)[}%]\}", source, re.DOTALL))
-    code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
-    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", code) is not None
-
-
-# Marks of public models, with those of their start, which a template may show alone.
-_MARKS: Mapping[str, tuple[str, ...]] = {
-    "[/THINK]": ("[THINK]",),  # Magistral, Mistral
-    "<|channel|>final<|message|>": ("<|channel|>",),  # gpt-oss
-    "<channel|>": ("<|channel>",),  # Gemma 4
-    "</seed:think>": ("<seed:think>",),  # Seed-OSS
-    "<|END_THINKING|>": ("<|START_THINKING|>",),  # Command A Reasoning
-    "</thought>": ("<thought>",),  # EXAONE Deep
-    "\u25c1/think\u25b7": ("\u25c1think\u25b7",),  # Kimi-VL
-    "</reasoning>": ("<reasoning>",),
-}
-
-
-def thinking_marks(tokenizer: Any) -> tuple[str, ...]:
-    """Return the marks of the end of thinking that the vocabulary or the chat template shows.
-
-    Empty if there is none: a model that was trained without thinking, or a base model.
-    """
-    vocabulary: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ()
-    source = _template_source(tokenizer) or ""
-    known = {END_OF_THINKING: (_START_OF_THINKING,), **_MARKS}
-    return tuple(
-        end
-        for end, starts in known.items()
-        if any(mark in vocabulary or mark in source for mark in (end, *starts))
-    )
+    end = str(marks.end)
+    return query.rstrip().endswith(end) and end not in user_text
 
 
 # -- tokens that end an answer -----------------------------------------------------------------
@@ -494,7 +336,7 @@ def _template_ends(tokenizer: Any) -> tuple[int, ...]:
     for messages in ([asked, said], [asked, said, asked]):
         options = {"tokenize": False, "add_generation_prompt": False}
         try:
-            text = str(_apply_template(tokenizer, messages, None, options))
+            text = str(apply_template(tokenizer, messages, None, options))
         except ModelError:  # not every template takes an answer; queries are checked elsewhere
             return ()
         before, _, after = text.rpartition(_ANSWER)
@@ -502,6 +344,6 @@ def _template_ends(tokenizer: Any) -> tuple[int, ...]:
             continue
         added = tokenizer.get_added_vocab()
         starts = [token for token in added if token and after.lstrip().startswith(token)]
-        ends = [token for token in starts if token not in (_START_OF_THINKING, END_OF_THINKING)]
+        ends = [token for token in starts if token not in (START_OF_THINKING, END_OF_THINKING)]
         return (int(added[max(ends, key=len)]),) if ends else ()
     return ()

@@ -17,6 +17,7 @@ from delethink.tokens import Logprobs as Logprobs
 from delethink.tokens import TokenIds as TokenIds  # re-exported with the other types
 
 ACCEPTED_ANSWERS = "accepted_answers"  # key of a problem's metadata with all its gold answers
+START_OF_THINKING = "<think>"
 END_OF_THINKING = "</think>"  # separates thinking from the answer; does not end a chunk
 
 

@@ -34,12 +34,12 @@ from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
+from delethink.thinking_marks import shown_ends
 from delethink.tokenization import (
     check_thinking_is_open,
     end_tokens,
     loses_spaces,
     query_ids,
-    thinking_marks,
     tokenizer_faults,
 )
 from delethink.training.checkpointing import run_path
@@ -302,7 +302,7 @@ def _end_of_thinking(recipe: Recipe, name: str) -> str | None:
 
 def _check_marks(recipe: Recipe, inputs: Inputs) -> list[Check]:
     """Compare the marks that the model knows with the one that rewards look for."""
-    marks = thinking_marks(inputs.tokenizer)
+    marks = shown_ends(inputs.tokenizer)
     expected = {name: _end_of_thinking(recipe, name) for name in recipe.rewards}
     unknown = {name: end for name, end in expected.items() if end is not None and end not in marks}
     if not unknown:

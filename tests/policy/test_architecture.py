@@ -17,7 +17,8 @@ HEAVY = {"torch", "vllm", "ray", "trl", "transformers"}
 NOUNS = {"errors", "types"}
 CHUNKS = NOUNS | {"tokens", "carryover", "chunking"}
 SHOWN = {"output", "redaction"}
-ROLLOUT = CHUNKS | SHOWN | {"json_io", "policy", "rollout", "rows", "tokenization"}
+TEXT = {"chat_templates", "thinking_marks", "tokenization"}
+ROLLOUT = CHUNKS | SHOWN | TEXT | {"json_io", "policy", "rollout", "rows"}
 SETTINGS = {"config", "registry"}
 SCORING = {"tasks", "scoring"}
 
@@ -27,7 +28,9 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors", "tokens"},
     "tokens": {"errors"},  # types use its arrays
-    "tokenization": NOUNS | {"tokens"},
+    "chat_templates": NOUNS,
+    "thinking_marks": NOUNS | {"chat_templates"},
+    "tokenization": NOUNS | {"tokens", "chat_templates", "thinking_marks"},
     "carryover": NOUNS | {"tokenization", "tokens"},  # some policies read text
     "chunking": NOUNS | {"tokenization", "tokens", "carryover"},
     "policy": NOUNS | {"tokens"},

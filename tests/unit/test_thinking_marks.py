@@ -16,7 +16,8 @@ from chat_tokenizers import make_chat_tokenizer
 from delethink.config import load_recipe
 from delethink.engines.loading import load_tokenizer, locate
 from delethink.errors import ModelError
-from delethink.tokenization import encode, keep_marks, reward_text, thinking_marks
+from delethink.thinking_marks import shown_ends
+from delethink.tokenization import encode, keep_marks, reward_text
 from delethink.training.preflight import check_recipe
 
 TOY = Path(__file__).parents[2] / "delethink" / "assets" / "toy_reasoner"
@@ -42,11 +43,11 @@ RECIPE = "recipes/quickstart/recipe.yaml"
     ],
 )
 def test_marks_are_found(template: Any, marks: list[str], expected: tuple[str, ...]) -> None:
-    assert thinking_marks(make_chat_tokenizer(template, marks)) == expected
+    assert shown_ends(make_chat_tokenizer(template, marks)) == expected
 
 
 def test_the_toy_has_the_usual_mark() -> None:
-    assert thinking_marks(load_tokenizer("toy")) == ("</think>",)
+    assert shown_ends(load_tokenizer("toy")) == ("</think>",)
 
 
 def warning_of(model: Path, *overrides: str) -> Any:
@@ -64,7 +65,7 @@ def test_doctor_says_so_before_every_reward_is_0(
         (("[/THINK]",), "the tokenizer shows [/THINK]", "rewards.exact.args.end to '[/THINK]'"),
     ):
         monkeypatch.setattr(
-            "delethink.training.preflight.thinking_marks", lambda tokenizer, marks=marks: marks
+            "delethink.training.preflight.shown_ends", lambda tokenizer, marks=marks: marks
         )
         found = warning_of(model)
         assert found.status == "warning"
