@@ -8,7 +8,6 @@ answer, ``truncated`` means the budget is used up.
 from __future__ import annotations
 
 import copy
-import html
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,14 @@ from delethink.tokenization import (
     reward_text,
 )
 from delethink.tokens import as_list, joined
+from delethink.trace_html import (
+    TraceView,
+    answer_place,
+    sections_html,
+    token_texts,
+    trace_html,
+    trace_style,
+)
 from delethink.types import (
     Attempt,
     Chunk,
@@ -57,15 +64,6 @@ Observation = TypeVar("Observation")
 Action = TypeVar("Action")
 
 _HTML_FACTS = ("chunk", "num_sampled", "budget_left", "role", "stop")
-_STYLE = (
-    ".delethink{font:14px/1.5 ui-monospace,monospace;max-width:60em}"
-    ".delethink pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.5em;"
-    "border-left:4px solid}"
-    ".delethink h2{font-size:1em;margin:1em 0 .2em}"
-    ".delethink .query{border-color:#5b6abf}"
-    ".delethink .carried{border-color:#c27c0e}"
-    ".delethink .new{border-color:#2e8b57}"
-)
 
 DEFAULT_TASK = {"name": "automaton", "args": {"min_steps": 2, "max_steps": 6}}
 DEFAULT_SPEC = ChunkSpec(context_size=64, carryover_size=32, max_chunks=8, head_size=0)
@@ -343,15 +341,37 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             if self.keep_trace:
                 name, ids = "sampled so far", self._thinking() + self._unfinished_chunk()
             return render_ansi({"query": query, "carried": carried, name: self._text(ids)})
-        facts = self._facts(state)
-        return render_html(
+        facts = {key.replace("_", " "): self._facts(state)[key] for key in _HTML_FACTS}
+        if self.keep_trace:
+            return self._trace_html(state, facts)
+        return sections_html(
             [
                 ("query", "query", query),
                 ("carried", "carried over the last boundary", carried),
                 ("new", name, self._text(ids)),
             ],
-            {key.replace("_", " "): facts[key] for key in _HTML_FACTS},
+            facts,
         )
+
+    def _trace_html(self, state: ThinkingState, facts: Mapping[str, object]) -> str:
+        """Return all chunks of the episode, the open one included, as HTML."""
+        trace = self.trace
+        if state.stop is None:
+            prompt = tuple(state.prompt_ids)
+            carried = len(prompt) - len(state.query_ids)
+            ids = tuple(self._unfinished_chunk())
+            now = Chunk(prompt, ids, (), StopReason.LENGTH, carried, None, role=state.role)
+            trace = replace(trace, chunks=(*trace.chunks, now))
+        texts = token_texts(self.tokenizer)
+        view = TraceView(
+            trace,
+            texts,
+            title="episode",
+            facts=facts,
+            answer=answer_place(trace, texts),
+            is_open=state.stop is None,
+        )
+        return f"<style>{trace_style()}</style>{trace_html(view)}"
 
     def _new_output(self) -> tuple[str, TokenIds]:
         return "last chunk", self._last_output
@@ -381,29 +401,6 @@ def _share(memo: dict[int, Any], *parts: Any) -> None:
     memo |= {id(part): part for part in parts if not isinstance(part, Mapping)}
 
 
-# Model output is untrusted: control characters are spelled out, so they cannot move a terminal's
-# cursor, and characters with a meaning in HTML are escaped.
-
-
 def render_ansi(parts: Mapping[str, str]) -> str:
     """Return each part below its name in brackets."""
     return "\n".join(f"[{name}]\n{safe_text(text)}" for name, text in parts.items())
-
-
-def render_html(parts: Sequence[tuple[str, str, str]], facts: Mapping[str, object]) -> str:
-    """Return self-contained HTML without scripts: the facts, and a section for each part.
-
-    ``parts`` has the CSS class, heading and text of each part.
-    """
-    # HTML drops one line break after <pre>. The extra one keeps a leading line break of the text.
-    line = " · ".join(f"{name} {value}" for name, value in facts.items())
-    sections = "".join(
-        f'<section><h2>{_escape(heading)}</h2><pre class="{_escape(kind)}">\n{_escape(text)}</pre>'
-        "</section>"
-        for kind, heading, text in parts
-    )
-    return f'<style>{_STYLE}</style><div class="delethink"><p>{_escape(line)}</p>{sections}</div>'
-
-
-def _escape(text: str) -> str:
-    return html.escape(safe_text(text), quote=True)

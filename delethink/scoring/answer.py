@@ -53,6 +53,23 @@ def extract_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
     return found.strip() if found and found.strip() else None
 
 
+def answer_span(text: str) -> tuple[int, int] | None:
+    """Return the place of the final answer in ``text``, as characters: begin and end.
+
+    Without an extractable answer it is all text after the end of thinking. ``None`` without one.
+    """
+    mark = text.find(END_OF_THINKING)
+    if mark < 0:
+        return None
+    start = mark + len(END_OF_THINKING)
+    found = extract_answer(text) or text[start:].strip()
+    if not found:
+        return None
+    in_braces = text.rfind("{" + found, start)
+    begin = in_braces + 1 if in_braces >= 0 else text.rfind(found, start)
+    return None if begin < 0 else (begin, begin + len(found))
+
+
 def last_box(text: str) -> str | None:
     r"""Return the content of the last complete ``\boxed{...}``, the outer one if nested."""
     span = None
@@ -104,18 +121,18 @@ def _tidy(said: str) -> str:
 _MAX_VOTE_CHARACTERS = 200  # a longer answer is replaced by its digest
 
 
-def vote(text: str) -> str | None:
+def vote(text: str, end: str | None = END_OF_THINKING) -> str | None:
     """Return the answer of a trace for majority votes, or all text after the end of thinking.
 
-    White space is normalised. Equal values in different notation count as different votes, so maj@n
+    With ``end=None`` the whole text is searched, for models without thinking. White space is normalised. Equal values in different notation count as different votes, so maj@n
     is a lower bound for rewards that compare values.
 
     Returns:
         ``None`` if thinking does not end or nothing follows.
     """
-    found = extract_answer(text)
+    found = extract_answer(text, end)
     if found is None:
-        rest = text.partition(END_OF_THINKING)[2]
+        rest = final_answer(text, end) or ""
         found = "" if "\\boxed" in rest else rest  # an empty or incomplete box is no answer
     said = " ".join(found.split())
     if len(said) > _MAX_VOTE_CHARACTERS:

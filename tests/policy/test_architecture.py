@@ -43,10 +43,12 @@ ARROWS: dict[str, set[str]] = {
     "tasks": NOUNS,
     "registry": NOUNS,
     "trace_io": ROLLOUT,
+    "trace_map": NOUNS | {"tokens"},
+    "trace_html": NOUNS | SHOWN | {"scoring", "tokens", "trace_map"},
     "testing": ROLLOUT,
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
-    "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_io"},
+    "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_html", "trace_io"},
     "config": CHUNKS | {"json_io", "redaction", "registry", "yaml_io"},
     "cost": CHUNKS | SETTINGS | SHOWN | {"json_io"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
@@ -59,6 +61,8 @@ ARROWS: dict[str, set[str]] = {
     | SETTINGS
     | SCORING
     | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_io"},
+    "serve": ROLLOUT | SETTINGS | {"engines"},
+    "view": ROLLOUT | SHOWN | {"trace_html", "trace_io", "trace_map"},
     "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
     "": ROLLOUT,  # the public names, in delethink/__init__.py
 }
@@ -66,7 +70,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards", "integrations"}
 
 # Load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *ROLLOUT, "registry", "cost", "trace_io", "testing", "tasks", "scoring", "output"}
-CORE |= {"envs", "rewards", "evaluation.metrics"}
+CORE |= {"envs", "rewards", "evaluation.metrics", "trace_html", "trace_map"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
     file for link in ("envs", "rewards") for file in (PACKAGE / link).rglob("*.py")

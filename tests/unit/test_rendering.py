@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import delethink.envs  # noqa: F401 - registers the ids
-from delethink.envs.episode import render_ansi, render_html
+from delethink.envs.episode import render_ansi
 from delethink.output import visible
+from delethink.trace_html import sections_html
 from delethink.types import Problem
 
 PROBLEM = Problem("01:00000", "11111")
@@ -20,29 +21,34 @@ SIZES = {"context_size": 6, "carryover_size": 2, "max_chunks": 3}
 
 
 class Reader(HTMLParser):
-    """The text of each <pre> by its class, and every tag."""
+    """The text of each <pre> by the classes of its <div>, in order, and every tag."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[str | None, str] = {}
+        self.parts: list[tuple[str, str]] = []
         self.tags: set[str] = set()
-        self._open: str | None = None
+        self._kind = ""
+        self._is_open = False
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.add(tag)
-        if tag == "pre":
-            self._open = dict(attributes)["class"]
-            self.parts[self._open] = ""
+        if tag == "div":
+            self._kind = dict(attributes).get("class", "").removeprefix("seg ")
+        elif tag == "pre":
+            self._is_open = True
+            self.parts.append((self._kind, ""))
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "pre" and self._open:
+        if tag == "pre":
             # Browsers drop a line break after the tag too.
-            self.parts[self._open] = self.parts[self._open].removeprefix("\n")
-            self._open = None
+            kind, text = self.parts[-1]
+            self.parts[-1] = kind, text.removeprefix("\n")
+            self._is_open = False
 
     def handle_data(self, data: str) -> None:
-        if self._open:
-            self.parts[self._open] += data
+        if self._is_open:
+            kind, text = self.parts[-1]
+            self.parts[-1] = kind, text + data
 
 
 def read(page: str) -> Reader:
@@ -58,26 +64,43 @@ def made(kind: str, mode: str, **options: Any) -> Any:
     return env
 
 
-def test_html_marks_each_part_with_a_coloured_border() -> None:
-    style = made("TextThinking", "html").render().partition("</style>")[0]
-    assert "border-left:4px solid" in style
-    assert style.count("{border-color:#") == 3
-
-
-def test_html_shows_query_carryover_and_new_tokens_apart() -> None:
+def test_html_shows_query_carryover_and_new_tokens_of_every_chunk() -> None:
     env = made("TextThinking", "html")
     env.step("00:111")
+    page = env.render()
+    assert read(page).parts == [
+        ("query", "01:00000<think>"),
+        ("new dropped", "00:1"),
+        ("new kept", "11"),
+        ("carried last", "11"),
+    ]
+    assert "context reset" in page
+    assert "budget left</dt><dd>8" in page
+    assert "the trace is not finished" in page
+
+
+def test_html_without_a_kept_trace_shows_the_last_chunk() -> None:
+    env = made("TextThinking", "html", keep_trace=False)
+    env.step("00:111")
     shown = read(env.render())
-    assert shown.parts == {"query": "01:00000<think>", "carried": "11", "new": "00:111"}
-    assert shown.tags == {"style", "div", "p", "section", "h2", "pre"}
+    assert shown.parts == [("query", "01:00000<think>"), ("carried", "11"), ("new", "00:111")]
     assert "budget left 8" in env.render()
 
 
-def test_at_token_level_the_new_tokens_are_those_of_the_chunk_at_hand() -> None:
+def test_html_marks_the_answer_of_a_finished_episode() -> None:
+    env = made("TextThinking", "html")
+    for action in ("00:111", "</think>111", "11<eos>"):
+        env.step(action)
+    page = env.render()
+    assert "the answer is here" in page
+    assert "the model ended its answer" in page
+
+
+def test_at_token_level_the_open_chunk_is_shown() -> None:
     env = made("TokenThinking", "html")
     for token in [6, 6, 5, 7, 7, 7, 8]:
         env.step(token)
-    assert read(env.render()).parts == {"query": "01:00000<think>", "carried": "11", "new": "2"}
+    assert read(env.render()).parts[-2:] == [("carried last", "11"), ("new last", "2")]
 
 
 def test_ansi_shows_them_under_their_names() -> None:
@@ -97,19 +120,19 @@ def test_ansi_shows_them_under_their_names() -> None:
 
 @given(st.text(), st.text())
 def test_no_text_escapes_its_place(text: str, heading: str) -> None:
-    shown = read(render_html([("new", heading, text)], {"stop": text}))
-    assert shown.tags <= {"style", "div", "p", "section", "h2", "pre"}
-    assert shown.parts["new"] == visible(text)
+    shown = read(sections_html([("new", heading, text)], {"stop": text}))
+    assert shown.tags <= {"style", "article", "div", "p", "section", "h3", "pre"}
+    assert shown.parts == [("new", visible(text))]
 
 
 @pytest.mark.parametrize(
     "attack", ["</pre><script>alert(1)</script>", "<img src=x onerror='a()'>", '"']
 )
 def test_markup_is_shown_and_not_obeyed(attack: str) -> None:
-    page = render_html([("new", "new", attack)], {})
+    page = sections_html([("new", "new", attack)], {})
     assert "<script" not in page
     assert "<img" not in page
-    assert read(page).parts["new"] == attack
+    assert read(page).parts == [("new", attack)]
 
 
 @pytest.mark.parametrize(
