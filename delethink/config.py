@@ -16,7 +16,7 @@ from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.json_io import read_text, shorten
 from delethink.redaction import hide_settings, register_settings
-from delethink.registry import make, names
+from delethink.registry import make, names, search_folder
 from delethink.yaml_io import YAML_ERRORS, YamlLimitError, dump_yaml, load_yaml
 
 try:
@@ -224,13 +224,13 @@ class TrainingConfig(_Section):
     max_staleness: int = Field(0, ge=0)
     """Prefetch rollouts while training, at most this many weight updates ahead."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights."""
+    """Train low-rank adapters instead of all weights; true takes the defaults."""
     bf16: bool = False
     """Compute in bfloat16; weights, log-probs and the loss stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers to send the metrics to."""
+    """Experiment trackers to send the metrics to: one name, or a list."""
     forward_tokens: int = Field(16_384, gt=0)
     """Maximum tokens per forward and backward pass; changes memory, not the result."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
@@ -241,6 +241,18 @@ class TrainingConfig(_Section):
     """Steps between checkpoints to resume from; null saves the final weights only."""
     save_total_limit: int = Field(2, gt=0)
     """Number of latest checkpoints to keep."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _accept_switch(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _accept_tracker(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return []
+        return [value] if isinstance(value, str) else value
 
     @property
     def traces_per_step(self) -> int:
@@ -339,16 +351,23 @@ class TrainerConfig(_Section):
 class EvaluationConfig(_Section):
     """Held-out problems: a few at intervals, all of them in the table at the end."""
 
-    num_problems: int = Field(256, ge=2)
-    """Problems in each row of the final table."""
+    num_problems: int = Field(256, ge=0)
+    """Problems in each row of the final table; 0 trains without any evaluation."""
     reward: str | None = None
     """Reward for right (1) or wrong (0); unset, the recipe's first."""
     task: TaskConfig | None = None
     """Source of held-out problems, scored by its own rewards; unset, the recipe's task."""
     every: int = Field(10, ge=1)
     """Steps between evaluations."""
-    num_problems_at_intervals: int = Field(64, ge=2)
-    """Problems in each of those."""
+    num_problems_at_intervals: int = Field(64, ge=0)
+    """Problems in each of those; 0 evaluates before and after training only."""
+
+    @field_validator("num_problems", "num_problems_at_intervals")
+    @classmethod
+    def _check_number(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one problem has no interval: take 0 (no evaluation), or 2 or more")
+        return value
 
 
 class EngineConfig(_Section):
@@ -554,13 +573,14 @@ _RENAMED = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``dotted.key=value`` overrides.
+    """Read a recipe and apply ``dotted.key=value`` overrides; modules beside it are found.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the text names the nearest one), or an
             impossible value.
     """
     values = _read(Path(path))
+    search_folder(Path(path).parent)
     for override in overrides:
         _override(values, override)
     return _validate(Recipe, values, f"{path}: ")

@@ -3,9 +3,9 @@
 A name stands for ``"module:object"``, so the library imports objects only when they are used.
 Packages add names through entry points in the groups ``delethink.envs``, ``delethink.tasks``,
 ``delethink.rewards``, ``delethink.engines``, ``delethink.carryovers`` and ``delethink.boundaries``.
-A program adds names with ``register``. A name with a colon is itself ``module:object``, of an
-installed module or one in the working directory. ``family/member`` names a task of a family, whose
-factory is called with ``member=`` (``reasoning_gym/chain_sum``).
+A program adds names with ``register``. A name with a colon is itself ``module:object``: of an
+installed module, or of a file beside the recipe or in the working directory. ``family/member``
+names a task of a family, whose factory is called with ``member=`` (``reasoning_gym/chain_sum``).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ _SHIPPED = {
     "delethink.boundaries": {"line_break": "delethink.carryover:LineBreak"},
 }
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
+_SEARCHED: list[str] = []  # folders of ``search_folder``
 
 Named = TypeVar("Named")
 
@@ -225,10 +226,23 @@ def _check_arguments(
             raise ConfigError(f"{what} needs {key!r}; write {example}")
 
 
+def search_folder(folder: str | os.PathLike[str]) -> None:
+    """Find modules of ``module:object`` names in this folder too."""
+    path = os.path.abspath(folder)
+    if path not in sys.path:
+        sys.path.append(path)  # last, so that no file there hides an installed module
+    if path not in _SEARCHED:
+        _SEARCHED.append(path)
+
+
+def searched_folders() -> list[str]:
+    """Return the folders of ``search_folder`` so far."""
+    return list(_SEARCHED)
+
+
 def _import_path(kind: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
+    search_folder(os.getcwd())
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

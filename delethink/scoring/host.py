@@ -41,10 +41,10 @@ from delethink.scoring.isolation import (
     start_process,
 )
 from delethink.scoring.programs import remove_folder, run_program
+from delethink.scoring.reasons import describe
 from delethink.scoring.warm import (
     MAX_CALL_BYTES,
     call_function,
-    describe,
     is_value,
     load_function,
 )

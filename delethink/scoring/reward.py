@@ -10,7 +10,9 @@ A reward is a function with any of these parameters, by name:
 - ``stop``: a ``TraceStop``;
 - ``correct``: value of the recipe's accuracy reward for the same trace.
 
-Other parameters are settings. A reward returns a number, or ``None`` where not applicable, and may
+Other parameters are settings. A setting ``end`` with the default ``</think>`` is the model's mark
+of the end of thinking, and ``start`` with the default ``<think>`` that of its start, unless the
+recipe sets them (``thinking_marks``). A reward returns a number, or ``None`` where not applicable, and may
 be ``async``. A function with a parameter ``completions`` or ``completion_ids`` follows TRL and is
 called with columns of a batch and returns a list.
 """
@@ -25,7 +27,8 @@ from typing import Any, Literal, TypeVar
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.scoring.isolation import check_isolation
-from delethink.types import Attempt
+from delethink.thinking_marks import AUTO, check_mark_setting
+from delethink.types import END_OF_THINKING, START_OF_THINKING, Attempt
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RewardKind = Literal["light", "isolated", "thread", "async", "trl"]
@@ -33,6 +36,12 @@ RewardKind = Literal["light", "isolated", "thread", "async", "trl"]
 POOL_INPUT = "run_program"  # not for recipes: the scorer passes the sandbox of its pool
 _ATTEMPT_INPUTS = ("text", "length", "budget", "num_chunks", "max_chunks", "stop")
 INPUTS = (*_ATTEMPT_INPUTS, "answer", "metadata", "prompt", "correct")
+# Settings that are the marks of the model, with the default that says so, and their attribute of an
+# attempt.
+_MARKS = {
+    "start": (START_OF_THINKING, "start_of_thinking"),
+    "end": (END_OF_THINKING, "end_of_thinking"),
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,9 @@ class Reward:
                     f"the reward {self.name!r} needs the setting {name!r}; write it under "
                     f"rewards.{self.name}.args, or use an input: {', '.join(INPUTS)}"
                 )
+        if "end" in self.args and self._reads("end"):
+            end = check_mark_setting(self.args["end"])
+            object.__setattr__(self, "args", {**self.args, "end": end})
 
     @property
     def kind(self) -> RewardKind:
@@ -208,7 +220,24 @@ class Reward:
             "correct": correct,
         }
         names = self._parameters
-        return {name: values[name] for name in INPUTS if name in names} | dict(self.args)
+        marks = {name: getattr(attempt, _MARKS[name][1]) for name in _MARKS if self._reads(name)}
+        given = {k: v for k, v in self.args.items() if k not in marks or v != AUTO}
+        return {name: values[name] for name in INPUTS if name in names} | marks | given
+
+    def end_of_thinking(self, resolved: str | None) -> str | None:
+        """Return the mark that the reward looks for, if ``resolved`` is the model's.
+
+        ``None`` for a reward that reads the whole text, or looks for no mark.
+        """
+        if not self._reads("end"):
+            return None
+        end: str | None = self.args.get("end", AUTO)
+        return resolved if end == AUTO else end
+
+    def _reads(self, name: str) -> bool:
+        """Return whether a setting is a mark of thinking."""
+        parameter = None if self.kind == "trl" else self._parameters.get(name)
+        return parameter is not None and parameter.default == _MARKS[name][0]
 
     @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -11,6 +11,7 @@ from delethink.chunking import ChunkSpec
 from delethink.policy import Policy, Sampling
 from delethink.rollout import run_rollouts
 from delethink.scoring.scorer import Scorer
+from delethink.thinking_marks import USUAL, ThinkingMarks, marks_of
 from delethink.tokenization import Tokenizer, reward_text
 from delethink.types import Attempt, Problem, Score, TokenIds, Trace, TraceStop
 
@@ -25,6 +26,7 @@ class RolloutResult(NamedTuple):
 
 def make_attempt(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: ChunkSpec) -> Attempt:
     """Return a finished trace as input of rewards."""
+    marks = marks_of(tokenizer)
     return Attempt(
         problem=problem,
         text=reward_text(tokenizer, trace.output_ids),
@@ -34,16 +36,34 @@ def make_attempt(problem: Problem, trace: Trace, tokenizer: Tokenizer, spec: Chu
         budget=spec.budget,
         max_chunks=spec.max_chunks,
         output_ids=trace.output_ids,
+        start_of_thinking=marks.start,
+        end_of_thinking=marks.end,
     )
 
 
 def attempt_from_text(
-    problem: Problem, text: str, length: int | None = None, budget: int = 0, max_chunks: int = 1
+    problem: Problem,
+    text: str,
+    length: int | None = None,
+    budget: int = 0,
+    max_chunks: int = 1,
+    marks: ThinkingMarks = USUAL,
 ) -> Attempt:
-    """Return a text as an attempt of one chunk, to test rewards."""
+    """Return a text as an attempt of one chunk, to test rewards.
+
+    ``marks`` are those that the text has around its thinking.
+    """
     length = len(text) if length is None else length
     return Attempt(
-        problem, text, TraceStop.COMPLETED, length, 1, max(1, length, budget), max_chunks
+        problem,
+        text,
+        TraceStop.COMPLETED,
+        length,
+        1,
+        max(1, length, budget),
+        max_chunks,
+        start_of_thinking=marks.start,
+        end_of_thinking=marks.end,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from delethink.errors import ConfigError, UserError, did_you_mean
 from delethink.registry import resolve
 from delethink.scoring.pool import Verdict, VerifierPool, VerifierSettings
+from delethink.scoring.reasons import describe
 from delethink.scoring.reward import POOL_INPUT, Reward
 from delethink.tokens import as_list
 from delethink.types import Attempt, Score, TraceStop
@@ -172,7 +173,7 @@ class Scorer:
         except UserError:
             raise
         except Exception as error:  # a grader may raise anything
-            return Verdict("error", None, f"{type(error).__name__}: {error}")
+            return Verdict("error", None, describe(error))
 
     async def _compute_batch(self, reward: Reward, attempts: Sequence[Attempt]) -> list[Verdict]:
         if not attempts:
@@ -187,7 +188,7 @@ class Scorer:
         except UserError:
             raise
         except Exception as error:  # a grader may raise anything
-            return [Verdict("error", None, f"{type(error).__name__}: {error}")] * len(attempts)
+            return [Verdict("error", None, describe(error))] * len(attempts)
         return [_to_verdict(value) for value in values]
 
     def _sum(self, attempt: Attempt, parts: Mapping[str, Verdict]) -> Score:

@@ -32,12 +32,12 @@ from delethink.scoring.frames import (
     write_all,
 )
 from delethink.scoring.isolation import confine, python_folders
+from delethink.scoring.reasons import MAX_REASON_CHARACTERS, describe
 from delethink.scoring.reward import traits_of
 
 MAX_CALL_BYTES = 1 << 30
 _MAX_RESULT_BYTES = 1 << 16
 _POLL_INTERVAL_S = 0.01
-_MAX_REASON_CHARACTERS = 500
 
 
 def serve() -> None:
@@ -80,15 +80,6 @@ def call_function(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> fl
     return None if value is None else float(value)
 
 
-def describe(error: BaseException) -> str:
-    """Return type and message of an exception, shortened."""
-    try:
-        text = str(error)
-    except Exception:  # an exception of the code under test
-        text = ""
-    return f"{type(error).__name__}: {text}"[:_MAX_REASON_CHARACTERS]
-
-
 def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[str, Any]:
     """Run one call in a fork; return its value, or why there is none."""
     try:
@@ -123,8 +114,8 @@ def _run_forked(function: Callable[..., Any], call: Mapping[str, Any]) -> dict[s
     if kind == "value" and is_value(value):
         return {"value": value, "seconds": time.monotonic() - began}
     if kind == "value":
-        return {"error": f"a reward must be finite, got {value}"[:_MAX_REASON_CHARACTERS]}
-    return {"memory": True} if kind == "memory" else {"error": str(value)[:_MAX_REASON_CHARACTERS]}
+        return {"error": f"a reward must be finite, got {value}"[:MAX_REASON_CHARACTERS]}
+    return {"memory": True} if kind == "memory" else {"error": str(value)[:MAX_REASON_CHARACTERS]}
 
 
 def is_value(value: object) -> bool:

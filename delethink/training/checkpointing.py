@@ -30,6 +30,7 @@ from delethink.json_io import (
 )
 from delethink.output import output_path
 from delethink.redaction import hidden_settings, hide_settings, json_text
+from delethink.registry import search_folder, searched_folders
 from delethink.training.run_directory import (
     PART,
     TRAINED_SETTING,
@@ -90,6 +91,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(
             f"{path} is a directory without a run; give a recipe or the directory of a run"
         )
+    for folder in RunDirectory(path).module_folders:
+        search_folder(folder)
     recipe = load_recipe(path / "config.yaml", overrides)
     if hidden := hidden_settings(recipe.model_dump(mode="json")):
         raise ConfigError(
@@ -113,7 +116,9 @@ def open_run(recipe: Recipe) -> RunLocation:
     """
     path = run_path(recipe)
     if not RunDirectory.holds_run(path):
-        directory = RunDirectory.create(path, dump_recipe(recipe), digest(recipe.model))
+        directory = RunDirectory.create(
+            path, dump_recipe(recipe), digest(recipe.model), searched_folders()
+        )
         return RunLocation(directory, False, {})
     changed = changed_settings(path, recipe)
     return RunLocation(RunDirectory.reopen(path), True, changed)

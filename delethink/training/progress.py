@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STEPS_PER_LINE = 5
+_SHORT_RUN_STEPS = 20  # up to here, every step has its line
 _CURVES = (
     "reward",
     "heldout_accuracy",
@@ -63,7 +64,12 @@ class TrainingProgress:
         step, accuracy = metrics["step"], metrics.get("heldout_accuracy")
         if self._live is not None:
             self._live.update(self._bar, advance=1, text=safe_text(text))
-        elif step % _STEPS_PER_LINE == 0 or accuracy is not None or step in (1, total):
+        elif (
+            total <= _SHORT_RUN_STEPS
+            or step % _STEPS_PER_LINE == 0
+            or accuracy is not None
+            or step in (1, total)
+        ):
             self.log(f"step {step:4d}/{total}  {text}")
         if accuracy is not None:
             self.log(f"step {step:4d}/{total}  held-out accuracy {accuracy:.3f}")
@@ -82,6 +88,9 @@ class TrainingProgress:
 
     def table(self, rows: Sequence[HeldOutResult], spec: ChunkSpec, path: Path) -> None:
         """Print the table of results and the run directory."""
+        if not rows:  # trained without evaluation
+            self.log(f"run directory: {path}")
+            return
         sizes = f"C={spec.context_size} m={spec.carryover_size} budget {spec.budget}"
         title = f"{rows[0].num_problems} held-out problems, {sizes}, 95 % intervals"
         table = Table(title=title, box=SIMPLE_HEAD)

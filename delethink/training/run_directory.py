@@ -89,10 +89,17 @@ class RunDirectory:
         self._lock: Any = None
 
     @classmethod
-    def create(cls, path: Path, config: str, weights: str | None = None) -> RunDirectory:
+    def create(
+        cls,
+        path: Path,
+        config: str,
+        weights: str | None = None,
+        module_folders: Iterable[str] = (),
+    ) -> RunDirectory:
         """Create and lock the directory of a new run; it may hold the remains of a killed start.
 
-        ``config`` is the resolved recipe, and ``weights`` the digest of the initial weights.
+        ``config`` is the resolved recipe, and ``weights`` the digest of the initial weights. The
+        recipe's own modules are in ``module_folders``.
 
         Raises:
             RunDirectoryError: the directory cannot be written, is in use, or holds other files.
@@ -114,6 +121,7 @@ class RunDirectory:
                 )
         run = cls.reopen(path)
         versions = {**describe_environment(), "first_weights": weights}
+        versions["module_folders"] = list(module_folders)
         run._write(_VERSIONS, json_text(versions, indent=2) + "\n")
         run._write(_CONFIG, config)  # last, because it marks the directory as a run
         return run
@@ -149,6 +157,13 @@ class RunDirectory:
         """Return whether a directory holds a run."""
         config = path / _CONFIG
         return config.is_file() and config.stat().st_size > 0
+
+    @property
+    def module_folders(self) -> list[str]:
+        """Folders of the recipe's own modules."""
+        versions = {"module_folders": [], **self._read_mapping(_VERSIONS, {})}
+        with _explain_values(self.path / _VERSIONS):
+            return [str(folder) for folder in get_list(versions, "module_folders")]
 
     @property
     def first_weights(self) -> str | None:

@@ -289,9 +289,11 @@ class ResultsTable:
     def accuracy_at(self, step: int) -> float | None:
         """Return the accuracy on a few problems, or ``None`` if no evaluation is due."""
         evaluation = self._run.recipe.evaluation
+        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
+        if not limit:
+            return None
         if step % evaluation.every or step == self._run.recipe.training.max_steps:
             return None  # After the last step, the table evaluates all problems.
-        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
         try:
             return self.evaluate("held-out", self._run.spec, limit).accuracy
         except RolloutError as error:  # One missing value must not end the run.
@@ -300,7 +302,7 @@ class ResultsTable:
 
     def add_row(self, setting: str, spec: ChunkSpec) -> None:
         """Evaluate a setting on all problems, unless the table has its row already."""
-        if setting in [row.setting for row in self.rows]:
+        if not self._evaluator.problems or setting in [row.setting for row in self.rows]:
             return
         row = self.evaluate(setting, spec)
         self.rows.append(row)
@@ -315,6 +317,9 @@ class ResultsTable:
 
     def add_baselines(self) -> None:
         """Evaluate the base model in one context of C, as LongCoT, and with Delethink."""
+        if not self._evaluator.problems:
+            self._run.progress.log("evaluation.num_problems=0: training without evaluation")
+            return
         spec, window = self._run.spec, self._run.weights.engine.max_model_tokens
         self.add_row("base, one context", ChunkSpec.longcot(spec.context_size))
         query = max(len(query_ids(self._run.tokenizer, p)) for p in self._evaluator.problems)

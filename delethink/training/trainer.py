@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints
@@ -31,6 +32,7 @@ from delethink.training.checkpointing import (
     write_run_state,
 )
 from delethink.training.data_parallel import RankGroup, trace_cost
+from delethink.training.export import eval_command, export_weights, stored_dtype, write_card
 from delethink.training.grpo import DelethinkTrainer
 from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
 from delethink.training.metrics import forward_metrics, logger_values
@@ -103,10 +105,16 @@ def _train(
         heldout = inputs.selected["heldout"].problems
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()
-        _fit(state, table, settings, model, checkpoint, ranks)
+        base_dtype = stored_dtype(inputs.shell.config)
+        _fit(state, table, settings, model, checkpoint, ranks, base_dtype)
         table.add_row(TRAINED_SETTING, inputs.spec)
+        trained = directory.checkpoints / FINAL_CHECKPOINT
+        write_card(trained, recipe, table.rows)
         directory.finish(recipe.training.max_steps)
         progress.table(table.rows, inputs.spec, directory.path)
+        progress.log(f"trained model: {trained}")
+        if recipe.thinking.boundary is None:
+            progress.log(f"measure it: {eval_command(trained, recipe, inputs.spec)}")
     return directory.path
 
 
@@ -156,9 +164,11 @@ class RunTrainer(DelethinkTrainer):
         *args: Any,
         on_step: Callable[[dict[str, Any]], dict[str, Any]],  # from metrics to the trackers' line
         run_state: Callable[[], dict[str, Any]],  # saved beside the trainer's own state
+        final_dtype: torch.dtype = torch.float32,  # of the trained model's files
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._final_dtype = final_dtype
         self._on_step, self._run_state = on_step, run_state
         self._output_dir: str | None = None  # while a checkpoint is written
         self.add_callback(_SaveBetweenBatches(self))
@@ -179,7 +189,7 @@ class RunTrainer(DelethinkTrainer):
         super().log(logs, start_time)
 
     def save_weights(self, name: str) -> None:
-        """Save the weights alone, completely or not at all.
+        """Save the weights in the base's data type and the tokenizer, completely or not at all.
 
         Low-rank adapters are merged, so that the weights load like any others, and also saved
         beside them.
@@ -189,13 +199,21 @@ class RunTrainer(DelethinkTrainer):
         """
         with self._complete_folder(name) as path:
             model = self.accelerator.unwrap_model(self.model)
-            if not has_adapters(model):
-                self.save_model(str(path))
+            adapted = has_adapters(model)
+            base = model.get_base_model() if adapted else model
+            if adapted:
+                weights = merged_state_dict(base)
+            else:  # gathered from all ranks if the model is sharded
+                weights = self.accelerator.get_state_dict(self.model)
+            if not self.args.should_save:
                 return
-            self.save_model(str(path / "adapter"))
-            base = model.get_base_model()
-            base.save_pretrained(path, state_dict=merged_state_dict(base))
+            if adapted:
+                model.save_pretrained(path / "adapter")
+            export_weights(base, weights, self._final_dtype, path)
             self.processing_class.save_pretrained(path)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card beside checkpoints; the trained model has its own (``write_card``)."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -286,6 +304,7 @@ def _fit(
     model: Any,
     checkpoint: Checkpoint | None,
     ranks: RankGroup,
+    base_dtype: torch.dtype,
 ) -> None:
     """Run the optimizer steps on the main rank, and plot the curves even if they fail."""
     recipe = state.recipe
@@ -318,6 +337,7 @@ def _fit(
         on_nonfinite=state.on_nonfinite,
         on_step=write_step,
         run_state=state.state_dict,
+        final_dtype=base_dtype,
         callbacks=[state.weights.gathered, state],
     )
     state.progress.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from train_command import (
+    TOY,
     assert_metrics_are_in_the_table,
     assert_one_sentence,
     command,
@@ -18,7 +21,7 @@ from train_command import (
     run,
 )
 
-from delethink.engines.loading import load_model
+from delethink.engines.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -200,3 +203,102 @@ def test_rollouts_are_prefetched_while_the_trainer_trains(tmp_path: Path) -> Non
         for line in (tmp_path / "run" / "traces" / f"step_{step:06d}.jsonl").open()
     ]
     assert len(set(problems)) == len(problems) // 8  # each problem has one group of 8
+
+
+# -- an own reward module, no evaluation, and the trained model ------------------------------------
+
+OWN_RECIPE = """
+name: own
+model: base
+task: {name: automaton, args: {min_steps: 2, max_steps: 4}}
+rewards: {right: {reward: "my_rewards:right"}}
+thinking: {context_size: 32, carryover_size: 16, max_chunks: 4, head_size: 0}
+training: {max_steps: 1, num_generations: 4, per_device_train_batch_size: 8, temperature: 1.0}
+evaluation: {num_problems: 0}
+engine: transformers
+"""
+OWN_REWARD = """
+def right(text, answer):
+    return float(text.endswith(str(answer)))
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a recipe with a module beside it, on a base in bfloat16, from another folder."""
+    folder = tmp_path_factory.mktemp("own")
+    base = load_model(str(TOY), "bfloat16")
+    base.save_pretrained(folder / "base")
+    load_tokenizer(str(TOY)).save_pretrained(folder / "base")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "recipe.yaml").write_text(OWN_RECIPE)
+    (folder / "recipes" / "my_rewards.py").write_text(OWN_REWARD)
+    done = train(folder, "recipes/recipe.yaml", "output=run")
+    assert done.returncode == 0, done.stderr
+    (folder / "said.txt").write_text(done.stdout)
+    return folder
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "delethink.cli.main", "train", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_a_run_without_evaluation_has_no_table(own: Path) -> None:
+    assert "training without evaluation" in (own / "said.txt").read_text()
+    assert not (own / "run" / "table.json").exists() or not json.loads(
+        (own / "run" / "table.json").read_text()
+    )
+
+
+def test_a_run_is_resumed_with_the_modules_beside_its_recipe(own: Path) -> None:
+    elsewhere = own / "elsewhere"
+    elsewhere.mkdir()
+    done = train(elsewhere, str(own / "run"), "training.max_steps=2", f"model={own / 'base'}")
+    assert_one_sentence(done, "model")  # the run names its base as it was given
+    done = train(own, "run", "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming the run after step 1" in done.stdout
+
+
+def test_the_trained_model_has_the_data_type_of_its_base_and_a_card(own: Path) -> None:
+    trained = own / "run" / "checkpoints" / "final"
+    assert {path.name for path in trained.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((trained / "config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(trained / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+        assert {weights.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+    card = (trained / "README.md").read_text()
+    assert "| carryover size m | 16 |" in card
+    assert "base, trained with reinforcement learning" in card
+    assert str(own) not in card
+    assert not list((own / "run" / "checkpoints").glob("*.md"))
+
+
+def test_the_next_command_evaluates_the_trained_model(own: Path) -> None:
+    said = (own / "said.txt").read_text()
+    command = said.split("measure it: delethink ")[1].splitlines()[0]
+    short = ["--num-problems", "2", "-n", "1", "-o", "measured", "--no-curves"]
+    done = subprocess.run(
+        [sys.executable, "-m", "delethink.cli.main", *shlex.split(command), *short],
+        cwd=own,
+        env={**environment(own), "PYTHONPATH": str(own / "recipes")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,14 @@ import pytest
 from delethink.carryover import LineBreak, SinkWindow, Tail
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_pairs, size
-from delethink.config import Recipe, dump_recipe, load_recipe, parse_values, with_rewards
+from delethink.config import (
+    LoraConfig,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    parse_values,
+    with_rewards,
+)
 from delethink.errors import ConfigError
 
 MINIMAL = """
@@ -139,6 +146,8 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_path: Path, tmp_path: Path
         ("training.lora={rank: 3}", "unknown key 'training.lora.rank'"),
         ("training.lora={r: 0}", "'training.lora.r' is 0"),
         ("training.report_to=[wandbb]", "'wandbb'"),
+        ("training.report_to=wandbb", "'wandbb'"),
+        ("evaluation.num_problems=1", "one problem has no interval: take 0 (no evaluation)"),
         ("training.mask_truncated_completions=true", "unknown key"),
         ("scoring.out_of_budget=maks", "'scoring.out_of_budget' is 'maks'"),
         ("training=3", "'training' is 3"),
@@ -166,6 +175,24 @@ def test_mistakes_are_explained(recipe_path: Path, override: str, text: str) -> 
         load_recipe(recipe_path, [override])
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("training.lora=true", LoraConfig()),
+        ("training.lora=false", None),
+        ("training.lora={}", LoraConfig()),
+        ("training.report_to=tensorboard", ["tensorboard"]),
+        ("training.report_to=none", []),
+        ("training.report_to=null", []),
+    ],
+)
+def test_settings_are_accepted_as_plainly_meant(
+    recipe_path: Path, override: str, found: object
+) -> None:
+    training = load_recipe(recipe_path, [override]).training
+    assert getattr(training, override.split(".")[1].split("=")[0]) == found
 
 
 def test_a_carryover_and_a_boundary_are_named_with_or_without_parameters(recipe_path: Path) -> None:
