@@ -21,7 +21,13 @@ from delethink.chat_templates import Tokenizer as Tokenizer
 from delethink.chat_templates import bind_template as bind_template
 from delethink.chat_templates import check_template_kwargs as check_template_kwargs
 from delethink.errors import ModelError
-from delethink.thinking_marks import OPTION, ThinkingMarks, marks_of, shown_ends
+from delethink.thinking_marks import (
+    OPTION,
+    ThinkingMarks,
+    bind_thinking_marks,
+    marks_of,
+    shown_ends,
+)
 from delethink.tokens import as_list
 from delethink.types import END_OF_THINKING, START_OF_THINKING, Problem, TokenIds
 
@@ -33,19 +39,33 @@ def query_ids(
 ) -> TokenIds:
     """Return q, the token ids of the templated prompt.
 
-    The tokenizer's chat template may open the thinking. Without a template, the messages are joined
-    with an empty line between them. ``chat_template_kwargs`` are variables of the template; by
-    default those of ``bind_template``.
+    The tokenizer's chat template may open the thinking. See ``message_ids``.
+
+    Raises:
+        ModelError: the template cannot render the messages.
+    """
+    return message_ids(tokenizer, problem.messages, chat_template_kwargs)
+
+
+def message_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> TokenIds:
+    """Return the token ids of a conversation and of the start of the model's turn.
+
+    Without a chat template, the messages are joined with an empty line between them.
+    ``chat_template_kwargs`` are variables of the template; by default those of ``bind_template``.
 
     Raises:
         ModelError: the template cannot render the messages.
     """
     if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in problem.messages)
+        text = "\n\n".join(message["content"] for message in messages)
         ids = tuple(tokenizer(text)["input_ids"])
         return ids[: -_adds_end(tokenizer, text, ids) or None]  # the model would begin after it
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-    encoded = apply_template(tokenizer, problem.messages, chat_template_kwargs, options)
+    encoded = apply_template(tokenizer, messages, chat_template_kwargs, options)
     return tuple(encoded["input_ids"])
 
 
@@ -181,6 +201,20 @@ def keep_marks(tokenizer: Any, *marks: str | None) -> None:
     }
     if kept:
         setattr(tokenizer, _KEPT, {**getattr(tokenizer, _KEPT, {}), **kept})
+
+
+def bind_marks(tokenizer: Any, setting: str | None) -> ThinkingMarks:
+    """Make these marks of thinking those of a tokenizer (``find_thinking_marks``).
+
+    Special tokens in them stay in ``reward_text``.
+
+    Raises:
+        ConfigError: the setting is no mark.
+    """
+    marks = bind_thinking_marks(tokenizer, setting)
+    if marks.end is not None:
+        keep_marks(tokenizer, marks.end)
+    return marks
 
 
 # -- closed thinking ---------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Chunked thinking behind the API of OpenAI, and as a library: ``delethink.serve.thinking``."""
