@@ -11,6 +11,7 @@ from trl import GRPOConfig
 
 from delethink.chunking import ChunkSpec
 from delethink.config import LoraConfig, Recipe, TrainerConfig, TrainingConfig
+from delethink.errors import ConfigError
 
 # Training keys of a recipe that TRL does not read.
 _NOT_OF_TRL = {
@@ -101,3 +102,33 @@ def lora(config: LoraConfig | None) -> Any:
 
     # The dropout of PEFT stays 0, because the engine samples without dropout.
     return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM")
+
+
+def adapter_parameters(
+    model_config: Any, config: LoraConfig, trust_remote_code: bool = False
+) -> int:
+    """Return the number of parameters of the adapters, counted without memory for the model.
+
+    Raises:
+        ConfigError: the model has no layers of these names.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        try:
+            adapted = peft.get_peft_model(model, lora(config))
+        except ValueError as error:
+            names = {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+            reason = str(error).split(".")[0]
+            raise ConfigError(
+                f"training.lora.target_modules={config.target_modules}: {reason}; linear layers "
+                f"of this model: {', '.join(sorted(names))}; or all-linear"
+            ) from None
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -151,6 +151,9 @@ def _report_problems(
             listed = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
             progress.log(f"{split}: left out of the data set: {listed}")
     directory.write_problems(counts)
+    if len(prepared.recipe.rewards) > 1 and not prepared.recipe.evaluation.reward:
+        accuracy = prepared.recipe.accuracy_reward
+        progress.log(f"accuracy: {accuracy}, the first reward (evaluation.reward names another)")
 
 
 # -- training ----------------------------------------------------------------------------------
