@@ -8,13 +8,14 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from delethink.engines.weight_files import check_report, check_values, weight_files
+from delethink.engines.adapters import ADAPTER_SETTINGS, Adapter, merge
+from delethink.engines.weight_files import WEIGHT_FILES, check_report, check_values, weight_files
 from delethink.errors import ConfigError, MissingExtraError, ModelError
-from delethink.json_io import read_json
 from delethink.output import get_logger
 from delethink.tokenization import bind_template, end_tokens, keep_marks, reward_text
 from delethink.types import END_OF_THINKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
-_ADAPTER = "adapter_config.json"
+_TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _KEPT_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version")
 _logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
@@ -34,17 +35,26 @@ def locate(model: str, part: str = "model") -> str:
     """Return the folder or Hugging Face id of a model; ``"toy"`` is the shipped reasoner.
 
     An id keeps its revision (``split_revision``). With the part ``"tokenizer"`` a folder with a
-    tokenizer alone is found too.
+    tokenizer alone is found too. Of a LoRA adapter, the part is found in its base model; the
+    tokenizer in the adapter's folder, if it has one.
 
     Raises:
         ModelError: the folder does not exist or has no such part.
     """
-    path = _SHIPPED_TOY if model == TOY else Path(model).expanduser()
+    if (adapter := find_adapter(model)) is not None:
+        if part == "tokenizer" and _file(model, _TOKENIZER) is not None:
+            return model
+        try:
+            return locate(adapter.base, part)
+        except ModelError as error:
+            raise ModelError(
+                f"the base model of the adapter in {adapter.folder} cannot be used: {error}; "
+                f"base_model_name_or_path in its {ADAPTER_SETTINGS} names it"
+            ) from None
+    path = _folder(model)
     if path.is_dir():
-        files = ("config.json", "tokenizer_config.json")[: 2 if part == "tokenizer" else 1]
+        files = ("config.json", _TOKENIZER)[: 2 if part == "tokenizer" else 1]
         if not any((path / file).is_file() for file in files):
-            if (path / _ADAPTER).is_file():
-                raise ModelError(_adapter_text(path))
             raise ModelError(
                 f"the folder {path} has no {' or '.join(files)}, so no {part} can be loaded"
             )
@@ -52,7 +62,7 @@ def locate(model: str, part: str = "model") -> str:
     name, revision = split_revision(model)
     if revision == "":
         raise ModelError(f"the model {model!r} names no revision after @; write ID@REVISION or ID")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _is_path(name):
         raise ModelError(
             f"the model folder {path} does not exist; give a folder with config.json, safetensors "
             f"weights and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
@@ -60,17 +70,69 @@ def locate(model: str, part: str = "model") -> str:
     return model
 
 
-def _adapter_text(path: Path) -> str:
-    """Return the error text for a folder with a LoRA adapter instead of a model."""
-    settings = read_json(path / _ADAPTER, ModelError)
-    base = isinstance(settings, dict) and settings.get("base_model_name_or_path")
-    merged = path.parent
-    advice = (
-        f"name {merged}, which holds the merged model"
-        if (merged / "config.json").is_file()
-        else "merge it into the model with merge_and_unload() of PEFT, and name that folder"
-    )
-    return f"the folder {path} holds a LoRA adapter of {base or 'a model'} alone: {advice}"
+def _folder(model: str) -> Path:
+    return _SHIPPED_TOY if model == TOY else Path(model).expanduser()
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def find_adapter(model: str) -> Adapter | None:
+    """Return the LoRA adapter that a folder or Hugging Face id holds; ``None`` for a whole model.
+
+    Raises:
+        ModelError: the folder also holds a whole model, or the adapter cannot be used.
+    """
+    found, seen = _read_adapter(model), [model]
+    adapter = found
+    while adapter is not None:  # the base of an adapter may be another adapter
+        if adapter.base in seen:
+            raise ModelError(
+                f"the adapter in {adapter.folder} names {adapter.base} as its base model, which is "
+                f"the adapter itself or adapts it: correct its {ADAPTER_SETTINGS}"
+            )
+        seen.append(adapter.base)
+        adapter = _read_adapter(adapter.base)
+    return found
+
+
+def _read_adapter(model: str) -> Adapter | None:
+    settings = _file(model, ADAPTER_SETTINGS)
+    if settings is None:
+        return None
+    if any(_file(model, name) for name in WEIGHT_FILES):
+        raise ModelError(
+            f"{model} holds a whole model and a LoRA adapter, and does not say whether the adapter "
+            f"is merged already: remove {ADAPTER_SETTINGS}, or move the adapter's files into a "
+            "folder of their own"
+        )
+    return Adapter.read(settings.parent, lambda name: _file(model, name))
+
+
+def _file(model: str, name: str) -> Path | None:
+    """Return a file of a folder or Hugging Face id; ``None`` without one, or if it is not there."""
+    path = _folder(model)
+    if path.is_dir():
+        return path / name if (path / name).is_file() else None
+    hub_name, revision = split_revision(model)
+    return None if revision == "" or _is_path(hub_name) else _hub_file(hub_name, revision, name)
+
+
+@cache
+def _hub_file(model: str, revision: str | None, name: str) -> Path | None:
+    """Return a file of the hub; ``None`` if it cannot be had: loading then says why."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            model, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except Exception:  # the hub and its client raise many types
+        return None
+    return None if found is None else Path(found)
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
@@ -98,6 +160,8 @@ def load_tokenizer(
             without special tokens lacks the end-of-thinking mark: rewards would find no answer.
     """
     tokenizer: Any = _load("AutoTokenizer", "tokenizer", model, trust_remote_code)
+    if (adapter := find_adapter(model)) is not None:
+        _complete_tokenizer(tokenizer, model, adapter, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model} has no end-of-sequence token, so no answer could end; set "
@@ -116,10 +180,43 @@ def load_tokenizer(
     return tokenizer
 
 
+def _complete_tokenizer(
+    tokenizer: Any, model: str, adapter: Adapter, trust_remote_code: bool
+) -> None:
+    """Give the tokenizer of an adapter its chat template, and compare it with the base model.
+
+    The template is the adapter's own, else that of the base model.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the base model.
+    """
+
+    def load_base() -> Any:
+        return _load("AutoTokenizer", "tokenizer", adapter.base, trust_remote_code)
+
+    template = _file(model, _TEMPLATE)
+    if _file(model, _TOKENIZER) is None and template is not None:
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = load_base().chat_template
+    vocabulary = vocabulary_size(load_shell(adapter.base, trust_remote_code))
+    outside = {token for token, i in tokenizer.get_vocab().items() if i >= vocabulary}
+    # Some base models have tokens outside their own vocabulary, which they never see.
+    if outside and (added := sorted(outside - load_base().get_vocab().keys())):
+        raise ModelError(
+            f"the tokenizer of the adapter in {adapter.folder} has the token {added[0]!r:.80}, "
+            f"outside the vocabulary of {vocabulary} of its base model {adapter.base}: merge the "
+            "adapter into the model with the added tokens by merge_and_unload() of PEFT, and name "
+            "that folder"
+        )
+
+
 def load_model(
     model: str, dtype: str, trust_remote_code: bool = False, *, values_checked: bool = False
 ) -> PreTrainedModel:
     """Load the causal language model of a checkpoint, with weights from safetensors.
+
+    A LoRA adapter is merged into its base model.
 
     ``values_checked`` says that another process has called this, so that none reads all values
     again in search of NaN.
@@ -128,6 +225,10 @@ def load_model(
         ModelError: loading failed; weights are missing, unexpected or mis-shaped; or a value is NaN
             or infinite.
     """
+    if (adapter := find_adapter(model)) is not None:
+        locate(model)  # names the adapter if there is no such base
+        base = load_model(adapter.base, dtype, trust_remote_code, values_checked=values_checked)
+        return merge(base, adapter)
     files = weight_files(_fetch(model))
     if not values_checked:
         check_values(files)
@@ -246,12 +347,23 @@ def _fetch(model: str) -> Path:
 
 
 def digest(model: str) -> str | None:
-    """Return a digest of the sizes and both ends of a local model's files; ``None`` for the hub."""
-    folder = Path(locate(model))
-    if not folder.is_dir():
-        return None
-    hasher = hashlib.blake2b(digest_size=8)
-    for file in sorted(folder.glob("*.safetensors")):
+    """Return a digest of the sizes and both ends of a local model's files; ``None`` for the hub.
+
+    That of a LoRA adapter also covers its settings and its base model.
+    """
+    hasher, files = hashlib.blake2b(digest_size=8), list[Path]()
+    if (adapter := find_adapter(model)) is not None:
+        if not _folder(model).is_dir():
+            return None
+        hasher.update((adapter.folder / ADAPTER_SETTINGS).read_bytes())
+        hasher.update((digest(adapter.base) or adapter.base).encode())
+        files = [adapter.weights()]
+    else:
+        folder = Path(locate(model))
+        if not folder.is_dir():
+            return None
+        files = sorted(folder.glob("*.safetensors"))
+    for file in files:
         size = file.stat().st_size
         hasher.update(f"{file.name} {size} ".encode())
         with file.open("rb") as weights:

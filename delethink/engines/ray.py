@@ -29,7 +29,13 @@ from delethink.engines.base import EngineCounts, Worker, WorkerHandle, WorkerSpe
 from delethink.engines.cluster import cause, connect
 from delethink.engines.pool import WorkerPool
 from delethink.engines.pool_records import FaultCounts, WorkerRecord
-from delethink.errors import ConfigError, MissingExtraError, PolicyError
+from delethink.errors import (
+    ConfigError,
+    MissingExtraError,
+    ModelError,
+    PolicyError,
+    WeightSyncError,
+)
 from delethink.policy import Completion, Sampling
 from delethink.tokens import token_array
 from delethink.types import TokenIds
@@ -129,14 +135,21 @@ class RayPool:
             check_checkpoint,
             engine_window,
             eos_ids,
+            find_adapter,
+            load_model,
             load_shell,
             locate,
         )
 
-        if model is None:
+        # A trainer sends its own weights; the workers start with those of the base model.
+        adapter = find_adapter(model_path) if model is None else None
+        merged: Any = None
+        if adapter is not None:
+            merged = load_model(model_path, config.engine_dtype, trust_remote_code)
+        elif model is None:
             check_checkpoint(model_path, trust_remote_code)  # once, not in each worker
         shell = load_shell(model_path, trust_remote_code) if model is None else model
-        return cls(
+        pool = cls(
             locate(model_path),
             config,
             eos_ids=eos_ids(shell, tokenizer),
@@ -144,6 +157,19 @@ class RayPool:
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
+        if adapter is not None:
+            try:
+                pool.update_weights(merged.state_dict(), 0)
+            except BaseException as error:
+                pool.close()
+                if isinstance(error, WeightSyncError):
+                    raise ModelError(
+                        f"the engine does not take the merged weights of {model_path}: {error}; "
+                        "set engine=transformers, or save the model that merge_and_unload() of "
+                        "PEFT returns, and name its folder"
+                    ) from None
+                raise
+        return pool
 
     @property
     def workers(self) -> list[WorkerRecord]:

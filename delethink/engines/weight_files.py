@@ -14,8 +14,7 @@ from typing import Any
 from delethink.errors import ModelError
 from delethink.json_io import read_json
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"  # loaded on top of the weights beside it
+WEIGHT_FILES = _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NAMES_SHOWN = 3  # tensors named in an error text
 _NAME_LENGTH = 100  # characters shown of a name
@@ -32,12 +31,10 @@ def weight_files(folder: Path) -> list[Path]:
         names |= _shards(folder / _INDEX)
     if not names:
         raise ModelError(f"{folder} has no weights in safetensors{_pickle_hint(folder)}")
-    if (folder / _ADAPTER).is_file():
-        names.add(_ADAPTER)
     files = [folder / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(
-            f"{folder} is not whole: {_INDEX} names {_listed(missing)}, missing in the folder; "
+            f"{folder} is not whole: {_INDEX} names {listed(missing)}, missing in the folder; "
             "download or copy the checkpoint again"
         )
     return files
@@ -55,7 +52,7 @@ def check_values(files: Iterable[Path]) -> None:
         status = file.stat()
         if found := _nonfinite(file, status.st_size, status.st_mtime_ns):
             raise ModelError(
-                f"{file} has NaN or infinite values in {_listed(found)}; weights must be finite: "
+                f"{file} has NaN or infinite values in {listed(found)}; weights must be finite: "
                 "download the checkpoint again, or take one from before the training diverged"
             )
 
@@ -81,7 +78,7 @@ def check_report(model: str, report: Mapping[str, Any], cls: str) -> None:
         "of another shape": shapes,
         "not loaded": report["error_msgs"],
     }
-    found = [f"{_listed(names)} {what}" for what, names in kinds.items() if names]
+    found = [f"{listed(names)} {what}" for what, names in kinds.items() if names]
     if not found:
         return
     tied = any(name.startswith("lm_head.") for name in report["missing_keys"])
@@ -112,7 +109,7 @@ def _nonfinite(file: Path, size: int, changed_ns: int) -> tuple[str, ...]:
     try:
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
-            return tuple(name for name in names if not _is_finite(weights.get_tensor(name)))
+            return tuple(name for name in names if not is_finite(weights.get_tensor(name)))
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"{file} ({size} bytes) cannot be read as safetensors: {error}; download or copy the "
@@ -120,7 +117,8 @@ def _nonfinite(file: Path, size: int, changed_ns: int) -> tuple[str, ...]:
         ) from None
 
 
-def _is_finite(tensor: Any) -> bool:
+def is_finite(tensor: Any) -> bool:
+    """Return whether a tensor has neither NaN nor infinite values."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
@@ -139,13 +137,13 @@ def _pickle_hint(folder: Path) -> str:
     if not pickles:
         return f": expected is {_WEIGHTS}, or {_INDEX} with its shards"
     return (
-        f": {_listed(pickles)} cannot be used, because a pickle can run any code. If you trust its "
+        f": {listed(pickles)} cannot be used, because a pickle can run any code. If you trust its "
         f"source, convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}, "
         "use_safetensors=False).save_pretrained(NEW_FOLDER)"
     )
 
 
-def _listed(names: Collection[str]) -> str:
+def listed(names: Collection[str]) -> str:
     """Return a few names and the number of the others."""
     shown = [name[:_NAME_LENGTH] for name in sorted(names)[:_NAMES_SHOWN]]
     more = len(names) - len(shown)

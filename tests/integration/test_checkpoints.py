@@ -112,20 +112,6 @@ def test_whole_checkpoints_of_all_kinds_load(tmp_path: Path) -> None:
         assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-def test_an_adapter_beside_its_weights_loads(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = load_model("toy", "float32")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "adapter_config.json").read_text())
-    values["base_model_name_or_path"] = locate("toy")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(Path(locate("toy")) / name, tmp_path)
-    load_model(str(tmp_path), "float32")
-    check_checkpoint(str(tmp_path))
-
-
 def test_pickles_are_refused_and_never_opened(tmp_path: Path) -> None:
     folder = copy_of_toy(tmp_path / "model")
     (folder / "model.safetensors").unlink()

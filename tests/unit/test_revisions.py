@@ -78,6 +78,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     def shards(name: str, index: str, revision: str | None = None) -> None:
         seen.append((name, revision))
 
+    loading._hub_file.cache_clear()
     monkeypatch.setattr(hub, "cached_file", cached_file)
     monkeypatch.setattr(hub, "get_checkpoint_shard_files", shards)
     monkeypatch.setattr(loading, "weight_files", lambda folder: [])
@@ -100,7 +101,7 @@ def test_every_loader_asks_for_it(asked: list[tuple[str, str | None]]) -> None:
     asked.clear()
     with pytest.raises(ModelError, match="cannot load the"):
         load_tokenizer("a/b")
-    assert asked == [("a/b", None)]
+    assert set(asked) == {("a/b", None)}
 
 
 def test_generation_settings_too(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ pytest.importorskip("transformers")
 from chat_tokenizers import make_chat_tokenizer
 
 from delethink.config import load_recipe
-from delethink.engines.loading import load_tokenizer, locate
-from delethink.errors import ModelError
+from delethink.engines.loading import load_tokenizer
 from delethink.thinking_marks import shown_ends
 from delethink.tokenization import encode, keep_marks, reward_text
 from delethink.training.preflight import check_recipe
@@ -113,19 +111,3 @@ def test_the_rewards_of_a_recipe_are_checked_with_their_own_mark(tmp_path: Path)
         checks = check_recipe(load_recipe(RECIPE, [f"rewards={{exact: {{args: {{end: {end}}}}}}}"]))
         (rewards,) = [check for check in checks if check.name == "rewards"]
         assert rewards.status == "ok"
-
-
-# -- adapters --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("merged", [True, False])
-def test_an_adapter_alone_is_a_sentence(tmp_path: Path, merged: bool) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/b"}))
-    if merged:
-        (tmp_path / "config.json").write_text("{}")
-    expected = f"name {tmp_path}, which holds the merged" if merged else "merge_and_unload()"
-    with pytest.raises(ModelError, match="holds a LoRA adapter of a/b alone") as caught:
-        locate(str(folder))
-    assert expected in str(caught.value)
