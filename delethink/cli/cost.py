@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from delethink.cost.hardware import Accelerator, Efficiency, accelerator
 from delethink.cost.models import known_models, model_shape
 from delethink.cost.report import CostPair, CostReport, as_text, plot_costs, table
 from delethink.cost.shape import ModelShape
+from delethink.engines.loading import base_model
 from delethink.errors import ConfigError
 from delethink.output import echo, echo_json
 
@@ -150,6 +152,8 @@ def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelSh
             f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
             "carryover size"
         )
+    if model is not None and Path(model).is_dir():
+        model = base_model(model)  # of a LoRA adapter
     return model_shape(default if model is None else model)
 
 

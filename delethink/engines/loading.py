@@ -97,6 +97,13 @@ def find_adapter(model: str) -> Adapter | None:
     return found
 
 
+def base_model(model: str) -> str:
+    """Return the whole model that a LoRA adapter adapts, or the model itself."""
+    while (adapter := find_adapter(model)) is not None:
+        model = adapter.base
+    return model
+
+
 def _read_adapter(model: str) -> Adapter | None:
     settings = _file(model, ADAPTER_SETTINGS)
     if settings is None:

@@ -14,6 +14,7 @@ from delethink.cost.estimate import Lengths, Workload, estimate
 from delethink.cost.flops import Cut, cut_traces, sampling_flops
 from delethink.cost.hardware import Accelerator
 from delethink.cost.models import model_shape
+from delethink.engines.loading import base_model
 from delethink.errors import UserError
 from delethink.evaluation.metrics import (
     Bootstrap,
@@ -205,7 +206,7 @@ def _cost(
     """Estimate FLOPs per trace and seconds of all traces; ``None`` where no estimate exists."""
     model, device = analysis.cost_model or records.setting.model, analysis.device
     try:
-        shape, cut = model_shape(model), Cut.of(records.setting.spec)
+        shape, cut = model_shape(base_model(model)), Cut.of(records.setting.spec)
     except UserError:  # an unknown model or carryover
         return None, None
     queries = {record.key.problem: record.query_tokens for record in records.scored}

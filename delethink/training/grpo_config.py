@@ -94,14 +94,17 @@ def rank_settings(trainer: TrainerConfig) -> dict[str, Any]:
     return settings | {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
 
 
-def lora(config: LoraConfig | None) -> Any:
-    """Return the PEFT settings; ``None`` to train all weights."""
+def lora(config: LoraConfig | None, revision: str | None = None) -> Any:
+    """Return the PEFT settings; ``None`` to train all weights.
+
+    ``revision`` is that of the base model, which a saved adapter names.
+    """
     if config is None:
         return None
     import peft
 
     # The dropout of PEFT stays 0, because the engine samples without dropout.
-    return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM")
+    return peft.LoraConfig(**config.model_dump(), task_type="CAUSAL_LM", revision=revision)
 
 
 def adapter_parameters(

@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from delethink.config import Recipe
 from delethink.engines.factory import choose_engine, make_engine
-from delethink.engines.loading import load_model
+from delethink.engines.loading import load_model, split_revision
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.redaction import register_settings
 from delethink.tasks import left_out_of
@@ -282,7 +282,7 @@ def make_trainer(
         train_dataset=Dataset.from_list(ranks.broadcast(lambda: train_dataset)),
         ranks=ranks,
         cost=trace_cost(model.config.to_dict()),
-        peft_config=lora(recipe.training.lora),
+        peft_config=lora(recipe.training.lora, split_revision(recipe.model)[1]),
         callbacks=callbacks,
         **options,
     )
