@@ -175,12 +175,17 @@ def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Length
     if arguments.thinking is None and seen is not None:
         return [Lengths.empirical(seen, batch)]
     means = [size(part, "--thinking") for part in (arguments.thinking or "24k,96k,1M").split(",")]
-    if min(means) < cut.context_size:
-        raise ConfigError(
-            f"{min(means):,} thinking tokens fit in the first context of C = "
-            f"{cut.context_size:,.0f}, so LongCoT and Delethink are the same; use a longer "
-            "--thinking or a smaller -C"
+    short = [mean for mean in means if mean < cut.context_size]
+    if short:
+        listed = ", ".join(f"{mean:,}" for mean in short)
+        text = (
+            f"{listed} thinking tokens fit in the first context of C = {cut.context_size:,.0f}, "
+            "so LongCoT and Delethink are the same"
         )
+        if len(short) == len(means):
+            raise ConfigError(f"{text}; use a longer --thinking or a smaller -C")
+        echo(f"left out: {text}", stderr=True)
+        means = [mean for mean in means if mean not in short]
     if seen is None:
         return [Lengths.constant(mean) for mean in sorted(means)]
     return [

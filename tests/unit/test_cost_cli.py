@@ -151,6 +151,14 @@ def test_lengths_from_a_histogram(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert stretched["longcot"]["sampling_seconds"] > 1.3 * equal["longcot"]["sampling_seconds"]
 
 
+def test_lengths_that_fit_in_a_context_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", *f"{QWEN} --thinking 256,1k,24k,96k -C 8k --json".split()]) == 0
+    printed = capsys.readouterr()
+    assert "left out: 256, 1,024 thinking tokens fit in the first context" in printed.err
+    thinking = [each["longcot"]["thinking"] for each in json.loads(printed.out)["thinking"]]
+    assert thinking == [24 * 1024, 96 * 1024]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
