@@ -17,6 +17,7 @@ from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.json_io import read_text, shorten
 from delethink.redaction import hide_settings, register_settings
 from delethink.registry import make, names, search_folder
+from delethink.thinking_marks import AUTO, check_mark_setting
 from delethink.yaml_io import YAML_ERRORS, YamlLimitError, dump_yaml, load_yaml
 
 try:
@@ -102,6 +103,17 @@ class TaskConfig(NamedConfig):
 
     max_query_tokens: int | None = Field(None, gt=0)
     """Skip longer queries, and report how many; unset, a query that does not fit is an error."""
+    end_of_thinking: str | None = AUTO
+    """Mark between thinking and answer, such as "[/THINK]"; null: none, the whole output is the
+    answer; "auto": as the chat template and the tokens show it."""
+
+    @field_validator("end_of_thinking", mode="before")
+    @classmethod
+    def _check_mark(cls, value: Any) -> Any:
+        try:
+            return check_mark_setting(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class RewardConfig(_Section):
@@ -537,6 +549,16 @@ class Recipe(_Section):
             raise ValueError(
                 f"engine.weight_transfer=ipc needs a single rank, got trainer.num_ranks={ranks}; "
                 "use engine.weight_transfer=nccl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mark_is_one(self) -> Recipe:
+        other = self.evaluation.task
+        if other is not None and other.end_of_thinking not in (AUTO, self.task.end_of_thinking):
+            raise ValueError(
+                "evaluation.task.end_of_thinking differs from that of task, and the mark is the "
+                "model's: set task.end_of_thinking alone"
             )
         return self
 

@@ -180,13 +180,16 @@ def shown_ends(tokenizer: Any) -> tuple[str, ...]:
 def check_mark_setting(value: Any) -> str | None:
     """Return a setting of the mark of the end of thinking as text, or ``None``.
 
-    YAML reads ``[/THINK]`` without quotes as a list, which is taken as the mark.
+    YAML reads ``[/THINK]`` without quotes as a list, and ``Response:`` as a mapping; both are taken
+    as the mark.
 
     Raises:
         ConfigError: no mark.
     """
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = f"[{value[0]}]"
+    if isinstance(value, Mapping) and list(value.values()) == [None]:
+        value = f"{next(iter(value))}:"
     if value is None or value == "null":
         return None
     allowed = f"a mark such as {END_OF_THINKING}, 'auto' or null"

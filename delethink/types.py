@@ -17,6 +17,8 @@ from delethink.tokens import Logprobs as Logprobs
 from delethink.tokens import TokenIds as TokenIds  # re-exported with the other types
 
 ACCEPTED_ANSWERS = "accepted_answers"  # key of a problem's metadata with all its gold answers
+# The usual marks around thinking, which separate it from the answer; they do not end a chunk. Those
+# of a model are found in ``thinking_marks``.
 START_OF_THINKING = "<think>"
 END_OF_THINKING = "</think>"  # separates thinking from the answer; does not end a chunk
 
@@ -146,6 +148,8 @@ class Attempt:
     budget: int  # n, the maximum number of sampled tokens
     max_chunks: int  # I
     output_ids: TokenIds = ()  # the tokens of ``text``
+    start_of_thinking: str | None = START_OF_THINKING  # None: unknown, or not marked
+    end_of_thinking: str | None = END_OF_THINKING  # None: not marked; all text is the answer
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.output import safe_text
 from delethink.registry import make
 from delethink.tasks import Task, check_split, rewards_of
+from delethink.thinking_marks import AUTO, ThinkingMarks, find_thinking_marks, marks_of
 from delethink.tokenization import (
     Tokenizer,
     check_template_kwargs,
     check_thinking_is_open,
+    keep_marks,
     reward_text,
 )
 from delethink.tokens import as_list, joined
@@ -92,6 +94,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             not grow with the number of chunks, and the reward reads the last context only.
         chat_template_kwargs: variables of the tokenizer's chat template, such as
             ``{"enable_thinking": True}``.
+        end_of_thinking: mark between thinking and answer, ``"auto"`` for the one that template or
+            tokens show, or ``None``: the whole output is the answer.
         trust_remote_code: run the code of a tokenizer given by name.
         sizes: fields of ``chunk_spec`` to replace, such as ``context_size=64``. A carryover or
             boundary may be given by its registered name.
@@ -118,6 +122,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         render_mode: str | None = None,
         keep_trace: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        end_of_thinking: str | None = AUTO,
         trust_remote_code: bool = False,
         **sizes: Any,
     ) -> None:
@@ -138,6 +143,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         if reward is None:
             reward = next(iter(rewards_of(self.task)), "exact")
         self.reward = EpisodeReward(reward)
+        self.thinking_marks = self._find_marks(end_of_thinking)
         self._set_vocabulary(vocabulary, eos_ids, tokenizer, trust_remote_code)
         self.split, self.max_query_tokens = split, max_query_tokens
         modes = self.metadata["render_modes"]
@@ -179,6 +185,16 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
                 "or max_chunks"
             )
         return spec
+
+    def _find_marks(self, end_of_thinking: str | None) -> ThinkingMarks:
+        """Return the marks of thinking; their special tokens stay in the text of rewards."""
+        setting = self.reward.reward.mark_setting(end_of_thinking)
+        if setting == AUTO and self.chat_template_kwargs is None:
+            return marks_of(self.tokenizer)
+        marks = find_thinking_marks(self.tokenizer, setting, self.chat_template_kwargs)
+        if setting != AUTO and marks.end is not None:
+            keep_marks(self.tokenizer, marks.end)
+        return marks
 
     def _set_vocabulary(
         self,
@@ -247,7 +263,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         kwargs = self.chat_template_kwargs
         query = query_of(self.tokenizer, problem, self.vocabulary, kwargs)
         if not self._has_open_thinking:
-            check_thinking_is_open(self.tokenizer, problem, kwargs)
+            check_thinking_is_open(self.tokenizer, problem, kwargs, self.thinking_marks)
             self._has_open_thinking = True
         self._state = start(self.chunk_spec, query, self.longest_context)
         self._chunks, self._last_output = [], ()
@@ -286,6 +302,8 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             budget=self.chunk_spec.budget,
             max_chunks=self.chunk_spec.max_chunks,
             output_ids=ids,
+            start_of_thinking=self.thinking_marks.start,
+            end_of_thinking=self.thinking_marks.end,
         )
         return self.reward(attempt)
 

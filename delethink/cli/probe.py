@@ -17,6 +17,7 @@ from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
 from delethink.output import echo, echo_json, output_path
+from delethink.thinking_marks import check_mark_setting
 
 if TYPE_CHECKING:
     from delethink.types import Trace
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_packages("eval", "torch", "transformers", "scipy", "matplotlib")
     if (arguments.traces is None) == (arguments.task is None):
         raise ConfigError("a probe needs traces: pass either --traces PATH or --task NAME")
+    arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
     engine = _engine(arguments)
     specs = _specs(arguments)
     name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -41,7 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     traces = load_traces(arguments.traces) if arguments.traces else _sample(arguments, engine)
     findings = probe_model(
-        arguments.model, traces, specs, trust_remote_code=arguments.trust_remote_code
+        arguments.model,
+        traces,
+        specs,
+        trust_remote_code=arguments.trust_remote_code,
+        end_of_thinking=arguments.end_of_thinking,
     )
     write_findings(findings, output)
     if arguments.json:
@@ -102,4 +108,5 @@ def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:
             seed=arguments.seed,
             trust_remote_code=arguments.trust_remote_code,
             chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+            end_of_thinking=arguments.end_of_thinking,
         )

@@ -15,7 +15,8 @@ from delethink.registry import make_task, names, resolve
 from delethink.scoring.rollouts import attempt_from_text
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SPLITS, Task, demonstrations_of, left_out_of, rewards_of, task_size
-from delethink.tokenization import check_thinking_is_open, query_ids
+from delethink.thinking_marks import AUTO
+from delethink.tokenization import bind_marks, check_thinking_is_open, query_ids
 from delethink.types import Problem
 
 _TASK_OPTIONS = ("dataset", "split", "problem_key", "answer_key")  # arguments of the task
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         locate(arguments.model)
     elif arguments.chat_template_kwargs:
         raise ConfigError("--chat-template-kwargs needs --model, whose template it is for")
+    elif arguments.end_of_thinking != AUTO:
+        raise ConfigError("--end-of-thinking needs --model, whose mark it is")
     tokenizer = _tokenizer(arguments)
     given = {key: getattr(arguments, key) for key in _TASK_OPTIONS}
     given = {key: value for key, value in given.items() if value is not None}
@@ -86,9 +89,11 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
     """Return the tokenizer of ``--model``, or ``None``."""
     if arguments.model is None:
         return None
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         arguments.model, chat_template_kwargs=parse_values(arguments.chat_template_kwargs)
     )
+    bind_marks(tokenizer, arguments.end_of_thinking)
+    return tokenizer
 
 
 def _problem_json(problem: Problem, tokenizer: Any) -> dict[str, Any]:

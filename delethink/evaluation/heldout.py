@@ -15,7 +15,8 @@ from delethink.policy import Policy, Sampling
 from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer
-from delethink.tokenization import Tokenizer, query_ids
+from delethink.thinking_marks import marks_of
+from delethink.tokenization import Tokenizer, query_ids, reward_text
 from delethink.types import Problem, Score, Trace, TraceStop
 
 
@@ -25,7 +26,7 @@ class HeldOutResult:
 
     setting: str
     num_problems: int
-    accuracy: float
+    accuracy: float | None  # share of the graded traces; None: no trace could be graded
     accuracy_interval: Interval  # Wilson's interval
     thinking_tokens: float  # mean length of a trace
     thinking_tokens_interval: Interval  # normal interval
@@ -33,10 +34,19 @@ class HeldOutResult:
     budget_share: float  # share of traces out of budget
     unscored: int = 0  # traces whose reward failed; they count as wrong
     first_error: str | None = None  # error of the first unscored trace
+    ungraded: int = 0  # traces for which the accuracy reward is None; left out of the accuracy
+    marked: float | None = None  # share of traces that wrote the end of thinking; None: unknown
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
+
+    def accuracy_text(self, to: str) -> str:
+        """Return accuracy and interval for people; ``to`` stands between the interval's ends."""
+        if self.accuracy is None:
+            return "none"
+        low, high = self.accuracy_interval
+        return f"{self.accuracy:.3f} ({low:.3f}{to}{high:.3f})"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeldOutResult:
@@ -105,22 +115,27 @@ class Evaluator:
         name, n = self.scorer.accuracy, len(traces)
         errors = [score.errors[name] for score in scores if name in score.errors]
         values = [score.parts[name] for score in scores if name not in score.errors]
-        if wrong := set(values) - {0, 1}:
+        if wrong := set(values) - {0, 1, None}:
             raise ConfigError(
                 f"the reward {name!r} gave {wrong.pop()}, and an accuracy needs 0 or 1; name "
                 "another reward with evaluation.reward"
             )
-        right = values.count(1)
+        right, ungraded = values.count(1), values.count(None)
+        graded = n - ungraded
+        marks = marks_of(self.tokenizer)
+        texts = [reward_text(self.tokenizer, trace.output_ids) for trace in traces]
         lengths = [float(trace.length) for trace in traces]
         return HeldOutResult(
             setting=setting,
             num_problems=n,
-            accuracy=right / n,
-            accuracy_interval=wilson(right, n),
+            accuracy=right / graded if graded else None,
+            accuracy_interval=wilson(right, graded) if graded else Interval(0.0, 1.0),
             thinking_tokens=fmean(lengths),
             thinking_tokens_interval=mean_interval(lengths),
             chunks=fmean(len(trace.thinking) for trace in traces),
             budget_share=fmean(trace.stop is TraceStop.BUDGET for trace in traces),
             unscored=len(errors),
             first_error=next(iter(errors), None),
+            ungraded=ungraded,
+            marked=fmean(map(marks.ends_in, texts)),
         )

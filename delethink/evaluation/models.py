@@ -15,8 +15,15 @@ from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longe
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.policy import Policy
-from delethink.tokenization import Tokenizer, check_thinking_is_open, encode, query_ids
-from delethink.types import END_OF_THINKING, Problem
+from delethink.thinking_marks import AUTO, ThinkingMarks, marks_of
+from delethink.tokenization import (
+    Tokenizer,
+    bind_marks,
+    check_thinking_is_open,
+    encode,
+    query_ids,
+)
+from delethink.types import Problem
 
 _BATCH_SIZE = 128  # chunks sampled at once by the transformers engine, unless set by the user
 
@@ -33,11 +40,40 @@ ModelOpener = Callable[[str], AbstractContextManager[LoadedModel]]
 """Loads a model by its name, and releases it at the end of the ``with`` block."""
 
 
+def open_tokenizer(
+    model: str,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
+) -> Any:
+    """Load the tokenizer of a model, with variables of its template and its marks of thinking.
+
+    ``end_of_thinking`` is the setting of ``find_thinking_marks``.
+
+    Raises:
+        UserError: the tokenizer cannot be used, or a setting does not fit it.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    bind_marks(tokenizer, end_of_thinking)
+    return tokenizer
+
+
+def marks_of_model(
+    model: str,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
+) -> ThinkingMarks:
+    """Return the marks of thinking of a model; the arguments are those of ``open_tokenizer``."""
+    return marks_of(open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking))
+
+
 def local_models(
     engine: EngineConfig | None = None,
     *,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
     seed: int = 0,
     longest: Callable[[str, Tokenizer], int] | None = None,
 ) -> ModelOpener:
@@ -47,6 +83,7 @@ def local_models(
         engine: settings of the engine.
         trust_remote_code: run code from the models' repositories.
         chat_template_kwargs: variables of the chat template.
+        end_of_thinking: mark of the end of thinking, ``"auto"``, or ``None`` for no mark.
         seed: seed of requests without a seed of their own.
         longest: returns the longest sequence asked of a model; by default the engine has room for
             the model's window.
@@ -57,7 +94,7 @@ def local_models(
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
-        tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+        tokenizer = open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking)
         settings = config
         if longest is not None and config.max_model_tokens is None:
             settings = config.model_copy(update={"max_model_tokens": longest(model, tokenizer)})
@@ -82,6 +119,7 @@ def served_model(
     *,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
     **options: Any,
 ) -> ModelOpener:
     """Return an opener for a model on an OpenAI-compatible server.
@@ -99,7 +137,7 @@ def served_model(
 
     @contextlib.contextmanager
     def open_model(model: str) -> Iterator[LoadedModel]:
-        tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+        tokenizer = open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking)
         shell = load_shell(model, trust_remote_code)
         ends = eos_ids(shell, tokenizer)
         server = OpenAIServer(base_url, served_name, tokenizer, eos_ids=ends, **options)
@@ -120,6 +158,7 @@ def settings_for_model(
     cap_longcot: bool = False,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
     **sizes: Any,
 ) -> list[Setting]:
     """Return the settings of a model, checked against its window before the weights load.
@@ -132,7 +171,12 @@ def settings_for_model(
         ModelError: the chat template fails, or closes the thinking.
         QueryTooLongError: with ``cap_longcot``, no token of thinking fits.
     """
-    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    tokenizer = open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking)
+    if plan.forced_answer_tokens and marks_of(tokenizer).end is None:
+        raise ConfigError(
+            "--force-answer closes the thinking with its mark, and --end-of-thinking null says "
+            "that there is none: leave one of them out"
+        )
     check_thinking_is_open(tokenizer, problems[0])
     window = longest_sequence(load_shell(model, trust_remote_code))
     longest, answer = longest_query(tokenizer, problems), answer_room(tokenizer, plan)
@@ -201,4 +245,4 @@ def answer_room(tokenizer: Tokenizer, plan: SamplingPlan) -> int:
     """Return the number of tokens added to a context by a forced answer."""
     if not plan.forced_answer_tokens:
         return 0
-    return plan.forced_answer_tokens + len(encode(tokenizer, END_OF_THINKING))
+    return plan.forced_answer_tokens + len(encode(tokenizer, marks_of(tokenizer).forced))

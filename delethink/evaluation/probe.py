@@ -34,17 +34,17 @@ from delethink.engines.loading import (
     engine_window,
     load_model,
     load_shell,
-    load_tokenizer,
     longest_sequence,
 )
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import clustered_mean
-from delethink.evaluation.models import local_models, longest_query
+from delethink.evaluation.models import local_models, longest_query, open_tokenizer
 from delethink.output import safe_text
 from delethink.policy import Sampling
 from delethink.redaction import json_text
 from delethink.rollout import derive_seed, run_rollouts
 from delethink.scoring.answer import vote
+from delethink.thinking_marks import AUTO, marks_of
 from delethink.tokenization import check_thinking_is_open, query_ids, reward_text
 from delethink.trace_io import read_traces
 from delethink.types import Problem, StopReason, TokenIds, Trace
@@ -143,12 +143,13 @@ def sample_traces(
     seed: int = 0,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    end_of_thinking: str | None = AUTO,
 ) -> list[Trace]:
     """Sample one LongCoT trace per problem, by default with transformers in this process.
 
     ``budget`` is the maximum length of a trace in tokens; the model's window may lower it.
     """
-    tokenizer = load_tokenizer(model, trust_remote_code, chat_template_kwargs)
+    tokenizer = open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking)
     check_thinking_is_open(tokenizer, problems[0])  # before the weights load
     longest = longest_query(tokenizer, problems)
     config = engine or EngineConfig(name="transformers")
@@ -158,6 +159,7 @@ def sample_traces(
         config,
         trust_remote_code=trust_remote_code,
         chat_template_kwargs=chat_template_kwargs,
+        end_of_thinking=end_of_thinking,
         seed=seed,
         longest=lambda *_: longest + budget,
     )
@@ -176,6 +178,7 @@ def probe_model(
     specs: Sequence[ChunkSpec],
     *,
     trust_remote_code: bool = False,
+    end_of_thinking: str | None = AUTO,
 ) -> Findings:
     """Load a model and measure the cost of resets on traces.
 
@@ -185,11 +188,13 @@ def probe_model(
         specs: chunk sizes with one C, several m, and enough chunks for every trace. Controls and
             lost answers use the last one.
         trust_remote_code: run code from the model's repository.
+        end_of_thinking: mark of the end of thinking, ``"auto"``, or ``None`` for no mark.
 
     Raises:
         ConfigError: traces of another tokenizer, or a carryover written by the model.
     """
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = open_tokenizer(model, trust_remote_code, end_of_thinking=end_of_thinking)
+    end = marks_of(tokenizer).end
     specs = [spec.bind(tokenizer) for spec in specs]
     for spec in specs:
         if spec.ask is not None:
@@ -209,9 +214,9 @@ def probe_model(
     context = specs[-1].context_size
     answers = lost = 0
     for trace in traces:
-        answer = vote(reward_text(tokenizer, trace.output_ids))
+        answer = vote(reward_text(tokenizer, trace.output_ids), end)
         answers += answer is not None
-        last = vote(reward_text(tokenizer, last_window(trace, specs[-1])))
+        last = vote(reward_text(tokenizer, last_window(trace, specs[-1])), end)
         lost += answer is not None and answer != last
     return Findings(
         model=model,

@@ -57,6 +57,7 @@ class BudgetOutcome:
     out_of_budget: bool  # the budget ended the trace
     vote: str | None  # answer for majority votes; ``None`` if there is none
     forced: bool = False  # the answer was forced when the budget was spent
+    is_marked: bool = True  # the model wrote the end of thinking, or marks none
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Record:
 
 
 def _outcome(values: Any) -> BudgetOutcome:
-    values = {"forced": False, **as_mapping(values, "an outcome")}
+    values = {"forced": False, "is_marked": True, **as_mapping(values, "an outcome")}
     return BudgetOutcome(
         budget=get_count(values, "budget"),
         score=get_number(values, "score"),
@@ -110,6 +111,7 @@ def _outcome(values: Any) -> BudgetOutcome:
         out_of_budget=get_flag(values, "out_of_budget"),
         vote=optional(get_text, values, "vote"),
         forced=get_flag(values, "forced"),
+        is_marked=get_flag(values, "is_marked"),
     )
 
 

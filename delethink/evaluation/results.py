@@ -65,6 +65,7 @@ class ResultRow:
     bootstrap: Bootstrap | None
     out_of_budget: float  # share of traces ended by the budget
     forced: float  # share of traces with a forced answer
+    marked: float  # share of traces in which the model wrote the end of thinking
     thinking_tokens: Estimate
     chunks: float
     processed_tokens: float  # tokens of all prompts and outputs per trace
@@ -192,6 +193,7 @@ def _row(
         bootstrap=bootstrap,
         out_of_budget=fmean(o.out_of_budget for o in every),
         forced=fmean(o.forced for o in every),
+        marked=fmean(o.is_marked for o in every),
         thinking_tokens=clustered_mean([[o.length for o in s] for s in samples.values()]),
         chunks=fmean(o.chunks for o in every),
         processed_tokens=fmean(o.processed for o in every),

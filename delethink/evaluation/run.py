@@ -39,8 +39,9 @@ from delethink.scoring.answer import vote
 from delethink.scoring.rollouts import make_attempt
 from delethink.scoring.scorer import Scorer, make_scorer
 from delethink.tasks import left_out_of, rewards_of, select_problems, task_size
+from delethink.thinking_marks import marks_of
 from delethink.tokenization import check_thinking_is_open, encode, query_ids, reward_text
-from delethink.types import END_OF_THINKING, Attempt, Problem, StopReason, Trace, TraceStop
+from delethink.types import Attempt, Problem, StopReason, Trace, TraceStop
 
 if TYPE_CHECKING:
     from delethink.evaluation.report import EvaluationProgress
@@ -67,6 +68,7 @@ class ProblemSet:
     grade: Grade
     scorer: Scorer | None = None  # scorer to close
     left_out: Mapping[str, int] = field(default_factory=dict)  # filtered rows by reason
+    reward_args: Mapping[str, Any] = field(default_factory=dict)  # settings of the reward
 
     def close(self) -> None:
         """Stop the processes of the reward."""
@@ -82,6 +84,7 @@ def load_problems(
     split: str = "heldout",
     seed: int = 0,
     allow_unsafe_code: bool = False,
+    reward_args: Mapping[str, Any] | None = None,
 ) -> ProblemSet:
     """Load problems from a registered task or a local file.
 
@@ -94,6 +97,7 @@ def load_problems(
         split: split of a registered task.
         seed: seed for tasks with random problems.
         allow_unsafe_code: run model output without isolation where the machine has none.
+        reward_args: settings of the reward.
 
     Raises:
         UserError: an unknown task, file, column, package or reward, or no problem.
@@ -112,7 +116,8 @@ def load_problems(
         raise ConfigError(f"the task {task} has no problem in its split {split!r}")
     chosen = reward or next(iter(rewards_of(made)), "exact")
     scoring = ScoringConfig(allow_unsafe_code=allow_unsafe_code)
-    scorer = make_scorer({chosen: RewardConfig()}, chosen, scoring)
+    given = dict(reward_args or {})
+    scorer = make_scorer({chosen: RewardConfig(args=given)}, chosen, scoring)
     problems = tuple(select_problems(made, split, number).problems)
 
     async def grade(attempt: Attempt) -> float | None:
@@ -124,7 +129,7 @@ def load_problems(
             raise _UnscoredError(f"{scorer.accuracy}: {score.errors[scorer.accuracy]}")
         return score.parts[scorer.accuracy]
 
-    return ProblemSet(task, problems, chosen, grade, scorer, left_out_of(made))
+    return ProblemSet(task, problems, chosen, grade, scorer, left_out_of(made), given)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ class Evaluation:
     # digest of the weights by model (``engines.loading.digest``)
     weights: Mapping[str, str | None] = field(default_factory=dict)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # mark of the end of thinking by model, as resolved; ``None`` for a model without one
+    end_of_thinking: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -159,7 +166,9 @@ class Evaluation:
             "reward": self.problems.reward,
             "engine": self.engine,
             "models": dict(self.weights),
+            "reward_args": dict(self.problems.reward_args),
             "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "end_of_thinking": dict(self.end_of_thinking),
             **asdict(self.plan),
             "settings": [setting.as_dict() for setting in self.settings],
         }
@@ -374,15 +383,13 @@ class _Sampler:
         """Score the trace cut to a budget, with a forced answer if the plan has one."""
         trace = cut_to_budget(trace, spec)
         attempt = make_attempt(problem, trace, self.loaded.tokenizer, spec)
+        marks = marks_of(self.loaded.tokenizer)
         out_of_budget = trace.stop is TraceStop.BUDGET
-        forced = (
-            self.evaluation.plan.forced_answer_tokens > 0
-            and out_of_budget
-            and END_OF_THINKING not in attempt.text
-        )
+        is_marked = marks.ends_in(attempt.text)
+        forced = self.evaluation.plan.forced_answer_tokens > 0 and out_of_budget and not is_marked
         if forced:
             answer = await self._force_answer(trace, sampling, spec.budget)
-            attempt = replace(attempt, text=attempt.text + END_OF_THINKING + answer)
+            attempt = replace(attempt, text=f"{attempt.text}{marks.end}{answer}")
         score = await self.evaluation.problems.grade(attempt)
         if score is None:
             raise _UnscoredError("the reward cannot grade the answer")
@@ -398,14 +405,15 @@ class _Sampler:
             chunks=len(trace.chunks),
             processed=sum(len(c.prompt_ids) + len(c.output_ids) for c in trace.chunks),
             out_of_budget=out_of_budget,
-            vote=vote(attempt.text),
+            vote=vote(attempt.text, marks.end),
             forced=forced,
+            is_marked=is_marked,
         )
 
     async def _force_answer(self, trace: Trace, sampling: Sampling, budget: int) -> str:
         """Sample an answer after the end-of-thinking mark, in the context of the last chunk."""
         last = trace.chunks[-1]
-        mark = encode(self.loaded.tokenizer, END_OF_THINKING)
+        mark = encode(self.loaded.tokenizer, marks_of(self.loaded.tokenizer).forced)
         completion = await self.loaded.policy.generate(
             last.prompt_ids + last.output_ids + mark,
             self.evaluation.plan.forced_answer_tokens,

@@ -12,9 +12,11 @@ A reward is a function with any of these parameters, by name:
 
 Other parameters are settings. A setting ``end`` with the default ``</think>`` is the model's mark
 of the end of thinking, and ``start`` with the default ``<think>`` that of its start, unless the
-recipe sets them (``thinking_marks``). A reward returns a number, or ``None`` where not applicable, and may
-be ``async``. A function with a parameter ``completions`` or ``completion_ids`` follows TRL and is
-called with columns of a batch and returns a list.
+recipe sets them (``thinking_marks``).
+
+A reward returns a number, or ``None`` where not applicable, and may be ``async``. A function with a
+parameter ``completions`` or ``completion_ids`` follows TRL and is called with columns of a batch
+and returns a list.
 """
 
 from __future__ import annotations
@@ -223,6 +225,16 @@ class Reward:
         marks = {name: getattr(attempt, _MARKS[name][1]) for name in _MARKS if self._reads(name)}
         given = {k: v for k, v in self.args.items() if k not in marks or v != AUTO}
         return {name: values[name] for name in INPUTS if name in names} | marks | given
+
+    def mark_setting(self, setting: str | None) -> str | None:
+        """Return the setting of the end of thinking: that of the reward, where ``setting`` is auto.
+
+        The mark that the accuracy reward looks for is the one that counts everywhere else.
+        """
+        if setting != AUTO or not self._reads("end"):
+            return setting
+        own: str | None = self.args.get("end", AUTO)
+        return own
 
     def end_of_thinking(self, resolved: str | None) -> str | None:
         """Return the mark that the reward looks for, if ``resolved`` is the model's.

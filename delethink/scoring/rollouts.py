@@ -67,6 +67,13 @@ def attempt_from_text(
     )
 
 
+def mark_setting(scorer: Scorer | None, setting: str | None) -> str | None:
+    """Return the setting of the end of thinking, or, where it is auto, the accuracy reward's."""
+    rewards = () if scorer is None else scorer.rewards
+    accuracy = [reward for reward in rewards if scorer and reward.name == scorer.accuracy]
+    return accuracy[0].mark_setting(setting) if accuracy else setting
+
+
 async def run_scored_rollouts(
     policy: Policy,
     spec: ChunkSpec,

@@ -19,6 +19,7 @@ from delethink.config import Recipe
 from delethink.engines.loading import split_revision
 from delethink.evaluation.heldout import HeldOutResult
 from delethink.redaction import json_text
+from delethink.thinking_marks import AUTO
 from delethink.training.run_directory import describe_environment, write_text
 
 CARD = "README.md"
@@ -86,8 +87,7 @@ def write_card(path: Path, recipe: Recipe, rows: Sequence[HeldOutResult]) -> Non
         lines += [f"{rows[0].num_problems} held-out problems, intervals of 95 %:", ""]
         lines += ["| setting | accuracy | thinking tokens |", "| --- | --- | --- |"]
         lines += [
-            f"| {row.setting} | {row.accuracy:.3f} ({row.accuracy_interval[0]:.3f} to "
-            f"{row.accuracy_interval[1]:.3f}) | {row.thinking_tokens:.0f} |"
+            f"| {row.setting} | {row.accuracy_text(' to ')} | {row.thinking_tokens:.0f} |"
             for row in rows
         ]
         lines.append("")
@@ -105,6 +105,11 @@ def eval_command(path: Path, recipe: Recipe, spec: ChunkSpec) -> str:
         parts += ["--task-arg", f"{key}={text}"]
     if recipe.evaluation.task is None:
         parts += ["--reward", recipe.rewards[reward].reward or reward]
+        for key, value in recipe.rewards[reward].args.items():
+            text = value if isinstance(value, str) else json_text(value)
+            parts += ["--reward-arg", f"{key}={text}"]
+    if (mark := recipe.task.end_of_thinking) != AUTO:
+        parts += ["--end-of-thinking", "null" if mark is None else mark]
     parts += ["-C", str(spec.context_size), "--carryover-size", str(spec.carryover_size)]
     if (carryover := recipe.thinking.carryover) is not None:
         pairs = ",".join(f"{key}={value}" for key, value in carryover.args.items())

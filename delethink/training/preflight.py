@@ -7,14 +7,14 @@ problems, and ``run_checks`` compares them with this machine. None of them loads
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from delethink.chunking import ChunkSpec, start
-from delethink.config import EngineConfig, Recipe, with_rewards
+from delethink.config import EngineConfig, Recipe, RewardConfig, with_rewards
 from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
 from delethink.cost.shape import ModelShape
@@ -31,11 +31,12 @@ from delethink.engines.loading import (
 from delethink.errors import ConfigError, MissingExtraError, ModelError, UserError
 from delethink.registry import make_task, resolve
 from delethink.scoring.isolation import ADVICE, find_isolation
-from delethink.scoring.rollouts import attempt_from_text
+from delethink.scoring.rollouts import attempt_from_text, mark_setting
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
-from delethink.thinking_marks import shown_ends
+from delethink.thinking_marks import AUTO, OPTION, find_thinking_marks, marks_of, shown_ends
 from delethink.tokenization import (
+    bind_marks,
     check_thinking_is_open,
     end_tokens,
     loses_spaces,
@@ -43,8 +44,10 @@ from delethink.tokenization import (
     tokenizer_faults,
 )
 from delethink.training.checkpointing import run_path
+from delethink.training.export import stored_dtype
+from delethink.training.grpo_config import adapter_parameters
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
-from delethink.types import END_OF_THINKING, Problem, Score
+from delethink.types import Problem, Score
 
 # -- names and settings ------------------------------------------------------------------------
 
@@ -141,6 +144,7 @@ class Inputs(NamedTuple):
     spec: ChunkSpec  # bound to the tokenizer
     selected: dict[str, SelectedProblems]  # by split: "train" and "heldout"
     longest_query: dict[str, int]  # by split, in tokens
+    num_adapter_parameters: int = 0  # of training.lora
 
     @property
     def longest_context(self) -> int:
@@ -185,13 +189,17 @@ def read_inputs(prepared: Prepared) -> Inputs:
 
     Raises:
         UserError: the tokenizer has no end token, the chat template fails or closes the thinking,
-            there are too few problems, a query leaves no room for thinking, or the model has no
-            settings.
+            there are too few problems, a query leaves no room for thinking, the model has no
+            settings, or it has no layers for the adapters.
     """
     recipe, training = prepared.recipe, prepared.recipe.training
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
+    bind_marks(tokenizer, mark_setting(prepared.scorer, recipe.task.end_of_thinking))
     shell = load_shell(recipe.model, recipe.trust_remote_code)
     eos_ids(shell, tokenizer)
+    adapters = 0
+    if training.lora is not None:
+        adapters = adapter_parameters(shell.config, training.lora, recipe.trust_remote_code)
     spec = recipe.thinking.spec().bind(tokenizer)
     max_model_tokens = engine_window(shell, recipe.engine.max_model_tokens)
     num_heldout = recipe.evaluation.num_problems
@@ -208,10 +216,11 @@ def read_inputs(prepared: Prepared) -> Inputs:
         queries = [query_ids(tokenizer, problem) for problem in selected[split].problems]
         for query in queries:
             start(spec, query, max_model_tokens)
-        longest[split] = max(map(len, queries))
+        longest[split] = max(map(len, queries), default=0)
     for chosen in selected.values():  # tasks may have system messages of their own
-        check_thinking_is_open(tokenizer, chosen.problems[0])
-    return Inputs(tokenizer, shell, spec, selected, longest)
+        for problem in chosen.problems[:1]:
+            check_thinking_is_open(tokenizer, problem)
+    return Inputs(tokenizer, shell, spec, selected, longest, adapters)
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -244,7 +253,9 @@ def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
     if (number := torch.cuda.device_count()) > 1 and "WORLD_SIZE" not in os.environ:
         found = f"{number} GPUs are visible and the trainer uses one"  # TRL wants a process each
         checks.append(Check("devices", "problem", found, "choose it with CUDA_VISIBLE_DEVICES"))
-    checks += [_check_tokenizer(inputs), *_check_marks(recipe, inputs), _check_context(inputs)]
+    tokenizer, problem = inputs.tokenizer, inputs.selected["train"].problems[0]
+    checks.append(_check_tokenizer(tokenizer, inputs.shell, problem))
+    checks += [*_check_marks(prepared, inputs), _check_context(inputs)]
     try:
         shape = shape_of_config(inputs.shell.config.to_dict(), recipe.model)
     except ModelError as error:
@@ -270,12 +281,35 @@ def check_recipe(recipe: Recipe) -> list[Check]:
         return [names, *run_checks(prepared, inputs, run_path(prepared.recipe))]
 
 
-def _check_tokenizer(inputs: Inputs) -> Check:
+def check_model(
+    model: str, chat_template_kwargs: Mapping[str, Any], end_of_thinking: str | None
+) -> list[Check]:
+    """Check tokenizer, chat template and marks of thinking of a model, without a recipe.
+
+    ``end_of_thinking`` is the setting of ``find_thinking_marks``.
+    """
+    try:
+        tokenizer = load_tokenizer(model, chat_template_kwargs=chat_template_kwargs)
+        shell = load_shell(model)
+        bind_marks(tokenizer, end_of_thinking)
+        checks = [_check_tokenizer(tokenizer, shell, _QUESTION), check_marks(tokenizer)]
+    except UserError as error:
+        return [Check("model", "problem", str(error))]
+    try:
+        check_thinking_is_open(tokenizer, _QUESTION)
+    except ModelError as error:
+        checks.append(Check("template", "problem", str(error)))
+    return checks
+
+
+_QUESTION = Problem("What is 1 + 1?", "2")
+
+
+def _check_tokenizer(tokenizer: Any, shell: Any, problem: Problem) -> Check:
     """Show end tokens and chat template, and check special tokens and spaces."""
-    tokenizer = inputs.tokenizer
-    ids = query_ids(tokenizer, inputs.selected["train"].problems[0])
+    ids = query_ids(tokenizer, problem)
     template = "a chat template" if tokenizer.chat_template else "no chat template"
-    sources, ends = end_tokens(tokenizer, inputs.shell), eos_ids(inputs.shell, tokenizer)
+    sources, ends = end_tokens(tokenizer, shell), eos_ids(shell, tokenizer)
     listed = ", ".join(
         f"{tokenizer.convert_ids_to_tokens(end)} ({end}, from {sources[end]})" for end in ends
     )
@@ -291,32 +325,38 @@ def _check_tokenizer(inputs: Inputs) -> Check:
     return Check("tokenizer", status, found, advice)
 
 
-def _end_of_thinking(recipe: Recipe, name: str) -> str | None:
-    """Return the mark that a reward looks for; ``None`` for one that reads the whole text."""
-    reward = recipe.rewards[name]
-    function = resolve("delethink.rewards", reward.reward or name)
-    parameter = inspect.signature(function).parameters.get("end")
-    end = reward.args.get("end", parameter and parameter.default)
-    return end if isinstance(end, str) else None
-
-
-def _check_marks(recipe: Recipe, inputs: Inputs) -> list[Check]:
-    """Compare the marks that the model knows with the one that rewards look for."""
-    marks = shown_ends(inputs.tokenizer)
-    expected = {name: _end_of_thinking(recipe, name) for name in recipe.rewards}
-    unknown = {name: end for name, end in expected.items() if end is not None and end not in marks}
-    if not unknown:
-        return []
-    name, end = next(iter(unknown.items()))
-    shown = f"the tokenizer shows {', '.join(marks)}" if marks else "the tokenizer shows no mark"
-    found = f"{name} reads the answer after {end}, and {shown} of the end of thinking"
+def check_marks(tokenizer: Any) -> Check:
+    """Show the marks of thinking of a model, and warn if nothing shows that it writes them."""
+    marks, shown = marks_of(tokenizer), shown_ends(tokenizer)
+    known = f"the tokenizer shows {', '.join(shown)}" if shown else "the tokenizer shows no mark"
+    if marks.end is None:
+        found = f"no mark of the end of thinking ({marks.source}): the whole output is the answer"
+        return Check("thinking", "ok", f"{found}; {known}")
+    found = f"the answer begins after {marks.end} (from {marks.source})"
+    if marks.end in shown:
+        return Check("thinking", "ok", found)
     advice = (
-        f"set rewards.{name}.args.end to {marks[0]!r}"
-        if marks
-        else f"every reward is 0 until the model writes {end}: ask for it in the prompt, use "
-        f"another model, or grade the whole text with rewards.{name}.args.end=null"
+        f"set {OPTION}, to {shown[0]!r} or auto"
+        if shown
+        else f"every reward is 0 until the model writes {marks.end}: ask for it in the prompt, "
+        f"train the model to write it, or set {OPTION}, to the model's own mark, or to null to "
+        "grade the whole output"
     )
-    return [Check("thinking", "warning", found, advice)]
+    where = "" if marks.is_assumed else f"; {known}"
+    return Check("thinking", "warning", f"{found}{where}", advice)
+
+
+def _check_marks(prepared: Prepared, inputs: Inputs) -> list[Check]:
+    """Show the marks of the model, and compare them with those that rewards look for."""
+    marks = marks_of(inputs.tokenizer)
+    checks = [check_marks(inputs.tokenizer)]
+    for reward in prepared.scorer.rewards:
+        end = reward.end_of_thinking(marks.end)
+        if end is not None and end != marks.end:
+            found = f"{reward.name} looks for {end}, and the model's mark is {marks.end}"
+            advice = f"leave out rewards.{reward.name}.args.end, or set {OPTION}"
+            checks.append(Check("thinking", "warning", found, advice))
+    return checks
 
 
 def _check_context(inputs: Inputs) -> Check:
@@ -396,7 +436,9 @@ def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, factor: fl
     states = weight_bytes(shape, 16)  # weights, gradients, and the state of Adam
     activations = float(peak) - states
     if training.lora:
-        states -= weight_bytes(shape, 12)  # Frozen weights have neither gradients nor a state.
+        # Frozen weights have neither gradients nor a state; adapters are on top of them.
+        states -= weight_bytes(shape, 12)
+        states += 16 * inputs.num_adapter_parameters
     elif training.beta:
         states += weight_bytes(shape, 4)  # the reference weights
     if recipe.trainer.strategy == "fsdp2":
@@ -419,17 +461,20 @@ def _sampling_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> float:
 def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -> Check:
     """Compare the size of checkpoints and traces with the free disk space."""
     training, free = recipe.training, free_disk(path)
-    one = weight_bytes(shape, 4 if training.lora else 12)  # weights and the state of Adam
+    adapters = inputs.num_adapter_parameters
+    one = 12 * adapters if training.lora else weight_bytes(shape, 12)  # and the state of Adam
     # While a checkpoint is written, the oldest is still there.
     kept = training.save_total_limit + 1 if training.save_steps else 0
-    checkpoints = kept * one + weight_bytes(shape, 4)
+    final = weight_bytes(shape, stored_dtype(inputs.shell.config).itemsize) + 4 * adapters
+    checkpoints = kept * one + final
     present = sum(f.stat().st_size for f in (path / "checkpoints").rglob("*") if f.is_file())
-    needed = max(one, checkpoints - present)
+    needed = max(one, final, checkpoints - present)
     trace = inputs.spec.budget * _BYTES_PER_SAMPLED_TOKEN
     trace += inputs.max_prompt_tokens * _BYTES_PER_PROMPT_TOKEN
     traces = training.num_batches * training.traces_per_batch * trace
     found = (
-        f"checkpoints take {_gib(checkpoints)} ({_gib(one)} each), traces at most {_gib(traces)}; "
+        f"checkpoints take {_gib(checkpoints)} ({_gib(one)} each, the trained model "
+        f"{_gib(final)}), traces at most {_gib(traces)}; "
         f"{_gib(free)} are free at {path}"
     )
     if needed + traces <= _WARNING_SHARE * free:
@@ -446,9 +491,8 @@ def _check_rewards(prepared: Prepared, inputs: Inputs) -> list[Check]:
     problem, recipe = inputs.selected["train"].problems[0], prepared.recipe
     checks = _check_isolation(prepared)
     checks.append(_check_scorer("rewards", prepared.scorer, prepared.task, problem, inputs, recipe))
-    if prepared.recipe.evaluation.task is not None:
-        task, scorer = prepared.evaluation_task, prepared.evaluation_scorer
-        heldout = inputs.selected["heldout"].problems[0]
+    if recipe.evaluation.task is not None and (heldouts := inputs.selected["heldout"].problems):
+        task, scorer, heldout = prepared.evaluation_task, prepared.evaluation_scorer, heldouts[0]
         checks.append(_check_scorer("rewards of evaluation", scorer, task, heldout, inputs, recipe))
     return checks
 
@@ -472,24 +516,31 @@ def _check_scorer(
     if None in answers:
         found = "the task has no example of a right and a wrong answer"
         return Check(name, "not checked", found, "give the task a method demonstrations(problem)")
-    spec, attempts, mark = inputs.spec, [], END_OF_THINKING
-    if "end" in (config.args if (config := recipe.rewards.get(scorer.accuracy)) else ()):
-        mark = _end_of_thinking(recipe, scorer.accuracy) or ""
+    spec, attempts, marks = inputs.spec, [], marks_of(inputs.tokenizer)
+    if (own := mark_setting(scorer, AUTO)) != AUTO:  # of the accuracy reward alone
+        marks = find_thinking_marks(inputs.tokenizer, own)
     for answer in map(str, answers):
-        thinking, closing, rest = answer.rpartition(END_OF_THINKING)
-        # Without a mark, the whole text is the answer.
-        text = f"{thinking}{mark}{rest}" if mark and closing else rest
+        text = marks.rewrite(answer)
         length = len(inputs.tokenizer(text, add_special_tokens=False)["input_ids"])
-        attempts.append(attempt_from_text(problem, text, length, spec.budget, spec.max_chunks))
+        sizes = (length, spec.budget, spec.max_chunks)
+        attempts.append(attempt_from_text(problem, text, *sizes, marks=marks))
     right, wrong = scorer.score_now(attempts)
     advice = "see the scores of the task's answers: delethink tasks NAME --check 8"
     for score, answer in ((right, "the right answer"), (wrong, "the wrong answer")):
         if score.errors:
             reward, reason = next(iter(score.errors.items()))
+            config = recipe.rewards.get(reward, RewardConfig())
+            if ":" in (config.reward or reward):
+                advice = f"correct {config.reward or reward}, and run delethink doctor again"
             return Check(name, "problem", f"{reward} cannot score {answer}: {reason}", advice)
-    found = f"right answer {_describe(right)}, wrong answer {_describe(wrong)}"
     accuracy = scorer.accuracy
+    found = f"right answer {_describe(right)}, wrong answer {_describe(wrong)}"
+    if len(right.parts) > 1:
+        chosen = "by evaluation.reward" if recipe.evaluation.reward else "as the first reward"
+        found = f"{found}; {accuracy} is the accuracy, chosen {chosen}"
     if right.parts[accuracy] != 1 or wrong.parts[accuracy] != 0:
+        if len(right.parts) > 1:
+            advice = f"name another accuracy with evaluation.reward, or {advice}"
         return Check(name, "problem", f"{found}; {accuracy} must give 1 and 0", advice)
     if not right.total > wrong.total:
         found = f"{found}: the right answer has no higher reward"
@@ -498,7 +549,7 @@ def _check_scorer(
 
 
 def _describe(score: Score) -> str:
-    known = [f"{name} {value:g}" for name, value in score.parts.items() if value is not None]
+    known = [f"{name} {value + 0.0:g}" for name, value in score.parts.items() if value is not None]
     total = "none" if score.total is None else f"{score.total:g}"
     return f"{total} ({', '.join(known)})"
 

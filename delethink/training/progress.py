@@ -98,11 +98,10 @@ class TrainingProgress:
         for name in ("accuracy", "thinking\ntokens", "chunks", "out of\nbudget"):
             table.add_column(name, justify="right")
         for row in rows:
-            low, high = row.accuracy_interval
             shortest, longest = row.thinking_tokens_interval
             table.add_row(
                 row.setting,
-                f"{row.accuracy:.3f} ({low:.3f}-{high:.3f})",
+                row.accuracy_text("-"),
                 f"{row.thinking_tokens:.0f} ({shortest:.0f}-{longest:.0f})",
                 f"{row.chunks:.1f}",
                 f"{row.budget_share:.1%}",

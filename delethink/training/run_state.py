@@ -20,7 +20,8 @@ from delethink.errors import NonFiniteError, RolloutError, RunDirectoryError
 from delethink.evaluation.heldout import Evaluator, HeldOutResult
 from delethink.registry import resolve
 from delethink.rollout import replay_trace
-from delethink.tokenization import query_ids
+from delethink.thinking_marks import marks_of, unmarked_hint
+from delethink.tokenization import query_ids, reward_text
 from delethink.trace_io import TraceRecord, json_like
 from delethink.training.batching import RolloutBatch, ScoredBatch
 from delethink.training.grpo import NonFinite
@@ -123,6 +124,7 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             max_query_tokens=engine.max_model_tokens,
         )
         self.skipped_steps: list[int] = []
+        self._is_marked: bool | None = None  # whether a trace wrote the end of thinking
         # The current batch, its advantages, and the weights of its first step.
         self.batch = Batch([])
         self.advantages: list[float] = []
@@ -213,10 +215,20 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             [reward.name for reward in self.scorer.rewards],
         )
         self.metrics.values.update(batch_metrics(batch))
+        if not self._is_marked:
+            marks = marks_of(self.tokenizer)
+            texts = (reward_text(self.tokenizer, trace.output_ids) for trace in scored.traces)
+            self.watch_marks(any(map(marks.ends_in, texts)))
         replaced = Batch(self.batch.replaced)
         untrained = self._records(replaced, [None] * len(replaced.traces))
         trained = self._records(self.batch, self.advantages)
         self.directory.add_traces(self.policy_version + 1, trained + untrained)
+
+    def watch_marks(self, is_marked: bool) -> None:
+        """Print a hint the first time that no trace of many has ended its thinking."""
+        if not is_marked and self._is_marked is None:
+            self.progress.log(f"warning: {unmarked_hint(marks_of(self.tokenizer))}")
+        self._is_marked = self._is_marked or is_marked
 
     def on_nonfinite(self, found: NonFinite) -> None:
         """Keep the traces of a skipped optimizer step, and stop the run if the recipe says so.
@@ -307,8 +319,12 @@ class ResultsTable:
         row = self.evaluate(setting, spec)
         self.rows.append(row)
         self._run.directory.write_table([row.as_dict() for row in self.rows])
-        low, high = row.accuracy_interval
-        self._run.progress.log(f"{setting}: accuracy {row.accuracy:.3f} ({low:.3f} to {high:.3f})")
+        self._run.progress.log(f"{setting}: accuracy {row.accuracy_text(' to ')}")
+        if row.ungraded:
+            self._run.progress.log(
+                f"{setting}: {row.ungraded} of {row.num_problems} traces have no grade (the reward "
+                f"{self._evaluator.scorer.accuracy} gave None) and are left out of the accuracy"
+            )
         if row.unscored:
             self._run.progress.log(
                 f"{setting}: {row.unscored} of {row.num_problems} traces could not be scored and "
@@ -331,3 +347,4 @@ class ResultsTable:
                 f"do not fit in the model's context of {window}"
             )
         self.add_row("base, Delethink", spec)
+        self._run.watch_marks(any(row.marked != 0 for row in self.rows))

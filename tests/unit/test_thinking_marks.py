@@ -48,28 +48,23 @@ def test_the_toy_has_the_usual_mark() -> None:
     assert shown_ends(load_tokenizer("toy")) == ("</think>",)
 
 
-def warning_of(model: Path, *overrides: str) -> Any:
+def check_of(model: Path, *overrides: str) -> Any:
     checks = check_recipe(load_recipe(RECIPE, [f"model={model}", *overrides]))
-    return next((check for check in checks if check.name == "thinking"), None)
+    return next(check for check in checks if check.name == "thinking")
 
 
-def test_doctor_says_so_before_every_reward_is_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_says_so_before_every_reward_is_0(tmp_path: Path) -> None:
     model = Path(shutil.copytree(TOY, tmp_path / "model"))
-    assert warning_of(model) is None
-    for marks, shown, advice in (
-        ((), "the tokenizer shows no mark", "rewards.exact.args.end=null"),
-        (("[/THINK]",), "the tokenizer shows [/THINK]", "rewards.exact.args.end to '[/THINK]'"),
-    ):
-        monkeypatch.setattr(
-            "delethink.training.preflight.shown_ends", lambda tokenizer, marks=marks: marks
-        )
-        found = warning_of(model)
-        assert found.status == "warning"
-        assert f"exact reads the answer after </think>, and {shown}" in found.found
-        assert advice in found.advice
-    assert warning_of(model, "rewards={exact: {args: {end: null}}}") is None
+    found = check_of(model)
+    assert found.status == "ok"
+    assert found.found == "the answer begins after </think> (from the chat template)"
+    found = check_of(model, "task.end_of_thinking=[/THINK]")
+    assert found.status == "warning"
+    assert "after [/THINK] (from the setting); the tokenizer shows </think>" in found.found
+    assert "set task.end_of_thinking in the recipe" in found.advice
+    found = check_of(model, "task.end_of_thinking=null")
+    assert found.status == "ok"
+    assert "the whole output is the answer" in found.found
 
 
 MAGISTRAL = ("[THINK]", "[/THINK]")
