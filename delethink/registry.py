@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from delethink.errors import ConfigError, UserError, did_you_mean
+from delethink.json_io import kind_of_file
 
 _PRESETS = (
     "deepscaler",
@@ -83,6 +85,7 @@ _SHIPPED = {
     "delethink.boundaries": {"line_break": "delethink.carryover:LineBreak"},
 }
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")  # of files as tasks; also compressed
 _SEARCHED: list[str] = []  # folders of ``search_folder``
 
 Named = TypeVar("Named")
@@ -202,12 +205,20 @@ def parse_named(group: str, value: str | Mapping[str, Any]) -> tuple[str, dict[s
     return name, dict(args or {})
 
 
-def make_task(name: str, args: Mapping[str, Any], seed: int) -> Any:
+def make_task(
+    name: str, args: Mapping[str, Any], seed: int, heldout_share: float | None = None
+) -> Any:
     """Create a task from its name and arguments, with ``seed`` if its factory accepts one.
+
+    The name may also be a data file, for the task ``dataset``; ``heldout_share`` is the default of
+    a file.
 
     Raises:
         UserError: the name or an argument is unknown.
     """
+    if ":" not in name and kind_of_file(path := Path(name).expanduser()) in DATA_SUFFIXES:
+        shared = {} if heldout_share is None else {"heldout_share": heldout_share}
+        name, args = "dataset", {"dataset": str(path), **shared, **args}
     return make("delethink.tasks", {"name": name, "args": dict(args)}, seed=seed)
 
 

@@ -30,7 +30,6 @@ from delethink.evaluation.models import (
 from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory, SampleKey
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
-from delethink.json_io import kind_of_file
 from delethink.policy import Sampling
 from delethink.redaction import json_text
 from delethink.registry import make_task
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 Grade = Callable[[Attempt], Awaitable[float | None]]
 """Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _DEFAULT_PROBLEMS = 256  # for a task without an end
 _MIN_UNSCORED, _MAX_UNSCORED_SHARE = 16, 0.1  # traces without a score, to stop an evaluation
 
@@ -104,12 +102,7 @@ def load_problems(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of problems must be at least 1, got {limit}")
-    path = Path(task).expanduser()
-    if kind_of_file(path) in _FILE_SUFFIXES:
-        file = {"dataset": str(path), "heldout_share": 1.0}
-        made = make_task("dataset", {**file, **arguments}, seed)
-    else:
-        made = make_task(task, dict(arguments), seed)
+    made = make_task(task, arguments, seed, heldout_share=1.0)
     size = task_size(made, split)
     number = (limit or _DEFAULT_PROBLEMS) if size is None else min(limit or size, size)
     if not number:

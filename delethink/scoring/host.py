@@ -18,6 +18,7 @@ import base64
 import os
 import pickle
 import queue
+import re
 import resource
 import signal
 import sys
@@ -52,6 +53,10 @@ from delethink.scoring.warm import (
 HEARTBEAT_INTERVAL_S = 1.0
 _MAX_FILE_BYTES = 1 << 20
 _MAX_ANSWER_BYTES = 1 << 20
+_NETWORK_ERROR = re.compile(r"Connection|URLError|gaierror|[Nn]etwork|socket")
+_NO_NETWORK = (
+    "a reward that evaluates output has no network (without the mark evaluates_output it has one)"
+)
 _GRACE_S = 1.0  # beyond its time limit, for the fork to be ended by the warm process
 _MAX_CONTROL_SHARE = 0.25  # of the time limit, for a harmless call on a machine that is not busy
 _OUT_OF_MEMORY = 77  # exit code of a worker: the interpreter is unreliable after such an error
@@ -230,7 +235,13 @@ class Host:
             elif "value" in control:
                 return {"status": "ok", "value": 0.0, "reason": f"{status}: {reason}"}
             else:
-                reason = f"{reason}; on a harmless output: {self._reason(control)[1]}"
+                other = self._reason(control)[1]
+                same = "the same on a harmless output"
+                reason = (
+                    f"{reason}; {same if other == reason else f'on a harmless output: {other}'}"
+                )
+                if _NETWORK_ERROR.search(reason):
+                    reason = f"{_NO_NETWORK}: {reason}"
         return {"status": status, "reason": reason}
 
     def _reason(self, found: Mapping[str, Any]) -> tuple[str, str]:

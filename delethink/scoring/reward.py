@@ -25,7 +25,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
 from delethink.scoring.isolation import check_isolation
@@ -75,6 +75,11 @@ def isolated(
     return lambda function: _marked(function, Traits("isolated", (package, extra), prepare))
 
 
+@overload
+def evaluates_output(package: Function) -> Function: ...
+
+
+@overload
 def evaluates_output(
     package: str | None = None,
     extra: str = "",
@@ -83,7 +88,18 @@ def evaluates_output(
     only_expressions: bool = False,
     warm_up: Callable[[Mapping[str, Any]], None] | None = None,
     control: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
-) -> Callable[[Function], Function]:
+) -> Callable[[Function], Function]: ...
+
+
+def evaluates_output(
+    package: Any = None,
+    extra: str = "",
+    prepare: Callable[[], None] | None = None,
+    *,
+    only_expressions: bool = False,
+    warm_up: Callable[[Mapping[str, Any]], None] | None = None,
+    control: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Any:
     """Mark a function that evaluates model output as code, to run only inside the isolation.
 
     Each call runs in a fork of a process that has loaded the function once. A call that fails is
@@ -91,7 +107,8 @@ def evaluates_output(
     otherwise the reward is broken and gives none.
 
     Args:
-        package: required package, which is in ``extra`` of this library.
+        package: required package, which is in ``extra`` of this library; or the function, where the
+            decorator has no parentheses.
         extra: name of the extra.
         prepare: runs once per process, without time limit.
         only_expressions: refuse evaluated code beyond literals, operators and calls.
@@ -99,6 +116,8 @@ def evaluates_output(
         control: returns the arguments of a call with a right answer, from those of a failed one.
             Its value must be positive. By default the text is empty, and any value will do.
     """
+    if callable(package):
+        return evaluates_output()(package)
     requires = (package, extra) if package else None
     traits = Traits("isolated", requires, prepare, True, only_expressions, warm_up, control)
     return lambda function: _marked(function, traits)

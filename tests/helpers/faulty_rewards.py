@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -163,3 +164,10 @@ def outputs(count: int, slow_share: float, seed: int) -> Iterator[tuple[str, flo
             yield f"{rng.choice(FAULTS)} {number}", 0.0
         else:
             yield f"{RIGHT} {number}", float(number)
+
+
+@evaluates_output
+def asks_a_server(text: str) -> float:
+    """Call a server, in the decorator's form without parentheses."""
+    socket.create_connection(("127.0.0.1", 9), timeout=5).close()
+    return 1.0

@@ -83,6 +83,7 @@ def test_hostile_output_scores_0_with_a_reason(pool: VerifierPool, behaviour: st
     [
         (faulty_rewards.broken, "any", "no such table"),
         (faulty_rewards.blind, "fail", "a right answer scores 0"),
+        (faulty_rewards.asks_a_server, "any", "a reward that evaluates output has no network"),
     ],
 )
 def test_a_reward_that_fails_on_harmless_output_too_gives_none(

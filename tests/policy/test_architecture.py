@@ -41,8 +41,9 @@ ARROWS: dict[str, set[str]] = {
     "rows": {"errors", "json_io"},
     "output": NOUNS | {"redaction"},
     "tasks": NOUNS,
-    "registry": NOUNS,
+    "registry": NOUNS | {"json_io"},
     "trace_io": ROLLOUT,
+    "trace_index": {"errors", "json_io", "redaction"},
     "trace_map": NOUNS | {"tokens"},
     "trace_html": NOUNS | SHOWN | {"scoring", "tokens", "trace_map"},
     "testing": ROLLOUT,
@@ -62,7 +63,9 @@ ARROWS: dict[str, set[str]] = {
     | SCORING
     | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_io"},
     "serve": ROLLOUT | SETTINGS | {"engines"},
-    "view": ROLLOUT | SHOWN | {"trace_html", "trace_io", "trace_map"},
+    "view": ROLLOUT
+    | SHOWN
+    | {"engines", "evaluation", "trace_html", "trace_index", "trace_io", "trace_map"},
     "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
     "": ROLLOUT,  # the public names, in delethink/__init__.py
 }
@@ -70,7 +73,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards", "integrations"}
 
 # Load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *ROLLOUT, "registry", "cost", "trace_io", "testing", "tasks", "scoring", "output"}
-CORE |= {"envs", "rewards", "evaluation.metrics", "trace_html", "trace_map"}
+CORE |= {"envs", "rewards", "evaluation.metrics", "trace_html", "trace_index", "trace_map"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
     file for link in ("envs", "rewards") for file in (PACKAGE / link).rglob("*.py")
