@@ -77,6 +77,15 @@ _COMMANDS = (
         "delethink tasks dataset --dataset my.jsonl --answer-key solution -n 3",
     ),
     _Command(
+        "view",
+        "delethink.cli.view",
+        options.add_view_options,
+        "look at traces: in a browser, in the terminal, or as a file to send",
+        "Show the traces of a run, an evaluation or a file: which tokens each context carried over "
+        "its boundary, what was dropped, and where the answer is: docs/guide/view.md",
+        "delethink view runs/quickstart",
+    ),
+    _Command(
         "doctor",
         "delethink.cli.doctor",
         options.add_doctor_options,

@@ -1,0 +1,335 @@
+"""List of the traces in a folder or file, read while it grows.
+
+Files are found once per refresh, without following links out of the folder, and only what was
+found is ever opened. A damaged line is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from delethink.errors import TraceFileError, UserError
+from delethink.evaluation.records import Record
+from delethink.json_io import get_count, get_text, parse_json
+from delethink.trace_index import TRACE_INDEX, TraceSummary
+
+_OTHER_FILES = {"metrics.jsonl", "resumed.jsonl", "tokens.jsonl", "problems.jsonl", TRACE_INDEX}
+_MAX_FILES = 20_000
+_BATCH = 500  # lines between two looks of others at the list
+_MAX_LINE_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """A trace of the list, and its place on disk."""
+
+    name: str  # identity in addresses: file and line
+    file: Path
+    begin: int  # first byte of its line; row of a Parquet file
+    end: int
+    place: str  # the step or the setting
+    sample: int | None
+    summary: TraceSummary
+    error: str | None = None
+
+
+class _FileState(NamedTuple):
+    """Progress in a file."""
+
+    read: int  # bytes
+    lines: int
+    inode: int
+
+
+class TraceIndex:
+    """The traces of a folder or a file. Methods may be called from several threads.
+
+    ``rows`` grows; ``version`` changes with it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.rows: list[TraceRow] = []
+        self.by_name: dict[str, TraceRow] = {}
+        self.tokens: dict[tuple[Path, str, int, int], tuple[int, int]] = {}  # of evaluations
+        self.damaged: dict[str, int] = {}  # lines by file
+        self.version = 0
+        self.is_complete = False  # every file was read once
+        self.is_gone = False
+        self._files: dict[Path, _FileState] = {}
+        self._problems: dict[Path, dict[int, tuple[str, str]]] = {}
+        self._lock = threading.RLock()  # of the rows
+        self._reading = threading.Lock()  # one refresh at a time
+
+    def refresh(self) -> None:
+        """Read what is new; returns at once while another thread is reading."""
+        if not self._reading.acquire(blocking=False):
+            return
+        try:
+            if not self.root.exists():
+                self.is_gone = True
+                return
+            self.is_gone = False
+            if self.root.is_dir() and not self._files:
+                self._read_written_index()
+            for file in trace_files(self.root):
+                self._read_file(file)
+            self.is_complete = True
+        finally:
+            self._reading.release()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _read_written_index(self) -> None:
+        """Take the rows of the index that sampling wrote, as far as the files agree."""
+        path = self.root / TRACE_INDEX
+        if not path.is_file() or path.is_symlink():
+            return
+        sizes: dict[str, tuple[Path, os.stat_result] | None] = {}
+        states: dict[Path, _FileState] = {}
+        rows: list[TraceRow] = []
+        with path.open("rb") as lines:
+            for line in lines:
+                try:
+                    name, begin, end, summary = json.loads(line)
+                    found = TraceSummary.from_list(summary)
+                except (ValueError, TypeError, RecursionError):
+                    continue
+                if name not in sizes:
+                    sizes[name] = self._safe_stat(str(name))
+                known = sizes[name]
+                if known is None:
+                    continue
+                file, stat = known
+                state = states.get(file, _FileState(0, 0, stat.st_ino))
+                if begin != state.read or not begin < end <= stat.st_size:
+                    continue
+                states[file] = _FileState(end, state.lines + 1, stat.st_ino)
+                rows.append(self._row(file, state.lines + 1, begin, end, found))
+                if len(rows) >= _BATCH:
+                    self._add(rows)
+                    rows = []
+        self._add(rows)
+        self._files |= states
+
+    def _safe_stat(self, name: str) -> tuple[Path, os.stat_result] | None:
+        file = self.root / name
+        try:
+            return (file, file.stat()) if is_inside(file, self.root) else None
+        except OSError:
+            return None
+
+    def _read_file(self, file: Path) -> None:
+        try:
+            stat = file.stat()
+            state = self._files.get(file)
+            if state is not None and (state.inode != stat.st_ino or stat.st_size < state.read):
+                self._forget(file)
+                state = None
+            state = state or _FileState(0, 0, stat.st_ino)
+            if file.suffix == ".parquet":
+                if state.read != stat.st_size:
+                    self._forget(file)
+                    self._read_parquet(file)
+                    self._files[file] = _FileState(stat.st_size, 0, stat.st_ino)
+            elif stat.st_size > state.read:
+                self._files[file] = self._read_lines(file, state)
+        except OSError:
+            return  # it went meanwhile; the next refresh sees
+
+    def _read_lines(self, file: Path, state: _FileState) -> _FileState:
+        read, number = state.read, state.lines
+        is_evaluation = (file.parent / "settings.json").is_file() and file.name == "traces.jsonl"
+        rows: list[TraceRow] = []
+        with file.open("rb") as lines:
+            lines.seek(read)
+            while True:
+                line = lines.readline(_MAX_LINE_BYTES)
+                if not line.endswith(b"\n"):
+                    break  # not whole yet
+                begin, read, number = read, read + len(line), number + 1
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line)
+                    if is_evaluation:
+                        row = self._evaluation_row(file, number, begin, read, values)
+                    else:
+                        row = self._row(file, number, begin, read, TraceSummary.of(values))
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    self._count_damage(file)
+                    continue
+                rows.append(row)
+                if len(rows) >= _BATCH:
+                    self._add(rows)
+                    rows = []
+        self._add(rows)
+        if is_evaluation:
+            self._read_tokens(file.parent / "tokens.jsonl")
+        return _FileState(read, number, state.inode)
+
+    def _row(
+        self, file: Path, number: int, begin: int, end: int, summary: TraceSummary
+    ) -> TraceRow:
+        stem = file.name.removesuffix(".jsonl")
+        place = stem.removeprefix("step_").lstrip("0") or "0" if "step_" in stem[:5] else stem
+        return TraceRow(self._name(file, number), file, begin, end, place, None, summary)
+
+    def _name(self, file: Path, number: int) -> str:
+        inside = file.name if file == self.root else file.relative_to(self.root).as_posix()
+        return f"{inside}:{number}"
+
+    def _evaluation_row(
+        self, file: Path, number: int, begin: int, end: int, values: Any
+    ) -> TraceRow:
+        record = Record.from_json(values)
+        last = record.outcomes[-1] if record.outcomes else None
+        prompt, answer = self._problem(file.parent, record.key.problem)
+        stop = "error" if last is None else "budget" if last.out_of_budget else "completed"
+        summary = TraceSummary(
+            prompt=prompt or f"problem {record.key.problem}",
+            answer=answer,
+            group=f"{record.key.setting} · problem {record.key.problem}",
+            reward=None if last is None else last.score,
+            stop=stop,
+            chunks=0 if last is None else last.chunks,
+            length=0 if last is None else last.length,
+        )
+        name = self._name(file, number)
+        setting, sample = record.key.setting, record.key.sample
+        return TraceRow(name, file, begin, end, setting, sample, summary, record.error)
+
+    def _problem(self, folder: Path, number: int) -> tuple[str, str]:
+        if folder not in self._problems:
+            found = {}
+            path = folder / "problems.jsonl"
+            for line in path.read_bytes().splitlines() if path.is_file() else ():
+                try:
+                    values = json.loads(line)
+                    index = get_count(values, "problem")
+                    texts = get_text(values, "prompt")[:160], get_text(values, "answer")[:60]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+                found[index] = texts
+            self._problems[folder] = found
+        return self._problems[folder].get(number, ("", ""))
+
+    def _read_tokens(self, path: Path) -> None:
+        """Find the sampled tokens of an evaluation's traces."""
+        if not path.is_file() or not is_inside(path, self.root):
+            return
+        state = self._files.get(path, _FileState(0, 0, path.stat().st_ino))
+        read = state.read
+        with path.open("rb") as lines:
+            lines.seek(read)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                begin, read = read, read + len(line)
+                try:
+                    values = json.loads(line)
+                    key = (values["setting"], values["problem"], values["sample"])
+                    self.tokens[path.parent, str(key[0]), int(key[1]), int(key[2])] = begin, read
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    self._count_damage(path)
+        self._files[path] = _FileState(read, 0, state.inode)
+
+    def _read_parquet(self, file: Path) -> None:
+        from delethink.trace_io import read_traces
+
+        rows = []
+        try:
+            for number, record in enumerate(read_traces(file), start=1):
+                summary = TraceSummary.of(record.to_json())
+                rows.append(self._row(file, number, number, number, summary))
+        except UserError:
+            self._count_damage(file)
+        self._add(rows)
+
+    def _add(self, rows: list[TraceRow]) -> None:
+        if not rows:
+            return
+        with self._lock:
+            self.rows.extend(rows)
+            self.by_name |= {row.name: row for row in rows}
+            self.version += 1
+
+    def _forget(self, file: Path) -> None:
+        with self._lock:
+            self.rows = [row for row in self.rows if row.file != file]
+            self.by_name = {row.name: row for row in self.rows}
+            self.damaged.pop(str(file), None)
+            self._files.pop(file, None)
+            self.version += 1
+
+    def _count_damage(self, file: Path) -> None:
+        with self._lock:
+            self.damaged[str(file)] = self.damaged.get(str(file), 0) + 1
+            self.version += 1
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def find(self, name: str) -> TraceRow | None:
+        """Return the row of a trace by its name."""
+        with self._lock:
+            return self.by_name.get(name)
+
+    def snapshot(self) -> list[TraceRow]:
+        """Return the rows found so far."""
+        with self._lock:
+            return list(self.rows)
+
+    def read_line(self, row: TraceRow) -> Any:
+        """Return the values of a row's line.
+
+        Raises:
+            TraceFileError: the file has gone, or its line is another one now.
+        """
+        return read_part(row.file, row.begin, row.end, self.root, row.name)
+
+
+def read_part(file: Path, begin: int, end: int, root: Path, name: str) -> Any:
+    """Return the JSON value between two bytes of a file inside ``root``.
+
+    Raises:
+        TraceFileError: the file has gone, leads outside, or holds no JSON there.
+    """
+    try:
+        if not is_inside(file, root):
+            raise TraceFileError(f"{name} leads out of the folder")
+        with file.open("rb") as lines:
+            lines.seek(begin)
+            return parse_json(lines.read(end - begin), name, TraceFileError)
+    except OSError as error:
+        raise TraceFileError(f"{name} cannot be read any more: {error.strerror}") from None
+
+
+def is_inside(file: Path, root: Path) -> bool:
+    """Return whether a file, after all links, is ``root`` or inside it."""
+    real, home = file.resolve(), root.resolve()
+    return real == home or home in real.parents
+
+
+def trace_files(root: Path) -> Iterator[Path]:
+    """Yield the files of traces in a folder, in order of their names; or the file itself."""
+    if root.is_file():
+        yield root
+        return
+    found = 0
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in ("checkpoints", "superseded"))
+        for name in sorted(names):
+            if not name.endswith((".jsonl", ".parquet")) or name in _OTHER_FILES:
+                continue
+            file = Path(folder) / name
+            if not file.is_symlink() or is_inside(file, root):
+                found += 1
+                if found > _MAX_FILES:
+                    return
+                yield file

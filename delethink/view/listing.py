@@ -1,0 +1,163 @@
+"""Sorts, filters, searches and groups the list of traces."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from delethink.errors import ConfigError, did_you_mean
+from delethink.view.index import TraceIndex, TraceRow, is_inside
+
+_KEYS: dict[str, Callable[[TraceRow], Any]] = {
+    "step": lambda row: (row.place.isdecimal(), int(row.place) if row.place.isdecimal() else 0,
+                         row.place, row.name.rpartition(":")[0],
+                         int(row.name.rpartition(":")[2])),
+    "problem": lambda row: (row.summary.prompt, row.summary.group),
+    "reward": lambda row: (row.summary.reward is not None, row.summary.reward or 0.0),
+    "stop": lambda row: row.summary.stop,
+    "chunks": lambda row: row.summary.chunks,
+    "length": lambda row: row.summary.length,
+}  # fmt: skip
+PAGE_ROWS = 100
+_MAX_SEARCHED_BYTES = 2**31  # of a search in whole traces
+
+
+@dataclass(frozen=True)
+class ListQuery:
+    """A question to the list."""
+
+    sort: str = "step"
+    descending: bool = False
+    text: str = ""  # in the problem, the gold answer, the setting or the whole trace
+    stop: str = ""
+    reward: str = ""  # "high": at least 1; "low": less; "none": without
+    group: str = ""
+    offset: int = 0
+
+    @classmethod
+    def from_parameters(cls, values: Mapping[str, str]) -> ListQuery:
+        """Return the query of an address.
+
+        Raises:
+            ConfigError: a name or number is unknown.
+        """
+        sort, offset = values.get("sort", "step"), values.get("offset", "0")
+        if sort not in _KEYS:
+            raise ConfigError(f"unknown order {sort!r}.{did_you_mean(sort, _KEYS)}")
+        if not offset.isdecimal() or len(offset) > 12:
+            raise ConfigError(f"offset must be a whole number, got {offset!r:.40}")
+        return cls(
+            sort,
+            values.get("desc") == "1",
+            values.get("q", "")[:500],
+            values.get("stop", ""),
+            values.get("reward", ""),
+            values.get("group", ""),
+            int(offset),
+        )
+
+
+def matching_rows(index: TraceIndex, query: ListQuery) -> list[TraceRow]:
+    """Return the rows of a query, in its order."""
+    rows = [row for row in index.snapshot() if _fits(row, query)]
+    if query.text:
+        rows = _search(index, rows, query.text)
+    rows.sort(key=_KEYS[query.sort], reverse=query.descending)
+    return rows
+
+
+def _fits(row: TraceRow, query: ListQuery) -> bool:
+    summary = row.summary
+    if query.stop and summary.stop != query.stop:
+        return False
+    if query.group and summary.group != query.group:
+        return False
+    if not query.reward:
+        return True
+    if summary.reward is None:
+        return query.reward == "none"
+    return query.reward == ("high" if summary.reward >= 1 else "low")
+
+
+def _search(index: TraceIndex, rows: Sequence[TraceRow], text: str) -> list[TraceRow]:
+    """Return the rows with a text in their list entry, or in problem, answer or decoded trace."""
+    low = text.lower()
+    needle = json.dumps(text)[1:-1].encode()
+    found, by_file = set(), {}  # type: ignore[var-annotated]
+    for row in rows:
+        shown = f"{row.summary.prompt}\n{row.summary.answer}\n{row.place}\n{row.name}".lower()
+        if low in shown:
+            found.add(row.name)
+        elif row.sample is None and row.file.suffix == ".jsonl":
+            by_file.setdefault(row.file, []).append(row)
+    budget = _MAX_SEARCHED_BYTES
+    for file, own in by_file.items():
+        try:
+            if not is_inside(file, index.root) or budget < 0:
+                continue
+            with (
+                file.open("rb") as opened,
+                mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                budget -= len(data)
+                found |= {row.name for row in own if _is_in_texts(data, row, needle, text)}
+        except (OSError, ValueError):  # gone, or empty
+            continue
+    return [row for row in rows if row.name in found]
+
+
+def _is_in_texts(data: mmap.mmap, row: TraceRow, needle: bytes, text: str) -> bool:
+    if data.find(needle, row.begin, row.end) < 0:
+        return False
+    try:  # token ids and names of fields are no text
+        values = json.loads(data[row.begin : row.end])
+        return any(text in str(values.get(key) or "") for key in ("prompt", "answer", "text"))
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def row_values(row: TraceRow) -> dict[str, Any]:
+    """Return plain values of a row, for a page."""
+    summary = row.summary
+    return {
+        "name": row.name,
+        "step": row.place,
+        "sample": row.sample,
+        "problem": summary.prompt,
+        "group": summary.group,
+        "reward": summary.reward,
+        "stop": summary.stop,
+        "chunks": summary.chunks,
+        "length": summary.length,
+        "error": row.error,
+    }
+
+
+def grouped(rows: Sequence[TraceRow]) -> list[dict[str, Any]]:
+    """Return the groups of rows by problem, with the best and the worst trace of each."""
+    groups: dict[str, list[TraceRow]] = {}
+    for row in rows:
+        groups.setdefault(row.summary.group, []).append(row)
+    found = []
+    for key, own in groups.items():
+        scored = [row for row in own if row.summary.reward is not None]
+        ordered = sorted(scored, key=lambda row: (row.summary.reward, -row.summary.length))
+        rewards = [row.summary.reward or 0.0 for row in scored]
+        found.append(
+            {
+                "group": key,
+                "step": own[0].place,
+                "problem": own[0].summary.prompt,
+                "traces": len(own),
+                "reward": sum(rewards) / len(rewards) if rewards else None,
+                "best": ordered[-1].name if ordered else None,
+                "worst": ordered[0].name if ordered else None,
+                "best_reward": ordered[-1].summary.reward if ordered else None,
+                "worst_reward": ordered[0].summary.reward if ordered else None,
+                "length": sum(row.summary.length for row in own) / len(own),
+            }
+        )
+    return found

@@ -1,0 +1,278 @@
+"""Opens a trace of the list with everything to show: token texts, facts, rewards, the answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delethink.chunking import ChunkSpec, ThinkingState
+from delethink.errors import DelethinkError, TraceFileError
+from delethink.json_io import as_mapping, get_list, read_json
+from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
+from delethink.trace_io import TraceRecord, read_traces
+from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
+from delethink.view.index import TraceIndex, TraceRow, is_inside, read_part
+
+_TOKEN_VALUES = {"entropies": "entropy", "trainer_logprobs": "difference"}  # of stored chunks
+_MAX_NOTE_CHARACTERS = 20_000
+
+
+class TraceOpener:
+    """Opens traces of an index.
+
+    Args:
+        index: the list.
+        tokenizer: name or folder; ``None`` for the one that the folder names.
+    """
+
+    def __init__(self, index: TraceIndex, tokenizer: str | None = None) -> None:
+        self.index = index
+        self._tokenizer = tokenizer
+        self._texts: dict[str | None, tuple[TokenTexts, str]] = {}  # by model: texts, advice
+
+    def open(self, row: TraceRow) -> TraceView:
+        """Return a trace with everything to show about it.
+
+        Raises:
+            TraceFileError: it cannot be read any more, or has another version.
+        """
+        if row.sample is not None:
+            return self._open_evaluated(row)
+        if row.file.suffix == ".parquet":
+            record = next(r for n, r in enumerate(read_traces(row.file), 1) if n == row.begin)
+            return self._open_record(row, record, {})
+        values = self.index.read_line(row)
+        try:
+            record = TraceRecord.from_json(values)
+        except TraceFileError as error:
+            raise TraceFileError(f"{row.name}: {error}") from None
+        return self._open_record(row, record, values)
+
+    def texts(self, folder: Path, setting: str | None = None) -> tuple[TokenTexts, str]:
+        """Return the texts of tokens, and advice where there is no tokenizer."""
+        model = self._tokenizer or model_of(folder, setting)
+        if model not in self._texts:
+            self._texts[model] = _load_texts(model)
+        return self._texts[model]
+
+    def _open_record(
+        self, row: TraceRow, record: TraceRecord, values: Mapping[str, Any]
+    ) -> TraceView:
+        trace, problem = record.trace, record.problem
+        texts, advice = self.texts(self._home(row.file))
+        parts = {f"reward {name}": value for name, value in record.rewards.items()}
+        facts = {
+            "step": row.place,
+            "reward": record.reward,
+            **(parts if len(parts) > 1 or record.reward is None else {}),
+            "advantage": record.advantage,
+            "stop": trace.stop.value,
+            "chunks": len(trace.thinking),
+            "sampled tokens": f"{trace.length:,}",
+            "gold answer": problem.answer[:200],
+        }
+        if not _is_step(row):
+            facts["file"] = facts.pop("step")
+        if record.advantage is None:
+            del facts["advantage"]
+        notes = {
+            "problem": problem.prompt,
+            **{f"error of reward {name}": text for name, text in record.reward_errors.items()},
+            "tokens are shown by their ids": advice,
+            "text of the trace": (record.text or "")[:_MAX_NOTE_CHARACTERS] if advice else "",
+        }
+        return TraceView(
+            trace,
+            texts,
+            title=row.name,
+            facts=facts,
+            notes=notes,
+            answer=None if advice else answer_place(trace, texts),
+            values=_stored_values(trace, values),
+            workers=[_worker(chunk) for chunk in values.get("chunks", [])],
+        )
+
+    def _home(self, file: Path) -> Path:
+        """Return the folder of the run of a file, inside the root."""
+        for folder in file.parents:
+            if not is_inside(folder, self.index.root):
+                break
+            if (folder / "config.yaml").is_file() or (folder / "settings.json").is_file():
+                return folder
+        return file.parent
+
+    def _open_evaluated(self, row: TraceRow) -> TraceView:
+        folder = row.file.parent
+        record = self.index.read_line(row)
+        key = (folder, row.place, int(record["problem"]), int(row.sample or 0))
+        texts, advice = self.texts(folder, row.place)
+        outcomes = record["outcomes"]
+        facts = {
+            "setting": row.place,
+            "problem": record["problem"],
+            "sample": row.sample,
+            "score": row.summary.reward,
+            "stop": row.summary.stop,
+            "chunks": row.summary.chunks,
+            "thinking tokens": f"{row.summary.length:,}",
+            "gold answer": row.summary.answer or "not stored",
+            "right by budget": ", ".join(
+                f"{o['budget']:,} {'✓' if o['score'] else '✕'}" for o in outcomes
+            ),
+        }
+        notes = {"problem": row.summary.prompt, "error": row.error or ""}
+        notes["tokens are shown by their ids"] = advice
+        part = self.index.tokens.get(key)
+        if part is None:
+            notes["no tokens"] = "the evaluation has not stored the tokens of this trace"
+            chunk = Chunk((), (), (), StopReason.ERROR, error=row.error)
+            return TraceView(Trace((), (chunk,), TraceStop.ERROR), texts, row.name, facts, notes)
+        values = read_part(folder / "tokens.jsonl", *part, self.index.root, row.name)
+        trace = _evaluated_trace(values, _setting(folder, row.place), row)
+        answer = None if advice else answer_place(trace, texts)
+        return TraceView(trace, texts, row.name, facts, notes, answer)
+
+
+def _is_step(row: TraceRow) -> bool:
+    return row.file.name.startswith("step_")
+
+
+def _worker(chunk: Any) -> str | None:
+    found = chunk.get("worker") if isinstance(chunk, Mapping) else None
+    return None if found is None else str(found)
+
+
+def _stored_values(trace: Trace, values: Mapping[str, Any]) -> dict[str, list[Sequence[float]]]:
+    """Return what a run stored beside log-probs, as far as it fits the tokens."""
+    found: dict[str, list[Sequence[float]]] = {}
+    stored = values.get("chunks", [])
+    for key, name in _TOKEN_VALUES.items():
+        columns = [chunk.get(key) for chunk in stored if isinstance(chunk, Mapping)]
+        lists: list[Sequence[float]] = []
+        for column, chunk in zip(columns, trace.chunks, strict=False):
+            numbers = _numbers(column, len(chunk.output_ids))
+            if name == "difference":
+                pairs = zip(chunk.logprobs, numbers, strict=False)
+                numbers = [engine - trainer for engine, trainer in pairs]
+            lists.append(numbers)
+        if not any(lists):
+            continue
+        found[name] = lists
+    return found
+
+
+def _numbers(column: Any, count: int) -> list[float]:
+    """Return a stored column if it has a number for each token, else an empty one."""
+    if not isinstance(column, list) or len(column) != count:
+        return []
+    return column if all(isinstance(number, (int, float)) for number in column) else []
+
+
+# -- evaluations -------------------------------------------------------------------------------
+
+
+def _setting(folder: Path, key: str) -> Mapping[str, Any]:
+    """Return the sizes of a setting of an evaluation, by the key of its records."""
+    settings = as_mapping(read_json(folder / "settings.json", TraceFileError), "settings.json")
+    for one in get_list(settings, "settings"):
+        way = "longcot"
+        if one["mode"] != "longcot":
+            way = f"delethink C={one['context_size']} m={one['carryover_size']}"
+            way += f" carryover={one['carryover']}" if one["carryover"] else ""
+            way += "" if one["carryover"] else f" head={one['head_size']}"
+            way += "+" if one["head_outside"] else ""
+        if f"{one['model']} | {way}" == key:
+            return as_mapping(one, "a setting")
+    raise TraceFileError(f"settings.json in {folder} has no setting {key!r} any more")
+
+
+def _evaluated_trace(values: Mapping[str, Any], setting: Mapping[str, Any], row: TraceRow) -> Trace:
+    """Return the trace of stored tokens; carried ones follow from the rule, or are stored."""
+    outputs: list[list[int]] = values["output_ids"]
+    query = tuple(values.get("query_ids", ()))
+    logprobs = values.get("logprobs") or [[] for _ in outputs]
+    prompts = values.get("prompts")  # of carryovers that do not follow from the sizes
+    roles = values.get("roles") or ["thinking"] * len(outputs)
+    spec = ChunkSpec(
+        setting["context_size"],
+        setting["carryover_size"],
+        setting["max_chunks"],
+        setting["head_size"],
+        setting["head_outside"],
+    )
+    state, chunks = ThinkingState(spec, query or (0,)), []
+    for index, output in enumerate(outputs):
+        is_last = index == len(outputs) - 1
+        stop = StopReason.LENGTH
+        if is_last and row.summary.stop == "completed":
+            stop = StopReason.EOS
+        carried = tuple(prompts[index]) if prompts else tuple(state.carried)
+        if not prompts and not is_last:
+            state = state.advance(output, StopReason.LENGTH)
+        prompt, role = query + carried, ChunkRole(roles[index])
+        chunks.append(
+            Chunk(prompt, tuple(output), tuple(logprobs[index]), stop, len(carried), None,
+                  role=role)
+        )  # fmt: skip
+    end = {"completed": TraceStop.COMPLETED, "budget": TraceStop.BUDGET}
+    return Trace(query, tuple(chunks), end.get(row.summary.stop, TraceStop.ERROR))
+
+
+# -- tokenizers --------------------------------------------------------------------------------
+
+
+def model_of(folder: Path, setting: str | None = None) -> str | None:
+    """Return the name or folder of the tokenizer for the traces in a folder, if it tells.
+
+    Args:
+        folder: a run, an evaluation, or the folder of a trace file.
+        setting: of an evaluation: the setting of the trace.
+    """
+    final = folder / "checkpoints" / "final"
+    if (final / "tokenizer_config.json").is_file():
+        return str(final)
+    try:
+        if (folder / "settings.json").is_file():
+            values = as_mapping(read_json(folder / "settings.json", TraceFileError), "settings")
+            models = [str(one["model"]) for one in get_list(values, "settings")]
+            fitting = [m for m in models if setting is None or setting.startswith(f"{m} |")]
+            return fitting[0] if fitting else None
+        if (folder / "config.yaml").is_file():
+            import yaml
+
+            text = (folder / "config.yaml").read_text("utf-8")
+            return str(as_mapping(yaml.safe_load(text), "config.yaml")["model"])
+    except (DelethinkError, KeyError, ValueError, TypeError, OSError, ImportError):
+        return None
+    return None
+
+
+class _FastTokenizer:
+    """The decoder of a ``tokenizer.json``, without the seconds that transformers takes to load."""
+
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._inner: Any = Tokenizer.from_file(str(file))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._inner.decode(ids, skip_special_tokens=False))
+
+
+def _load_texts(model: str | None) -> tuple[TokenTexts, str]:
+    """Return the texts of a model's tokens, or their ids and the reason."""
+    if model is None:
+        return token_texts(None), "the folder names no model: pass --tokenizer NAME"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # looking at a trace asks no server
+    try:
+        from delethink.engines.loading import load_tokenizer, locate
+
+        file = Path(locate(model, "tokenizer")) / "tokenizer.json"
+        if file.is_file():
+            return token_texts(_FastTokenizer(file)), ""
+        return token_texts(load_tokenizer(model)), ""
+    except Exception as error:  # a tokenizer of any library, for a file of anybody
+        reason = f"the tokenizer of {model} cannot be loaded ({error}): pass --tokenizer NAME"
+        return token_texts(None), reason
