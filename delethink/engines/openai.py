@@ -3,57 +3,77 @@
     server = OpenAIServer("http://127.0.0.1:8000/v1", "my-model", tokenizer)
     trace = asyncio.run(run_rollout(server, spec, query, Sampling(0.6, seed=1)))
 
-Token ids are sent and returned if the server supports them (vLLM does). Otherwise prompts and
-outputs travel as text, and boundaries are only as exact as the tokenizer's round trip. Log-probs
-are not requested: all of them are 0, so the traces cannot be trained on.
+The first request finds the server's dialect (``openai_probe.py``) and says it in one line: whether
+token ids or text travel, and what is lost. Options that the server provably ignores are refused.
+Log-probs are not kept: all of them are 0, so the traces cannot be trained on.
 
 The ``openai`` client handles connections, timeouts, keys and retries. Its waits between retries
-grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error.
+grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error. A cancelled call
+closes its request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import openai
 
+from delethink.engines.openai_dialect import (
+    SHOWN_CHARACTERS,
+    Answer,
+    Dialect,
+    RefusedError,
+    Request,
+    join_stream,
+    make_request,
+    new_tokens,
+    read_answer,
+    to_completion,
+)
+from delethink.engines.openai_models import choose_model, list_models
+from delethink.engines.openai_probe import find_dialect, ignored_options
 from delethink.errors import ConfigError, PolicyError
 from delethink.output import get_logger, safe_text
-from delethink.policy import Completion, Sampling
-from delethink.redaction import HIDDEN, redact, register_secret, register_url
+from delethink.policy import Completion, Sampling, TokenListener
+from delethink.redaction import HIDDEN, register_secret, register_url
+from delethink.thinking_marks import marks_of
 from delethink.tokenization import Tokenizer
-from delethink.types import StopReason, TokenIds
-
-Dialect = Literal["ids", "plain ids", "text"]
+from delethink.types import TokenIds
 
 _logger = get_logger(__name__)
-_DIALECTS: tuple[Dialect, ...] = ("ids", "plain ids", "text")  # the most exact first
-_STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _RETRIED_STATUSES = {408, 409, 429}  # and 500 and above; the openai client retries these
+# A server may crash over a form of request that it does not know.
+_CRASHES = {500, 501}
+_CRASH_RETRIES = 1
 _KEY_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError)
 _CONNECT_TIMEOUT_S = 20.0
-_SHOWN_CHARACTERS = 80  # of a malformed response
-_ERROR_CHARACTERS = 200  # of an error response
-
-
-class _RefusedError(ConfigError):
-    """A request rejected by the server, perhaps only in this dialect."""
+_SHOWN_MALFORMED = 100  # characters of a malformed response
+_TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
 class OpenAIServer:
     """Policy over HTTP.
 
     Args:
-        base_url: address including the version, ``http://127.0.0.1:8000/v1``.
+        base_url: address of the server, ``http://127.0.0.1:8000/v1``; without a version, ``/v1`` is
+            tried too.
         model: name of the model on the server; ``None`` takes the only model served.
         tokenizer: tokenizer of the model, for servers that accept text only.
         api_key: key sent with each request; it is redacted in every text of this process.
         eos_ids: token ids that end an answer.
         timeout_s: seconds to wait for a response.
+        announce: prints a line about the dialect; by default it is logged, as a warning if chunk
+            boundaries are not exact.
+        checks_options: whether a few tokens are sampled, at the first use of a sampling option, to
+            see that the server heeds it.
 
     Attributes:
         dialect: form in which tokens travel; ``None`` before the first request.
+        base_url: the address in use.
         max_model_tokens: longest sequence in tokens; ``None`` if the server does not list it.
 
     Raises:
@@ -70,6 +90,8 @@ class OpenAIServer:
         eos_ids: TokenIds = (),
         retries: int = 8,
         timeout_s: float = 600.0,
+        announce: Callable[[str], None] | None = None,
+        checks_options: bool = True,
     ) -> None:
         register_secret(api_key)
         register_url(base_url)
@@ -79,13 +101,14 @@ class OpenAIServer:
                 f"--base-url must start with http:// or https://, got {safe_text(base_url)!r}; for "
                 "example http://127.0.0.1:8000/v1"
             )
-        self._address = safe_text(base_url, lines=False)  # for error texts
         self.dialect: Dialect | None = None
+        self._announce = announce
+        self._checked: set[tuple[object, ...]] | None = set() if checks_options else None
         self._tokenizer: Any = tokenizer
         self._eos_ids = list(eos_ids)
+        self._end_of_thinking = marks_of(tokenizer).end or ""
         connect_s = min(timeout_s, _CONNECT_TIMEOUT_S)
         self._options: dict[str, Any] = {
-            "base_url": base_url,
             # Without a value here, the client sends OPENAI_API_KEY to any server.
             "api_key": api_key or "EMPTY",
             # No limit on the wait for a free connection, of which there are 1,000.
@@ -93,6 +116,7 @@ class OpenAIServer:
         }
         self._clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
         self._negotiations: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+        self.base_url, self._address = base_url, self._clean(base_url)  # the latter for error texts
         self.model, self.max_model_tokens = self._find_model(model)
 
     async def generate(
@@ -101,15 +125,85 @@ class OpenAIServer:
         """Sample at most ``max_new_tokens`` tokens after ``prompt_ids``.
 
         Raises:
-            ConfigError: the server rejects the request, the key or the model; a retry is useless.
-            PolicyError: the request failed, and so did its retries.
+            ConfigError: the server rejects the request, the key, the model or an option; a retry is
+                useless.
+            PolicyError: the request failed, and so did its retries; or the answer does not fit the
+                dialect, as when the server was replaced.
         """
-        if self.dialect is None:
+        dialect = await self.negotiate(prompt_ids, sampling)
+        return await self._complete(dialect, prompt_ids, max_new_tokens, sampling)
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """Sample as ``generate`` does, and pass on tokens as they arrive.
+
+        Servers that do not return token ids give all tokens at the end. After the first tokens
+        nothing is retried.
+        """
+        dialect = await self.negotiate(prompt_ids, sampling)
+        if dialect.answers != "ids":
+            done = await self._complete(dialect, prompt_ids, max_new_tokens, sampling)
+            on_tokens(done.token_ids, done.logprobs)
+            return done
+        request = self._request(dialect, prompt_ids, max_new_tokens, sampling)
+        body = {**request.body, "stream": True, "stream_options": {"include_usage": True}}
+        pieces: list[Mapping[str, Any]] = []
+        given = 0
+        try:
+            async with await self._client().post(
+                "/completions",
+                cast_to=object,
+                body=body,
+                stream=True,
+                stream_cls=openai.AsyncStream[object],
+            ) as events:
+                async for event in events:
+                    if not isinstance(event, Mapping):
+                        raise ValueError(f"no piece of a completion: {event!r}")
+                    pieces.append(event)
+                    ids = tuple(new_tokens(event))
+                    if ids:
+                        on_tokens(ids, (0.0,) * len(ids))
+                    given += len(ids)
+            answer = read_answer(join_stream(pieces), self._end_of_thinking)
+            done = to_completion(
+                dialect, answer, request, self._tokenizer, self._eos_ids, max_new_tokens
+            )
+        except openai.APIError as error:
+            if _is_refusal(status := _status(error)):
+                raise self._refusal(error, status) from None
+            raise PolicyError(f"the stream broke off: {self._describe(error)}") from None
+        except ConfigError:
+            raise
+        except ValueError as error:
+            text = self._clean(str(error))[:_SHOWN_MALFORMED]
+            raise PolicyError(f"malformed stream: {text}") from None
+        if len(done.token_ids) > given:  # an EOS token that the server keeps
+            on_tokens(done.token_ids[given:], done.logprobs[given:])
+        return done
+
+    async def negotiate(self, prompt_ids: TokenIds, sampling: Sampling | None = None) -> Dialect:
+        """Return the dialect, found with a prompt at the first call, and check sampling options.
+
+        Raises:
+            ConfigError, PolicyError: see ``generate``.
+        """
+        used = sampling or Sampling(0.0)
+        if self.dialect is None or self._is_unchecked(used):
             # A lock belongs to one loop, like a connection.
             lock = self._negotiations.setdefault(asyncio.get_running_loop(), asyncio.Lock())
             async with lock:
-                self.dialect = self.dialect or await self._negotiate(prompt_ids)
-        return await self._complete(self.dialect, prompt_ids, max_new_tokens, sampling)
+                if self.dialect is None:
+                    self.dialect = await self._find_dialect(prompt_ids)
+                    self._say(str(self.dialect), is_limit=not self.dialect.is_exact)
+                if self._is_unchecked(used):
+                    await self._check_options(self.dialect, prompt_ids, used)
+        return self.dialect
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""
@@ -117,142 +211,142 @@ class OpenAIServer:
         if client := self._clients.pop(asyncio.get_running_loop(), None):
             await client.close()
 
-    async def _negotiate(self, prompt_ids: TokenIds) -> Dialect:
-        """Return the most exact dialect in which the server samples one token."""
-        refusals = []
-        for dialect in _DIALECTS:
-            try:
-                await self._complete(dialect, prompt_ids, 1, Sampling(0.0))
-            except _RefusedError as error:
-                refusals.append(error)
-                continue
-            if dialect != "ids":
-                _logger.warning(
-                    "the server does not return token ids: boundaries are as exact as text allows"
-                )
-            return dialect
-        raise refusals[0]
+    async def _find_dialect(self, prompt_ids: TokenIds) -> Dialect:
+        async def ask(
+            dialect: Dialect, number: int, sampling: Sampling, **fields: Any
+        ) -> tuple[Request, Answer]:
+            request = self._request(dialect, prompt_ids, number, sampling)
+            request.body.update(fields)
+            return request, await self._answer(request, is_probe=True)
+
+        try:
+            return await find_dialect(ask, self._tokenizer, prompt_ids)
+        except RefusedError as error:
+            raise RefusedError(self._clean(str(error)), error.status) from None
+        except ConfigError as error:
+            raise ConfigError(self._clean(str(error))) from None
+
+    def _is_unchecked(self, sampling: Sampling) -> bool:
+        return self._checked is not None and _options_of(sampling) not in self._checked
+
+    async def _check_options(
+        self, dialect: Dialect, prompt_ids: TokenIds, sampling: Sampling
+    ) -> None:
+        """Refuse options that the server ignores, and say which others it does not heed."""
+        assert self._checked is not None
+
+        async def sample(number: int, other: Sampling) -> tuple[int, ...]:
+            done = await self._complete(dialect, prompt_ids, number, other)
+            return tuple(map(int, done.token_ids))
+
+        if sampling.temperature:
+            for limit in await ignored_options(sample, sampling):
+                self._say(limit, is_limit=True)
+        self._checked.add(_options_of(sampling))
+
+    def _say(self, text: str, *, is_limit: bool) -> None:
+        """Print or log a line about the server."""
+        line = self._clean(f"server at {self._address}: {text}")
+        if self._announce is not None:
+            self._announce(line)
+        else:
+            (_logger.warning if is_limit else _logger.info)(line)
 
     async def _complete(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
         """Send one request, again if the response is malformed."""
         request = self._request(dialect, prompt_ids, max_new_tokens, sampling)
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:  # connections belong to one loop
-            self._clients[loop] = openai.AsyncOpenAI(max_retries=self._retries, **self._options)
-        for _ in range(self._retries + 1):
-            try:
-                response = await self._clients[loop].completions.create(**request)
-                return self._completion(dialect, response, max_new_tokens)
-            except openai.APIError as error:
-                status = getattr(error, "status_code", 500)  # 500 stands for no response
-                if status < 500 and status not in _RETRIED_STATUSES:
-                    raise self._refusal(error) from None
-                reason = self._describe(error)
-                break
-            except ConfigError:
-                raise
-            except ValueError as error:  # not JSON, or not a completion
-                reason = f"malformed response: {self._clean(str(error))}"
-        raise PolicyError(f"the request failed, also after {self._retries} retries: {reason}")
+        own = self._tokenizer, self._eos_ids, max_new_tokens
+        completion: Completion = await self._answer(
+            request, lambda answer: to_completion(dialect, answer, request, *own)
+        )
+        return completion
 
     def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> dict[str, Any]:
-        """Return the arguments of ``client.completions.create``."""
-        request: dict[str, Any] = {
-            "model": self.model,
-            "prompt": list(prompt_ids),
-            "max_tokens": max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-        }
-        if dialect != "ids" and (sampling.top_k or sampling.min_p):
-            raise ConfigError(
-                f"the server at {self._address} has no top-k and min-p, which the API of OpenAI "
-                "does not have either: leave out --top-k and --min-p, or use a vLLM server"
-            )
-        if dialect == "text":
-            bos_id = getattr(self._tokenizer, "bos_token_id", None)  # the server adds this token
-            ids = prompt_ids[1:] if bos_id is not None and prompt_ids[0] == bos_id else prompt_ids
-            request["prompt"] = str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-        if dialect == "ids":
-            request["extra_body"] = {
-                # A server takes unset values from the checkpoint's generation config, which would
-                # change the distribution.
-                "top_k": sampling.top_k or -1,
-                "min_p": sampling.min_p,
-                "repetition_penalty": 1.0,
-                "return_token_ids": True,
-                "skip_special_tokens": False,
-                "stop_token_ids": self._eos_ids,
-            }
-        return request
+    ) -> Request:
+        own = self.model, self._tokenizer, self._eos_ids
+        return make_request(dialect, *own, prompt_ids, max_new_tokens, sampling)
 
-    def _completion(self, dialect: Dialect, response: Any, max_new_tokens: int) -> Completion:
-        """Convert a response; a malformed one is a ``ValueError``."""
-        try:
-            choice = response.choices[0]
-            reason, text = choice.finish_reason, choice.text
-            ids = choice.model_extra.get("token_ids")
-        except (AttributeError, IndexError, TypeError):
-            text = self._clean(str(response))  # before it is cut, since half a key is a key too
-            raise ValueError(f"no completion in {text[:_SHOWN_CHARACTERS]!r}") from None
-        if not isinstance(text, str):
-            raise ValueError(f"the text of a completion must be a string, got {type(text)}")
-        if not isinstance(reason, str) or reason not in _STOP_REASONS:
-            text = self._clean(str(reason))[:_SHOWN_CHARACTERS]
-            raise ValueError(f"unknown finish_reason {text!r}; known: {', '.join(_STOP_REASONS)}")
-        stop = _STOP_REASONS[reason]
-        if ids is None:
-            if dialect == "ids":
-                raise _RefusedError(f"the server at {self._address} returns no token ids")
-            # The tokens of the text may outnumber the sampled ones.
-            ends = self._eos_ids[:1] if stop is StopReason.EOS else []
-            # Tokens of a repeated key would be written to files.
-            ids = self._tokenizer(redact(text), add_special_tokens=False)["input_ids"]
-            ids = ids[: max_new_tokens - len(ends)] + ends
-        if not ids:
-            raise ValueError("no token in the response")
-        return Completion(tuple(ids), (0.0,) * len(ids), stop)
+    async def _answer(
+        self, request: Request, read: Callable[[Answer], Any] = lambda a: a, is_probe: bool = False
+    ) -> Any:
+        """Return the answer to a request, as read; a malformed one is asked for again.
+
+        To a probe, a server that crashes or answers nonsense has refused this form of request.
+        """
+        reason, failures = "", 0
+        while failures <= self._retries:
+            failures += 1
+            try:
+                response = await self._post(request.body, is_probe)
+                return read(read_answer(response, self._end_of_thinking))
+            except openai.APIError as error:
+                status = _status(error)
+                if _is_refusal(status) or (is_probe and status in _CRASHES):
+                    raise self._refusal(error, status) from None
+                reason, is_probe = self._describe(error), False
+                break
+            except RefusedError as error:
+                raise RefusedError(self._clean(str(error)), error.status) from None
+            except ConfigError:
+                raise
+            except ValueError as error:  # not JSON, or not a completion
+                text = self._clean(str(error))  # before it is cut, since half a key is a key too
+                reason = f"malformed response: {text[:_SHOWN_MALFORMED]}"
+        text = f"the request failed, also after {self._retries} retries: {reason}"
+        raise RefusedError(text, 500) if is_probe else PolicyError(text)
+
+    async def _post(self, body: dict[str, Any], is_probe: bool) -> Any:
+        """Return the body of the response to a request; a probe does not wait for crashes."""
+        client = self._client()
+        if is_probe:
+            brief = client.with_options(max_retries=min(_CRASH_RETRIES, self._retries))
+            try:
+                return await brief.post("/completions", cast_to=object, body=body)
+            except openai.APIError as error:
+                status = _status(error)
+                if _is_refusal(status) or status in _CRASHES:
+                    raise
+        return await client.post("/completions", cast_to=object, body=body)
+
+    def _client(self) -> openai.AsyncOpenAI:
+        """Return the client of the running event loop, to which its connections belong."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = openai.AsyncOpenAI(
+                base_url=self.base_url, max_retries=self._retries, **self._options
+            )
+        return self._clients[loop]
 
     def _find_model(self, model: str | None) -> tuple[str, int | None]:
         """Return the name and longest sequence of ``model``; a server need not list its models."""
-        listed: dict[str, Any] = {}
+
+        def open_client(base_url: str) -> openai.OpenAI:
+            return openai.OpenAI(base_url=base_url, max_retries=0, **self._options)
+
         try:
-            opened = openai.OpenAI(max_retries=0, **self._options)
-        except Exception as error:  # of httpx or httpx2, by the version of the client
-            raise ConfigError(
-                f"--base-url is no address of a server: {self._describe(error)}"
-            ) from None
-        try:
-            with opened as client:
-                listed = {str(entry.id): entry for entry in client.models.list().data}
+            models = list_models(self.base_url, open_client)
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(
                 f"the server at {self._address} cannot be reached: {self._describe(error)}"
             ) from None
         except _KEY_ERRORS as error:
-            raise self._refusal(error) from None
-        except (openai.APIError, ValueError, TypeError, AttributeError):
-            pass  # no list of models
-        if model is None and len(listed) == 1:
-            model = next(iter(listed))
-        if model is None or (listed and model not in listed):
-            names = self._clean(", ".join(listed)) or "no model"
+            raise self._refusal(error, error.status_code) from None
+        except Exception as error:  # of httpx or httpx2, by the version of the client
             raise ConfigError(
-                f"the server at {self._address} lists {names}, not {model!r}; name one with "
-                "--served-model"
-            )
-        window = getattr(listed.get(model), "max_model_len", None)
-        return model, window if isinstance(window, int) else None
+                f"--base-url is no address of a server: {self._describe(error)}"
+            ) from None
+        self.base_url, self._address = models.base_url, self._clean(models.base_url)
+        name = choose_model(models, model, self._clean)
+        return name, models.window(name)
 
-    def _refusal(self, error: openai.APIError) -> ConfigError:
+    def _refusal(self, error: openai.APIError, status: int) -> ConfigError:
         reason = self._describe(error)
         if not isinstance(error, _KEY_ERRORS):
-            return _RefusedError(f"the server at {self._address} rejects the request: {reason}")
+            text = f"the server at {self._address} rejects the request: {reason}"
+            return RefusedError(text, status)
         return ConfigError(
             f"the server at {self._address} rejects the API key ({reason}); set the key in the "
             "environment variable that --api-key-env names"
@@ -263,11 +357,35 @@ class OpenAIServer:
         if not isinstance(error, openai.APIStatusError):
             cause = error.__cause__ or error
             return self._clean(f"{type(cause).__name__}: {cause}".strip(": "))
-        text = self._clean(" ".join(error.response.text.split())) or "no text"
-        return f"HTTP {error.status_code}: {text[:_ERROR_CHARACTERS]}"
+        page = error.response.text
+        if page.lstrip()[:1] == "<":  # of a proxy
+            page = _TAGS.sub(" ", page)
+        text = self._clean(" ".join(page.split())) or "no text"
+        return f"HTTP {error.status_code}: {text[:SHOWN_CHARACTERS]}"
 
     def _clean(self, text: str) -> str:
         """Return a text of the server that is safe to show; also a short key is redacted."""
         if self._api_key:
             text = text.replace(self._api_key, HIDDEN)
         return safe_text(text, lines=False)
+
+
+def _status(error: openai.APIError) -> int:
+    """Return the HTTP status of an error; 0 without a response."""
+    return getattr(error, "status_code", None) or 0
+
+
+def _is_refusal(status: int) -> bool:
+    """Return whether a request of this status would fail again."""
+    return 0 < status < 500 and status not in _RETRIED_STATUSES
+
+
+def _options_of(sampling: Sampling) -> tuple[object, ...]:
+    """Return the options in use, whatever their values."""
+    if not sampling.temperature:
+        return ()
+    cut = replace(sampling, seed=None, hint=None)
+    return (
+        sampling.seed is not None,
+        *(getattr(cut, name) != getattr(Sampling(), name) for name in ("top_p", "top_k", "min_p")),
+    )

@@ -116,10 +116,11 @@ def test_an_evaluation_over_http(
     assert KEY not in written + said.out + said.err
 
 
-@pytest.mark.parametrize("dialect", ["ids", "text"])
+@pytest.mark.parametrize("dialect", ["token ids", "log-probs", "text"])
 def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialect: str) -> None:
     """Greedy, over boundaries: the same tokens as ``transformers``, with ids or text."""
     from delethink.engines.openai import OpenAIServer
+    from delethink.engines.openai_dialect import Dialect
     from delethink.engines.transformers import TransformersEngine
     from delethink.envs.automaton import AutomatonTask
 
@@ -128,13 +129,16 @@ def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialec
     problems = [AutomatonTask(3, 10).problem("heldout", i) for i in range(6)]
     queries = [query_ids(tokenizer, problem) for problem in problems]
     samplings = [Sampling(0.0)] * len(queries)
-    served = OpenAIServer(server, None, tokenizer, api_key=KEY, eos_ids=ends)
+    lines: list[str] = []
+    served = OpenAIServer(server, None, tokenizer, api_key=KEY, eos_ids=ends, announce=lines.append)
     assert served.max_model_tokens
     own = TransformersEngine(model, ends, int(tokenizer.pad_token_id))
 
     async def over_http() -> list[tuple[int, ...]]:
         if dialect == "text":
-            served.dialect = "text"
+            served.dialect = Dialect(asks="text", answers="text")
+        elif dialect == "log-probs":
+            served.dialect = Dialect(answers="logprobs")
         traces = await run_rollouts(served, spec, queries, samplings)
         await served.disconnect()
         assert all(trace.stop is TraceStop.COMPLETED for trace in traces), traces[0].error
@@ -143,4 +147,36 @@ def test_what_it_says_is_what_the_model_says_in_this_process(server: str, dialec
 
     expected = [t.output_ids for t in asyncio.run(run_rollouts(own, spec, queries, samplings))]
     assert asyncio.run(over_http()) == expected
-    assert served.dialect == dialect
+    if dialect == "token ids":
+        assert served.dialect == Dialect(counts_prompt=True)
+        assert lines[0].endswith("gets token ids back: chunk boundaries are exact")
+
+
+def test_a_stream_gives_the_tokens_of_a_completion_and_its_options_are_checked(server: str) -> None:
+    """A hot request with a cut is greedy on vLLM, and the address needs no version."""
+    from delethink.engines.openai import OpenAIServer
+    from delethink.envs.automaton import AutomatonTask
+
+    tokenizer, model = load_tokenizer("toy"), load_model("toy", "float32")
+    query = query_ids(tokenizer, AutomatonTask(3, 10).problem("heldout", 0))
+    lines: list[str] = []
+    served = OpenAIServer(
+        server.removesuffix("/v1"),
+        None,
+        tokenizer,
+        api_key=KEY,
+        eos_ids=eos_ids(model, tokenizer),
+        announce=lines.append,
+    )
+    sampling = Sampling(0.6, 1, top_p=0.9, top_k=5, min_p=0.05)
+    pieces: list[int] = []
+
+    async def both() -> list[tuple[int, ...]]:
+        streamed = await served.stream(query, 30, sampling, lambda ids, _: pieces.extend(ids))
+        whole = await served.generate(query, 30, sampling)
+        await served.disconnect()
+        return [tuple(streamed.token_ids), tuple(whole.token_ids)]
+
+    streamed, whole = asyncio.run(both())
+    assert tuple(pieces) == streamed == whole
+    assert len(lines) == 1  # no option is ignored

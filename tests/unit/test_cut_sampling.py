@@ -89,19 +89,22 @@ def test_the_engine_in_process_samples_from_the_cut_distribution(options: dict[s
 
 def test_a_server_gets_it_or_the_option_is_refused() -> None:
     pytest.importorskip("openai")
-    from delethink.engines.openai import OpenAIServer
+    from evaluation_fakes import LetterTokenizer
 
-    server: Any = object.__new__(OpenAIServer)
-    server.model, server._eos_ids, server._address = "m", [1], "http://x"
-    server._tokenizer = type("Letters", (), {"decode": lambda self, ids, **o: "x"})()
-    request = server._request("ids", (5,), 3, Sampling(0.6, 1, top_p=0.9, top_k=20, min_p=0.1))
-    assert request["top_p"] == 0.9
-    assert (request["extra_body"]["top_k"], request["extra_body"]["min_p"]) == (20, 0.1)
-    for dialect in ("text", "tokens"):
-        assert server._request(dialect, (5,), 3, Sampling(0.6, 1, top_p=0.9))["top_p"] == 0.9
-        for options in ({"top_k": 20}, {"min_p": 0.1}):
-            with pytest.raises(ConfigError, match="leave out --top-k and --min-p"):
-                server._request(dialect, (5,), 3, Sampling(0.6, 1, **options))
+    from delethink.engines.openai_dialect import Dialect, make_request
+
+    def request(dialect: Dialect, **options: Any) -> dict[str, Any]:
+        sampling = Sampling(0.6, 1, **options)
+        return make_request(dialect, "m", LetterTokenizer(), [1], (5,), 3, sampling).body
+
+    for dialect in (Dialect(), Dialect(asks="text", answers="text")):
+        body = request(dialect, top_p=0.9, top_k=20, min_p=0.1)
+        assert (body["top_p"], body["top_k"], body["min_p"]) == (0.9, 20, 0.1)
+    plain = Dialect(answers="text", extends=False)
+    assert request(plain, top_p=0.9)["top_p"] == 0.9
+    for options in ({"top_k": 20}, {"min_p": 0.1}):
+        with pytest.raises(ConfigError, match="leave out --top-k and --min-p"):
+            request(plain, **options)
 
 
 def test_every_chunk_of_a_trace_is_sampled_with_it() -> None:
