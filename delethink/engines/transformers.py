@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DEFAULT_BATCH_SIZE = 256
+_DRAWS_AT_ONCE = 64  # a call for each token and row would cost more than the numbers
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,13 @@ class TransformersEngine:
         rows = [(self._pad_id,) * (longest - len(p)) + p for p in prompts]
         masks = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         limits = torch.tensor([request.max_new_tokens for request in batch])
-        sampler = _GumbelSampler([request.sampling for request in batch], self._generator)
+        sampler = _Sampler([request.sampling for request in batch], self._generator)
         training, settings = self.model.training, self.model.generation_config
         self.model.eval()
         # A checkpoint's own settings (a repetition penalty, say) would change the distribution to
         # another one than the trainer's.
         self.model.generation_config = GenerationConfig()
-        # Greedy decoding, because _GumbelSampler adds noise: the highest score is the sample.
+        # Greedy decoding, because _Sampler gives the token that it drew the highest score.
         config = GenerationConfig(
             max_new_tokens=int(limits.max()),
             do_sample=False,
@@ -196,7 +197,7 @@ class TransformersEngine:
             self.model.generation_config = settings
         sampled = sequences[:, longest:].cpu()
         completions = []
-        for row, logprobs, request in zip(sampled, sampler.logprobs(sampled), batch, strict=True):
+        for row, logprobs, request in zip(sampled, sampler.logprobs(), batch, strict=True):
             ids = row[: request.max_new_tokens].tolist()
             ends = [i for i, token in enumerate(ids) if token in self._eos_ids]
             stop = StopReason.EOS if ends else StopReason.LENGTH
@@ -229,11 +230,12 @@ def cut(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -math.inf)
 
 
-class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
+class _Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
     """Samples each row with its own temperature and seed, and keeps log-probs of the samples.
 
-    The highest of (log-probs + Gumbel noise) is a sample from the distribution (the Gumbel-max
-    trick), so a seeded row does not depend on the rest of its batch.
+    One uniform number a token selects the token at that height of the cumulated probabilities. A
+    row costs one random number then, not one for each token of the vocabulary, and a seeded row
+    does not depend on the rest of its batch.
     """
 
     def __init__(self, samplings: list[Sampling], shared: torch.Generator) -> None:
@@ -243,36 +245,52 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
         self._generators = [
             shared if s.seed is None else torch.Generator().manual_seed(s.seed) for s in samplings
         ]
-        self._unseeded = shared if all(s.seed is None for s in samplings) else None
-        self._kept: list[torch.Tensor] = []  # log-probs of sampled tokens, [B] each
-        self._last: torch.Tensor | None = None  # log-probs of the next token, [B, V]
+        self._kept: list[torch.Tensor] = []  # probabilities of sampled tokens, [B] each
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self._last is not None:
-            self._keep(input_ids[:, -1].cpu())
-        temperatures = self._temperatures.to(scores.device)
-        logits = scores.float() / temperatures[:, None]
+        """Return probabilities [B, V], with the one of each sampled token replaced by 2."""
+        device = scores.device
+        if bool((self._temperatures != 1).any()):
+            scores = scores / self._temperatures.to(device)[:, None]
         if self._samplings:
-            logits = cut(logits, self._samplings)
-        self._last = torch.log_softmax(logits, dim=-1)
-        shape = self._last.shape
-        if self._unseeded is not None:
-            times = torch.empty(shape).exponential_(generator=self._unseeded)
-        else:
-            rows = [torch.empty(shape[1]).exponential_(generator=g) for g in self._generators]
-            times = torch.stack(rows)
-        noise = (-times.log()).masked_fill(self._greedy[:, None], 0.0)
-        return self._last + noise.to(scores.device)
+            scores = cut(scores, self._samplings)
+        probs = torch.softmax(scores.float(), dim=-1)
+        tokens = self._draw(probs)
+        if bool(self._greedy.any()):
+            # Of the scores, because rounding may make two probabilities equal.
+            tokens = torch.where(self._greedy.to(device), scores.argmax(dim=-1), tokens)
+        self._kept.append(probs.gather(1, tokens[:, None])[:, 0])
+        return probs.scatter_(1, tokens[:, None], 2.0)
 
-    def logprobs(self, sampled: torch.Tensor) -> torch.Tensor:
-        """Return the log-probs [B, T] of the sampled tokens [B, T]."""
-        self._keep(sampled[:, -1])
-        return torch.stack(self._kept, dim=1)
+    def logprobs(self) -> torch.Tensor:
+        """Return the log-probs [B, T] of the sampled tokens."""
+        return torch.stack(self._kept, dim=1).log().cpu()
 
-    def _keep(self, tokens: torch.Tensor) -> None:
-        assert self._last is not None
-        index = tokens.to(self._last.device)[:, None]
-        self._kept.append(self._last.gather(1, index)[:, 0].cpu())
+    def _draw(self, probs: torch.Tensor) -> torch.Tensor:
+        if bool(self._greedy.all()):
+            return torch.zeros(len(probs), dtype=torch.int64, device=probs.device)
+        place = len(self._kept) % _DRAWS_AT_ONCE
+        if place == 0:
+            rows = [
+                torch.rand(_DRAWS_AT_ONCE, generator=g, dtype=torch.float64)
+                for g in self._generators
+            ]
+            self._draws = torch.stack(rows).to(probs.device, _exact_float(probs.device))
+        return draw_tokens(probs, self._draws[:, place])
+
+
+def draw_tokens(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Return a token [B] of each row of ``probs`` [B, V], given ``draws`` [B] in [0, 1)."""
+    # In float32 the sum near 1 would lose rare tokens of a large vocabulary.
+    heights = probs.cumsum(dim=-1, dtype=_exact_float(probs.device))
+    # The last height differs from 1 by rounding.
+    tokens = torch.searchsorted(heights, draws[:, None] * heights[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=probs.shape[1] - 1)
+
+
+def _exact_float(device: torch.device) -> torch.dtype:
+    """Return the widest float of a device; Apple's has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _RowLimit(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy

@@ -12,7 +12,7 @@ from tiny_models import EOS, make_qwen2
 from transformers import PreTrainedModel
 
 from delethink.chunking import ChunkSpec
-from delethink.engines.transformers import TransformersEngine
+from delethink.engines.transformers import TransformersEngine, draw_tokens
 from delethink.errors import WeightSyncError
 from delethink.policy import Completion, Sampling
 from delethink.rollout import run_rollouts
@@ -93,6 +93,33 @@ def test_a_seed_decides_the_tokens_whatever_the_batch(model: Any) -> None:
     in_twos = ask(engine_of(model, max_batch_size=2), samplings)
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [c.token_ids for c in together] == [c.token_ids for c in in_twos]
+
+
+def test_a_seed_decides_a_long_output_whatever_its_limit(model: Any) -> None:
+    """More tokens than random numbers drawn at once, and a prefix that a smaller budget gives."""
+    engine = TransformersEngine(model, [], pad_id=0)
+    seeds = [Sampling(1.0, seed=i) for i in range(4)]
+    long = ask(engine, seeds, limits=[100, 97, 80, 100])
+    short = ask(engine, seeds, limits=[70, 9, 66, 1])
+    for whole, start in zip(long, short, strict=True):
+        assert whole.token_ids[: len(start.token_ids)] == start.token_ids
+        assert len(set(whole.token_ids)) > 3
+
+
+@pytest.mark.parametrize("token", [0, 1, 100_000, 262_142, 262_143])
+def test_every_token_of_a_large_vocabulary_has_its_own_draw(token: int) -> None:
+    """In float32 a sum near 1 has room for 2^24 heights: rare tokens would share one."""
+    probs = torch.full((2, 262_144), 2.0**-26)
+    probs[:, 200_000] += 1 - probs[0].sum()
+    heights = probs[0].double().cumsum(-1)
+    middle = (heights[token] - 2.0**-27) / heights[-1]
+    assert draw_tokens(probs, middle.repeat(2)).tolist() == [token] * 2
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 4)
+    draws = torch.tensor([0.0, 0.5, 0.5 - 1e-12, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_tokens(probs, draws).tolist() == [1, 3, 1, 3]
 
 
 def test_without_seeds_the_engines_own_decides(model: Any) -> None:
