@@ -28,6 +28,7 @@ _EXTRAS = {
     "reasoning_gym": "tasks",
     "ray": "ray",
     "vllm": "vllm",
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
 }
 _ISOLATIONS = {
     "bubblewrap": "bubblewrap and sandlock",

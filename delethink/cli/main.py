@@ -86,6 +86,15 @@ _COMMANDS = (
         "delethink view runs/quickstart",
     ),
     _Command(
+        "serve",
+        "delethink.cli.serve",
+        options.add_serve_options,
+        "serve a model whose thinking goes past its window, for any OpenAI client",
+        "Serve the API of OpenAI with chunked thinking, over own engines or in front of a server "
+        "that is already there: docs/guide/serve.md",
+        "delethink serve -m toy -C 90 --carryover-size 45 --max-chunks 9 --answer-tokens 16",
+    ),
+    _Command(
         "doctor",
         "delethink.cli.doctor",
         options.add_doctor_options,

@@ -277,6 +277,102 @@ def _add_output(add: Any, parent: str) -> None:
     add("--json", action="store_true", help="print JSON; progress goes to stderr")
 
 
+def add_serve_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``delethink serve``."""
+    add = command.add_argument_group("model").add_argument
+    text = "folder, Hugging Face id, or toy for the shipped model; with --base-url, the tokenizer"
+    add("-m", "--model", help=f"{text} (default: the served model's)")
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="chat template (Jinja) for a model that has none, or instead of its own",
+    )
+    _add_engine(add)
+    add = command.add_argument_group("thinking (k is 1,024)").add_argument
+    add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (default 8k)")
+    add("--carryover-size", metavar="TOKENS", help="carryover size m (default: half of C)")
+    _add_carryover(add)
+    add("--head-outside", action="store_true", help="carry the head on top of m")
+    add("--max-chunks", default="5", metavar="N", help="chunks I of a trace (default 5)")
+    add(
+        "--answer-tokens",
+        default="2k",
+        metavar="TOKENS",
+        help="room kept back for the answer in every context (default 2k)",
+    )
+    add(
+        "--query-tokens",
+        default="4k",
+        metavar="TOKENS",
+        help="longest query for which an engine makes room (default 4k)",
+    )
+    add(
+        "--effort",
+        action="append",
+        default=[],
+        metavar="NAME=TOKENS",
+        help="thinking tokens of a reasoning_effort, e.g. low=2k (repeatable; default: a sixteenth "
+        "of the budget for minimal, a quarter for low, half for medium, all for high)",
+    )
+    add("--end-loops", action="store_true", help="end thinking that repeats itself, and answer")
+    add = command.add_argument_group("sampling, where a request names no value").add_argument
+    add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="most probable tokens of mass P")
+    add("--top-k", type=int, default=0, metavar="K", help="K most probable tokens (default all)")
+    lowest = "drop tokens below P times the highest probability (default 0)"
+    add("--min-p", type=float, default=0.0, metavar="P", help=lowest)
+    _add_server(command)
+    _add_listening(command.add_argument_group("listening and limits").add_argument)
+
+
+def _add_listening(add: Any) -> None:
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    add("--port", type=int, default=8100, help="port; 0 for a free one (default 8100)")
+    add("--name", help="name of the model for clients (default: that of -m)")
+    add("--keys-file", type=Path, metavar="FILE", help="keys that clients must send, one a line")
+    add(
+        "--keys-env",
+        default="DELETHINK_SERVE_KEYS",
+        metavar="NAME",
+        help="environment variable with keys, separated by commas (default %(default)s)",
+    )
+    add("--no-keys", action="store_true", help="serve other machines without keys")
+    add(
+        "--max-traces",
+        type=int,
+        default=64,
+        metavar="N",
+        help="traces sampled at once (default 64)",
+    )
+    add("--max-queue", type=int, default=256, metavar="N", help="traces that wait (default 256)")
+    add("--max-body", default="4M", metavar="BYTES", help="longest body of a request (default 4M)")
+    add(
+        "--thinking-time",
+        type=float,
+        metavar="SECONDS",
+        help="end the thinking of a trace after this time, and answer (default: no limit)",
+    )
+    add(
+        "--keepalive",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="time between comments in a silent stream (default 5)",
+    )
+    add(
+        "--reasoning-field",
+        choices=("both", "reasoning", "reasoning_content"),
+        default="both",
+        help="field of the thinking in responses (default both)",
+    )
+    add(
+        "--log-requests",
+        action="store_true",
+        help="print a line for each request, without its texts",
+    )
+
+
 def add_cost_options(command: argparse.ArgumentParser) -> None:
     """Add the options of ``delethink cost``."""
     add = command.add_argument_group("model").add_argument

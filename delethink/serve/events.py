@@ -24,11 +24,12 @@ class EndReason(str, Enum):
     LOOP = "loop"  # the thinking repeated itself
     TIME = "time"  # the time of thinking was over
     STOP = "stop"  # a stop string in the thinking ended the trace
+    NONE = "none"  # the query ended the thinking before it began
 
     @property
     def is_forced(self) -> bool:
         """Return whether the mark was written for the model."""
-        return self not in (EndReason.MARK, EndReason.STOP)
+        return self not in (EndReason.MARK, EndReason.STOP, EndReason.NONE)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class ThinkingLimits:
     thinking_tokens: int | None = None  # of all chunks together; by default the spec's budget
     total_tokens: int | None = None  # sampled tokens; the answer keeps half, up to answer_tokens
     thinking_time_s: float | None = None  # then the thinking is ended and the answer sampled
+    is_answer_only: bool = False  # the query itself ends the thinking
 
     def __post_init__(self) -> None:
         for name, least in (("answer_tokens", 1), ("thinking_tokens", 0), ("total_tokens", 1)):
@@ -195,7 +196,7 @@ class _TraceRun:
     rule: ReadingRule
     answer_policy: Policy | None
     emit: Callable[[ThinkingEvent], None]
-    usage: TraceUsage = field(default_factory=TraceUsage)
+    usage: TraceUsage = field(init=False)
     reason: EndReason | None = None  # of the end of thinking
     finished: bool = False  # the answer ended, or a stop string was found
     answer_limit: int = 0  # tokens of the answer, set when it begins
@@ -206,12 +207,18 @@ class _TraceRun:
         self.thinking_budget = self.limits.thinking_budget(self.spec)
         self.num_thinking = 0  # sampled tokens of thinking, without written carryovers
         self.mark_ids = self.model.mark_ids
+        self.usage = TraceUsage(prompt_tokens=len(self.query_ids))
 
     async def run(self) -> None:
         """Sample the trace, and emit its events."""
         if self.limits.thinking_time_s is not None:
             self.deadline = asyncio.get_running_loop().time() + self.limits.thinking_time_s
-        context = await self._think()
+        if self.limits.is_answer_only:
+            context, self.reason = self.query_ids, EndReason.NONE
+            self.reader.phase = Phase.ANSWER
+            self._begin_answer(len(context))
+        else:
+            context = await self._think()
         reason = self.reason or EndReason.BUDGET
         if reason.is_forced:
             context = _without_ends(context, self.model.eos_ids) + self.mark_ids

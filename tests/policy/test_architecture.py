@@ -62,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
     | SETTINGS
     | SCORING
     | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_io"},
-    "serve": ROLLOUT | SETTINGS | {"engines"},
+    "serve": ROLLOUT | SETTINGS | {"", "engines"},
     "view": ROLLOUT
     | SHOWN
     | {"engines", "evaluation", "trace_html", "trace_index", "trace_io", "trace_map"},

@@ -41,6 +41,7 @@ MAY_WRITE_JSON = {
     "rewards/reasoning_gym.py": "a key of a cache, in memory",
     "view/listing.py": "a search pattern, in memory",
     "scoring/": "messages between processes",
+    "serve/sending.py": "answers to clients, in which texts of the model stay as they are",
 }
 
 

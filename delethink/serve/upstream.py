@@ -1,0 +1,83 @@
+"""The server behind this one: completions for chunks, and requests that it answers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import openai
+
+from delethink.engines.openai import OpenAIServer
+from delethink.engines.openai_dialect import Dialect, Request
+from delethink.errors import ConfigError
+from delethink.policy import Sampling
+from delethink.serve.api_errors import ApiError
+from delethink.tokens import TokenIds
+
+_HEALTH_TIME_S = 5.0
+_PASSED_HEADERS = ("content-type", "retry-after")
+
+
+class UpstreamServer(OpenAIServer):
+    """An OpenAI-compatible server with fields that a client adds to its requests."""
+
+    _fields: Mapping[str, Any] = {}
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Self:
+        """Return the same server, asked with further fields."""
+        if not fields:
+            return self
+        other = copy.copy(self)
+        other._fields = {**self._fields, **fields}
+        return other
+
+    def _request(
+        self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> Request:
+        request = super()._request(dialect, prompt_ids, max_new_tokens, sampling)
+        for name, value in self._fields.items():
+            request.body.setdefault(name, value)  # what makes the chunks exact stays
+        return request
+
+    async def is_healthy(self) -> bool:
+        """Return whether the server answers."""
+        client = self._client().with_options(max_retries=0, timeout=_HEALTH_TIME_S)
+        try:
+            await client.get("/models", cast_to=object)
+        except openai.APIStatusError as error:
+            return bool(error.status_code < 500)
+        except (openai.APIError, ConfigError, ValueError):
+            return False
+        return True
+
+    @asynccontextmanager
+    async def forward(
+        self, path: str, body: Mapping[str, Any]
+    ) -> AsyncIterator[tuple[int, dict[str, str], AsyncIterator[bytes]]]:
+        """Send a request on, and give status, headers and bytes of the response as they come.
+
+        Raises:
+            ApiError: the server does not answer.
+        """
+        client = self._client().with_options(max_retries=0)
+        sent = {**body, "model": self.model}
+        try:
+            async with client.with_streaming_response.post(
+                path, cast_to=object, body=sent
+            ) as response:
+                headers = _passed(response.headers)
+                yield response.status_code, headers, response.iter_bytes()
+        except openai.APIStatusError as error:
+            yield error.status_code, _passed(error.response.headers), _once(error.response.content)
+        except openai.APIError as error:
+            raise ApiError(502, f"the server behind this one failed: {error}") from None
+
+
+def _passed(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in _PASSED_HEADERS if name in headers}
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
