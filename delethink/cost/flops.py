@@ -19,19 +19,30 @@ Numbers = Any  # a number or an array of numbers, broadcast by NumPy
 CACHE_BLOCK_TOKENS = 16  # vLLM's default block; a prefix cache holds whole blocks
 
 
-def visible_pairs(start: Numbers, stop: Numbers, window: int | None) -> FloatArray:
+def visible_pairs(
+    start: Numbers, stop: Numbers, window: int | None, chunked: bool = False
+) -> FloatArray:
     """Return the number of query-key pairs under a causal mask and a window W.
 
-    The queries are at positions ``start`` to ``stop - 1``: the sum over p of min(p + 1, W).
+    The queries are at positions ``start`` to ``stop - 1``: the sum over p of min(p + 1, W), or of
+    p mod W + 1 if attention is ``chunked``.
     """
 
     def pairs_before(position: Numbers) -> FloatArray:
         position = np.asarray(position, float)
-        ramp = position if window is None else np.minimum(position, window)
-        full = 0 if window is None else (position - ramp) * window
+        if window is None:
+            return np.asarray(position * (position + 1) / 2)
+        ramp = position % window if chunked else np.minimum(position, window)
+        full = (position - ramp) * ((window + 1) / 2 if chunked else window)
         return np.asarray(ramp * (ramp + 1) / 2 + full)
 
     return np.asarray(pairs_before(stop) - pairs_before(start))
+
+
+def _flat_flops(shape: ModelShape) -> float:
+    """Return the FLOPs of one token but for mixing and the head: 2 N, and products beside N."""
+    beside = sum(part.token_flops * count for part, count in shape.feed_forwards)
+    return 2.0 * shape.token_weights + beside
 
 
 def forward_flops(
@@ -39,15 +50,15 @@ def forward_flops(
 ) -> FloatArray:
     """Return the FLOPs of one forward pass over positions ``start`` to ``stop - 1``.
 
-    2 N (stop - start) for the weights, pairs times FLOPs per pair for attention, and 2 V d for each
-    position with logits, of which there are ``heads``. The cache holds ``start`` tokens before the
-    pass. ``masked`` also counts the pairs hidden by the causal mask or a window, as kernels with a
-    mask and ``FlopCounterMode`` of torch do.
+    2 N (stop - start) for the weights, the few products beside them, pairs times FLOPs per pair for
+    attention, and 2 V d for each position with logits, of which there are ``heads``. The cache
+    holds ``start`` tokens before the pass. ``masked`` also counts the pairs hidden by the causal
+    mask or a window, as kernels with a mask and ``FlopCounterMode`` of torch do.
     """
     tokens = np.asarray(stop, float) - start
-    total = 2.0 * shape.token_weights * tokens + 2.0 * shape.head_weights * np.asarray(heads)
+    total = _flat_flops(shape) * tokens + 2.0 * shape.head_weights * np.asarray(heads)
     for mixer, count in shape.mixers:
-        pairs = tokens * stop if masked else visible_pairs(start, stop, mixer.window)
+        pairs = tokens * stop if masked else visible_pairs(start, stop, mixer.window, mixer.chunked)
         total = total + count * (mixer.pair_flops * pairs + mixer.token_flops * tokens)
     return np.asarray(total, float)
 
@@ -59,9 +70,9 @@ def decode_flops(shape: ModelShape, start: Numbers, stop: Numbers) -> FloatArray
     single query has no masked pair.
     """
     tokens = np.asarray(stop, float) - start
-    total = 2.0 * (shape.token_weights + shape.head_weights) * tokens
+    total = (_flat_flops(shape) + 2.0 * shape.head_weights) * tokens
     for mixer, count in shape.mixers:
-        pairs = visible_pairs(start, stop, mixer.window)
+        pairs = visible_pairs(start, stop, mixer.window, mixer.chunked)
         total = total + count * (mixer.decode_pair_flops * pairs + mixer.token_flops * tokens)
     return np.asarray(total, float)
 

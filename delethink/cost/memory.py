@@ -25,6 +25,19 @@ def cache_bytes(
         seen = tokens if mixer.window is None else np.minimum(tokens, mixer.window)
         kept = np.ceil(np.asarray(seen, float) / block) * block
         total = total + count * dtype_bytes * (mixer.cache_numbers * kept + mixer.state_numbers)
+        total = total + count * 4 * mixer.float32_numbers
+    return np.asarray(total, float)
+
+
+def read_bytes(shape: ModelShape, tokens: Numbers, dtype_bytes: int = 2) -> FloatArray:
+    """Return the bytes of caches that a decoding step reads for a sequence of ``tokens``.
+
+    Those of the cache, and again those that a layer reads from the cache of an earlier one.
+    """
+    total = cache_bytes(shape, tokens, dtype_bytes)
+    for mixer, count in shape.mixers:
+        seen = tokens if mixer.window is None else np.minimum(tokens, mixer.window)
+        total = total + count * dtype_bytes * mixer.shared_numbers * np.asarray(seen, float)
     return np.asarray(total, float)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from delethink.cost.flops import Chunks, FloatArray, Numbers, decode_flops, prefill_flops
 from delethink.cost.hardware import Accelerator, Efficiency
-from delethink.cost.memory import cache_bytes
+from delethink.cost.memory import cache_bytes, read_bytes
 from delethink.cost.shape import ModelShape
 
 _POINTS = (np.arange(8) + 0.5) / 8  # positions within a chunk at which decoding is evaluated
@@ -36,9 +36,8 @@ def moved_weight_bytes(shape: ModelShape, batch: Numbers, dtype_bytes: int) -> F
     1 - (1 - k/E)^b, if the router's choices are independent and uniform.
     """
     embedding = 0 if shape.tied_embeddings else shape.head_weights  # only single rows are read
-    total = np.full_like(
-        np.asarray(batch, float), shape.parameters - shape.expert_weights - embedding
-    )
+    rows = embedding + shape.row_parameters
+    total = np.full_like(np.asarray(batch, float), shape.parameters - shape.expert_weights - rows)
     for part, count in shape.feed_forwards:
         if part.experts:
             chosen = 1 - (1 - part.experts_per_token / part.experts) ** np.asarray(batch, float)
@@ -85,7 +84,7 @@ def sampling_time(
     steps = decode_steps(mean, longest, traces, concurrent)
     batch = traces * mean / steps  # average traces per step
     weights = moved_weight_bytes(shape, batch, size) / batch
-    moved = weights[..., None, None, None] + caches
+    moved = weights[..., None, None, None] + read_bytes(shape, context, size)
     compute = decode_flops(shape, context - 1, context)
     moving = moved / (device.bandwidth * parallel * efficiency.bandwidth)
     computing = compute / (device.peak_flops * parallel * efficiency.decode)
