@@ -156,6 +156,8 @@ def _report_problems(
         progress.log(f"accuracy: {accuracy}, the first reward (evaluation.reward names another)")
 
 
+TENSORBOARD = "tensorboard"  # folder of the event files in a run
+
 # -- training ----------------------------------------------------------------------------------
 
 
@@ -300,6 +302,16 @@ def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | No
     trainer.save_weights(FINAL_CHECKPOINT)
 
 
+def _write_tensorboard(trainer: RunTrainer, folder: Path) -> None:
+    """Write the event files to ``folder``; by default they would lie among the checkpoints."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    trainer.remove_callback(TensorBoardCallback)
+    writer = SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
+    trainer.add_callback(TensorBoardCallback(writer))
+
+
 def _fit(
     state: RunState,
     table: ResultsTable,
@@ -343,6 +355,8 @@ def _fit(
         final_dtype=base_dtype,
         callbacks=[state.weights.gathered, state],
     )
+    if "tensorboard" in recipe.training.report_to:
+        _write_tensorboard(trainer, state.directory.path / TENSORBOARD)
     state.progress.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
     try:
         fit_ranks(trainer, ranks, checkpoint)

@@ -103,7 +103,8 @@ def test_adapters_are_merged_into_the_final_checkpoint(folder: Path) -> None:
 def test_metrics_are_reported_to_tensorboard(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (folder / "run").rglob("events.out.tfevents.*")
+    (events,) = (folder / "run" / "tensorboard").glob("events.out.tfevents.*")
+    assert list((folder / "run").rglob("events.out.tfevents.*")) == [events]
     seen = EventAccumulator(str(events)).Reload()
     scalars = seen.Tags()["scalars"]
     assert {"train/delethink/entropy", "train/delethink/by_chunk/entropy/1"} <= set(scalars)
