@@ -77,9 +77,9 @@ class RunDirectory:
     ``config.yaml``: resolved recipe. ``versions.json``: versions, hardware and commit.
     ``problems.json``: numbers of problems used and left out. ``metrics.jsonl``: one object per
     optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``checkpoints/``.
-    ``tensorboard/``: event files, if the recipe asks for them. ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
-    ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
-    from which the run was resumed.
+    ``tensorboard/``: event files, if the recipe asks for them. ``table.json`` and ``curves.png``:
+    results. ``finished.json``: present when the run is finished. ``resumed.jsonl``: one line per
+    resume. ``superseded/``: files of steps after the checkpoint from which the run was resumed.
     """
 
     def __init__(self, path: Path) -> None:

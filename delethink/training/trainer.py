@@ -308,7 +308,7 @@ def _write_tensorboard(trainer: RunTrainer, folder: Path) -> None:
     from transformers.integrations import TensorBoardCallback
 
     trainer.remove_callback(TensorBoardCallback)
-    writer = SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(log_dir=str(folder))
     trainer.add_callback(TensorBoardCallback(writer))
 
 
