@@ -97,7 +97,8 @@ def _evaluate(
         own = [setting for setting in settings if setting.model == model]
         return needed_context(own, problems.problems, plan, tokenizer)
 
-    open_model = _opener(arguments, engine, longest)
+    progress = EvaluationProgress(stderr=arguments.json)
+    open_model = _opener(arguments, engine, longest, progress.print)
     found = {model: marks_of_model(model, **_tokenizer_options(arguments)) for model in models}
     evaluation = Evaluation(
         problems,
@@ -110,7 +111,6 @@ def _evaluate(
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         end_of_thinking={model: marks.end for model, marks in found.items()},
     )
-    progress = EvaluationProgress(stderr=arguments.json)
     if problems.left_out:
         listed = ", ".join(f"{number} {reason}" for reason, number in problems.left_out.items())
         progress.print(f"left out of {problems.name}: {listed}")
@@ -256,7 +256,10 @@ def _modes(arguments: argparse.Namespace) -> list[str]:
 
 
 def _opener(
-    arguments: argparse.Namespace, engine: EngineConfig, longest: Callable[[str, Tokenizer], int]
+    arguments: argparse.Namespace,
+    engine: EngineConfig,
+    longest: Callable[[str, Tokenizer], int],
+    announce: Callable[[str], None],
 ) -> ModelOpener:
     if arguments.base_url is None:
         return local_models(
@@ -269,4 +272,5 @@ def _opener(
         api_key=os.environ.get(arguments.api_key_env),
         retries=arguments.retries,
         timeout_s=arguments.timeout,
+        announce=announce,
     )

@@ -235,8 +235,10 @@ class OpenAIServer:
         """Refuse options that the server ignores, and say which others it does not heed."""
         assert self._checked is not None
 
+        short_ids = prompt_ids[:2]  # after little text a model is less sure of the next token
+
         async def sample(number: int, other: Sampling) -> tuple[int, ...]:
-            done = await self._complete(dialect, prompt_ids, number, other)
+            done = await self._complete(dialect, short_ids, number, other)
             return tuple(map(int, done.token_ids))
 
         if sampling.temperature:

@@ -286,8 +286,9 @@ class _Detection:
 
 # -- options that a server ignores ---------------------------------------------------------------
 
-_HOT = (100.0, 2.0)  # temperatures that make sampling nearly uniform; the API of OpenAI ends at 2
-_COMPARED_TOKENS = 4
+_HOT = (100.0, 2.0)  # nearly uniform, and the highest temperature of the API, and of vLLM
+_COMPARED_TOKENS = 16
+_ATTEMPTS = 3
 _STRICTEST: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 1e-6},
     "top_k": {"top_k": 1},
@@ -295,7 +296,7 @@ _STRICTEST: dict[str, dict[str, Any]] = {
 }
 
 Sample = Callable[[int, Sampling], Awaitable[tuple[int, ...]]]
-"""Samples tokens after the first prompt: (number of tokens, sampling)."""
+"""Samples tokens after a short prompt: (number of tokens, sampling)."""
 
 
 async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
@@ -316,7 +317,10 @@ async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
     except (PolicyError, RefusedError):
         return ["whether it heeds temperature and seed is not known"]
     if one == greedy and other == greedy:
-        return ["its answers do not depend on the temperature, or they are cached"]
+        return [
+            f"its answers at temperature 0 and {hot.temperature:g} are the same, so it is not known "
+            "whether it heeds its sampling options"
+        ]
     for name, strictest in _STRICTEST.items():
         if getattr(used, name) != getattr(Sampling(), name):
             await _check_heeded(sample, name, replace(hot, **strictest))
@@ -329,7 +333,7 @@ async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
 
 async def _check_heeded(sample: Sample, name: str, strictest: Sampling) -> None:
     """Raise a ``ConfigError`` if a hot request with the strictest cut is not greedy."""
-    for _ in range(2):  # near-ties may differ with the batch
+    for _ in range(_ATTEMPTS):  # near-ties may differ with the batch
         greedy = await sample(_COMPARED_TOKENS, Sampling(0.0))
         if greedy == await sample(_COMPARED_TOKENS, strictest):
             return

@@ -590,7 +590,7 @@ def test_a_cut_that_the_server_ignores_is_refused(habits: dict[str, Any], name: 
     ("ignored", "note"),
     [
         ((), ""),
-        (("temperature",), "do not depend on the temperature"),
+        (("temperature",), "at temperature 0 and 100 are the same"),
         (("seed",), "the same seed gives other answers"),  # LM Studio, omlx issue 640
     ],
     ids=["none", "temperature", "seed"],
