@@ -106,7 +106,6 @@ def _greet(address: str, name: str, has_keys: bool) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if has_keys else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     echo(f"serving {name} at {address}", stderr=True)  # standard output may be a pipe, and wait
-    header = "Content-Type: application/json"
     curl = f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     echo(curl, stderr=True)
 

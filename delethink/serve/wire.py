@@ -24,12 +24,12 @@ _SUMMED = ("chunks", "boundaries", "carried_tokens", "reencoded_tokens")
 
 
 class TidyText:
-    """Text of thinking without its opening mark, and of an answer without empty lines before it."""
+    """Text of thinking without its opening mark, and without empty lines before it or an answer."""
 
     def __init__(self, start_mark: str | None) -> None:
         self._start = start_mark or ""
         self._held: str | None = ""  # ``None`` once the thinking has begun
-        self._skips_lines = False
+        self._skips_lines = True
         self._is_answering = False
 
     def push(self, phase: Phase, text: str) -> str:
@@ -44,9 +44,8 @@ class TidyText:
             begun = self._held.lstrip()
             if len(begun) < len(self._start) and self._start.startswith(begun):
                 return ""
-            text = self._held
-            if self._start and begun.startswith(self._start):
-                text, self._skips_lines = begun[len(self._start) :], True
+            has_start = self._start and begun.startswith(self._start)
+            text = begun[len(self._start) :] if has_start else self._held
             self._held = None
         if self._skips_lines:
             text = text.lstrip("\r\n")

@@ -1,0 +1,52 @@
+"""A server in this process, on a loopback port that the system chooses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from made_up_reasoner import EOS, TOKENIZER
+
+from delethink import ChunkSpec, Sampling
+from delethink.serve.app import make_app
+from delethink.serve.service import ThinkingService
+from delethink.serve.settings import ServeSettings
+from delethink.serve.thinking import ThinkingModel
+
+_PATIENCE_S = 60
+
+
+def service_of(policy: Any, spec: ChunkSpec | None = None, **settings: Any) -> ThinkingService:
+    """Returns a service over a policy with the tokenizer of the made-up reasoner."""
+    window = settings.pop("window", 1000)
+    given = {"answer_tokens": 40, "sampling": Sampling(0.0), **settings}
+    own = ServeSettings("made-up", spec or ChunkSpec(30, 10, 5), **given)
+    return ThinkingService(own, ThinkingModel(policy, TOKENIZER, window, eos_ids=(EOS,)))
+
+
+@contextmanager
+def serving(service: ThinkingService) -> Iterator[str]:
+    """Runs the server in a thread, and gives its address."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        make_app(service), log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+    thread.start()
+    try:
+        waited = threading.Event()
+        while not server.started:
+            assert thread.is_alive()
+            waited.wait(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(_PATIENCE_S)
+        sock.close()
