@@ -34,7 +34,14 @@ from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.scoring.rollouts import attempt_from_text, mark_setting
 from delethink.scoring.scorer import make_scorer
 from delethink.tasks import SelectedProblems, Task, demonstrations_of, rewards_of, select_problems
-from delethink.thinking_marks import AUTO, OPTION, find_thinking_marks, marks_of, shown_ends
+from delethink.thinking_marks import (
+    AUTO,
+    OPTION,
+    SETTING,
+    find_thinking_marks,
+    marks_of,
+    shown_ends,
+)
 from delethink.tokenization import (
     bind_marks,
     check_thinking_is_open,
@@ -332,8 +339,9 @@ def check_marks(tokenizer: Any) -> Check:
     if marks.end is None:
         found = f"no mark of the end of thinking ({marks.source}): the whole output is the answer"
         return Check("thinking", "ok", f"{found}; {known}")
-    found = f"the answer begins after {marks.end} (from {marks.source})"
-    if marks.end in shown:
+    source = marks.source if marks.is_assumed else f"from {marks.source}"
+    found = f"the answer begins after {marks.end} ({source})"
+    if marks.end in shown or (marks.source == SETTING and not shown):  # plain text, says the user
         return Check("thinking", "ok", found)
     advice = (
         f"set {OPTION}, to {shown[0]!r} or auto"
