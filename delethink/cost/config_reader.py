@@ -198,6 +198,20 @@ class ConfigReader:
             )
         return set(value)
 
+    def own_figures(self) -> dict[int, Config]:
+        """Return the figures in which layers differ from the others, by the index of the layer."""
+        listed = self.config.get("per_layer_config") or {}
+        try:  # keys of JSON are text, with leading zeros
+            by_index = {int(key): figures for key, figures in listed.items()}
+        except (AttributeError, ValueError):
+            by_index = {-1: None}
+        if not all(isinstance(figures, dict) for figures in by_index.values()):
+            raise ModelError(
+                f"{self.name}: per_layer_config must map the index of a layer to its figures, got "
+                f"{shorten(listed)}"
+            )
+        return by_index
+
     def shape(self, layers: Sequence[Layer], tied: bool = False, **figures: Any) -> ModelShape:
         """Return the shape with these layers; ``figures`` are further fields of it."""
         return ModelShape(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from delethink.cost.config_reader import ConfigReader
 from delethink.cost.families import AttentionTraits, dense, experts
@@ -112,15 +111,14 @@ def gemma4(config: ConfigReader) -> ModelShape:
 def _gemma4_heads(config: ConfigReader, index: int, full: bool) -> tuple[int, int, int]:
     """Return query heads, key-value heads and head dimension of a layer."""
     heads, kv_heads, dim = config.heads(256)
-    listed: Any = config.get("per_layer_config")
-    if listed:
-        own = listed.get(str(index), listed.get(index)) if isinstance(listed, dict) else None
-        reader = ConfigReader(own or {}, config.name)
+    own_figures = config.own_figures()
+    if own_figures:
+        reader = ConfigReader(own_figures.get(index, {}), config.name)
         kv_heads = reader.count("num_key_value_heads", default=kv_heads)
         return heads, kv_heads, reader.count("head_dim", default=dim)
     if not full:
         return heads, kv_heads, dim
-    if config.model_type.startswith("gemma4") and config.flag(("attention_k_eq_v", False)):
+    if config.flag(("attention_k_eq_v", False)):
         kv_heads = config.count("num_global_key_value_heads", default=kv_heads)
     return heads, kv_heads, config.count("global_head_dim", default=512)
 

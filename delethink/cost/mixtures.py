@@ -139,7 +139,7 @@ def latent_mixer(config: ConfigReader) -> Mixer:
 
 
 _GRANITE = replace(LLAMA, mlp_bias=False)
-_QWEN_ROUTING = Routing(replace(QWEN, windows=used_window), sparse=qwen_sparse)
+_QWEN_ROUTING = Routing(replace(QWEN, head_dim=None, windows=used_window), sparse=qwen_sparse)
 _DEEPSEEK_V3 = Routing(AttentionTraits(), shared=1, sparse=_dense_first(3), latent=True)
 _LLAMA4 = Routing(
     AttentionTraits(

@@ -97,7 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": LOCAL_EXPERTS,
     "phimoe": LOCAL_EXPERTS,
     "qwen2_moe": {**EXPERTS, **SHARED_EXPERT},
-    "qwen3_moe": {**EXPERTS, **WIDE_HEADS},
+    "qwen3_moe": EXPERTS,
     "olmoe": EXPERTS,
     "flex_olmo": EXPERTS,
     "granitemoe": LOCAL_EXPERTS,
@@ -180,7 +180,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma4_text biases": {"attention_bias": True},
     "gemma4_text alike": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "gemma4_text doubled": {"use_double_wide_mlp": True},
-    "gemma4_text pattern": {"num_hidden_layers": 8, "layer_types": None},
+    "gemma4_text pattern": {"num_hidden_layers": 12, "layer_types": None},  # indices '05' and '11'
     "gemma4_text experts": {
         "enable_moe_block": True,
         "num_experts": 4,

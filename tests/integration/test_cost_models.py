@@ -184,6 +184,30 @@ def test_parameters(name: str, tmp_path: Path) -> None:
     assert shape_of_config(in_memory, "mine").parameters == model.num_parameters()
 
 
+# Types whose default config names no sizes that a model can be made of.
+WITHOUT_DEFAULTS = {
+    "deepseek_v2",
+    "dots1",
+    "glm4_moe",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "lfm2_moe",
+    "ministral",
+    "nemotron",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - WITHOUT_DEFAULTS))
+def test_parameters_at_the_default_sizes_of_a_type(name: str, tmp_path: Path) -> None:
+    """Most defaults are those of a published checkpoint, so the config takes other ways."""
+    config = AutoConfig.for_model(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)).parameters == model.num_parameters()
+
+
 MULTIMODAL = {
     "gemma3": "gemma3_text",
     "gemma3n": "gemma3n_text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from installed import need
+from tiny_causal import settings_of
 
 from delethink.cost.memory import cache_bytes
-from delethink.cost.models import model_shape
+from delethink.cost.models import model_shape, shape_of_config
 
 pytestmark = pytest.mark.integration
 need("vllm", "torch")
@@ -76,6 +78,60 @@ def page_bytes(name: str) -> int:
         "openai/gpt-oss-20b": 12 * sliding(8, 64, 128) + 12 * full(8, 64),
         "deepseek-ai/DeepSeek-V3": 61 * latent,
     }[name]
+
+
+def state_bytes(name: str) -> int:
+    """Return the bytes of the states of all layers, from vLLM's own shapes and dtypes."""
+    import torch
+    from vllm.model_executor.layers.mamba.mamba_utils import (
+        MambaStateDtypeCalculator as Dtypes,
+    )
+    from vllm.model_executor.layers.mamba.mamba_utils import (
+        MambaStateShapeCalculator as Shapes,
+    )
+
+    settings, model = settings_of(name), torch.bfloat16
+    if name in ("qwen3_next", "qwen3_5_text", "olmo_hybrid"):
+        numbers = [settings[f"linear_num_{part}_heads"] for part in ("key", "value")]
+        sizes = [settings[f"linear_{part}_head_dim"] for part in ("key", "value")]
+        shapes = Shapes.gated_delta_net_state_shape(1, *numbers, *sizes, 4)
+        dtype = "float32" if name == "qwen3_5_text" else "auto"
+        dtypes = Dtypes.gated_delta_net_state_dtype(model, "auto", dtype)
+    elif name == "kimi_linear":
+        shapes = Shapes.kda_state_shape(1, 4, 16, conv_kernel_size=4)
+        dtypes = Dtypes.kda_state_dtype(model, "auto")
+    elif name == "granitemoehybrid":
+        shapes = Shapes.mamba2_state_shape(1, 128, 1, 4, 32, 16, 4)
+        dtypes = Dtypes.mamba2_state_dtype(model, "auto", "auto")
+    elif name == "minimax":
+        shapes = Shapes.linear_attention_state_shape(4, 1, 16)
+        dtypes = Dtypes.linear_attention_state_dtype(model, "auto")
+    else:
+        shapes = Shapes.short_conv_state_shape(1, 64, 3)
+        dtypes = Dtypes.short_conv_state_dtype(model, "auto")
+    return sum(
+        dtype.itemsize * math.prod(shape) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "granitemoehybrid",
+        "kimi_linear",
+        "lfm2",
+        "minimax",
+        "olmo_hybrid",
+        "qwen3_5_text",
+        "qwen3_next",
+    ],
+)
+def test_bytes_of_a_state(name: str) -> None:
+    """One of the two layers has a state, which is all that the cache of no token holds."""
+    settings = settings_of(name)
+    if name == "qwen3_5_text":
+        settings["mamba_ssm_dtype"] = "float32"  # in the configs of its checkpoints
+    assert cache_bytes(shape_of_config(settings, "mine"), 0, 2) == state_bytes(name)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from delethink.cost.flops import (
     training_flops,
     visible_pairs,
 )
-from delethink.cost.memory import cache_bytes, longest_context, longest_thinking
+from delethink.cost.memory import cache_bytes, longest_context, longest_thinking, read_bytes
 from delethink.cost.shape import FeedForward, Layer, ModelShape, delta_attention, softmax_attention
 from delethink.errors import ConfigError
 from delethink.types import TokenIds
@@ -153,6 +153,13 @@ def test_visible_pairs(start: int, more: int, window: int | None) -> None:
     assert visible_pairs(start, start + more, window) == sum(seen)
 
 
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 70))
+def test_visible_pairs_of_fixed_chunks(start: int, more: int, chunk: int) -> None:
+    """A query sees the tokens of its chunk that are not after it."""
+    seen = [p - p // chunk * chunk + 1 for p in range(start, start + more)]
+    assert visible_pairs(start, start + more, chunk, chunked=True) == sum(seen)
+
+
 @SHAPES
 @given(start=st.integers(0, 40), more=st.integers(1, 40))
 def test_a_pass_is_the_sum_of_its_tokens(shape: ModelShape, start: int, more: int) -> None:
@@ -201,6 +208,41 @@ def test_sharing_the_query_costs_its_prefill_once_a_group() -> None:
 def test_a_cache_keeps_windows_and_states(tokens: int) -> None:
     kept = FULL.cache_numbers * tokens + SLIDING.cache_numbers * min(tokens, 6)
     assert cache_bytes(MIXED, tokens, 2) == 2 * (kept + LINEAR.state_numbers)
+
+
+@given(st.integers(0, 40))
+def test_a_layer_without_keys_reads_the_cache_of_another(tokens: int) -> None:
+    """It keeps nothing, but a step of decoding reads what the other one keeps again."""
+    reader = softmax_attention(8, 2, 1, 4, kv_projections=0)
+    part = FeedForward(100)
+    shape = ModelShape("shared", 8, 13, (Layer(FULL, part), Layer(reader, part)))
+    assert cache_bytes(shape, tokens) == 2 * FULL.cache_numbers * tokens
+    assert read_bytes(shape, tokens) == 2 * cache_bytes(shape, tokens)
+    assert FULL.weights - reader.weights == 2 * 8 * 4  # the projections of keys and values
+    assert reader.pair_flops == FULL.pair_flops
+
+
+def test_a_state_in_float32_takes_4_bytes_a_number() -> None:
+    wide = replace(LINEAR, float32_numbers=10)
+    shape = ModelShape("wide", 8, 13, (Layer(wide, FeedForward(100)),))
+    assert cache_bytes(shape, 5, 2) == 2 * LINEAR.state_numbers + 40
+    assert cache_bytes(shape, 5, 1) == LINEAR.state_numbers + 40
+
+
+def test_products_beside_the_weights_and_projections_beside_the_layers() -> None:
+    more = replace(
+        QUADRATIC,
+        layers=(Layer(FULL, FeedForward(100, token_flops=7)),) * 2,
+        outer_weights=50,
+        row_parameters=1000,
+        outer_parameters=3,
+    )
+    plain = decode_flops(QUADRATIC, 4, 5)
+    assert decode_flops(more, 4, 5) == plain + 2 * 7 + 2 * 50
+    assert training_flops(more, cut_traces(1, 5, LONGCOT)) == (
+        training_flops(QUADRATIC, cut_traces(1, 5, LONGCOT)) + 3 * 6 * (2 * 7 + 2 * 50)
+    )
+    assert more.parameters - QUADRATIC.parameters == 50 + 1000 + 3 - 8
 
 
 def test_a_cache_in_blocks() -> None:

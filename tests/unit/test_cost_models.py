@@ -114,6 +114,10 @@ def test_the_text_model_of_a_multimodal_one() -> None:
             "1 entries for 2 layers",
         ),
         ({"model_type": "gemma3n", "num_kv_shared_layers": 2}, "must be below num_hidden_layers=2"),
+        (
+            {"model_type": "gemma4", "sliding_window": 8, "per_layer_config": {"first": {}}},
+            "per_layer_config must map the index of a layer",
+        ),
         ({"model_type": "lfm2", "block_ffn_dim_multiplier": "x"}, "must be a number above 0"),
         (
             {"model_type": "glm4_moe", "moe_intermediate_size": 8, "n_shared_experts": -1},
