@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from delethink.cost.hardware import ACCELERATORS, accelerator
-from delethink.cost.models import known_models, model_shape, shape_of_config
+from delethink.cost.memory import cache_bytes
+from delethink.cost.models import (
+    known_model_types,
+    known_models,
+    model_shape,
+    shape_of_config,
+)
 from delethink.errors import ConfigError, ModelError
 
 # Published billions of parameters: total, and active if fewer.
@@ -130,6 +137,94 @@ def test_impossible_configs_are_refused(change: dict[str, object], says: str) ->
         shape_of_config({**DENSE, **change}, "mine")
     assert says in str(caught.value)
     assert str(caught.value).startswith("mine: ")
+
+
+@pytest.mark.parametrize(
+    ("came", "nearest"),
+    [("olmo_3", "olmo3"), ("Qwen3_5_Text", "qwen3_5_text"), ("granite_moe", "granitemoe")],
+)
+def test_an_unknown_type_is_refused_with_the_nearest_known_one(came: str, nearest: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        shape_of_config({**DENSE, "model_type": came}, "mine")
+    text = str(caught.value)
+    assert f"model_type {came!r} is not supported" in text
+    assert f"the nearest known type is {nearest!r}" in text
+    assert f"--model model_type={nearest}" in text
+    assert ". " not in text  # one sentence
+
+
+def test_the_guide_lists_the_known_types() -> None:
+    guide = (Path(__file__).parents[2] / "docs/guide/cost.md").read_text(encoding="utf-8")
+    rows = guide.split("| layers | model types |")[1].split("\n\n")[0].splitlines()[2:]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert sorted(listed) == known_model_types()
+
+
+def test_figures_of_one_value_a_layer() -> None:
+    """Some configs list a figure for each layer, also where all layers are alike."""
+    alike = {
+        **DENSE,
+        "model_type": "hunyuan_v1_moe",
+        "num_experts": 4,
+        "moe_topk": [2, 2],
+    }
+    shape = shape_of_config(alike, "mine")
+    assert {layer.feed_forward.experts_per_token for layer in shape.layers} == {2}
+
+
+def test_old_names_of_layer_types_of_granite_4() -> None:
+    config = {
+        **DENSE,
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "shared_intermediate_size": 128,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+    }
+    state, full = shape_of_config(config, "mine").layers
+    assert state.mixer.state_numbers
+    assert not state.mixer.pair_flops
+    assert full.mixer.pair_flops
+    assert not full.mixer.state_numbers
+
+
+def test_layers_of_exaone_from_a_pattern_of_letters() -> None:
+    config = {
+        **DENSE,
+        "model_type": "exaone4",
+        "num_hidden_layers": 4,
+        "sliding_window": 8,
+        "sliding_window_pattern": "LLG",
+    }
+    windows = [layer.mixer.window for layer in shape_of_config(config, "mine").layers]
+    assert windows == [8, 8, None, 8]
+
+
+def test_a_checkpoint_of_qwen_3_5() -> None:
+    """27 billion parameters, a full layer in four, and states that do not grow."""
+    text = {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "mamba_ssm_dtype": "float32",
+        "vocab_size": 248320,
+    }
+    shape = shape_of_config({"model_type": "qwen3_5", "text_config": text}, "mine")
+    assert shape.parameters / 1e9 == pytest.approx(27, rel=0.01)
+    assert (shape.unbounded_layers, len(shape.layers)) == (16, 64)
+    state = 4 * 48 * 128 * 128 + 2 * 3 * (2 * 16 + 48) * 128  # float32; inputs of a convolution
+    assert cache_bytes(shape, 0, 2) == 48 * state
+    assert cache_bytes(shape, 1, 2) - cache_bytes(shape, 0, 2) == 16 * 2 * 2 * 4 * 256
 
 
 def test_files_without_a_config(tmp_path: Path) -> None:
