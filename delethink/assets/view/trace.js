@@ -95,8 +95,14 @@ class Pane {
     (box.querySelector(selector) || box).scrollIntoView({ block: "start" });
   }
 
+  // One after the other, as keys come faster than pages.
+  step(by) {
+    this.moving = (this.moving || Promise.resolve()).then(() => this.move(by));
+    return this.moving;
+  }
+
   // Find the chunk at the top of the window, and scroll to the one some steps away.
-  async step(by) {
+  async move(by) {
     const heads = this.found.pages.map(({ chunk }) => chunk);
     const top = document.querySelector("header").offsetHeight + 70;
     let here = 0;
