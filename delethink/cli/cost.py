@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelSh
             f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
             "carryover size"
         )
-    if model is not None and Path(model).is_dir():
+    if model is not None and os.path.isdir(model):  # false for figures longer than a path may be
         model = base_model(model)  # of a LoRA adapter
     return model_shape(default if model is None else model)
 

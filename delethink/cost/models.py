@@ -6,6 +6,7 @@ Only architectures with known layers are supported. Any other one is an error, n
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
@@ -60,7 +61,7 @@ def model_shape(model: str) -> ModelShape:
         name, config = bundled[model.lower()]
         return shape_of_config(config, name)
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):  # false for a text longer than a path may be
         return shape_of_config(_read(path / "config.json" if path.is_dir() else path), path.name)
     return shape_of_config(_download(model), model)
 
@@ -140,7 +141,7 @@ def _download(model: str) -> Config:
     name, _, revision = model.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ModelError(
-            f"{model!r} is neither a file nor a known model (see `delethink cost --models`), "
+            f"{model!r:.100} is neither a file nor a known model (see `delethink cost --models`), "
             "and models on the Hugging Face Hub are named owner/name"
         )
     try:

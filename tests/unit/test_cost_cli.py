@@ -188,6 +188,8 @@ def test_lengths_that_fit_in_a_context_are_left_out(capsys: pytest.CaptureFixtur
         ("--carryover none --head-size 9", "head_size and head_outside belong to"),
         ("--price nan", "--price must be a number of at least 0"),
         ("--model hidden_size=64", "num_hidden_layers is missing"),
+        (f"--model hidden_size=64,{'x' * 300}=1", "num_hidden_layers is missing"),
+        (f"--model {'x' * 300}", "is neither a file nor a known model"),
         ("--model deepseek-ai/DeepSeek-V3", "does not fit: its weights take 1342 GB"),
         ("--model google/gemma-3-1b-pt --accounting paper", "plain softmax attention only"),
         ("--lengths nowhere.csv", "cannot read nowhere.csv"),
