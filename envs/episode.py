@@ -190,9 +190,10 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         """Return the marks of thinking; their special tokens stay in the text of rewards."""
         setting = self.reward.reward.mark_setting(end_of_thinking)
         if setting == AUTO and self.chat_template_kwargs is None:
-            return marks_of(self.tokenizer)
-        marks = find_thinking_marks(self.tokenizer, setting, self.chat_template_kwargs)
-        if setting != AUTO and marks.end is not None:
+            marks = marks_of(self.tokenizer)
+        else:
+            marks = find_thinking_marks(self.tokenizer, setting, self.chat_template_kwargs)
+        if marks.end is not None and hasattr(self.tokenizer, "get_vocab"):  # has special tokens
             keep_marks(self.tokenizer, marks.end)
         return marks
 
