@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delethink.engines.weight_files import check_values, is_finite, listed
+from delethink.engines.weight_files import check_values, has_finite_values, listed
 from delethink.errors import MissingExtraError, ModelError
 from delethink.json_io import read_json
 
@@ -152,7 +152,7 @@ def merge(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             f"{first}"
         ) from error
     for name, parameter in merged.named_parameters():
-        if not is_finite(parameter.detach()):
+        if not has_finite_values(parameter.detach()):
             raise ModelError(
                 f"the adapter in {adapter.folder} takes {name} of its base model {adapter.base} "
                 f"beyond the range of {parameter.dtype}: choose another data type"

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -14,8 +13,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from delethink.engines.adapters import ADAPTER_SETTINGS, Adapter, merge
+from delethink.engines.generation_settings import savable_settings, settings_of_config
 from delethink.engines.weight_files import WEIGHT_FILES, check_report, check_values, weight_files
 from delethink.errors import ConfigError, MissingExtraError, ModelError
+from delethink.json_io import read_json
 from delethink.output import get_logger
 from delethink.tokenization import bind_template, end_tokens, keep_marks, reward_text
 from delethink.types import END_OF_THINKING
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-_KEPT_SETTINGS = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version")
 _logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 
@@ -34,25 +34,17 @@ _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
 def locate(model: str, part: str = "model") -> str:
     """Return the folder or Hugging Face id of a model; ``"toy"`` is the shipped reasoner.
 
-    An id keeps its revision (``split_revision``). With the part ``"tokenizer"`` a folder with a
-    tokenizer alone is found too. Of a LoRA adapter, the part is found in its base model; the
-    tokenizer in the adapter's folder, if it has one.
+    An id keeps its revision (``split_revision``) and is not looked up. With the part
+    ``"tokenizer"`` a folder with a tokenizer alone is found too. In the folder of a LoRA adapter,
+    the part is that of its base model; the tokenizer is the adapter's own, if it has one.
 
     Raises:
         ModelError: the folder does not exist or has no such part.
     """
-    if (adapter := find_adapter(model)) is not None:
-        if part == "tokenizer" and _file(model, _TOKENIZER) is not None:
-            return model
-        try:
-            return locate(adapter.base, part)
-        except ModelError as error:
-            raise ModelError(
-                f"the base model of the adapter in {adapter.folder} cannot be used: {error}; "
-                f"base_model_name_or_path in its {ADAPTER_SETTINGS} names it"
-            ) from None
     path = _folder(model)
     if path.is_dir():
+        if (adapter := find_adapter(model)) is not None:
+            return _locate_in(adapter, model, part)
         files = ("config.json", _TOKENIZER)[: 2 if part == "tokenizer" else 1]
         if not any((path / file).is_file() for file in files):
             raise ModelError(
@@ -68,6 +60,31 @@ def locate(model: str, part: str = "model") -> str:
             f"weights and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
         )
     return model
+
+
+def find_source(model: str, part: str = "model") -> str:
+    """Return the folder or id from which a part of a model is loaded.
+
+    As ``locate``, and the id of a LoRA adapter is looked up too.
+
+    Raises:
+        ModelError: as ``locate``.
+    """
+    adapter = find_adapter(model)
+    return locate(model, part) if adapter is None else _locate_in(adapter, model, part)
+
+
+def _locate_in(adapter: Adapter, model: str, part: str) -> str:
+    """Return the place of a part of an adapter's model."""
+    if part == "tokenizer" and _file(model, _TOKENIZER) is not None:
+        return model
+    try:
+        return find_source(adapter.base, part)
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of the adapter in {adapter.folder} cannot be used: {error}; "
+            f"base_model_name_or_path in its {ADAPTER_SETTINGS} names it"
+        ) from None
 
 
 def _folder(model: str) -> Path:
@@ -139,7 +156,7 @@ def _hub_file(model: str, revision: str | None, name: str) -> Path | None:
         )
     except Exception:  # the hub and its client raise many types
         return None
-    return None if found is None else Path(found)
+    return Path(found) if found is not None and Path(found).is_file() else None
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
@@ -233,54 +250,46 @@ def load_model(
             or infinite.
     """
     if (adapter := find_adapter(model)) is not None:
-        locate(model)  # names the adapter if there is no such base
+        find_source(model)  # names the adapter if there is no such base
         base = load_model(adapter.base, dtype, trust_remote_code, values_checked=values_checked)
         return merge(base, adapter)
     files = weight_files(_fetch(model))
     if not values_checked:
         check_values(files)
     loaded = _load_whole(model, trust_remote_code, dtype=dtype)
-    if left_out := _make_savable(loaded):
+    _, left_out, file = _generation_settings(model)
+    if left_out:
         _logger.warning(
-            "generation_config.json of %s contradicts itself, and transformers cannot write it "
-            "back: checkpoints leave out %s; the evaluation and training here do not read it",
+            "%s of %s has generation settings that transformers cannot write back: checkpoints "
+            "leave out %s; the evaluation and training here do not read them",
+            file,
             model,
             ", ".join(left_out),
         )
     return loaded
 
 
-def _make_savable(model: PreTrainedModel) -> list[str]:
-    """Remove contradictory generation settings, which transformers reads but refuses to save.
+def _generation_settings(model: str) -> tuple[Any, tuple[str, ...], str]:
+    """Read the generation settings of a model.
 
-    An example is a temperature without ``do_sample``. Returns the removed names.
+    Returns:
+        The settings, or ``None`` where transformers reads them itself; the names of those that
+        cannot be saved and are left out; and the name of their file.
+
+    Raises:
+        ModelError: the file is no mapping.
     """
-    from transformers import GenerationConfig
-
-    settings, defaults, removed = model.generation_config, GenerationConfig(), list[str]()
-    while settings is not None and (reason := _save_error(settings)) is not None:
-        stated = settings.to_diff_dict()
-        named = [
-            name for name in re.findall(r"^- `(\w+)`:", reason, re.MULTILINE) if name in stated
-        ]
-        named = [name for name in named if name not in _KEPT_SETTINGS] or [
-            name for name in stated if name not in _KEPT_SETTINGS
-        ]
-        if not named:
-            break
-        for name in named:
-            setattr(settings, name, getattr(defaults, name, None))
-        removed += named
-    return sorted(set(removed))
-
-
-def _save_error(settings: Any) -> str | None:
-    """Return the reason for which generation settings cannot be saved, or ``None``."""
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        return str(error)
-    return None
+    where = find_source(model)
+    for name in ("generation_config.json", "config.json"):
+        if (file := _file(where, name)) is None:
+            continue
+        values = read_json(file, ModelError)
+        if not isinstance(values, dict):
+            raise ModelError(f"{file} must be a mapping of names to values")
+        if name == "config.json":
+            return *settings_of_config(values), name
+        return *savable_settings(values, str(file)), name
+    return None, (), ""
 
 
 def check_checkpoint(model: str, trust_remote_code: bool = False) -> None:
@@ -310,6 +319,9 @@ def _load_whole(model: str, trust_remote_code: bool, **options: Any) -> PreTrain
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # else the error names no weight
     }
+    settings, _, _ = _generation_settings(model)
+    if settings is not None:
+        options["generation_config"] = settings
     with _without_report():
         loaded, report = _load("AutoModelForCausalLM", "model", model, trust_remote_code, **options)
     check_report(model, report, type(loaded).__name__)
@@ -334,7 +346,7 @@ def _without_report() -> Iterator[None]:
 
 def _fetch(model: str) -> Path:
     """Return the folder of a model; weights of a Hugging Face id are fetched unless cached."""
-    where = locate(model)
+    where = find_source(model)
     if Path(where).is_dir():
         return Path(where)
     _require_transformers()
@@ -358,18 +370,16 @@ def digest(model: str) -> str | None:
 
     That of a LoRA adapter also covers its settings and its base model.
     """
-    hasher, files = hashlib.blake2b(digest_size=8), list[Path]()
+    if not _folder(model).is_dir():
+        locate(model)
+        return None
+    hasher = hashlib.blake2b(digest_size=8)
     if (adapter := find_adapter(model)) is not None:
-        if not _folder(model).is_dir():
-            return None
         hasher.update((adapter.folder / ADAPTER_SETTINGS).read_bytes())
         hasher.update((digest(adapter.base) or adapter.base).encode())
         files = [adapter.weights()]
     else:
-        folder = Path(locate(model))
-        if not folder.is_dir():
-            return None
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(Path(locate(model)).glob("*.safetensors"))
     for file in files:
         size = file.stat().st_size
         hasher.update(f"{file.name} {size} ".encode())
@@ -387,16 +397,9 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
         ModelError: they cannot be loaded.
     """
     config = _load("AutoConfig", "configuration", model, trust_remote_code)
-    from transformers import GenerationConfig
-
-    try:
-        name, revision = split_revision(locate(model))
-        settings = GenerationConfig.from_pretrained(name, revision=revision)
-    except OSError:  # generation settings are optional
-        settings = None
-    except Exception as error:  # a checkpoint can be broken in any way
-        raise _load_error("generation settings", model, error) from error
-    return SimpleNamespace(config=config, generation_config=settings)
+    settings, _, file = _generation_settings(model)
+    has_own = file == "generation_config.json"  # it is optional
+    return SimpleNamespace(config=config, generation_config=settings if has_own else None)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -502,7 +505,8 @@ def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options
     _require_transformers()
     import transformers
 
-    name, revision = split_revision(locate(model, "tokenizer" if part == "tokenizer" else "model"))
+    source = find_source(model, "tokenizer" if part == "tokenizer" else "model")
+    name, revision = split_revision(source)
     if revision is not None:
         options["revision"] = revision  # of its code too, where that is in the same repository
     cls = getattr(transformers, loader)

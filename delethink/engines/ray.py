@@ -136,9 +136,9 @@ class RayPool:
             engine_window,
             eos_ids,
             find_adapter,
+            find_source,
             load_model,
             load_shell,
-            locate,
         )
 
         # A trainer sends its own weights; the workers start with those of the base model.
@@ -150,7 +150,7 @@ class RayPool:
             check_checkpoint(model_path, trust_remote_code)  # once, not in each worker
         shell = load_shell(model_path, trust_remote_code) if model is None else model
         pool = cls(
-            locate(model_path),
+            find_source(model_path),
             config,
             eos_ids=eos_ids(shell, tokenizer),
             max_model_tokens=engine_window(shell, config.max_model_tokens),

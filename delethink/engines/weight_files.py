@@ -109,7 +109,7 @@ def _nonfinite(file: Path, size: int, changed_ns: int) -> tuple[str, ...]:
     try:
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
-            return tuple(name for name in names if not is_finite(weights.get_tensor(name)))
+            return tuple(name for name in names if not has_finite_values(weights.get_tensor(name)))
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"{file} ({size} bytes) cannot be read as safetensors: {error}; download or copy the "
@@ -117,7 +117,7 @@ def _nonfinite(file: Path, size: int, changed_ns: int) -> tuple[str, ...]:
         ) from None
 
 
-def is_finite(tensor: Any) -> bool:
+def has_finite_values(tensor: Any) -> bool:
     """Return whether a tensor has neither NaN nor infinite values."""
     import torch
 

@@ -33,6 +33,7 @@ from delethink.engines.loading import (  # noqa: E402
     digest,
     eos_ids,
     find_adapter,
+    find_source,
     load_model,
     load_shell,
     load_tokenizer,
@@ -180,10 +181,12 @@ def test_ids_of_adapters_and_bases_keep_their_revisions(
     loading._hub_file.cache_clear()
     try:
         assert find_adapter("some/adapter@v2").base == "some/base@v1"  # type: ignore[union-attr]
-        assert locate("some/adapter@v2") == locate("some/adapter@v2", "tokenizer") == "some/base@v1"
+        assert find_source("some/adapter@v2") == "some/base@v1"
+        assert find_source("some/adapter@v2", "tokenizer") == "some/base@v1"
+        assert locate("some/adapter@v2") == "some/adapter@v2"  # without a look-up
         make_chat_tokenizer(TEMPLATE, MARKS).save_pretrained(folder)
         loading._hub_file.cache_clear()
-        assert locate("some/adapter@v2", "tokenizer") == "some/adapter@v2"
+        assert find_source("some/adapter@v2", "tokenizer") == "some/adapter@v2"
         assert find_adapter("some/base@v1") is None
         assert digest("some/adapter@v2") is None
     finally:
