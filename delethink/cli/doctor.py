@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.errors import ConfigError
 from delethink.output import echo, echo_json
+from delethink.redaction import register_secret, register_url
 from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.thinking_marks import AUTO, check_mark_setting
 
@@ -81,6 +82,10 @@ def _print(report: Mapping[str, Any], as_json: bool, text: str) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.base_url is None and arguments.served_model is not None:
+        raise ConfigError("--served-model needs --base-url")
+    if arguments.model is None and arguments.base_url is not None:
+        raise ConfigError("--base-url needs -m MODEL, the tokenizer of the served model")
     if arguments.model is None:
         for name, default in (("chat_template_kwargs", []), ("end_of_thinking", AUTO)):
             if getattr(arguments, name) != default:
@@ -115,10 +120,27 @@ def _check_model(arguments: argparse.Namespace) -> list[Check]:
     from delethink.config import parse_values
 
     set_up_process()
-    from delethink.training.preflight import check_model
+    from delethink.training.preflight import Check, check_model
 
     kwargs = parse_values(arguments.chat_template_kwargs)
-    return check_model(arguments.model, kwargs, check_mark_setting(arguments.end_of_thinking))
+    end = check_mark_setting(arguments.end_of_thinking)
+    checks = check_model(arguments.model, kwargs, end)
+    if arguments.base_url is None or any(check.name == "model" for check in checks):
+        return checks
+    key = os.environ.get(arguments.api_key_env)
+    register_secret(key)
+    register_url(arguments.base_url)
+    from delethink.evaluation.server_check import check_server
+
+    found = check_server(
+        arguments.model,
+        arguments.base_url,
+        arguments.served_model,
+        chat_template_kwargs=kwargs,
+        end_of_thinking=end,
+        api_key=key,
+    )
+    return [*checks, Check("server", *found)]
 
 
 def _checks_text(checks: Sequence[Check]) -> str:

@@ -104,6 +104,7 @@ def add_probe_options(command: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
     add("--seed", type=int, default=0, help="seed of problems and traces (default 0)")
     _add_engine(add)
+    _add_server(command)
     add = command.add_argument_group("boundaries (k is 1,024; lists with commas)").add_argument
     add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (8k)")
     default = "default C/8, C/4 and C/2; controls use the largest"
@@ -234,14 +235,7 @@ def _add_server(command: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; -m names the tokenizer",
     )
-    default = "default: the only one served"
-    add("--served-model", metavar="NAME", help=f"name of the model on the server ({default})")
-    add(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable with the API key (default %(default)s)",
-    )
+    _add_served_name(add)
     add(
         "--retries",
         type=int,
@@ -251,6 +245,17 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     )
     limit = "limit for the response to a request"
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help=f"{limit} (default 600)")
+
+
+def _add_served_name(add: Any) -> None:
+    default = "default: the only one served"
+    add("--served-model", metavar="NAME", help=f"name of the model on the server ({default})")
+    add(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the API key (default %(default)s)",
+    )
 
 
 def _add_analysis(command: argparse.ArgumentParser) -> None:
@@ -464,6 +469,12 @@ def add_doctor_options(command: argparse.ArgumentParser) -> None:
     add("-m", "--model", help="check tokenizer and chat template of a model, without a recipe")
     _add_chat_template_kwargs(add)
     _add_end_of_thinking(add)
+    add(
+        "--base-url",
+        metavar="URL",
+        help="OpenAI-compatible server of the model of -m: how it is asked, and what it ignores",
+    )
+    _add_served_name(add)
     add("--json", action="store_true", help="print JSON")
 
 

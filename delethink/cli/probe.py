@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,11 @@ from delethink.engines.factory import choose_engine
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
 from delethink.output import echo, echo_json, output_path
+from delethink.redaction import register_secret, register_url
 from delethink.thinking_marks import check_mark_setting
 
 if TYPE_CHECKING:
+    from delethink.evaluation.models import ModelOpener
     from delethink.types import Trace
 
 _DEFAULT_PROBLEMS = 64
@@ -31,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_packages("eval", "torch", "transformers", "scipy", "matplotlib")
     if (arguments.traces is None) == (arguments.task is None):
         raise ConfigError("a probe needs traces: pass either --traces PATH or --task NAME")
+    register_secret(os.environ.get(arguments.api_key_env))
+    register_url(arguments.base_url or "")
     arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
     engine = _engine(arguments)
     specs = _specs(arguments)
@@ -60,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
     """Return the engine's settings; by default transformers, as the probe loads the model too."""
+    if arguments.base_url is None and arguments.served_model is not None:
+        raise ConfigError("--served-model needs --base-url")
+    if arguments.base_url is not None and arguments.traces is not None:
+        raise ConfigError("--traces samples nothing, so --base-url has no effect: remove it")
+    if arguments.base_url is not None and arguments.values:
+        raise ConfigError(
+            "--base-url samples from a server, so engine settings have no effect: remove "
+            f"{' '.join(arguments.values)}"
+        )
     engine = parse_engine(["engine=transformers", *arguments.values])
     choose_engine(engine.name)
     if arguments.chat_template_kwargs and arguments.traces is not None:
@@ -109,4 +123,21 @@ def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:
             trust_remote_code=arguments.trust_remote_code,
             chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
             end_of_thinking=arguments.end_of_thinking,
+            opener=None if arguments.base_url is None else _served(arguments),
         )
+
+
+def _served(arguments: argparse.Namespace) -> ModelOpener:
+    from delethink.evaluation.models import served_model
+
+    return served_model(
+        arguments.base_url,
+        arguments.served_model,
+        trust_remote_code=arguments.trust_remote_code,
+        chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
+        end_of_thinking=arguments.end_of_thinking,
+        api_key=os.environ.get(arguments.api_key_env),
+        retries=arguments.retries,
+        timeout_s=arguments.timeout,
+        announce=lambda line: echo(line, stderr=True),
+    )

@@ -372,6 +372,24 @@ class OpenAIServer:
         return safe_text(text, lines=False)
 
 
+async def examine(server: OpenAIServer, prompt_ids: TokenIds) -> list[str]:
+    """Find the dialect of a server, and return a sentence for each option that has no effect.
+
+    Raises:
+        ConfigError: the server cannot be used.
+        PolicyError: the server fails.
+    """
+    await server.negotiate(prompt_ids, Sampling(1.0, 1))
+    faults = []
+    for cut in ({"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}):
+        try:
+            await server.negotiate(prompt_ids, Sampling(1.0, 1, **cut))
+        except ConfigError as error:
+            faults.append(str(error))
+    await server.disconnect()
+    return list(dict.fromkeys(faults))
+
+
 def _status(error: openai.APIError) -> int:
     """Return the HTTP status of an error; 0 without a response."""
     return getattr(error, "status_code", None) or 0

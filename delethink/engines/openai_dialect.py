@@ -182,21 +182,20 @@ def read_answer(response: Any, end_of_thinking: str = END_OF_THINKING) -> Answer
         if text is None and isinstance(choice.get("message"), Mapping):
             choice = {**choice["message"], **choice}
             text = choice.get("content")
-        usage = response.get("usage") or {}
+        usage = response.get("usage")
         prompt_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
         sources = choice.get("token_ids"), _logprob_ids(choice.get("logprobs"))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"no single completion in {response!r}") from None
-    thinking = choice.get("reasoning", choice.get("reasoning_content"))
-    is_marked = bool(text and end_of_thinking and end_of_thinking in text)
-    if thinking and isinstance(thinking, str) and not is_marked:
-        # The server has taken the thinking out of the text, and its mark away.
-        text = thinking + (end_of_thinking + text if text else "")
     if text is None and sources[0] is not None:
         text = ""  # a server may return token ids alone
+    fields = [choice.get(key) for key in ("reasoning", "reasoning_content")]
+    thinking = next((field for field in fields if isinstance(field, str)), None)
+    if thinking and (text is None or isinstance(text, str)):
+        text = _rejoin(thinking, text or "", end_of_thinking)
     if not isinstance(text, str):
         raise ValueError(f"the text of a completion must be a string, got {type(text)}")
-    matched = choice.get("stop_reason")
+    matched, usage = choice.get("stop_reason"), usage if isinstance(usage, Mapping) else {}
     return Answer(
         text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         _as_ids(sources[0]),
@@ -206,8 +205,15 @@ def read_answer(response: Any, end_of_thinking: str = END_OF_THINKING) -> Answer
         _as_ids(prompt_ids),
         _count(usage.get("prompt_tokens")),
         _count(usage.get("completion_tokens")),
-        isinstance(thinking, str),
+        thinking is not None,
     )
+
+
+def _rejoin(thinking: str, text: str, end_of_thinking: str) -> str:
+    """Return thinking and text, with the mark between them that the server has taken away."""
+    if end_of_thinking and end_of_thinking in text:
+        return text  # the text is whole
+    return thinking + (end_of_thinking + text if text else "")
 
 
 def _check_error(response: Mapping[str, Any]) -> None:

@@ -318,8 +318,8 @@ async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
         return ["whether it heeds temperature and seed is not known"]
     if one == greedy and other == greedy:
         return [
-            f"its answers at temperature 0 and {hot.temperature:g} are the same, so it is not known "
-            "whether it heeds its sampling options"
+            f"its answers at temperature 0 and {hot.temperature:g} are the same, so whether it "
+            "heeds sampling options is not known"
         ]
     for name, strictest in _STRICTEST.items():
         if getattr(used, name) != getattr(Sampling(), name):

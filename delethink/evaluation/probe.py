@@ -38,9 +38,14 @@ from delethink.engines.loading import (
 )
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import clustered_mean
-from delethink.evaluation.models import local_models, longest_query, open_tokenizer
+from delethink.evaluation.models import (
+    ModelOpener,
+    local_models,
+    longest_query,
+    open_tokenizer,
+)
 from delethink.output import safe_text
-from delethink.policy import Sampling
+from delethink.policy import Policy, Sampling
 from delethink.redaction import json_text
 from delethink.rollout import derive_seed, run_rollouts
 from delethink.scoring.answer import vote
@@ -144,10 +149,12 @@ def sample_traces(
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     end_of_thinking: str | None = AUTO,
+    opener: ModelOpener | None = None,
 ) -> list[Trace]:
     """Sample one LongCoT trace per problem, by default with transformers in this process.
 
     ``budget`` is the maximum length of a trace in tokens; the model's window may lower it.
+    ``opener`` loads the model instead of ``engine``.
     """
     tokenizer = open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking)
     check_thinking_is_open(tokenizer, problems[0])  # before the weights load
@@ -155,7 +162,7 @@ def sample_traces(
     config = engine or EngineConfig(name="transformers")
     window = engine_window(load_shell(model, trust_remote_code), config.max_model_tokens)
     budget = min(budget, window - longest)
-    opener = local_models(
+    opener = opener or local_models(
         config,
         trust_remote_code=trust_remote_code,
         chat_template_kwargs=chat_template_kwargs,
@@ -164,12 +171,24 @@ def sample_traces(
         longest=lambda *_: longest + budget,
     )
     with opener(model) as loaded:
+        budget = min(budget, (loaded.max_model_tokens or window) - longest)
         queries = [query_ids(loaded.tokenizer, problem) for problem in problems]
         samplings = [
             Sampling(temperature, derive_seed("probe", seed, i)) for i in range(len(queries))
         ]
         spec = ChunkSpec.longcot(budget)
-        return asyncio.run(run_rollouts(loaded.policy, spec, queries, samplings))
+        return asyncio.run(_sample_all(loaded.policy, spec, queries, samplings))
+
+
+async def _sample_all(
+    policy: Policy, spec: ChunkSpec, queries: Sequence[TokenIds], samplings: Sequence[Sampling]
+) -> list[Trace]:
+    try:
+        return await run_rollouts(policy, spec, queries, samplings)
+    finally:
+        disconnect = getattr(policy, "disconnect", None)
+        if disconnect is not None:  # connections belong to this event loop
+            await disconnect()
 
 
 def probe_model(

@@ -101,7 +101,8 @@ class ModelServer:
     Greedy, it continues every prompt with ``script``; hot and without a cut, with random letters.
     """
 
-    script: str = f"ab c{MARK}42{END}"
+    script: str | Callable[[str], str] = f"ab c{MARK}42{END}"  # or made from a prompt
+    hot: tuple[int, int] = (40, 90)  # range of the random letters
     tokenizer: Any = field(default_factory=letters)
     takes_ids: int | str = 200  # or a status, "each" (n choices), "text" (reads "[1, 2]")
     takes_text: int = 200
@@ -160,7 +161,10 @@ class ModelServer:
         forced = asked.get("logit_bias") if "logit_bias" in self.heeds else None
         if forced:
             return [int(next(iter(forced)))] * limit
-        ids: list[int] = self.tokenizer(self.script, add_special_tokens=False)["input_ids"]
+        script = self.script
+        if not isinstance(script, str):
+            script = script(self.tokenizer.decode(prompt))
+        ids: list[int] = self.tokenizer(script, add_special_tokens=False)["input_ids"]
         heat = asked.get("temperature", 1) if "temperature" in self.heeds else 0
         cuts = {"top_k": (1, -1), "top_p": (1e-6, 1), "min_p": (1, 0)}
         is_cut = any(
@@ -171,7 +175,7 @@ class ModelServer:
             return ids[:limit]
         seed = asked.get("seed") if "seed" in self.heeds else None
         rng = random.Random(seed)
-        return [rng.randrange(40, 90) for _ in range(limit)]
+        return [rng.randrange(*self.hot) for _ in range(limit)]
 
     def _response(self, asked: dict[str, Any], prompt: list[int], ids: list[int]) -> dict[str, Any]:
         eos = self.tokenizer.eos_token_id

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,7 +31,7 @@ from delethink import (
     run_rollout,
 )
 from delethink.engines.openai import OpenAIServer
-from delethink.engines.openai_dialect import Dialect
+from delethink.engines.openai_dialect import Dialect, read_answer
 
 pytest.importorskip("openai")
 
@@ -250,6 +251,58 @@ def test_a_leading_space_that_is_stripped_is_said() -> None:
             assert ("strips the space" in client.said) is skips
 
 
+@pytest.mark.parametrize(
+    ("marks", "heeds_fields", "is_lost"),
+    [
+        ((MARK, BOS), True, False),  # skip_special_tokens=false is heeded, as by vLLM and SGLang
+        ((MARK, BOS), False, True),
+        (("[/THINK]", BOS), False, True),  # Magistral: KoboldCpp issue 1745
+        (("<|END_THINKING|>", BOS), False, True),  # Command A
+        (("</seed:think>", BOS), False, True),
+        (("</seed:think>", BOS), True, False),
+    ],
+    ids=str,
+)
+def test_the_mark_of_the_model_has_to_survive(
+    marks: tuple[str, ...], heeds_fields: bool, is_lost: bool
+) -> None:
+    tokenizer = letters(marks=marks)
+    model = ModelServer(takes_ids=400, tokenizer=tokenizer, script=f"ab c{marks[0]}42{END}")
+
+    def strip(made: dict[str, Any], asked: dict[str, Any]) -> Any:
+        if not heeds_fields:
+            made["choices"][0]["text"] = made["choices"][0]["text"].replace(marks[0], "")
+        return made
+
+    model.change = strip
+    with listening(model):
+        client = Client(model)
+        if is_lost:
+            with pytest.raises(ConfigError, match=re.escape(f"strips {marks[0]} from its text")):
+                client.ask()
+        else:
+            text = tokenizer.decode(list(client.ask().token_ids))
+            assert text == f"ab c{marks[0]}42{END}"
+
+
+def test_a_mark_of_ordinary_tokens_needs_no_special_ones() -> None:
+    """Qwen3 and the distilled R1 models: no server takes </think> for a special token."""
+    plain = make_chat_tokenizer(marks=(BOS,), bos_token=BOS)
+    with listening(ModelServer(takes_ids=400, tokenizer=plain, adds_bos=1)) as model:
+        client = Client(model)
+        done = client.ask(prompt=(plain.bos_token_id, *plain("solve: ")["input_ids"]))
+        assert plain.decode(list(done.token_ids)) == f"ab c{MARK}42{END}"
+
+
+def test_the_end_of_an_answer_in_its_text_is_no_second_one() -> None:
+    def spell(made: dict[str, Any], asked: dict[str, Any]) -> Any:
+        choice = made["choices"][0]
+        choice["text"] += END if choice["finish_reason"] == "stop" else ""
+        return made
+
+    assert ask(ModelServer(takes_ids=400, change=spell)).token_ids == SCRIPT
+
+
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
 def test_thinking_in_a_field_of_its_own_is_put_back(key: str) -> None:
     """Since 0.19 vLLM names it reasoning; SGLang, DeepSeek, LiteLLM reasoning_content."""
@@ -264,6 +317,39 @@ def test_thinking_in_a_field_of_its_own_is_put_back(key: str) -> None:
         client = Client(model)
         assert client.ask().token_ids == SCRIPT
         assert client.ask(3).token_ids == SCRIPT[:3]  # no mark before the answer has begun
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"text": "ab", "reasoning": None}, "ab"),
+        ({"text": "ab", "reasoning": ""}, "ab"),
+        ({"text": "ab", "reasoning_content": None}, "ab"),
+        ({"text": "a</think>b", "reasoning": "a"}, "a</think>b"),  # the text has both
+        ({"text": "", "reasoning": "ab"}, "ab"),
+        ({"text": None, "reasoning": "ab"}, "ab"),  # vllm issue 34827: content null
+        ({"text": "b", "reasoning": None, "reasoning_content": "a"}, "a</think>b"),
+        ({"text": "b", "reasoning": {"a": 1}}, "b"),
+        ({"text": "b", "reasoning_details": [{"text": "a"}]}, "b"),  # no known form of it
+        ({"text": None, "message": {"content": "b", "reasoning": "a"}}, "a</think>b"),
+    ],
+    ids=str,
+)
+def test_fields_of_thinking_are_read_as_far_as_they_are_texts(
+    fields: dict[str, Any], expected: str
+) -> None:
+    response = {"choices": [{"finish_reason": "stop", **fields}]}
+    assert read_answer(response).text == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"text": None}, {}, {"text": 7}, {"text": ["a"]}, {"message": None}, {"message": "a"}],
+    ids=str,
+)
+def test_a_completion_without_a_text_is_malformed(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="the text of a completion must be a string"):
+        read_answer({"choices": [{"finish_reason": "stop", **fields}]})
 
 
 def test_the_text_of_a_message_is_read() -> None:
@@ -315,6 +401,36 @@ def test_half_a_character_becomes_no_wrong_token(text: str, expected: Any) -> No
     own = TOKENIZER.decode(list(done.token_ids))
     assert own == ("ab" if expected else "a\ufffdb")
     assert done.stop is StopReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [
+        ({"text": ""}, StopReason.EOS),
+        ({"text": None}, StopReason.EOS),  # token ids alone
+        ({"text": "", "finish_reason": "length"}, StopReason.EOS),  # the EOS token is seen
+        ({"text": "", "token_ids": [97], "finish_reason": "length"}, None),  # clipped
+        ({"text": "", "token_ids": []}, StopReason.EOS),  # EOS, which is counted and not returned
+        ({"text": "", "token_ids": [], "finish_reason": "abort"}, StopReason.ABORT),
+    ],
+    ids=str,
+)
+def test_token_ids_need_no_text(fields: dict[str, Any], stop: StopReason | None) -> None:
+    def empty(made: dict[str, Any], asked: dict[str, Any]) -> Any:
+        made["choices"][0] |= fields
+        return made
+
+    with listening(ModelServer(returns="token_ids", script=f"ab{END}")) as model:
+        client = Client(model)
+        client.ask()
+        model.change = empty
+        if stop is None:
+            with pytest.raises(PolicyError, match="after 1 of 50 tokens"):
+                client.ask()
+        else:
+            done = client.ask()
+            assert done.stop is stop
+            assert done.token_ids[-1:] == (() if stop is StopReason.ABORT else (EOS,))
 
 
 def test_an_empty_text_is_an_answer_only_if_it_ended() -> None:
