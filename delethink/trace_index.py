@@ -19,10 +19,13 @@ from delethink.redaction import json_text
 TRACE_INDEX = "trace_index.jsonl"
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 160, 60
 
+# Of the values of a summary, in order.
+_TYPES: tuple[Any, ...] = (str, str, str, (int, float, type(None)), str, int, int)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class TraceSummary:
-    """A line of a list of traces."""
+    """A line of a list of traces. Not frozen, which would make a long list slower to read."""
 
     prompt: str  # its beginning
     answer: str  # of the gold answer, the beginning
@@ -61,10 +64,9 @@ class TraceSummary:
         Raises:
             ValueError: the values have another form.
         """
-        types: tuple[Any, ...] = (str, str, str, (int, float, type(None)), str, int, int)
-        if not isinstance(values, list) or len(values) != len(types):
+        if not isinstance(values, list) or len(values) != len(_TYPES):
             raise ValueError("no summary of a trace")
-        if not all(isinstance(v, t) for v, t in zip(values, types, strict=True)):
+        if not all(map(isinstance, values, _TYPES)):
             raise ValueError("no summary of a trace")
         return cls(*values)
 

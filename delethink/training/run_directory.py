@@ -29,6 +29,7 @@ from delethink.json_io import (
     read_json_lines,
 )
 from delethink.redaction import json_text
+from delethink.trace_index import TRACE_INDEX, index_lines, without_files
 from delethink.training.system import processor
 
 PART = ".part"  # suffix of incomplete files and folders
@@ -76,7 +77,8 @@ class RunDirectory:
 
     ``config.yaml``: resolved recipe. ``versions.json``: versions, hardware and commit.
     ``problems.json``: numbers of problems used and left out. ``metrics.jsonl``: one object per
-    optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``checkpoints/``.
+    optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``trace_index.jsonl``: where
+    each of them is, for the viewer. ``checkpoints/``.
     ``tensorboard/``: event files, if the recipe asks for them. ``table.json`` and ``curves.png``:
     results. ``finished.json``: present when the run is finished. ``resumed.jsonl``: one line per
     resume. ``superseded/``: files of steps after the checkpoint from which the run was resumed.
@@ -191,7 +193,7 @@ class RunDirectory:
         if any(self.traces.iterdir()) or any(self.checkpoints.iterdir()):
             return
         self.release()
-        for name in (_CONFIG, _VERSIONS, "problems.json", "resumed.jsonl", _LOCK):
+        for name in (_CONFIG, _VERSIONS, "problems.json", "resumed.jsonl", TRACE_INDEX, _LOCK):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.traces, self.checkpoints, self.path):
             with suppress(OSError):  # somebody else has put a file there
@@ -222,14 +224,22 @@ class RunDirectory:
         return found
 
     def add_traces(self, step: int, records: Iterable[dict[str, Any]]) -> None:
-        """Append the traces sampled for a step."""
-        self._append(f"traces/step_{step:06d}.jsonl", records)
+        """Append the traces sampled for a step, and their lines in the index of the viewer."""
+        self._append_traces(f"traces/step_{step:06d}.jsonl", records)
 
     def add_nonfinite(self, step: int, records: Iterable[dict[str, Any]]) -> Path:
         """Append traces of a skipped step to a file of their own, and return its path."""
         name = f"traces/nonfinite_step_{step:06d}.jsonl"
-        self._append(name, records)
+        self._append_traces(name, records)
         return self.path / name
+
+    def _append_traces(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        path, kept = self.path / name, list(records)
+        begin = path.stat().st_size if path.exists() else 0
+        lines = [json_text(record) + "\n" for record in kept]
+        self._append_text(name, "".join(lines))
+        with suppress(KeyError, ValueError):  # a viewer reads traces outside the index itself
+            self._append_text(TRACE_INDEX, index_lines(name, begin, lines, kept))
 
     def write_problems(self, counts: dict[str, Any]) -> None:
         """Write ``problems.json``."""
@@ -294,6 +304,10 @@ class RunDirectory:
             write_text(folder / _METRICS, _lines(later))
             for file in traces:
                 file.rename(folder / "traces" / file.name)
+            index = self.path / TRACE_INDEX
+            if index.exists():
+                gone = {f"traces/{file.name}" for file in traces}
+                self._write(TRACE_INDEX, without_files(index.read_text("utf-8"), gone))
         if (self.path / _METRICS).exists():  # written in any case, to drop an incomplete line
             self._write(_METRICS, _lines([line for line in lines if line["step"] <= step]))
         return sorted({line["step"] for line in later} | {_step_of(file.name) for file in traces})
@@ -308,11 +322,14 @@ class RunDirectory:
             return as_mapping(read_json(path, RunDirectoryError), "the file")
 
     def _append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        self._append_text(name, _lines(records))
+
+    def _append_text(self, name: str, text: str) -> None:
         """Append lines to a file and wait until they are on the disk."""
         path = self.path / name
         with _explain_errors(f"cannot write {path}", "; earlier lines are complete"):
             with path.open("a", encoding="utf-8") as file:
-                file.write(_lines(records))
+                file.write(text)
             if path.is_file():  # devices cannot be synchronized
                 _sync(path)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,7 @@ _BATCH = 500  # lines between two looks of others at the list
 _MAX_LINE_BYTES = 2**28
 
 
-@dataclass(frozen=True, slots=True)
-class TraceRow:
+class TraceRow(NamedTuple):
     """A trace of the list, and its place on disk."""
 
     name: str  # identity in addresses: file and line
@@ -63,6 +62,7 @@ class TraceIndex:
         self.is_complete = False  # every file was read once
         self.is_gone = False
         self._files: dict[Path, _FileState] = {}
+        self._labels: dict[Path, tuple[str, str]] = {}
         self._problems: dict[Path, dict[int, tuple[str, str]]] = {}
         self._lock = threading.RLock()  # of the rows
         self._reading = threading.Lock()  # one refresh at a time
@@ -91,37 +91,39 @@ class TraceIndex:
         path = self.root / TRACE_INDEX
         if not path.is_file() or path.is_symlink():
             return
-        sizes: dict[str, tuple[Path, os.stat_result] | None] = {}
-        states: dict[Path, _FileState] = {}
+        known: dict[str, tuple[Path, int, int] | None] = {}  # file, size, inode
+        states: dict[str, tuple[int, int]] = {}  # bytes and lines so far
         rows: list[TraceRow] = []
-        with path.open("rb") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     name, begin, end, summary = json.loads(line)
                     found = TraceSummary.from_list(summary)
+                    if name not in known:
+                        known[name] = self._stat(name)
                 except (ValueError, TypeError, RecursionError):
                     continue
-                if name not in sizes:
-                    sizes[name] = self._safe_stat(str(name))
-                known = sizes[name]
-                if known is None:
+                file = known[name]
+                read, number = states.get(name, (0, 0))
+                if file is None or begin != read or not begin < end <= file[1]:
                     continue
-                file, stat = known
-                state = states.get(file, _FileState(0, 0, stat.st_ino))
-                if begin != state.read or not begin < end <= stat.st_size:
-                    continue
-                states[file] = _FileState(end, state.lines + 1, stat.st_ino)
-                rows.append(self._row(file, state.lines + 1, begin, end, found))
+                states[name] = end, number + 1
+                rows.append(self._row(file[0], number + 1, begin, end, found))
                 if len(rows) >= _BATCH:
                     self._add(rows)
                     rows = []
         self._add(rows)
-        self._files |= states
+        for name, (read, number) in states.items():
+            file = known[name]
+            if file is not None:
+                self._files[file[0]] = _FileState(read, number, file[2])
 
-    def _safe_stat(self, name: str) -> tuple[Path, os.stat_result] | None:
+    def _stat(self, name: str) -> tuple[Path, int, int] | None:
+        """Return path, size and inode of a file of the index, if it is inside the folder."""
         file = self.root / name
         try:
-            return (file, file.stat()) if is_inside(file, self.root) else None
+            stat = file.stat()
+            return (file, stat.st_size, stat.st_ino) if is_inside(file, self.root) else None
         except OSError:
             return None
 
@@ -177,13 +179,16 @@ class TraceIndex:
     def _row(
         self, file: Path, number: int, begin: int, end: int, summary: TraceSummary
     ) -> TraceRow:
-        stem = file.name.removesuffix(".jsonl")
-        place = stem.removeprefix("step_").lstrip("0") or "0" if "step_" in stem[:5] else stem
-        return TraceRow(self._name(file, number), file, begin, end, place, None, summary)
+        name, place = self._labels_of(file)
+        return TraceRow(f"{name}:{number}", file, begin, end, place, None, summary)
 
-    def _name(self, file: Path, number: int) -> str:
-        inside = file.name if file == self.root else file.relative_to(self.root).as_posix()
-        return f"{inside}:{number}"
+    def _labels_of(self, file: Path) -> tuple[str, str]:
+        """Return the name of a file inside the folder, and its step or stem."""
+        if file not in self._labels:
+            inside = file.name if file == self.root else file.relative_to(self.root).as_posix()
+            step = re.fullmatch(r"step_0*(\d+)\.jsonl", file.name)
+            self._labels[file] = inside, step[1] if step else file.stem
+        return self._labels[file]
 
     def _evaluation_row(
         self, file: Path, number: int, begin: int, end: int, values: Any
@@ -201,7 +206,7 @@ class TraceIndex:
             chunks=0 if last is None else last.chunks,
             length=0 if last is None else last.length,
         )
-        name = self._name(file, number)
+        name = f"{self._labels_of(file)[0]}:{number}"
         setting, sample = record.key.setting, record.key.sample
         return TraceRow(name, file, begin, end, setting, sample, summary, record.error)
 

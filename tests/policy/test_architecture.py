@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "training": ROLLOUT
     | SETTINGS
     | SCORING
-    | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_io"},
+    | {"cost", "engines", "evaluation", "evaluation.metrics", "trace_index", "trace_io"},
     "serve": ROLLOUT | SETTINGS | {"", "engines"},
     "view": ROLLOUT
     | SHOWN

@@ -172,3 +172,22 @@ def test_a_run_with_results_is_kept(tmp_path: Path) -> None:
     run.add_metrics({"step": 1})
     run.discard_if_empty()
     assert (run.path / "config.yaml").exists()
+
+
+def test_the_index_has_the_place_of_every_trace_and_follows_a_reset(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "a: 1\n")
+    record = {"prompt": "p", "answer": "a", "reward": 1.0, "stop": "eos", "length": 1, "chunks": []}
+    for step in (1, 1, 2):
+        run.add_traces(step, [record, {**record, "prompt": "q"}])
+    run.add_metrics({"step": 1})
+
+    def places() -> list[list[object]]:
+        lines = (run.path / "trace_index.jsonl").read_text().splitlines()
+        return [json.loads(line)[:3] for line in lines]
+
+    assert len(places()) == 6
+    for name, begin, end in places():
+        data = (run.path / str(name)).read_bytes()
+        assert json.loads(data[begin:end])["prompt"] in ("p", "q")
+    run.reset_to(1, "a: 1\n", {})
+    assert {place[0] for place in places()} == {"traces/step_000001.jsonl"}
