@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
+from delethink.cli.effects import SERVER_OPTIONS, refuse_given
+from delethink.cli.options import add_eval_options
 from delethink.cli.presets import apply_preset, compared, comparison_lines
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
+from delethink.engines.engine_settings import check_engine_settings
 from delethink.engines.factory import choose_engine
-from delethink.engines.loading import digest
+from delethink.engines.loading import digest, find_adapter
 from delethink.errors import ConfigError, did_you_mean
 from delethink.evaluation.models import (
     ModelOpener,
@@ -184,6 +187,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} must be at least {minimum}, got {value}")
     if not arguments.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, got {arguments.timeout}")
+    if arguments.bootstrap is None:
+        refuse_given(arguments, add_eval_options, ["resamples"], "it needs --bootstrap")
     accelerator(arguments.gpu)
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
@@ -193,9 +198,14 @@ def _check(arguments: argparse.Namespace) -> None:
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
     engine = parse_engine(arguments.values)
     if arguments.base_url is None:
-        if arguments.served_model is not None:
-            raise ConfigError("--served-model needs --base-url")
-        choose_engine(engine.name)
+        refuse_given(
+            arguments, add_eval_options, SERVER_OPTIONS, "it needs --base-url, a server to ask"
+        )
+        check_engine_settings(
+            engine,
+            trains=False,
+            sends_weights=lambda: any(find_adapter(model) for model in _models(arguments)),
+        )
     elif len(_models(arguments)) > 1:
         raise ConfigError(
             "--base-url takes a single -m, the tokenizer of the served model; evaluate other "

@@ -18,6 +18,7 @@ from delethink.config import EngineConfig, Recipe, RewardConfig, with_rewards
 from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
 from delethink.cost.shape import ModelShape
+from delethink.engines.engine_settings import check_engine_settings
 from delethink.engines.factory import choose_engine
 from delethink.engines.loading import (
     engine_window,
@@ -110,7 +111,8 @@ def _with_rewards_of(task: Task, recipe: Recipe) -> Recipe:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    """Refuse settings without effect on an engine in the trainer's process."""
+    """Refuse settings without effect on the engine."""
+    check_engine_settings(recipe.engine, trains=True)
     if choose_engine(recipe.engine.name) != "transformers":
         return
     if recipe.training.max_staleness:
@@ -119,13 +121,6 @@ def _check_engine(recipe: Recipe) -> None:
             "engine=transformers shares its weights with the trainer: leave it out, or set "
             "engine=vllm"
         )
-    for key, default in (("num_engines", 1), ("gpus_per_engine", 0.0), ("dtype", None)):
-        if (value := getattr(recipe.engine, key)) != default:
-            raise ConfigError(
-                f"engine.{key}={value} applies to engines in Ray workers, and engine=transformers "
-                "samples in the trainer's process from its float32 weights: leave it out, or set "
-                "engine=vllm"
-            )
 
 
 def _check_packages(recipe: Recipe) -> None:
