@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, size, sizes
+from delethink.cli.effects import SERVER_OPTIONS, refuse_given
+from delethink.cli.options import add_probe_options
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
-from delethink.engines.factory import choose_engine
+from delethink.engines.engine_settings import check_engine_settings
+from delethink.engines.loading import find_adapter
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.run import load_problems
 from delethink.output import echo, echo_json, output_path
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from delethink.types import Trace
 
 _DEFAULT_PROBLEMS = 64
+_SAMPLING = ("task_arg", "num_problems", "budget", "temperature", "seed")
 _MAX_CHUNKS = 10**6  # more than any trace has
 
 
@@ -74,8 +78,16 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
             "--base-url samples from a server, so engine settings have no effect: remove "
             f"{' '.join(arguments.values)}"
         )
+    if arguments.base_url is None:
+        refuse_given(
+            arguments, add_probe_options, SERVER_OPTIONS, "it needs --base-url, a server to ask"
+        )
+    if arguments.traces is not None:
+        refuse_given(arguments, add_probe_options, _SAMPLING, "--traces samples nothing")
     engine = parse_engine(["engine=transformers", *arguments.values])
-    choose_engine(engine.name)
+    check_engine_settings(
+        engine, trains=False, sends_weights=lambda: find_adapter(arguments.model) is not None
+    )
     if arguments.chat_template_kwargs and arguments.traces is not None:
         raise ConfigError("--traces samples nothing, so --chat-template-kwargs has no effect")
     if arguments.values and arguments.traces is not None:
