@@ -74,7 +74,9 @@ class ConfigReader:
         value = self.config.get(key)
         if not isinstance(value, list):
             return [self.count(key, default=default)] * self.num_layers
-        values = self.listed(key) or []
+        values = self.listed(key)
+        if values is None:  # an empty list
+            raise ModelError(f"{self.name}: {key} has no entries for {self.num_layers} layers")
         return [ConfigReader({key: each}, self.name).count(key) for each in values]
 
     def listed(self, key: str) -> list[Any] | None:

@@ -221,6 +221,7 @@ MIXTURES: dict[str, Routing] = {
         sparse=_dense_first(0),
     ),
     "deepseek_v3": _DEEPSEEK_V3,
+    "mistral4": replace(_DEEPSEEK_V3, sparse=_dense_first(0)),
     "kimi_k2": _DEEPSEEK_V3,
     "kimi_k25": _DEEPSEEK_V3,
 }

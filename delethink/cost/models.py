@@ -35,6 +35,7 @@ _FAMILIES: dict[str, Callable[[ConfigReader], ModelShape]] = {
     "lfm2": recurrent.lfm2,
     "lfm2_moe": recurrent.lfm2_moe,
     "minimax": recurrent.minimax,
+    "nemotron_h": recurrent.nemotron_h,
     "olmo_hybrid": recurrent.olmo_hybrid,
 }
 

@@ -103,8 +103,13 @@ def olmo_hybrid(config: ConfigReader) -> ModelShape:
 
 def kimi_linear(config: ConfigReader) -> ModelShape:
     """Return the shape of Kimi Linear: latent attention after three of Kimi delta attention."""
+    nested = config.get("linear_attn_config")
+    if nested and not isinstance(nested, dict):
+        raise ModelError(
+            f"{config.name}: linear_attn_config must be a mapping of figures, got {nested!r:.80}"
+        )
     inner = ConfigReader(
-        config.get("linear_attn_config")
+        nested
         or {
             "head_dim": config.get("linear_head_dim"),
             "num_heads": config.get("linear_num_heads"),
@@ -112,8 +117,8 @@ def kimi_linear(config: ConfigReader) -> ModelShape:
         },
         config.name,
     )
-    numbers = inner.get("full_attn_layers")  # counted from 1
-    if numbers is None and not config.get("layer_types"):
+    numbers = inner.indices("full_attn_layers")  # counted from 1
+    if "full_attn_layers" not in inner.config and not config.get("layer_types"):
         raise ModelError(f"{config.name}: full_attn_layers is missing from linear_attn_config")
     is_full = config.full_layers(lambda i: i + 1 in numbers, "linear_attention")
     hidden_size, heads, dim = config.hidden_size, inner.count("num_heads"), inner.count("head_dim")
@@ -155,22 +160,113 @@ def granite_hybrid(config: ConfigReader) -> ModelShape:
 
 
 def _granite_state_space(config: ConfigReader) -> Mixer:
-    hidden_size, heads = config.hidden_size, config.count("mamba_n_heads", default=128)
-    width = config.count("mamba_expand", default=2) * hidden_size
-    state_dim = config.count("mamba_d_state", default=256)
-    groups = config.count("mamba_n_groups", default=1)
-    channels = width + 2 * groups * state_dim
-    inputs = width + channels + heads  # gate, what is convolved, one step size per head
-    biases = 3 * heads + width  # step size, decay and skip of each head, norm of the output
-    biases += channels * config.flag(("mamba_conv_bias", True))
-    biases += (inputs + hidden_size) * config.flag(("mamba_proj_bias", False))
+    return _state_space(
+        config,
+        heads=config.count("mamba_n_heads", default=128),
+        width=config.count("mamba_expand", default=2) * config.hidden_size,
+        state_dim=config.count("mamba_d_state", default=256),
+        groups=config.count("mamba_n_groups", default=1),
+        kernel=config.count("mamba_d_conv", default=4),
+        convolution_bias=config.flag(("mamba_conv_bias", True)),
+        bias=config.flag(("mamba_proj_bias", False)),
+    )
+
+
+def _state_space(
+    config: ConfigReader,
+    heads: int,
+    width: int,
+    state_dim: int,
+    groups: int,
+    kernel: int,
+    convolution_bias: bool,
+    bias: bool,
+    float32_state: bool = False,
+) -> Mixer:
+    """Return a state space with one step size, decay and skip a head, and a norm of its output."""
+    hidden_size, channels = config.hidden_size, width + 2 * groups * state_dim
+    inputs = width + channels + heads  # a gate, what is convolved, step sizes
     return state_space(
         hidden_size * (inputs + width),
         width,
         state_dim,
         groups,
-        config.count("mamba_d_conv", default=4),
-        other_parameters=biases,
+        kernel,
+        other_parameters=3 * heads
+        + width
+        + channels * convolution_bias
+        + (inputs + hidden_size) * bias,
+        float32_state=float32_state,
+    )
+
+
+_BLOCKS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+_OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
+_NEMOTRON = AttentionTraits(head_dim=128, norms=1, matrices=2, mlp_bias=("mlp_bias", False))
+
+
+def _nemotron_blocks(config: ConfigReader) -> list[str]:
+    """Return what each layer of Nemotron-H consists of."""
+    pattern = config.get("hybrid_override_pattern")
+    listed = config.get("layers_block_type") or config.get("layer_types") or pattern
+    if not isinstance(listed, list | str):
+        raise ModelError(
+            f"{config.name}: layers_block_type must list what each layer is, or "
+            f"hybrid_override_pattern have a letter for each, got {listed!r:.80}"
+        )
+    names = _BLOCKS if isinstance(listed, str) else _OLD_BLOCKS
+    blocks = [names.get(str(each), str(each)) for each in listed]
+    if unknown := set(blocks) - set(_BLOCKS.values()):
+        raise ModelError(
+            f"{config.name}: layers {sorted(unknown)} are not supported for model_type "
+            f"'nemotron_h', whose layers are {', '.join(_BLOCKS.values())}"
+        )
+    return blocks
+
+
+def nemotron_h(config: ConfigReader) -> ModelShape:
+    """Return the shape of Nemotron-H: a layer is a state space, attention, an MLP or experts."""
+    hidden_size, blocks = config.hidden_size, _nemotron_blocks(config)
+    norm, no_mixer = FeedForward(0, other_parameters=hidden_size), Mixer(0)
+    made = {}
+    if "linear_attention" in blocks:
+        heads = config.count("mamba_num_heads", default=128)
+        mixer = _state_space(
+            config,
+            heads=heads,
+            width=heads * config.count("mamba_head_dim", default=64),
+            state_dim=config.count("ssm_state_size", default=128),
+            groups=config.count("n_groups", "mamba_n_groups", default=8),
+            kernel=config.count("conv_kernel", "mamba_d_conv", default=4),
+            convolution_bias=config.flag(("use_conv_bias", True)),
+            bias=config.flag(("use_bias", False)),
+            float32_state=config.get("mamba_ssm_cache_dtype", "float32") == "float32",
+        )
+        made["linear_attention"] = Layer(mixer, norm)
+    if "full_attention" in blocks:
+        made["full_attention"] = Layer(attention(config, _NEMOTRON), norm)
+    if "mlp" in blocks:
+        made["mlp"] = Layer(no_mixer, dense(config, _NEMOTRON))
+    if "moe" in blocks:
+        made["moe"] = Layer(no_mixer, _nemotron_experts(config))
+    return finish(config, _NEMOTRON, [made[block] for block in blocks])
+
+
+def _nemotron_experts(config: ConfigReader) -> FeedForward:
+    """Return experts without gates, which may work in a space of fewer dimensions."""
+    hidden_size, (number, per_token) = config.hidden_size, config.experts()
+    width = config.count("moe_intermediate_size")
+    shared = dense(config, _NEMOTRON, config.count("moe_shared_expert_intermediate_size"))
+    reduced = config.optional("moe_latent_size")
+    down = 2 * hidden_size * reduced if reduced else 0
+    biases = (hidden_size + reduced) * config.flag(("mlp_bias", False)) if reduced else 0
+    return FeedForward(
+        weights=shared.weights + hidden_size * number + down,
+        expert_weights=2 * (reduced or hidden_size) * width,
+        experts=number,
+        experts_per_token=per_token,
+        width=shared.width + per_token * width,
+        other_parameters=shared.other_parameters + biases,
     )
 
 

@@ -232,11 +232,13 @@ def state_space(
     groups: int,
     kernel: int,
     other_parameters: int = 0,
+    float32_state: bool = False,
 ) -> Mixer:
     """Return a state-space layer (Mamba-2, arXiv 2405.21060).
 
     Each token is written to the state of ``width`` times ``state_dim`` values and reads it: two
-    products. A short convolution goes over inputs, write and read vectors.
+    products. A short convolution goes over inputs, write and read vectors. ``float32_state`` is
+    that of ``delta_attention``.
     """
     channels = width + 2 * groups * state_dim
     return _recurrent(
@@ -247,6 +249,7 @@ def state_space(
         kernel=kernel,
         kept_numbers=2 * channels + 2 * width,
         other_parameters=other_parameters,
+        float32_state=float32_state,
     )
 
 

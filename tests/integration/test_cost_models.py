@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_causal import COMMON, LATENT, SETTINGS, VARIANTS, settings_of
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mistral4ForCausalLM
 
 from delethink.cost.flops import (
     LONGCOT,
@@ -54,7 +54,7 @@ USUAL = {
     "kimi_linear",
     "llama4_text",
 }
-LATENT_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+LATENT_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4"}
 RUN = [*sorted(SETTINGS), "gemma4_text alike", "gemma4_text experts", "qwen3 window"]
 PROMPT, NEW = 24, 2
 
@@ -68,6 +68,7 @@ RECURRENT = {
     "granitemoehybrid": "mamba",
     "kimi_linear": "self_attn",
     "minimax": "self_attn",
+    "nemotron_h": "mixer",
     "lfm2": "conv",
     "lfm2_moe": "conv",
 }
@@ -148,6 +149,12 @@ def made_config(name: str) -> Any:
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
+def made_model(config: Any, **options: Any) -> Any:
+    if config.model_type == "mistral4":  # inside a multimodal model only, so no automatic class
+        return Mistral4ForCausalLM._from_config(config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     @cache
@@ -155,7 +162,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         torch.manual_seed(0)
         config = made_config(name)
         config._experts_implementation = "eager"  # one product an expert, which torch counts
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = made_model(config, attn_implementation="eager")
         folder = tmp_path_factory.mktemp("config")
         config.save_pretrained(folder)
         return Tiny(name, model.float().eval(), model_shape(str(folder)))
@@ -177,7 +184,7 @@ def test_every_known_type_is_compared() -> None:
 def test_parameters(name: str, tmp_path: Path) -> None:
     config = made_config(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = made_model(config)
     config.save_pretrained(tmp_path)
     assert model_shape(str(tmp_path)).parameters == model.num_parameters()
     in_memory = json.loads(json.dumps(config.to_dict(), default=str))
@@ -203,7 +210,7 @@ def test_parameters_at_the_default_sizes_of_a_type(name: str, tmp_path: Path) ->
     """Most defaults are those of a published checkpoint, so the config takes other ways."""
     config = AutoConfig.for_model(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = made_model(config)
     config.save_pretrained(tmp_path)
     assert model_shape(str(tmp_path)).parameters == model.num_parameters()
 

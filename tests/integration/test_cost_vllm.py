@@ -103,6 +103,9 @@ def state_bytes(name: str) -> int:
     elif name == "granitemoehybrid":
         shapes = Shapes.mamba2_state_shape(1, 128, 1, 4, 32, 16, 4)
         dtypes = Dtypes.mamba2_state_dtype(model, "auto", "auto")
+    elif name == "nemotron_h":
+        shapes = Shapes.mamba2_state_shape(1, 96, 2, 4, 24, 16, 4)
+        dtypes = Dtypes.mamba2_state_dtype(model, "auto", "float32")
     elif name == "minimax":
         shapes = Shapes.linear_attention_state_shape(4, 1, 16)
         dtypes = Dtypes.linear_attention_state_dtype(model, "auto")
@@ -121,13 +124,14 @@ def state_bytes(name: str) -> int:
         "kimi_linear",
         "lfm2",
         "minimax",
+        "nemotron_h",
         "olmo_hybrid",
         "qwen3_5_text",
         "qwen3_next",
     ],
 )
 def test_bytes_of_a_state(name: str) -> None:
-    """One of the two layers has a state, which is all that the cache of no token holds."""
+    """One of the layers has a state, which is all that the cache of no token holds."""
     settings = settings_of(name)
     if name == "qwen3_5_text":
         settings["mamba_ssm_dtype"] = "float32"  # in the configs of its checkpoints

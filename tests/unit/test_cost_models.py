@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_causal import SETTINGS, VARIANTS, settings_of
 
 from delethink.cost.hardware import ACCELERATORS, accelerator
 from delethink.cost.memory import cache_bytes
@@ -225,6 +228,26 @@ def test_a_checkpoint_of_qwen_3_5() -> None:
     state = 4 * 48 * 128 * 128 + 2 * 3 * (2 * 16 + 48) * 128  # float32; inputs of a convolution
     assert cache_bytes(shape, 0, 2) == 48 * state
     assert cache_bytes(shape, 1, 2) - cache_bytes(shape, 0, 2) == 16 * 2 * 2 * 4 * 256
+
+
+ODD = [None, 0, -1, 1, 3, 1.5, "", "x", [], [1], [None, 1], [[1], [2]], {}, {"0": {"head_dim": 0}}]
+ODD += [True, 10**30, float("nan"), float("inf"), ["full_attention", "x"]]
+LISTS = ["layer_types", "mlp_layer_types", "mlp_only_layers", "moe_layers", "no_rope_layers"]
+LISTS += ["full_attn_idxs", "linear_attn_config", "per_layer_config", "sliding_window_pattern"]
+
+
+@given(st.data())
+def test_any_value_in_a_config_gives_a_shape_or_one_sentence(data: st.DataObject) -> None:
+    config = settings_of(data.draw(st.sampled_from([*SETTINGS, *VARIANTS])))
+    for key in data.draw(st.lists(st.sampled_from([*config, *LISTS]), min_size=1, max_size=2)):
+        config[key] = data.draw(st.sampled_from(ODD))
+    text = "mine: a shape"
+    try:
+        parameters = shape_of_config(config, "mine").parameters
+    except ModelError as error:
+        parameters, text = 1, str(error)
+    assert parameters > 0
+    assert text.startswith("mine: ")
 
 
 def test_files_without_a_config(tmp_path: Path) -> None:
