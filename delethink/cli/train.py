@@ -16,6 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe, arguments.values)
     packages = ("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     require_packages("train", *packages)
+    set_up_process()
     prepared = prepare(recipe)
     location = open_run(prepared.recipe)
     from delethink.training.progress import TrainingProgress
@@ -24,7 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
     if location.exists and location.directory.finished_step == recipe.training.max_steps:
         progress.finished(location.directory, prepared.recipe.thinking.spec())
         return 0
-    set_up_process()
     if recipe.trainer.num_ranks > 1:
         from delethink.training.distributed import train_distributed
 
