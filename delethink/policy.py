@@ -111,7 +111,8 @@ class StreamingPolicy(Policy, Protocol):
             max_new_tokens: limit of sampled tokens.
             sampling: sampling parameters.
             on_tokens: called in the event loop of the caller with the next tokens and their
-                log-probs. All calls together give the tokens of the completion, in order.
+                log-probs. All calls together give the tokens of the completion, in order. It may
+                raise ``asyncio.CancelledError``, which cancels the call.
 
         A cancelled call stops sampling.
         """

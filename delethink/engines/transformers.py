@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from delethink.config import EngineConfig
 from delethink.engines.loading import engine_window, eos_ids, load_model
 from delethink.errors import WeightSyncError
-from delethink.policy import Completion, Sampling
+from delethink.policy import Completion, Sampling, TokenListener
 from delethink.types import StopReason, TokenIds
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class _Request:
     max_new_tokens: int
     sampling: Sampling
     answer: asyncio.Future[Completion]
+    on_tokens: TokenListener | None = None
 
 
 class TransformersEngine:
@@ -105,8 +106,26 @@ class TransformersEngine:
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
         """Sample in the next batch, with all requests made before the event loop is idle."""
+        return await self._submit(prompt_ids, max_new_tokens, sampling)
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """Sample as ``generate`` does, and pass on each token when its batch has it.
+
+        The event loop is busy meanwhile: a call is cancelled by a listener that raises.
+        """
+        return await self._submit(prompt_ids, max_new_tokens, sampling, on_tokens)
+
+    async def _submit(self, *given: Any) -> Completion:
         loop = asyncio.get_running_loop()
-        request = _Request(prompt_ids, max_new_tokens, sampling, loop.create_future())
+        prompt_ids, max_new_tokens, sampling, *listener = given
+        answer: asyncio.Future[Completion] = loop.create_future()
+        request = _Request(prompt_ids, max_new_tokens, sampling, answer, *listener)
         self._waiting.append(request)
         if len(self._waiting) == 1:
             loop.call_soon(self._run_when_quiet, 1)
@@ -156,14 +175,16 @@ class TransformersEngine:
             answers = self._decode(batch)
         except Exception as error:  # all requests of the batch fail
             for request in batch:
-                request.answer.set_exception(error)
+                if not request.answer.done():
+                    request.answer.set_exception(error)
             return
         chunks, batches, tokens, seconds = self._done
         tokens += sum(len(completion.token_ids) for completion in answers)
         seconds += time.perf_counter() - started
         self._done = (chunks + len(answers), batches + 1, tokens, seconds)
         for request, answer in zip(batch, answers, strict=True):
-            request.answer.set_result(answer)
+            if not request.answer.done():
+                request.answer.set_result(answer)
 
     def _decode(self, batch: list[_Request]) -> list[Completion]:
         prompts, device = [request.prompt_ids for request in batch], self.model.device
@@ -190,7 +211,10 @@ class TransformersEngine:
                 attention_mask=torch.tensor(masks, device=device),
                 generation_config=config,
                 logits_processor=[sampler],
-                stopping_criteria=[_RowLimit(limits.to(device), longest)],
+                stopping_criteria=[
+                    _RowLimit(limits.to(device), longest),
+                    *_Streams.of(batch, sampler, self._eos_ids),
+                ],
             )
         finally:
             self.model.train(training)
@@ -262,6 +286,11 @@ class _Sampler(LogitsProcessor):  # type: ignore[misc]  # untyped for mypy
         self._kept.append(probs.gather(1, tokens[:, None])[:, 0])
         return probs.scatter_(1, tokens[:, None], 2.0)
 
+    def last_logprobs(self) -> list[float]:
+        """Return the log-probs [B] of the last tokens."""
+        last: list[float] = self._kept[-1].log().tolist()
+        return last
+
     def logprobs(self) -> torch.Tensor:
         """Return the log-probs [B, T] of the sampled tokens."""
         return torch.stack(self._kept, dim=1).log().cpu()
@@ -301,3 +330,37 @@ class _RowLimit(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return self._limits <= input_ids.shape[1] - self._prompt_length
+
+
+class _Streams(StoppingCriteria):  # type: ignore[misc]  # untyped for mypy
+    """Passes on the tokens of rows as they are sampled, and stops rows that nobody waits for."""
+
+    @classmethod
+    def of(cls, batch: Sequence[_Request], sampler: _Sampler, eos_ids: TokenIds) -> list[_Streams]:
+        """Return a criterion, if a row of the batch has a listener."""
+        has_listener = any(request.on_tokens is not None for request in batch)
+        return [cls(batch, sampler, eos_ids)] if has_listener else []
+
+    def __init__(self, batch: Sequence[_Request], sampler: _Sampler, eos_ids: TokenIds) -> None:
+        self._sampler, self._eos_ids = sampler, eos_ids
+        self._open = {
+            row: request for row, request in enumerate(batch) if request.on_tokens is not None
+        }
+        self._left = torch.zeros(len(batch), dtype=torch.bool)
+        self._count = 0  # tokens of each row so far
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return the rows [B] to stop."""
+        self._count += 1
+        tokens, logprobs = input_ids[:, -1].tolist(), self._sampler.last_logprobs()
+        for row, request in list(self._open.items()):
+            assert request.on_tokens is not None
+            try:
+                request.on_tokens((tokens[row],), (logprobs[row],))
+            except asyncio.CancelledError:
+                request.answer.cancel()
+                self._left[row] = True
+            is_last = self._count == request.max_new_tokens or tokens[row] in self._eos_ids
+            if is_last or self._left[row]:
+                del self._open[row]
+        return self._left.to(input_ids.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Collection
 
 from delethink.policy import Completion, Policy, Sampling, TokenListener, stream_completion
 from delethink.tokens import Logprobs, TokenIds
+from delethink.types import StopReason
 
 _CLOSE_TIME_S = 30.0
 
@@ -16,11 +16,16 @@ _CLOSE_TIME_S = 30.0
 class EngineThread:
     """Policy that samples in an event loop of another thread.
 
-    An engine in this process computes in its event loop, and nothing else runs there meanwhile.
+    An engine in this process computes in its event loop, and nothing else runs there meanwhile. A
+    chunk whose tokens are all there is complete, though others of its batch go on.
+
+    Args:
+        engine: samples in the thread.
+        eos_ids: tokens that end a chunk.
     """
 
-    def __init__(self, engine: Policy) -> None:
-        self._engine = engine
+    def __init__(self, engine: Policy, eos_ids: Collection[int]) -> None:
+        self._engine, self._eos_ids = engine, eos_ids
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -29,7 +34,7 @@ class EngineThread:
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
         """See ``Policy``."""
-        return await self._call(self._engine.generate(prompt_ids, max_new_tokens, sampling))
+        return await self.stream(prompt_ids, max_new_tokens, sampling, lambda *_: None)
 
     async def stream(
         self,
@@ -39,19 +44,35 @@ class EngineThread:
         on_tokens: TokenListener,
     ) -> Completion:
         """See ``StreamingPolicy``."""
-        caller = asyncio.get_running_loop()
+        caller, left = asyncio.get_running_loop(), threading.Event()
+        done: asyncio.Future[Completion] = caller.create_future()
+        ids, kept = list[int](), list[float]()
+
+        def receive(token_ids: TokenIds, logprobs: Logprobs) -> None:
+            if left.is_set():
+                return
+            ids.extend(token_ids)
+            kept.extend(logprobs)
+            on_tokens(token_ids, logprobs)
+            ended = bool(ids) and ids[-1] in self._eos_ids
+            if (ended or len(ids) == max_new_tokens) and not done.done():
+                stop = StopReason.EOS if ended else StopReason.LENGTH
+                done.set_result(Completion(tuple(ids), tuple(kept), stop))
 
         def pass_on(token_ids: TokenIds, logprobs: Logprobs) -> None:
-            caller.call_soon_threadsafe(on_tokens, token_ids, logprobs)
+            if left.is_set():  # the engine's own loop is busy, and learns of it here
+                raise asyncio.CancelledError
+            caller.call_soon_threadsafe(receive, token_ids, logprobs)
 
         sampled = stream_completion(self._engine, prompt_ids, max_new_tokens, sampling, pass_on)
-        completion = await self._call(sampled)
-        # The result may overtake the last tokens: those were put into this loop's queue first.
-        await asyncio.sleep(0)
-        return completion
-
-    async def _call(self, sampled: Coroutine[Any, Any, Completion]) -> Completion:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sampled, self._loop))
+        called = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sampled, self._loop))
+        try:
+            # The last tokens came into this loop's queue before the completion did.
+            await asyncio.wait({called, done}, return_when=asyncio.FIRST_COMPLETED)
+            return done.result() if done.done() else called.result()
+        finally:
+            left.set()
+            called.cancel()
 
     def close(self) -> None:
         """End the thread; what it still computes is abandoned."""

@@ -139,7 +139,7 @@ def _open_engine(
         is_trained=False,
     )
     with contextlib.closing(engine):
-        thread = EngineThread(engine)
+        thread = EngineThread(engine, ends)
         with contextlib.closing(thread):
             yield replace(planned, policy=thread, max_model_tokens=engine.max_model_tokens), None
 

@@ -209,3 +209,46 @@ def test_metrics_count_what_was_decoded_since_they_were_taken(model: Any) -> Non
     assert metrics["engine/tokens_per_second"] > 0
     assert sum(len(completion.token_ids) for completion in completions) > 0
     assert engine.take_metrics() == {"engine/chunks": 0}
+
+
+def test_streamed_tokens_are_those_of_the_completion(model: Any) -> None:
+    samplings = [Sampling(0.7, seed=i) for i in range(4)]
+    expected = ask(engine_of(model), samplings)
+    engine, heard = engine_of(model), [list[tuple[int, float]]() for _ in PROMPTS]
+
+    async def all_at_once() -> list[Completion]:
+        def listener(row: int) -> Any:
+            return lambda ids, logprobs: heard[row].extend(zip(ids, logprobs, strict=True))
+
+        calls = enumerate(zip(PROMPTS, LIMITS, samplings, strict=True))
+        return list(
+            await asyncio.gather(*(engine.stream(*call, listener(row)) for row, call in calls))
+        )
+
+    completions = asyncio.run(all_at_once())
+    assert [done.token_ids for done in completions] == [done.token_ids for done in expected]
+    for said, done in zip(heard, completions, strict=True):
+        assert said == list(zip(done.token_ids, done.logprobs, strict=True))
+
+
+def test_a_listener_that_leaves_stops_its_row_alone(model: Any) -> None:
+    engine, heard = engine_of(model), list[int]()
+
+    def leave(ids: TokenIds, logprobs: Any) -> None:
+        if len(heard) == 3:
+            raise asyncio.CancelledError
+        heard.extend(ids)
+
+    async def both() -> list[Any]:
+        calls = (
+            engine.stream((5, 6), 40, Sampling(1.0, seed=11), leave),
+            engine.generate((5, 6, 7), 9, Sampling(0.0)),
+        )
+        return list(await asyncio.gather(*calls, return_exceptions=True))
+
+    left, other = asyncio.run(both())
+    assert isinstance(left, asyncio.CancelledError)
+    assert len(heard) == 3
+    (alone,) = ask(engine_of(model), [Sampling(0.0)], [(5, 6, 7)], [9])
+    assert other.token_ids == alone.token_ids
+    assert engine.take_metrics()["engine/tokens_per_second"] > 0
