@@ -85,15 +85,7 @@ def _evaluate(
     from delethink.evaluation.report import EvaluationProgress, write_curves
 
     models = _models(arguments)
-    plan = SamplingPlan(
-        arguments.samples,
-        arguments.temperature,
-        arguments.seed,
-        arguments.force_answer,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-    )
+    plan = _plan(arguments)
     settings = [s for model in models for s in _settings(arguments, model, problems, plan)]
 
     def longest(model: str, tokenizer: Tokenizer) -> int:
@@ -159,6 +151,18 @@ def _report(
         for line in comparison_lines(arguments, results.rows):
             progress.print(line)
         progress.print(f"results: {output}")
+
+
+def _plan(arguments: argparse.Namespace) -> SamplingPlan:
+    return SamplingPlan(
+        arguments.samples,
+        arguments.temperature,
+        arguments.seed,
+        arguments.force_answer,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+    )
 
 
 def _hints(results: Results, found: Mapping[str, ThinkingMarks]) -> list[str]:

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_html", "trace_io"},
-    "config": CHUNKS | {"json_io", "redaction", "registry", "yaml_io"},
+    "config": CHUNKS | {"json_io", "redaction", "registry", "thinking_marks", "yaml_io"},
     "cost": CHUNKS | SETTINGS | SHOWN | {"json_io"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
