@@ -103,6 +103,7 @@ class OpenAIServer:
             )
         self.dialect: Dialect | None = None
         self._announce = announce
+        self._failure: PolicyError | None = None  # of the last search for the dialect
         self._checked: set[tuple[object, ...]] | None = set() if checks_options else None
         self._tokenizer: Any = tokenizer
         self._eos_ids = list(eos_ids)
@@ -195,10 +196,13 @@ class OpenAIServer:
         """
         used = sampling or Sampling(0.0)
         if self.dialect is None or self._is_unchecked(used):
+            known = self._failure
             # A lock belongs to one loop, like a connection.
             lock = self._negotiations.setdefault(asyncio.get_running_loop(), asyncio.Lock())
             async with lock:
                 if self.dialect is None:
+                    if self._failure is not known:  # while this call waited; a retry would be late
+                        raise PolicyError(str(self._failure))
                     self.dialect = await self._find_dialect(prompt_ids)
                     self._say(str(self.dialect), is_limit=not self.dialect.is_exact)
                 if self._is_unchecked(used):
@@ -225,6 +229,9 @@ class OpenAIServer:
             raise RefusedError(self._clean(str(error)), error.status) from None
         except ConfigError as error:
             raise ConfigError(self._clean(str(error))) from None
+        except PolicyError as error:
+            self._failure = error
+            raise
 
     def _is_unchecked(self, sampling: Sampling) -> bool:
         return self._checked is not None and _options_of(sampling) not in self._checked

@@ -327,12 +327,18 @@ def _from_text(
     ids = encode_continuation(tokenizer, redact(text))
     if stop is StopReason.EOS:
         ids = ids[:-1] if ids[-1:] != () and ids[-1] in eos_ids else ids
-        # The tokens of the text may outnumber the sampled ones.
-        ids = ids[: max_new_tokens - len(eos_ids[:1])] + tuple(eos_ids[:1])
+        ids += tuple(eos_ids[:1])
     elif not ids:
         raise UnfitAnswerError(
             f"the text of {count or max_new_tokens} sampled tokens is empty: they are special "
             "tokens, which the server strips, or half a character"
+        )
+    # The tokens of the text may outnumber the sampled ones. An answer must not lose its end.
+    most = max_new_tokens if stop is StopReason.EOS else max_new_tokens + _slack(max_new_tokens)
+    if max(len(ids), count or 0) > most:
+        raise UnfitAnswerError(
+            f"the server returns a text of {max(len(ids), count or 0)} tokens, {max_new_tokens} "
+            "were asked"
         )
     return _completion(ids[:max_new_tokens], stop)
 
@@ -372,14 +378,17 @@ def _check_prompt(dialect: Dialect, answer: Answer, request: Request) -> None:
         raise UnfitAnswerError("the server read another prompt than the one sent")
     if not dialect.counts_prompt or read is None:
         return
-    slack = 0.0
-    if dialect.asks == "text":
-        slack = max(_COUNT_SLACK_TOKENS, _COUNT_SLACK_SHARE * sent)
+    slack = 0 if dialect.asks == "ids" else _slack(sent)
     if abs(read - sent) > slack:
         raise UnfitAnswerError(
             f"the server read {read} tokens of a prompt of {sent}: it cuts long prompts (start it "
             "with a larger context), or its dialect has changed"
         )
+
+
+def _slack(tokens: int) -> int:
+    """Return the number of tokens by which another tokenization of a text may differ."""
+    return max(_COUNT_SLACK_TOKENS, int(_COUNT_SLACK_SHARE * tokens))
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -105,6 +105,7 @@ def test_an_evaluation_over_http(
     monkeypatch.setenv("KEY_OF_TEST", KEY)
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
+    assert said.err.count("asks in token ids, gets token ids back") == 1
     rows = json.loads(said.out)["rows"]
     assert [row["budget"] for row in rows] == [60, 90, 120, 150] * 2
     for last in (rows[3], rows[7]):

@@ -606,6 +606,23 @@ def test_more_tokens_than_asked_fail_the_trace() -> None:
             client.ask(3)
 
 
+@pytest.mark.parametrize("usage", ["right", "absent"])
+@pytest.mark.parametrize("script", ["abcdefghijklmnopqrstuvwxyz", f"abcdefghij{MARK}4{END}"])
+def test_a_server_that_ignores_the_limit_fails_the_trace(usage: str, script: str) -> None:
+    """A cut answer would be scored as a whole one."""
+    model = ModelServer(takes_ids=400, usage=lambda counts: counts if usage == "right" else None)
+    model.script = script
+    sample = model._sample
+    with listening(model):
+        client = Client(model)
+        client.ask(3)
+        model._sample = lambda asked, prompt: sample(  # type: ignore[method-assign]
+            {**asked, "max_tokens": 99}, prompt
+        )
+        with pytest.raises(PolicyError, match=r"returns a text of \d+ tokens, 7 were asked"):
+            client.ask(7)
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -672,6 +689,31 @@ def test_a_busy_server_is_not_taken_for_another_dialect(status: int) -> None:
         client = Client(model)
         assert client.ask().token_ids == SCRIPT
         assert EXACT in client.said
+
+
+def test_calls_that_wait_for_the_dialect_share_its_failure() -> None:
+    model, busy = ModelServer(returns="token_ids"), [True]
+    sound = model.handle
+
+    def load(handler: Any, asked: dict[str, Any]) -> None:
+        if busy:
+            model.asked.append(asked)
+            reply(handler, 503, b"Loading model")
+        else:
+            sound(handler, asked)
+
+    model.handle = load  # type: ignore[method-assign]
+    with listening(model):
+        client = Client(model, retries=0)
+
+        async def all_of(number: int) -> list[Any]:
+            calls = [client.server.generate(QUERY, 50, GREEDY) for _ in range(number)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        assert {type(each) for each in client.runner.run(all_of(50))} == {PolicyError}
+        assert len(model.asked) < 5
+        busy.clear()
+        assert {each.token_ids for each in client.runner.run(all_of(3))} == {SCRIPT}
 
 
 def test_a_server_with_chat_alone_is_named() -> None:
