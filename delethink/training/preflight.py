@@ -23,6 +23,7 @@ from delethink.engines.factory import choose_engine
 from delethink.engines.loading import (
     engine_window,
     eos_ids,
+    find_adapter,
     load_shell,
     load_tokenizer,
     locate,
@@ -126,7 +127,8 @@ def _check_engine(recipe: Recipe) -> None:
 def _check_packages(recipe: Recipe) -> None:
     if recipe.trainer.num_ranks > 1 and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray")
-    if recipe.training.lora is not None and importlib.util.find_spec("peft") is None:
+    needs_peft = recipe.training.lora is not None or find_adapter(recipe.model) is not None
+    if needs_peft and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora")
     for name in recipe.training.report_to:
         if importlib.util.find_spec(name) is None:
