@@ -127,8 +127,9 @@ def _check_engine(recipe: Recipe) -> None:
 def _check_packages(recipe: Recipe) -> None:
     if recipe.trainer.num_ranks > 1 and importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray")
-    needs_peft = recipe.training.lora is not None or find_adapter(recipe.model) is not None
-    if needs_peft and importlib.util.find_spec("peft") is None:
+    is_folder = Path(recipe.model).expanduser().is_dir()  # an id is not looked up yet
+    is_adapter = is_folder and find_adapter(recipe.model) is not None
+    if (recipe.training.lora or is_adapter) and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("peft", "lora")
     for name in recipe.training.report_to:
         if importlib.util.find_spec(name) is None:
