@@ -105,7 +105,7 @@ class Routes:
         kwargs = body.chat_template_kwargs or {}
         if self._service.upstream is not None and any(kwargs.get(s) is False for s in _SWITCHES):
             self._service.planner.check_model(body.model)
-            return ForwardedResponse(self._service, "/chat/completions", value)
+            return ForwardedResponse(self._service, value)
         return self._answer(request, raw, body, "chatcmpl")
 
     async def complete(self, request: Request) -> Any:

@@ -227,8 +227,8 @@ def _joined(items: list[ChoiceEvent]) -> list[ChoiceEvent]:
 class ForwardedResponse:
     """ASGI response of the server behind this one, sent on as it comes."""
 
-    def __init__(self, service: ThinkingService, path: str, body: Mapping[str, Any]) -> None:
-        self._service, self._path, self._body = service, path, body
+    def __init__(self, service: ThinkingService, body: Mapping[str, Any]) -> None:
+        self._service, self._body = service, body
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Send the response; a client that leaves cancels the request."""
@@ -238,7 +238,7 @@ class ForwardedResponse:
         assert self._service.upstream is not None
         started = False
         try:
-            async with self._service.upstream.forward(self._path, self._body) as response:
+            async with self._service.upstream.forward_chat(self._body) as response:
                 status, headers, chunks = response
                 await _start(send, status, headers)
                 started = True

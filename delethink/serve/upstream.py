@@ -53,19 +53,20 @@ class UpstreamServer(OpenAIServer):
         return True
 
     @asynccontextmanager
-    async def forward(
-        self, path: str, body: Mapping[str, Any]
+    async def forward_chat(
+        self, body: Mapping[str, Any]
     ) -> AsyncIterator[tuple[int, dict[str, str], AsyncIterator[bytes]]]:
-        """Send a request on, and give status, headers and bytes of the response as they come.
+        """Send a chat request on, and give status, headers and bytes of the response as they come.
 
         Raises:
             ApiError: the server does not answer.
         """
         client = self._client().with_options(max_retries=0)
-        sent = {**body, "model": self.model}
+        rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        chat = client.chat.completions.with_streaming_response
         try:
-            async with client.with_streaming_response.post(
-                path, cast_to=object, body=sent
+            async with chat.create(
+                model=self.model, messages=body["messages"], extra_body=rest
             ) as response:
                 headers = _passed(response.headers)
                 yield response.status_code, headers, response.iter_bytes()

@@ -32,10 +32,17 @@ def service_of(policy: Any, spec: ChunkSpec | None = None, **settings: Any) -> T
 @contextmanager
 def serving(service: ThinkingService) -> Iterator[str]:
     """Runs the server in a thread, and gives its address."""
+    with listening_app(make_app(service)) as url:
+        yield f"{url}/v1"
+
+
+@contextmanager
+def listening_app(app: Any) -> Iterator[str]:
+    """Runs an ASGI application in a thread, and gives its address."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
-        make_app(service), log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=1
+        app, log_config=None, lifespan="auto", ws="none", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
@@ -45,7 +52,7 @@ def serving(service: ThinkingService) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive()
             waited.wait(0.01)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(_PATIENCE_S)
