@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from delethink.errors import ConfigError
 
@@ -11,25 +11,18 @@ SERVER_OPTIONS = ("served_model", "retries", "timeout")
 """Options of requests to a server."""
 
 
-def refuse_given(
-    arguments: argparse.Namespace,
-    add_options: Callable[[argparse.ArgumentParser], None],
-    names: Collection[str],
-    reason: str,
-) -> None:
+def refuse_given(arguments: argparse.Namespace, names: Collection[str], reason: str) -> None:
     """Refuse those of the named options that were given.
 
     Args:
         arguments: the parsed arguments; an option with another value than its default was given.
-        add_options: adds the options of the command, with their defaults.
+            ``actions`` are the options of the command.
         names: attributes of ``arguments``.
         reason: why they have no effect, after "has no effect: ".
 
     Raises:
         ConfigError: one of them was given; the text names it as it is written.
     """
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    for action in parser._actions:
+    for action in arguments.actions:
         if action.dest in names and getattr(arguments, action.dest) != action.default:
             raise ConfigError(f"{action.option_strings[-1]} has no effect: {reason}")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
 from delethink.cli.effects import SERVER_OPTIONS, refuse_given
-from delethink.cli.options import add_eval_options
 from delethink.cli.presets import apply_preset, compared, comparison_lines
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
@@ -192,7 +191,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, got {arguments.timeout}")
     if arguments.bootstrap is None:
-        refuse_given(arguments, add_eval_options, ["resamples"], "it needs --bootstrap")
+        refuse_given(arguments, ["resamples"], "it needs --bootstrap")
     accelerator(arguments.gpu)
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
@@ -202,9 +201,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
     engine = parse_engine(arguments.values)
     if arguments.base_url is None:
-        refuse_given(
-            arguments, add_eval_options, SERVER_OPTIONS, "it needs --base-url, a server to ask"
-        )
+        refuse_given(arguments, SERVER_OPTIONS, "it needs --base-url, a server to ask")
         check_engine_settings(
             engine,
             trains=False,

@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"E.g.: {command.example}",
         )
         command.add_options(added)
-        added.set_defaults(module=command.module)
+        added.set_defaults(module=command.module, actions=tuple(added._actions))
     return parser
 
 

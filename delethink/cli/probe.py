@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, size, sizes
 from delethink.cli.effects import SERVER_OPTIONS, refuse_given
-from delethink.cli.options import add_probe_options
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.engines.engine_settings import check_engine_settings
@@ -79,11 +78,9 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
             f"{' '.join(arguments.values)}"
         )
     if arguments.base_url is None:
-        refuse_given(
-            arguments, add_probe_options, SERVER_OPTIONS, "it needs --base-url, a server to ask"
-        )
+        refuse_given(arguments, SERVER_OPTIONS, "it needs --base-url, a server to ask")
     if arguments.traces is not None:
-        refuse_given(arguments, add_probe_options, _SAMPLING, "--traces samples nothing")
+        refuse_given(arguments, _SAMPLING, "--traces samples nothing")
     engine = parse_engine(["engine=transformers", *arguments.values])
     check_engine_settings(
         engine, trains=False, sends_weights=lambda: find_adapter(arguments.model) is not None
