@@ -19,7 +19,7 @@ from delethink.output import safe_text
 from delethink.scoring.answer import answer_span
 from delethink.tokens import as_list
 from delethink.trace_map import ChunkMap, Segment, map_trace, origin_text
-from delethink.types import ChunkRole, StopReason, Trace, TraceStop
+from delethink.types import END_OF_THINKING, ChunkRole, StopReason, Trace, TraceStop
 
 TokenTexts = Callable[[Sequence[int]], list[str]]
 """Returns the text of each token id."""
@@ -121,7 +121,9 @@ class TraceView:
         return float(found[place]) if place < len(found) else None
 
 
-def answer_place(trace: Trace, texts: TokenTexts) -> tuple[int, int] | None:
+def answer_place(
+    trace: Trace, texts: TokenTexts, end_of_thinking: str | None = END_OF_THINKING
+) -> tuple[int, int] | None:
     """Return the sampled tokens that hold the final answer, as begin and end; ``None`` without."""
     pieces: list[str] = []
     places: list[int] = []  # among all sampled tokens
@@ -134,7 +136,7 @@ def answer_place(trace: Trace, texts: TokenTexts) -> tuple[int, int] | None:
     text = "".join(pieces)
     if trace.stop is TraceStop.COMPLETED and pieces:
         text = text[: len(text) - len(pieces[-1])]  # the end of the answer is no part of it
-    span = answer_span(text)
+    span = answer_span(text, end_of_thinking)
     if span is None:
         return None
     ends = list(itertools.accumulate(map(len, pieces)))

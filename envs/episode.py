@@ -387,7 +387,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             texts,
             title="episode",
             facts=facts,
-            answer=answer_place(trace, texts),
+            answer=answer_place(trace, texts, self.thinking_marks.end),
             is_open=state.stop is None,
         )
         return f"<style>{trace_style()}</style>{trace_html(view)}"

@@ -53,16 +53,17 @@ def extract_answer(text: str, end: str | None = END_OF_THINKING) -> str | None:
     return found.strip() if found and found.strip() else None
 
 
-def answer_span(text: str) -> tuple[int, int] | None:
+def answer_span(text: str, end: str | None = END_OF_THINKING) -> tuple[int, int] | None:
     """Return the place of the final answer in ``text``, as characters: begin and end.
 
     Without an extractable answer it is all text after the end of thinking. ``None`` without one.
+    With ``end=None`` the whole text is searched, for models without thinking.
     """
-    mark = text.find(END_OF_THINKING)
+    mark = 0 if end is None else text.find(end)
     if mark < 0:
         return None
-    start = mark + len(END_OF_THINKING)
-    found = extract_answer(text) or text[start:].strip()
+    start = mark + len(end or "")
+    found = extract_answer(text, end) or text[start:].strip()
     if not found:
         return None
     in_braces = text.rfind("{" + found, start)
@@ -124,8 +125,9 @@ _MAX_VOTE_CHARACTERS = 200  # a longer answer is replaced by its digest
 def vote(text: str, end: str | None = END_OF_THINKING) -> str | None:
     """Return the answer of a trace for majority votes, or all text after the end of thinking.
 
-    With ``end=None`` the whole text is searched, for models without thinking. White space is normalised. Equal values in different notation count as different votes, so maj@n
-    is a lower bound for rewards that compare values.
+    With ``end=None`` the whole text is searched, for models without thinking. White space is
+    normalised. Equal values in different notation count as different votes, so maj@n is a lower
+    bound for rewards that compare values.
 
     Returns:
         ``None`` if thinking does not end or nothing follows.

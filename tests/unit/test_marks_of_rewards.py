@@ -25,7 +25,7 @@ from delethink.evaluation.run import Evaluation, ProblemSet, evaluate
 from delethink.evaluation.settings import SamplingPlan, Setting
 from delethink.policy import ScriptedPolicy
 from delethink.registry import names, resolve
-from delethink.scoring.answer import vote
+from delethink.scoring.answer import answer_span, vote
 from delethink.scoring.reward import Reward
 from delethink.scoring.rollouts import attempt_from_text, make_attempt, mark_setting
 from delethink.scoring.scorer import Scorer
@@ -158,6 +158,16 @@ def test_a_vote_is_the_answer_after_the_mark(end: str | None) -> None:
     assert vote(marks.rewrite("Is it 5?</think> 4 "), end) == "4"
     if end is not None:
         assert vote("Is it \\boxed{5}?", end) is None
+
+
+@pytest.mark.parametrize("end", MARKS)
+def test_the_place_of_the_answer_follows_the_mark(end: str | None) -> None:
+    text = marks_with(end).rewrite("Is it \\boxed{5}?</think>So \\boxed{4}!")
+    span = answer_span(text, end)
+    assert span is not None
+    assert text[slice(*span)] == "4"
+    if end is not None:
+        assert answer_span("Is it \\boxed{5}?", end) is None
 
 
 # -- tokens ----------------------------------------------------------------------------------------
