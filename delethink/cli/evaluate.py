@@ -126,7 +126,7 @@ def _evaluate(
         retry_errors=arguments.retry_errors,
     )
     if results.rows and not arguments.no_curves:
-        write_curves(results.rows, problems.name, output)
+        write_curves(results, evaluation.as_dict(), output)
     _report(arguments, evaluation, results, progress, output)
     for hint in _hints(results, found):
         progress.print(hint)
@@ -176,7 +176,9 @@ def _hints(results: Results, found: Mapping[str, ThinkingMarks]) -> list[str]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Check the arguments without heavy imports."""
-    packages = ["transformers", "rich", "scipy"] + ["matplotlib"] * (not arguments.no_curves)
+    packages = ["transformers", "rich", "scipy"] + ["matplotlib", "bokeh"] * (
+        not arguments.no_curves
+    )
     require_packages("eval", *packages)
     for name in ("force", "retry_errors"):
         if getattr(arguments, name) and not arguments.resume:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +15,11 @@ from rich.table import Table
 
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.evaluation.metrics import Estimate, avg_at_n
+from delethink.evaluation.page import evaluation_report, try_report
 from delethink.evaluation.records import Record
 from delethink.evaluation.results import ResultRow, Results
 from delethink.evaluation.settings import Setting
 from delethink.output import open_console, safe_text
-from delethink.redaction import json_text
 
 ScalingKind = Literal["avg", "pass", "maj"]
 
@@ -84,34 +82,27 @@ def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurveP
     )
 
 
-def write_curves(rows: Sequence[ResultRow], task: str, folder: Path) -> None:
-    """Write ``curves.csv``, ``curves.html`` and ``curves.png``.
+def write_curves(results: Results, settings: Mapping[str, Any], folder: Path) -> None:
+    """Write ``report.html``, ``curves.csv`` and ``curves.png``.
+
+    ``settings`` are those of ``settings.json``.
 
     Raises:
         RunDirectoryError: a file cannot be written.
         ConfigError: the image cannot be written.
     """
-    points = curve_points(rows)
-    title = safe_text(f"test-time scaling on {Path(task).name}", lines=False)
+    points = curve_points(results.rows)
+    title = safe_text(f"test-time scaling on {Path(str(settings['task'])).name}", lines=False)
     try:
         with (folder / "curves.csv").open("w", encoding="utf-8") as file:
             names = [field.name for field in fields(CurvePoint)]
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(point) for point in points)
-        (folder / "curves.html").write_text(curves_html(points, title), encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"cannot write the curves to {folder}: {error.strerror}") from None
+    try_report(evaluation_report(results, points, AXES, KINDS, settings, folder), folder)
     plot_scaling(points, title, folder / "curves.png")
-
-
-def curves_html(points: Sequence[CurvePoint], title: str) -> str:
-    """Return a self-contained page with selectable axes and curves."""
-    page = files("delethink").joinpath("assets/scaling.html").read_text(encoding="utf-8")
-    data = {"axes": AXES, "kinds": KINDS, "points": [asdict(point) for point in points]}
-    # A model name must not close the script element.
-    text = json_text(data).replace("<", "\\u003c")
-    return page.replace("{{title}}", escape(title)).replace("{{data}}", text)
 
 
 def plot_scaling(points: Sequence[CurvePoint], title: str, path: Path) -> None:

@@ -38,6 +38,7 @@ from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
 from delethink.training.metrics import forward_metrics, logger_values
 from delethink.training.preflight import Inputs, Prepared, read_inputs, run_checks
 from delethink.training.progress import TrainingProgress, plot_metrics
+from delethink.training.report import RunReport, kept_report
 from delethink.training.run_directory import TRAINED_SETTING, RunDirectory
 from delethink.training.run_state import Example, ResultsTable, RunState, make_example
 from delethink.training.weights import GatherWeights, has_adapters, merged_state_dict
@@ -99,14 +100,14 @@ def _train(
         seed=recipe.seed,
         is_trained=sampling_model is model,
     )
-    with closing(engine):
+    with closing(engine), kept_report(directory.path, progress.log) as report:
         state = RunState(prepared, inputs, directory, progress, engine, model)
         state.weights.update()  # before the first rollout, to find an incompatible engine now
         heldout = inputs.selected["heldout"].problems
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()
         base_dtype = stored_dtype(inputs.shell.config)
-        _fit(state, table, settings, model, checkpoint, ranks, base_dtype)
+        _fit(state, table, report, settings, model, checkpoint, ranks, base_dtype)
         table.add_row(TRAINED_SETTING, inputs.spec)
         trained = directory.checkpoints / FINAL_CHECKPOINT
         write_card(trained, recipe, table.rows)
@@ -315,6 +316,7 @@ def _write_tensorboard(trainer: RunTrainer, folder: Path) -> None:
 def _fit(
     state: RunState,
     table: ResultsTable,
+    report: RunReport,
     settings: DelethinkConfig,
     model: Any,
     checkpoint: Checkpoint | None,
@@ -336,6 +338,7 @@ def _fit(
             "heldout_accuracy": table.accuracy_at(trainer_metrics["step"]),
         }
         state.directory.add_metrics(line)
+        report.update()
         state.progress.step(line, recipe.training.max_steps)
         return line
 
