@@ -26,7 +26,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def save_model(folder: Path, *, marks: tuple[str, ...] = MARKS, **sizes: Any) -> Path:
     """Save a Qwen2 with its tokenizer; return the folder."""
     tokenizer = make_chat_tokenizer(TEMPLATE, marks)
-    defaults = {
+    defaults: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -55,7 +55,12 @@ def save_adapter(
         settings: of PEFT's ``LoraConfig``, over rank 4 on ``TARGETS``.
     """
     torch.manual_seed(7)
-    defaults = {"r": 4, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    defaults: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": TARGETS,
+        "task_type": "CAUSAL_LM",
+    }
     adapted = peft.get_peft_model(load_base(base), peft.LoraConfig(**(defaults | settings)))
     with torch.no_grad():
         for parameter in adapted.parameters():

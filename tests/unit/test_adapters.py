@@ -169,7 +169,7 @@ def test_ids_of_adapters_and_bases_keep_their_revisions(
     """The hub is a stand-in: files of two folders, by id and revision."""
     folder = save_adapter(tmp_path / "adapter", base)
     edit_settings(folder, base_model_name_or_path="some/base", revision="v1")
-    there = {("some/adapter", "v2"): folder, ("some/base", "v1"): base}
+    there: dict[Any, Path] = {("some/adapter", "v2"): folder, ("some/base", "v1"): base}
 
     def cached_file(
         name: str, file: str, revision: str | None = None, **options: Any
@@ -364,7 +364,7 @@ def test_settings_that_are_none_are_a_sentence(tmp_path: Path, text: str) -> Non
     ids=["layer less", "layer more", "narrower", "wider"],
 )
 def test_an_adapter_of_another_model_is_a_sentence(
-    tmp_path: Path, base: Path, sizes: dict[str, int], text: str
+    tmp_path: Path, base: Path, sizes: dict[str, Any], text: str
 ) -> None:
     other = save_model(tmp_path / "other", **sizes)
     folder = save_adapter(tmp_path / "adapter", base)

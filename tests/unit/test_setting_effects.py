@@ -207,9 +207,9 @@ def test_a_setting_changes_the_arguments_of_vllm(key: str, monkeypatch: pytest.M
     holder = SimpleNamespace(
         AsyncEngineArgs=lambda **options: options, WeightTransferConfig=lambda kind: kind
     )
-    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", holder)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "vllm.config", holder)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=holder))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", holder)
+    monkeypatch.setitem(sys.modules, "vllm.config", holder)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(config=holder))
     differ(lambda c: vllm._engine_args(spec_of(c), "extension"), key)
 
 
@@ -229,7 +229,12 @@ class Placements:
 
     def placement_group(self, bundles: list[Any], strategy: str) -> Any:
         self.asked.append((bundles, strategy))
-        return SimpleNamespace(wait=lambda limit: self.asked.append(limit) or True)
+
+        def wait(limit: float) -> bool:
+            self.asked.append(limit)
+            return True
+
+        return SimpleNamespace(wait=wait)
 
 
 PLACES = {"num_engines", "gpus_per_engine", "cpus_per_engine", "node_placement", "startup_timeout"}
@@ -452,8 +457,8 @@ def test_an_option_is_part_of_a_request_of_vllm(
     """Stand-ins hold the arguments; tests/integration/test_cut_sampling_vllm.py runs vLLM."""
     holder = SimpleNamespace(SamplingParams=lambda **options: options)
     kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2, DELTA=1))
-    monkeypatch.setitem(sys.modules, "vllm", holder)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm", holder)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
     plain = vllm._sampling_params(24, WARM, (EOS,))
     changed = {
         "max_new_tokens": lambda: vllm._sampling_params(23, WARM, (EOS,)),
