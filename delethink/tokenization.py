@@ -169,22 +169,22 @@ def retokenized_at(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None
     return next((i for i, (before, after) in pairs if before != after), None)
 
 
-def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+def reward_text(tokenizer: Tokenizer, token_ids: Sequence[int], **options: Any) -> str:
     """Return the text of a trace for rewards, without special tokens.
 
     Marks of the end of thinking stay, also where the tokenizer counts them among its special tokens
-    (``keep_marks``).
+    (``keep_marks``). ``options`` are further arguments of ``Tokenizer.decode``.
     """
-    ids = as_list(token_ids)
+    ids, options = as_list(token_ids), {**options, "skip_special_tokens": True}
     kept: Mapping[int, str] = getattr(tokenizer, _KEPT, {})
     if not kept or kept.keys().isdisjoint(ids):
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return str(tokenizer.decode(ids, **options))
     pieces, start = [], 0
     for position, token in enumerate(ids):
         if token in kept:
-            pieces += [tokenizer.decode(ids[start:position], skip_special_tokens=True), kept[token]]
+            pieces += [tokenizer.decode(ids[start:position], **options), kept[token]]
             start = position + 1
-    pieces.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    pieces.append(tokenizer.decode(ids[start:], **options))
     return "".join(map(str, pieces))
 
 

@@ -128,7 +128,9 @@ class ThinkingModel:
 
     def reader(self, rule: ReadingRule) -> TraceReader:
         """Return a reader of one trace of this model."""
-        return TraceReader(partial(reward_text, self.tokenizer), rule)
+        # Some tokenizers drop the space before a full stop, which may be on its way already.
+        options = {"clean_up_tokenization_spaces": False}
+        return TraceReader(partial(reward_text, self.tokenizer, **options), rule)
 
 
 async def think(

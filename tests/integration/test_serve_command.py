@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ pytest.importorskip("torch")
 
 import openai
 import torch
+from serve_command import serve_command
 from tiny_models import make_qwen2
 
 from delethink import ChunkSpec, Problem, Sampling, run_rollout
@@ -41,39 +36,11 @@ ANSWER = ["--answer-tokens", "16"]
 LONG = "99:" + "01" * 6  # an automaton, whose thinking crosses boundaries
 
 
-@contextlib.contextmanager
-def command(folder: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
-    """Runs the command, and gives the address that it prints."""
-    log = folder / "log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "delethink.cli.main", "serve", "--port", "0", *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        pause = threading.Event()
-        while not (found := re.search(r"serving .* at (http\S+)", log.read_text("utf-8"))):
-            assert process.poll() is None, log.read_text("utf-8")
-            pause.wait(0.1)
-        yield found[1], log
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(120)
-        finally:
-            process.kill()
-    assert "Traceback" not in log.read_text("utf-8")
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("serve")
     options = ["-m", "toy", *SIZES, *ANSWER, "engine=transformers", "--log-requests"]
-    with command(folder, *options) as served:
+    with serve_command(folder, *options) as served:
         yield served
 
 
@@ -159,7 +126,7 @@ def test_thinking_ten_times_longer_than_the_window_finishes(tmp_path: Path) -> N
     answer = asyncio.run(engine.generate(prompt, 8, Sampling(0.0)))
     sizes = ["-C", "24", "--carryover-size", "12", "--head-size", "0", "--max-chunks", "60"]
     options = ["-m", model, *sizes, "--answer-tokens", "8", "--name", "endless"]
-    with command(tmp_path, *options, "engine=transformers") as (url, _):
+    with serve_command(tmp_path, *options, "engine=transformers") as (url, _):
         asking = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
         (card,) = asking.models.list().data
         given: Any = {"model": "endless", "messages": messages(LONG), "temperature": 0}

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from chat_tokenizers import make_chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_reasoner import EOS, MARK, MARK_IDS, TOKENIZER, MadeUpReasoner
@@ -273,6 +274,14 @@ def test_seeds_are_those_of_the_rollout() -> None:
     spec, sampling = ChunkSpec(20, 5, 4, 0), Sampling(1.0, seed=3)
     trace = asyncio.run(run_rollout(Seeded(0, 0, 0), spec, QUERY, sampling))
     assert play(model_of(Seeded(0, 0, 0)), spec, sampling=sampling).thinking == trace.output_ids
+
+
+def test_spaces_before_full_stops_stay() -> None:
+    tokenizer = make_chat_tokenizer(clean_up_tokenization_spaces=True)
+    said = [tokenizer(letter)["input_ids"] for letter in ("a", " ", ".", " b", MARK)]
+    policy = ScriptedPolicy([(*[token for ids in said for token in ids], EOS)], EOS)
+    model = ThinkingModel(policy, tokenizer, eos_ids=(EOS,))
+    assert play(model, ChunkSpec(30, 3, 2)).text[Phase.THINKING] == "a . b"
 
 
 def test_messages_are_templated() -> None:
