@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import ConfigError, ModelError, PolicyError, QueryTooLongError
@@ -128,9 +128,12 @@ class ThinkingModel:
 
     def reader(self, rule: ReadingRule) -> TraceReader:
         """Return a reader of one trace of this model."""
-        # Some tokenizers drop the space before a full stop, which may be on its way already.
-        options = {"clean_up_tokenization_spaces": False}
-        return TraceReader(partial(reward_text, self.tokenizer, **options), rule)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            # Some tokenizers drop the space before a full stop, which may be on its way already.
+            return reward_text(self.tokenizer, token_ids, clean_up_tokenization_spaces=False)
+
+        return TraceReader(decode, rule)
 
 
 async def think(
