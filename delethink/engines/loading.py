@@ -122,7 +122,7 @@ def base_model(model: str) -> str:
 
 
 def _read_adapter(model: str) -> Adapter | None:
-    settings = _file(model, ADAPTER_SETTINGS)
+    settings = None if _is_cached_whole(model) else _file(model, ADAPTER_SETTINGS)
     if settings is None:
         return None
     if any(_file(model, name) for name in WEIGHT_FILES):
@@ -141,6 +141,21 @@ def _file(model: str, name: str) -> Path | None:
         return path / name if (path / name).is_file() else None
     hub_name, revision = split_revision(model)
     return None if revision == "" or _is_path(hub_name) else _hub_file(hub_name, revision, name)
+
+
+def _is_cached_whole(model: str) -> bool:
+    """Return whether the cache of the hub has a whole model, which loads without a connection."""
+    name, revision = split_revision(model)
+    if revision == "" or _is_path(name) or _folder(model).is_dir():
+        return False
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    def has(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+
+    return any(map(has, WEIGHT_FILES)) and not has(ADAPTER_SETTINGS)
 
 
 @cache
