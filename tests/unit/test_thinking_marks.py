@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from chat_tokenizers import make_chat_tokenizer
 
-from delethink.config import load_recipe
+from delethink.config import dump_recipe, load_recipe
 from delethink.engines.loading import load_tokenizer
 from delethink.errors import ConfigError, ModelError
 from delethink.thinking_marks import (
@@ -288,3 +288,44 @@ def test_the_rewards_of_a_recipe_are_checked_with_their_own_mark(tmp_path: Path)
         checks = check_recipe(load_recipe(RECIPE, [f"rewards={{exact: {{args: {{end: {end}}}}}}}"]))
         (rewards,) = [check for check in checks if check.name == "rewards"]
         assert rewards.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("auto", "auto"),
+        ("null", None),
+        ("[/THINK]", "[/THINK]"),
+        ("</think>", "</think>"),
+        ("<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+        ("Here is my response:", "Here is my response:"),
+    ],
+)
+def test_a_recipe_names_the_mark_and_keeps_it(
+    tmp_path: Path, written: str, meant: str | None
+) -> None:
+    recipe = load_recipe(RECIPE, [f"task.end_of_thinking={written}"])
+    assert recipe.task.end_of_thinking == meant
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "config.yaml").task.end_of_thinking == meant
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "task.end_of_thinking=none",
+            "task.end_of_thinking: the end of thinking is a mark such as",
+        ),
+        ("task.end_of_thinking=<think>", "write '</think>'"),
+        ("task.end_of_thought=null", "Did you mean 'end_of_thinking'"),
+        (
+            "evaluation.task={name: automaton, end_of_thinking: null}",
+            "set task.end_of_thinking alone",
+        ),
+    ],
+)
+def test_a_recipe_with_another_value_is_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(RECIPE, [override])
+    assert text in str(caught.value)
