@@ -129,7 +129,10 @@ _BY_END = {known.end: known for known in _KNOWN}
 _STARTS = {known.start: known.end for known in _KNOWN}
 _MAX_MARK_CHARACTERS = 80
 # Tags of other models: LongCat's <longcat_think>, Hunyuan's <think:opensource>.
-_TAG = re.compile(r"<(/?)([\w:|.-]{0,40}(?:think|thought|reason)[\w:|.-]{0,40})>")
+_TAG = re.compile(
+    r"<(/?)((?!begin|start|end)(?:[\w.-]{1,40}[:_|])?"
+    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?)(?::[\w.-]{1,40})?)>"
+)
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
@@ -302,7 +305,7 @@ def _ends_in_text(text: str, is_last_first: bool = False) -> Iterator[str]:
     yield from (known.end for known in shown)
     known_marks = {*_BY_END, *_STARTS}
     for tag in _TAG.finditer(text):
-        if tag[0] not in known_marks and not (tag[2].startswith("|") or tag[2].endswith("|")):
+        if tag[0] not in known_marks:
             yield f"</{tag[2]}>"
 
 

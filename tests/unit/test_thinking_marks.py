@@ -122,6 +122,8 @@ SOLAR = "<|begin|>assistant{% if think %}<|think|>{% endif %}<|end|><|begin|>ass
         (TURNS + START + "<longcat_think>{% endif %}", (), None, "</longcat_think>", TEMPLATE),
         (TURNS, ("<think:opensource>", "</think:opensource>"), None, "</think:opensource>", TOKENS),
         (RENDERED, (), None, "<|END_IDEA|>", TEMPLATE),
+        (TURNS + "<reasoning_effort>high</reasoning_effort>", (), "<think>", "</think>", ASSUMED),
+        (TURNS + "<begin_of_thought>", (), "<think>", "</think>", ASSUMED),
         (TURNS + START + "{% endif %}", (), "<think>", "</think>", ASSUMED),
         ("{# a <think> of the authors #}" + TURNS, (), "<think>", "</think>", ASSUMED),
         (TURNS, ("<|think|>",), "<think>", "</think>", ASSUMED),  # Gemma 4's switch alone
