@@ -48,7 +48,6 @@ USUAL = {
     "gemma3_text",
     "gemma3n_text",
     "gemma4_text",
-    "gemma4_text experts",
     "gpt_oss",
     "deepseek_v3",
     "kimi_linear",
