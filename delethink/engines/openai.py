@@ -34,8 +34,8 @@ from delethink.engines.openai_dialect import (
     read_answer,
     to_completion,
 )
-from delethink.engines.openai_models import choose_model, list_models
-from delethink.engines.openai_probe import find_dialect, ignored_options
+from delethink.engines.openai_models import addresses, choose_model, list_models
+from delethink.engines.openai_probe import NO_ROUTE, find_dialect, ignored_options
 from delethink.errors import ConfigError, PolicyError
 from delethink.output import get_logger, safe_text
 from delethink.policy import Completion, Sampling, TokenListener
@@ -102,7 +102,7 @@ class OpenAIServer:
                 "example http://127.0.0.1:8000/v1"
             )
         self.dialect: Dialect | None = None
-        self._announce = announce
+        self._announce, self._said = announce, set[str]()
         self._failure: PolicyError | None = None  # of the last search for the dialect
         self._checked: set[tuple[object, ...]] | None = set() if checks_options else None
         self._tokenizer: Any = tokenizer
@@ -226,12 +226,20 @@ class OpenAIServer:
         try:
             return await find_dialect(ask, self._tokenizer, prompt_ids)
         except RefusedError as error:
+            if error.status == NO_ROUTE and len(addresses(self.base_url)) > 1:
+                await self._move(addresses(self.base_url)[1])
+                return await self._find_dialect(prompt_ids)
             raise RefusedError(self._clean(str(error)), error.status) from None
         except ConfigError as error:
             raise ConfigError(self._clean(str(error))) from None
         except PolicyError as error:
             self._failure = error
             raise
+
+    async def _move(self, base_url: str) -> None:
+        """Use another address from now on."""
+        await self.disconnect()
+        self.base_url, self._address = base_url, self._clean(base_url)
 
     def _is_unchecked(self, sampling: Sampling) -> bool:
         return self._checked is not None and _options_of(sampling) not in self._checked
@@ -256,6 +264,9 @@ class OpenAIServer:
     def _say(self, text: str, *, is_limit: bool) -> None:
         """Print or log a line about the server."""
         line = self._clean(f"server at {self._address}: {text}")
+        if line in self._said:
+            return
+        self._said.add(line)
         if self._announce is not None:
             self._announce(line)
         else:

@@ -66,6 +66,7 @@ def list_models(base_url: str, open_client: Callable[[str], openai.OpenAI]) -> M
         openai.AuthenticationError, openai.PermissionDeniedError: the key is rejected.
     """
     tried = addresses(base_url)
+    there = None  # an address with the route, which may fail
     for address in tried:
         try:
             with open_client(address) as client:
@@ -76,11 +77,13 @@ def list_models(base_url: str, open_client: Callable[[str], openai.OpenAI]) -> M
                 raise
         except openai.APIConnectionError:
             raise
+        except openai.InternalServerError:
+            there = there or address
         except (openai.APIError, ValueError, TypeError, AttributeError):
             continue  # no list of models
         else:
             return ModelList(address, windows, True)
-    return ModelList(tried[0], {}, False)
+    return ModelList(there or tried[0], {}, False)
 
 
 def _read(response: Any) -> dict[str, int | None]:

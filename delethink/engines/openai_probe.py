@@ -31,6 +31,7 @@ Ask = Callable[..., Awaitable[tuple[Request, Answer]]]
 """Sends a request: (dialect, number of tokens, sampling, further fields)."""
 
 PROBE_TOKENS = 2
+NO_ROUTE = 404
 _CONFIRM_DELAY_S = 1.0
 _MIN_ECHO_CHARACTERS = 4
 _TEMPLATE_TOKENS = 3  # more tokens than this beyond the prompt are a chat template
@@ -79,7 +80,8 @@ class _Detection:
         if all(error.status in (404, 405) for error in refused):
             return RefusedError(
                 f"{refused[-1]}; has the server the route /completions? One with chat alone cannot "
-                "be used"
+                "be used",
+                NO_ROUTE,
             )
         return refused[-1]
 

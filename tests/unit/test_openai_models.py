@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from evaluation_fakes import LetterTokenizer
-from openai_servers import KEY, ModelServer, listening
+from openai_servers import KEY, ModelServer, letters, listening
 
-from delethink import ConfigError
+from delethink import ConfigError, Sampling
 from delethink.engines.openai import OpenAIServer
 from delethink.engines.openai_models import addresses
 
@@ -131,3 +132,18 @@ def test_a_page_is_no_list(body: bytes) -> None:
     with pytest.raises(ConfigError, match="has no list of models"):
         opened(body)
     assert opened(body, "m").model == "m"
+
+
+@pytest.mark.parametrize("status", [404, 500, 501])
+def test_the_version_is_found_without_a_list(status: int) -> None:
+    """The server of transformers fails over its list, if it was started with a folder."""
+    tokenizer = letters()
+    with listening(ModelServer(tokenizer=tokenizer), status) as served:
+        url = served.url.removesuffix("/v1")
+        lines: list[str] = []
+        server = OpenAIServer(
+            url, "m", tokenizer, api_key=KEY, eos_ids=(257,), announce=lines.append
+        )
+        asyncio.run(server.generate(tuple(tokenizer("ask ")["input_ids"]), 5, Sampling(0.0)))
+        assert server.base_url == served.url
+        assert served.url in lines[0]
