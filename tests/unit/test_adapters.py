@@ -473,3 +473,30 @@ def test_the_digest_covers_settings_weights_and_base(tmp_path: Path, base: Path)
     digests.append(digest(str(folder)))
     assert None not in digests
     assert len(set(digests)) == 4
+
+
+def test_a_whole_model_in_the_cache_of_the_hub_is_not_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a connection, each look-up would wait for several retries."""
+    import huggingface_hub
+
+    there = {"model.safetensors"}
+
+    def try_to_load_from_cache(name: str, file: str, **options: Any) -> str | None:
+        return f"/cache/{file}" if file in there else None
+
+    asked: list[str] = []
+
+    def cached_file(name: str, file: str, **options: Any) -> None:
+        asked.append(file)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", try_to_load_from_cache)
+    monkeypatch.setattr(hub, "cached_file", cached_file)
+    loading._hub_file.cache_clear()
+    assert find_adapter("some/cached_model") is None
+    assert not asked
+    there.add("adapter_config.json")
+    assert find_adapter("some/cached_model") is None
+    assert asked == ["adapter_config.json"]
+    loading._hub_file.cache_clear()
