@@ -19,6 +19,7 @@ from functools import cached_property
 
 from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import ConfigError, ModelError, PolicyError, QueryTooLongError
+from delethink.output import get_logger
 from delethink.policy import Completion, Policy, Sampling, stream_completion
 from delethink.rollout import derive_seed, sample_next
 from delethink.serve.events import (
@@ -34,6 +35,8 @@ from delethink.thinking_marks import ThinkingMarks, marks_of
 from delethink.tokenization import Tokenizer, encode, end_tokens, message_ids, reward_text
 from delethink.tokens import LogprobArray, Logprobs, TokenArray, TokenIds, as_token_ids
 from delethink.types import END_OF_THINKING, ChunkRole, StopReason
+
+_logger = get_logger(__name__)
 
 Query = Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -430,7 +433,7 @@ class _Reading:
         ``state`` makes the whole chunk be sampled before it is read, up to its early boundary.
         """
         sampled = (
-            stream_completion(policy, self._prompt_ids, self._limit, sampling, self._on_tokens)
+            self._stream(policy, sampling)
             if state is None
             else self._sample_whole(policy, sampling, state)
         )
@@ -448,6 +451,25 @@ class _Reading:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    async def _stream(self, policy: Policy, sampling: Sampling) -> Completion:
+        """Sample, and go on after the tokens that came before a stream broke off.
+
+        Raises:
+            PolicyError: the policy failed without a token.
+        """
+        while True:
+            count = len(self._ids)
+            prompt, left = self._prompt_ids + self.token_ids, self._limit - count
+            if self.ended_by_eos or (count and not left):
+                stop = StopReason.EOS if self.ended_by_eos else StopReason.LENGTH
+                return Completion(self.token_ids, self.logprobs, stop)
+            try:
+                return await stream_completion(policy, prompt, left, sampling, self._on_tokens)
+            except PolicyError as error:
+                if len(self._ids) == count:
+                    raise
+                _logger.warning("a chunk goes on after %d tokens: %s", len(self._ids), error)
 
     async def _sample_whole(
         self, policy: Policy, sampling: Sampling, state: ThinkingState

@@ -17,6 +17,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("torch")
 
 import openai
+import psutil
 import torch
 from serve_command import serve_command
 from tiny_models import make_qwen2
@@ -148,6 +149,43 @@ def test_requests_are_logged_without_their_texts(toy: tuple[str, Path]) -> None:
     lines = log.read_text("utf-8")
     assert f"{reply.id}: 200 after" in lines
     assert "000111000111" not in lines
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_the_chunks(tmp_path: Path) -> None:
+    model = make_endless_model(tmp_path / "endless")
+    sizes = ["-C", "24", "--carryover-size", "12", "--head-size", "0", "--max-chunks", "60"]
+    options = ["-m", model, *sizes, "--answer-tokens", "8", "--name", "endless"]
+    with serve_command(tmp_path, *options, "engine=transformers") as (url, _):
+        asking = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+        (server,) = (
+            each for each in psutil.Process().children() if "serve" in " ".join(each.cmdline())
+        )
+
+        def resident(chunks: int) -> int:
+            for _ in range(3):
+                reply = asking.chat.completions.create(
+                    model="endless",
+                    messages=messages(LONG),
+                    extra_body={"delethink": {"max_chunks": chunks}},
+                )
+                assert reply.delethink["chunks"] == chunks
+            return int(server.memory_info().rss)
+
+        resident(2)
+        few, many = resident(2), resident(60)
+    assert abs(many - few) <= 0.03 * few, (few, many)
+
+
+def test_keys_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    for text, wrong in (("", "has no key"), ("short\n", "at least 8 visible")):
+        keys.write_text(text)
+        assert main(["serve", "-m", "toy", "--port", "0", "--keys-file", str(keys)]) == 2
+        assert wrong in capsys.readouterr().err
+    missing = str(tmp_path / "none")
+    assert main(["serve", "-m", "toy", "--port", "0", "--keys-file", missing]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 WRONG = {

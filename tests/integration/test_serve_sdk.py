@@ -117,6 +117,12 @@ def test_a_spent_budget_is_answered() -> None:
             url,
             extra_body={"delethink": {"context_size": 20, "carryover_size": 5, "max_chunks": 2}},
         )
+        tail = ask(url, extra_body={"delethink": {"carryover": {"name": "tail"}}})
+        loop = ask(
+            url, extra_body={"repetition_detection": {"max_pattern_size": 1, "min_count": 2}}
+        )
+    assert tail.choices[0].message.reasoning != reply.choices[0].message.reasoning
+    assert loop.delethink["stop_reason"] == "loop"
     block = {"stop_reason": "budget", "forced_end": True, "chunks": 5, "boundaries": 4}
     assert reply.delethink.items() >= block.items()
     assert reply.delethink["carried_tokens"] == 40

@@ -131,8 +131,10 @@ def test_a_client_that_leaves_cancels_the_stream_upstream() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "is_survived"),
-    [(429, True), (500, True), (503, True), (400, False)]
-    + [(name, False) for name in ("garbage", "half", "nothing")],
+    [
+        *((429, True), (500, True), (503, True), ("half", True)),
+        *((400, False), ("garbage", False), ("nothing", False)),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_is_survived_or_told(fault: Any, is_survived: bool, stream: bool) -> None:

@@ -324,6 +324,26 @@ def test_a_failed_chunk_is_an_error_with_its_reason() -> None:
         play(model_of(ScriptedPolicy([(EOS,), aborted], EOS)), ChunkSpec(9, 3, 2))
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 19, 20])
+def test_a_broken_stream_goes_on_where_it_broke(tokens: int) -> None:
+    class Breaking(MadeUpReasoner):
+        broken = 0
+
+        async def stream(self, prompt_ids: Any, limit: int, sampling: Any, on_tokens: Any) -> Any:
+            done = await self.generate(prompt_ids, limit, sampling)
+            if len(done.token_ids) > tokens or self.broken == 0:
+                on_tokens(done.token_ids[:tokens], done.logprobs[:tokens])
+                self.broken += 1
+                raise PolicyError("the stream broke off")
+            on_tokens(done.token_ids, done.logprobs)
+            return done
+
+    spec, policy = ChunkSpec(20, 5, 4, 0), Breaking(0, 0, 0)
+    trace = asyncio.run(run_rollout(MadeUpReasoner(0, 0, 0), spec, QUERY, GREEDY))
+    assert play(model_of(policy), spec).thinking == trace.output_ids
+    assert policy.broken
+
+
 def test_a_model_without_a_mark_is_refused() -> None:
     with pytest.raises(ModelError, match="does not mark the end"):
         model_of(MadeUpReasoner(), marks=ThinkingMarks(None, None, "the setting"))
