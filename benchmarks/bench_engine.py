@@ -17,11 +17,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from delethink.cli.process import set_up_process
 
-from delethink.engines.transformers import TransformersEngine
-from delethink.policy import Sampling
+set_up_process()
+
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from delethink.engines.transformers import TransformersEngine  # noqa: E402
+from delethink.policy import Sampling  # noqa: E402
 
 SHAPE = {
     "hidden_size": 640,
