@@ -6,6 +6,7 @@ dropped follows from comparing each prompt with the context before it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,11 +79,11 @@ def map_trace(trace: Trace) -> list[ChunkMap]:
     chunks = trace.chunks
     parts: list[tuple[list[int], list[int], int]] = []  # ids and origins of a context, first
     matches: list[list[int]] = []  # for each chunk: places in the contexts before it
-    first, number_of_query = 0, len(trace.query_ids)
+    first, number_of_query, head = 0, len(trace.query_ids), _head_of(trace)
     for index, chunk in enumerate(chunks):
         before = as_list(chunk.prompt_ids)[number_of_query:]
         output = as_list(chunk.output_ids)
-        places, origins = _sources(before, chunk, index, chunks, parts)
+        places, origins = _sources(before, index, chunks, parts, head)
         matches.append(places)
         sampled = list(range(first, first + len(output)))
         parts.append((before + output, origins + sampled, first))
@@ -92,10 +93,10 @@ def map_trace(trace: Trace) -> list[ChunkMap]:
 
 def _sources(
     before: list[int],
-    chunk: Chunk,
     index: int,
     chunks: Sequence[Chunk],
     parts: Sequence[tuple[list[int], list[int], int]],
+    head: int,
 ) -> tuple[list[int], list[int]]:
     """Return the place of each prompt token in the context before, and its origin."""
     if not index:
@@ -113,32 +114,54 @@ def _sources(
             if places[place] != UNKNOWN or before[place : place + 1] != ids[place : place + 1]:
                 break
             places[place] = place
-    elif chunk.role is ChunkRole.CARRYOVER:
+    elif chunks[index].role is ChunkRole.CARRYOVER:
         places = [place if place < len(ids) else UNKNOWN for place in range(len(before))]
     else:
-        places = match_tokens(before, ids)
+        places = match_tokens(before, ids, head)
     origins = [UNKNOWN if place == UNKNOWN else known[place] for place in places]
     return places, origins
 
 
-def match_tokens(carried: Sequence[int], context: Sequence[int]) -> list[int]:
+def match_tokens(carried: Sequence[int], context: Sequence[int], head: int = 0) -> list[int]:
     """Return the place in ``context`` of each carried token, or ``UNKNOWN``.
 
-    Policies carry the end of the context, its start and its end, or one block of it.
+    Policies carry the end of the context, its start and its end, or one block of it. Equal tokens
+    may stand at both places; ``head`` are known to come from the start, as at other boundaries.
     """
     count, total = len(carried), len(context)
-    tail = 0
-    while tail < min(count, total) and carried[count - 1 - tail] == context[total - 1 - tail]:
-        tail += 1
-    head = 0
-    while head < min(count - tail, total) and carried[head] == context[head]:
-        head += 1
-    if head + tail < count:
+    first, last = _common(carried, context)
+    head = max(head if count - last <= head <= first else 0, count - last)
+    if head > first:
         block = _find(list(carried), list(context))
         if block is not None:
             return list(range(block, block + count))
-    middle = [UNKNOWN] * (count - head - tail)
-    return [*range(head), *middle, *range(total - tail, total)]
+        head = first
+    middle = [UNKNOWN] * (count - head - last)
+    return [*range(head), *middle, *range(total - (count - head - len(middle)), total)]
+
+
+def _common(carried: Sequence[int], context: Sequence[int]) -> tuple[int, int]:
+    """Return how many tokens are equal from the start, and from the end."""
+    most = min(len(carried), len(context))
+    first = last = 0
+    while first < most and carried[first] == context[first]:
+        first += 1
+    while last < most and carried[-1 - last] == context[-1 - last]:
+        last += 1
+    return first, last
+
+
+def _head_of(trace: Trace) -> int:
+    """Return the tokens that surely come from the start of the trace at some boundary."""
+    query, head = len(trace.query_ids), 0
+    for before, after in itertools.pairwise(trace.chunks):
+        if after.role is ChunkRole.THINKING and before.role is ChunkRole.THINKING:
+            carried = as_list(after.prompt_ids)[query:]
+            context = as_list(before.prompt_ids)[query:] + as_list(before.output_ids)
+            first, last = _common(carried, context)
+            if len(carried) - last <= first:
+                head = max(head, len(carried) - last)
+    return head
 
 
 def _find(part: list[int], whole: list[int]) -> int | None:

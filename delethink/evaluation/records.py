@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from delethink.tokens import TokenIds, as_list
 _TRACES = "traces.jsonl"
 _TOKENS = "tokens.jsonl"
 _SETTINGS = "settings.json"
+PROBLEMS = "problems.jsonl"  # prompt and gold answer of each problem, for people and the viewer
 
 
 class SampleKey(NamedTuple):
@@ -71,11 +72,13 @@ class Record:
     ended: float  # end time in seconds since the epoch
     error: str | None = None  # reason of a failed trace, which has no outcomes
     output_ids: tuple[TokenIds, ...] = ()  # sampled tokens of each chunk, stored in a separate file
+    # beside them: ``query_ids``, and for each chunk ``logprobs``, ``prompts`` and ``roles``
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON, without the tokens."""
-        values = asdict(replace(self, output_ids=()))
-        del values["key"], values["output_ids"]
+        values = asdict(replace(self, output_ids=(), details={}))
+        del values["key"], values["output_ids"], values["details"]
         return {**self.key._asdict(), **values}
 
     @classmethod
@@ -193,7 +196,8 @@ class ResultsDirectory:
         """
         if record.output_ids:
             output_ids = [as_list(ids) for ids in record.output_ids]
-            self._append(_TOKENS, {**record.key._asdict(), "output_ids": output_ids})
+            tokens = {**record.key._asdict(), "output_ids": output_ids, **record.details}
+            self._append(_TOKENS, tokens)
         self._append(_TRACES, record.to_json())
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
@@ -255,7 +259,7 @@ class ResultsDirectory:
             os.close(file)
         self._files = {}
         if empty:
-            for name in (_TRACES, _TOKENS, _SETTINGS):
+            for name in (_TRACES, _TOKENS, _SETTINGS, PROBLEMS):
                 (self.path / name).unlink(missing_ok=True)
             with suppress(OSError):  # not empty: another program wrote there
                 for folder in self._created:
@@ -293,6 +297,8 @@ def _may_change(name: str, old: Any, new: Any) -> bool:
 
 
 def _is_compatible(name: str, old: Any, new: Any) -> bool:
+    if name == "command":
+        return True
     if name == "samples":
         return bool(new >= old)
     if name == "models":

@@ -27,7 +27,13 @@ from delethink.evaluation.models import (
     check_window,
     longest_query,
 )
-from delethink.evaluation.records import BudgetOutcome, Record, ResultsDirectory, SampleKey
+from delethink.evaluation.records import (
+    PROBLEMS,
+    BudgetOutcome,
+    Record,
+    ResultsDirectory,
+    SampleKey,
+)
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
 from delethink.policy import Sampling
@@ -40,6 +46,7 @@ from delethink.scoring.scorer import Scorer, make_scorer
 from delethink.tasks import left_out_of, rewards_of, select_problems, task_size
 from delethink.thinking_marks import marks_of
 from delethink.tokenization import check_thinking_is_open, encode, query_ids, reward_text
+from delethink.tokens import as_list
 from delethink.types import Attempt, Problem, StopReason, Trace, TraceStop
 
 if TYPE_CHECKING:
@@ -140,6 +147,7 @@ class Evaluation:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # mark of the end of thinking by model, as resolved; ``None`` for a model without one
     end_of_thinking: Mapping[str, str | None] = field(default_factory=dict)
+    command: Sequence[str] = ()  # arguments of the command, to continue from the folder alone
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -163,6 +171,7 @@ class Evaluation:
             "chat_template_kwargs": dict(self.chat_template_kwargs),
             "end_of_thinking": dict(self.end_of_thinking),
             **asdict(self.plan),
+            "command": list(self.command),
             "settings": [setting.as_dict() for setting in self.settings],
         }
 
@@ -202,6 +211,7 @@ def evaluate(
     else:
         directory = ResultsDirectory.create(output, asked)
     with contextlib.closing(directory):
+        _write_problems(evaluation, directory)
         known = {record.key: record for record in _matching(evaluation, directory)}
         if retry_errors:
             known = {key: record for key, record in known.items() if record.error is None}
@@ -221,6 +231,14 @@ def evaluate(
         directory.write("results.json", json_text(found, indent=2) + "\n")
         directory.write("timing.json", json_text(results.timing, indent=2) + "\n")
     return results
+
+
+def _write_problems(evaluation: Evaluation, directory: ResultsDirectory) -> None:
+    lines = [
+        json_text({"problem": index, "prompt": problem.prompt, "answer": problem.answer}) + "\n"
+        for index, problem in enumerate(evaluation.problems.problems)
+    ]
+    directory.write(PROBLEMS, "".join(lines))
 
 
 def _matching(evaluation: Evaluation, directory: ResultsDirectory) -> Iterator[Record]:
@@ -273,6 +291,22 @@ def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
     """Hide tasks ended by an interrupt; the command reports the interrupt itself."""
     if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
+
+
+def _details(trace: Trace, spec: ChunkSpec) -> dict[str, Any]:
+    """Return what is stored beside the sampled tokens, to show the trace.
+
+    Prompts follow from the sizes, except those of other carryovers than head and tail.
+    """
+    details: dict[str, Any] = {
+        "query_ids": as_list(trace.query_ids),
+        "logprobs": [[round(value, 4) for value in chunk.logprobs] for chunk in trace.chunks],
+    }
+    if spec.carryover is not None or spec.boundary is not None:
+        first = len(trace.query_ids)
+        details["prompts"] = [as_list(chunk.prompt_ids)[first:] for chunk in trace.chunks]
+        details["roles"] = [chunk.role.value for chunk in trace.chunks]
+    return details
 
 
 @dataclass(frozen=True)
@@ -368,6 +402,7 @@ class _Sampler:
             output_ids=tuple(chunk.output_ids for chunk in trace.chunks)
             if self.evaluation.keep_tokens
             else (),
+            details=_details(trace, self.setting.spec) if self.evaluation.keep_tokens else {},
         )
 
     async def _outcome(

@@ -202,7 +202,8 @@ def _evaluated_trace(values: Mapping[str, Any], setting: Mapping[str, Any], row:
         setting["head_size"],
         setting["head_outside"],
     )
-    state, chunks = ThinkingState(spec, query or (0,)), []
+    state = ThinkingState(spec, query or (0,))
+    chunks: list[Chunk] = []
     for index, output in enumerate(outputs):
         is_last = index == len(outputs) - 1
         stop = StopReason.LENGTH

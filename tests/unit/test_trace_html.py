@@ -118,6 +118,14 @@ def test_a_block_in_the_middle_is_found_and_an_unknown_token_is_said() -> None:
     assert match_tokens((), ids("ab")) == []
 
 
+def test_a_head_that_is_clear_at_one_boundary_is_the_head_at_all() -> None:
+    # The second letter of the head, b, also stands before the tail of the first boundary.
+    trace = sampled(ChunkSpec(8, 4, 3, head_size=2), ["abcdebfg", "hijk", "lm."])
+    first, second, _ = segments(trace)
+    assert first == [("new", "kept", "ab"), ("new", "dropped", "cdeb"), ("new", "kept", "fg")]
+    assert second[0] == ("carried", "kept", "ab")
+
+
 @given(st.lists(st.integers(0, 2), max_size=12), st.integers(0, 12), st.integers(0, 12))
 def test_matches_are_equal_tokens_in_order(context: list[int], head: int, tail: int) -> None:
     carried = context[:head] + context[max(head, len(context) - tail) :]
