@@ -57,6 +57,10 @@ def test_a_run_directory_holds_what_a_reader_needs(finished: tuple[Path, str]) -
         assert m["seconds_sampling"] > 0
         assert m["seconds_training"] > 0
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "finished after" in (path / "report.html").read_text()
+    assert (path / "trace_index.jsonl").read_text().count("\n") == sum(
+        file.read_text().count("\n") for file in (path / "traces").iterdir()
+    )
     assert (path / "checkpoints" / "final" / "model.safetensors").exists()
     assert "seed: 0" in (path / "config.yaml").read_text()
 

@@ -12,6 +12,7 @@ from browser import Page, open_browser, running_viewer
 from installed import need
 
 from delethink import Chunk, Problem, Trace
+from delethink.report_page import Chart, Curve, Report, Section, write_report
 from delethink.trace_io import TraceRecord
 from delethink.types import StopReason, TraceStop
 
@@ -231,5 +232,30 @@ def test_pages_fit_their_width_and_pass_axe(
         if one["impact"] in ("serious", "critical")
     ]
     assert serious == []
+    assert opened.faults == []
+    page.close()
+
+
+def test_a_report_draws_and_smooths_its_charts_under_its_own_policy(
+    browser: Any, tmp_path: Path
+) -> None:
+    need("bokeh")
+    steps = list(range(1, 41))
+    values = [float(step % 7) for step in steps]
+    chart = Chart("reward", "step", "reward", [Curve("reward", steps, values)], smooth=True)
+    path = write_report(Report("run", "done", [Section("Curves", [chart])]), tmp_path)
+    opened = Page(browser)
+    page = opened.page
+    page.goto(path.as_uri())
+    until(page, "Bokeh.documents.length === 1")
+    y = "Bokeh.documents[0].roots()[0].renderers[0].data_source.data.y[39]"
+    before = page.evaluate(y)
+    page.evaluate(
+        "const s = document.getElementById('smoothing');"
+        "s.value = 0.9; s.dispatchEvent(new Event('input'))"
+    )
+    until(page, f"Math.abs({y} - 3) < 1")
+    assert before == 5.0
+    assert page.inner_text("#smoothed") == "0.90"
     assert opened.faults == []
     page.close()
