@@ -27,7 +27,7 @@ from delethink.engines.openai_dialect import (
     Answer,
     Dialect,
     RefusedError,
-    Request,
+    CompletionRequest,
     join_stream,
     make_request,
     new_tokens,
@@ -218,7 +218,7 @@ class OpenAIServer:
     async def _find_dialect(self, prompt_ids: TokenIds) -> Dialect:
         async def ask(
             dialect: Dialect, number: int, sampling: Sampling, **fields: Any
-        ) -> tuple[Request, Answer]:
+        ) -> tuple[CompletionRequest, Answer]:
             request = self._request(dialect, prompt_ids, number, sampling)
             request.body.update(fields)
             return request, await self._answer(request, is_probe=True)
@@ -285,12 +285,15 @@ class OpenAIServer:
 
     def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Request:
+    ) -> CompletionRequest:
         own = self.model, self._tokenizer, self._eos_ids
         return make_request(dialect, *own, prompt_ids, max_new_tokens, sampling)
 
     async def _answer(
-        self, request: Request, read: Callable[[Answer], Any] = lambda a: a, is_probe: bool = False
+        self,
+        request: CompletionRequest,
+        read: Callable[[Answer], Any] = lambda a: a,
+        is_probe: bool = False,
     ) -> Any:
         """Return the answer to a request, as read; a malformed one is asked for again.
 

@@ -75,7 +75,7 @@ class Dialect:
         return "; ".join((f"{asks}, {gets}", *self.notes))
 
 
-class Request(NamedTuple):
+class CompletionRequest(NamedTuple):
     """A request for a completion."""
 
     body: dict[str, Any]
@@ -91,7 +91,7 @@ def make_request(
     prompt_ids: TokenIds,
     max_new_tokens: int,
     sampling: Sampling,
-) -> Request:
+) -> CompletionRequest:
     """Return the request for at most ``max_new_tokens`` tokens after ``prompt_ids``.
 
     Raises:
@@ -120,15 +120,15 @@ def make_request(
     if dialect.answers == "logprobs":
         body |= {"logprobs": 1, "return_tokens_as_token_ids": True}
     if dialect.is_exact:
-        return Request(body, "", len(prompt_ids))
+        return CompletionRequest(body, "", len(prompt_ids))
     ids, has_bos = list(prompt_ids), begins_with_bos(tokenizer, prompt_ids)
     text = text_of(tokenizer, ids[has_bos:])
     if dialect.asks == "ids":
-        return Request(body, text, len(prompt_ids))
+        return CompletionRequest(body, text, len(prompt_ids))
     body["prompt"] = text_of(tokenizer, ids) if dialect.spells_bos else text
     if dialect.plain_tokens:
         body["add_special_tokens"] = False
-    return Request(body, text, len(encode(tokenizer, text)) + has_bos)
+    return CompletionRequest(body, text, len(encode(tokenizer, text)) + has_bos)
 
 
 def begins_with_bos(tokenizer: Tokenizer, ids: TokenIds) -> bool:
@@ -276,7 +276,7 @@ def _stop_reason(value: Any) -> StopReason | None:
 def to_completion(
     dialect: Dialect,
     answer: Answer,
-    request: Request,
+    request: CompletionRequest,
     tokenizer: Tokenizer,
     eos_ids: Sequence[int],
     max_new_tokens: int,
@@ -310,7 +310,7 @@ def to_completion(
 def _from_text(
     dialect: Dialect,
     answer: Answer,
-    request: Request,
+    request: CompletionRequest,
     tokenizer: Tokenizer,
     eos_ids: Sequence[int],
     max_new_tokens: int,
@@ -371,7 +371,7 @@ def _stop(dialect: Dialect, answer: Answer, count: int | None, limit: int) -> St
     )
 
 
-def _check_prompt(dialect: Dialect, answer: Answer, request: Request) -> None:
+def _check_prompt(dialect: Dialect, answer: Answer, request: CompletionRequest) -> None:
     """Check that the server has read the whole prompt."""
     read, sent = answer.prompt_tokens, request.prompt_tokens
     if dialect.asks == "ids" and answer.prompt_ids not in (None, tuple(request.body["prompt"])):

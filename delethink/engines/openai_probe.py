@@ -17,7 +17,7 @@ from delethink.engines.openai_dialect import (
     Answer,
     Dialect,
     RefusedError,
-    Request,
+    CompletionRequest,
     begins_with_bos,
     text_of,
 )
@@ -27,7 +27,7 @@ from delethink.thinking_marks import marks_of
 from delethink.tokenization import Tokenizer, encode
 from delethink.types import StopReason, TokenIds
 
-Ask = Callable[..., Awaitable[tuple[Request, Answer]]]
+AskServer = Callable[..., Awaitable[tuple[CompletionRequest, Answer]]]
 """Sends a request: (dialect, number of tokens, sampling, further fields)."""
 
 PROBE_TOKENS = 2
@@ -41,7 +41,7 @@ _REPLACEMENT = "\ufffd"
 _SPACES = (" ", "\u0120", "\u2581")  # a space at the start of a token, as vocabularies write it
 
 
-async def find_dialect(ask: Ask, tokenizer: Tokenizer, prompt_ids: TokenIds) -> Dialect:
+async def find_dialect(ask: AskServer, tokenizer: Tokenizer, prompt_ids: TokenIds) -> Dialect:
     """Return the most exact dialect of a server.
 
     Raises:
@@ -63,7 +63,7 @@ async def find_dialect(ask: Ask, tokenizer: Tokenizer, prompt_ids: TokenIds) -> 
 class _Detection:
     """Search for the dialect with one prompt."""
 
-    def __init__(self, ask: Ask, tokenizer: Tokenizer, prompt_ids: TokenIds) -> None:
+    def __init__(self, ask: AskServer, tokenizer: Tokenizer, prompt_ids: TokenIds) -> None:
         self._ask, self._tokenizer, self._prompt_ids = ask, tokenizer, prompt_ids
         self._refusals: list[RefusedError] = []
 
@@ -118,7 +118,7 @@ class _Detection:
             return await self._with_limits(dialect, *found)
         return None
 
-    async def _accepted(self, dialect: Dialect) -> tuple[Request, Answer] | None:
+    async def _accepted(self, dialect: Dialect) -> tuple[CompletionRequest, Answer] | None:
         """Return request and answer if the server takes the form, and reads the prompt as meant."""
         try:
             request, answer = await self._ask(dialect, PROBE_TOKENS, _PLAIN)
@@ -134,7 +134,7 @@ class _Detection:
         return None
 
     @staticmethod
-    def _is_proved(request: Request, answer: Answer) -> bool:
+    def _is_proved(request: CompletionRequest, answer: Answer) -> bool:
         """Return whether a prompt of token ids was read as token ids."""
         if answer.prompt_ids is not None:
             return answer.prompt_ids == tuple(request.body["prompt"])
@@ -143,8 +143,8 @@ class _Detection:
         return answer.ids is not None
 
     async def _fit_bos(
-        self, dialect: Dialect, request: Request, answer: Answer
-    ) -> tuple[Dialect, tuple[Request, Answer]]:
+        self, dialect: Dialect, request: CompletionRequest, answer: Answer
+    ) -> tuple[Dialect, tuple[CompletionRequest, Answer]]:
         """Return the dialect in which a text prompt begins with as many BOS tokens as it should."""
         found, bos = (request, answer), getattr(self._tokenizer, "bos_token", None)
         if answer.prompt_tokens is None:
@@ -186,7 +186,9 @@ class _Detection:
         note = f"it counts {excess:+d} tokens of a prompt, so one that it cuts is not noticed"
         return replace(dialect, notes=(*dialect.notes, note))
 
-    async def _with_limits(self, dialect: Dialect, request: Request, answer: Answer) -> Dialect:
+    async def _with_limits(
+        self, dialect: Dialect, request: CompletionRequest, answer: Answer
+    ) -> Dialect:
         """Return the dialect with what else the answer shows, and what forced tokens show."""
         self._check_tokenizer(dialect, answer)
         notes = list(dialect.notes)
@@ -297,11 +299,11 @@ _STRICTEST: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 1.0},
 }
 
-Sample = Callable[[int, Sampling], Awaitable[tuple[int, ...]]]
+SampleTokens = Callable[[int, Sampling], Awaitable[tuple[int, ...]]]
 """Samples tokens after a short prompt: (number of tokens, sampling)."""
 
 
-async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
+async def ignored_options(sample: SampleTokens, used: Sampling) -> list[str]:
     """Check by their effect that a server heeds the options in use, and return its limits.
 
     A hot request with the strictest cut must give the greedy tokens, and without a cut others.
@@ -333,7 +335,7 @@ async def ignored_options(sample: Sample, used: Sampling) -> list[str]:
     return []
 
 
-async def _check_heeded(sample: Sample, name: str, strictest: Sampling) -> None:
+async def _check_heeded(sample: SampleTokens, name: str, strictest: Sampling) -> None:
     """Raise a ``ConfigError`` if a hot request with the strictest cut is not greedy."""
     for _ in range(_ATTEMPTS):  # near-ties may differ with the batch
         greedy = await sample(_COMPARED_TOKENS, Sampling(0.0))
@@ -346,7 +348,7 @@ async def _check_heeded(sample: Sample, name: str, strictest: Sampling) -> None:
     )
 
 
-async def _sample_hot(sample: Sample) -> tuple[Sampling, tuple[int, ...]]:
+async def _sample_hot(sample: SampleTokens) -> tuple[Sampling, tuple[int, ...]]:
     """Return the hottest sampling that the server allows, and its tokens."""
     for temperature in _HOT[:-1]:
         try:

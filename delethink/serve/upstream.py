@@ -10,7 +10,7 @@ from typing import Any, Self
 import openai
 
 from delethink.engines.openai import OpenAIServer
-from delethink.engines.openai_dialect import Dialect, Request
+from delethink.engines.openai_dialect import Dialect, CompletionRequest
 from delethink.errors import ConfigError
 from delethink.policy import Sampling
 from delethink.serve.api_errors import ApiError
@@ -35,7 +35,7 @@ class UpstreamServer(OpenAIServer):
 
     def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
-    ) -> Request:
+    ) -> CompletionRequest:
         request = super()._request(dialect, prompt_ids, max_new_tokens, sampling)
         for name, value in self._fields.items():
             request.body.setdefault(name, value)  # what makes the chunks exact stays
