@@ -25,9 +25,9 @@ import openai
 from delethink.engines.openai_dialect import (
     SHOWN_CHARACTERS,
     Answer,
+    CompletionRequest,
     Dialect,
     RefusedError,
-    CompletionRequest,
     join_stream,
     make_request,
     new_tokens,

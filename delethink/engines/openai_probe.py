@@ -15,9 +15,9 @@ from typing import Any
 
 from delethink.engines.openai_dialect import (
     Answer,
+    CompletionRequest,
     Dialect,
     RefusedError,
-    CompletionRequest,
     begins_with_bos,
     text_of,
 )

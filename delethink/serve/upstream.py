@@ -10,7 +10,7 @@ from typing import Any, Self
 import openai
 
 from delethink.engines.openai import OpenAIServer
-from delethink.engines.openai_dialect import Dialect, CompletionRequest
+from delethink.engines.openai_dialect import CompletionRequest, Dialect
 from delethink.errors import ConfigError
 from delethink.policy import Sampling
 from delethink.serve.api_errors import ApiError
