@@ -158,7 +158,6 @@ def merge(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
                 f"beyond the range of {parameter.dtype}: choose another data type"
             )
     merged.requires_grad_(True)  # PEFT has frozen the base model
-    merged.name_or_path = str(adapter.folder)  # the base of an adapter trained on this model
     return merged
 
 

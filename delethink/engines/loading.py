@@ -267,11 +267,14 @@ def load_model(
     if (adapter := find_adapter(model)) is not None:
         find_source(model)  # names the adapter if there is no such base
         base = load_model(adapter.base, dtype, trust_remote_code, values_checked=values_checked)
-        return merge(base, adapter)
+        merged = merge(base, adapter)
+        merged.name_or_path = _recorded_name(model)
+        return merged
     files = weight_files(_fetch(model))
     if not values_checked:
         check_values(files)
     loaded = _load_whole(model, trust_remote_code, dtype=dtype)
+    loaded.name_or_path = _recorded_name(model)
     _, left_out, file = _generation_settings(model)
     if left_out:
         _logger.warning(
@@ -282,6 +285,12 @@ def load_model(
             ", ".join(left_out),
         )
     return loaded
+
+
+def _recorded_name(model: str) -> str:
+    """Return the name by which an adapter that is trained on a model finds it from anywhere."""
+    folder = _folder(model)
+    return str(folder.absolute()) if folder.is_dir() else split_revision(model)[0]
 
 
 def _generation_settings(model: str) -> tuple[Any, tuple[str, ...], str]:

@@ -137,6 +137,23 @@ def test_an_adapter_may_adapt_another_one(tmp_path: Path, base: Path) -> None:
     assert locate(str(tmp_path / "second")) == str(base)
 
 
+def test_an_adapter_trained_on_a_relative_folder_finds_it_from_anywhere(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    save_adapter(tmp_path / "first", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for model in ("base", "first"):
+        start = load_model(model, "float32")
+        adapted = peft.get_peft_model(start, peft.LoraConfig(r=2, target_modules=["k_proj"]))
+        adapted.save_pretrained(str(tmp_path / f"on {model}"))
+    monkeypatch.chdir("/")
+    for model in ("base", "first"):
+        found = find_adapter(str(tmp_path / f"on {model}"))
+        assert found is not None
+        assert found.base == str(tmp_path / model)
+
+
 # -- the base model ----------------------------------------------------------------------------
 
 
