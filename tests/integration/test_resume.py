@@ -160,6 +160,30 @@ def test_adapters_are_resumed_too(launcher: Launcher, tmp_path: Path) -> None:
     assert without_times(read_metrics(folder)) == without_times(read_metrics(whole))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["null", "{r: 4}"])
+def test_generation_settings_that_transformers_refuses_keep_no_run_from_resuming(
+    launcher: Launcher, tmp_path: Path, lora: str
+) -> None:
+    model = Path(shutil.copytree(ROOT / "delethink" / "assets" / "toy_reasoner", tmp_path / "toy"))
+    brought = {"num_return_sequences": 4, "temperature": 0.6, "cache_implementation": "none such"}
+    kept = {"eos_token_id": 1, "penalty_alpha": 0.6, "mine": [1]}
+    (model / "generation_config.json").write_text(json.dumps(brought | kept))
+    options = [f"model={model}", f"training.lora={lora}", "training.save_steps=1", CONSTANT]
+    folder = tmp_path / "run"
+    assert launcher.train(folder, *options, "training.max_steps=1") == 0, launcher.log
+    note = "checkpoints leave out cache_implementation, num_return_sequences, temperature"
+    assert note in launcher.log
+    assert launcher.train(folder, *options, "training.max_steps=2") == 0, launcher.log
+    assert "resuming the run after step 1" in launcher.log
+    final = folder / "checkpoints" / "final"
+    saved = json.loads((final / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in kept} == kept
+    assert not brought.keys() & saved.keys()
+    assert launcher.train(tmp_path / "next", f"model={final}", "training.max_steps=1") == 0
+    assert "leave out" not in launcher.log
+
+
 @pytest.fixture
 def copy(undisturbed: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
