@@ -28,6 +28,7 @@ from tiny_adapters import (  # noqa: E402
 )
 from transformers.utils import hub  # noqa: E402
 
+from delethink.config import EngineConfig  # noqa: E402
 from delethink.engines import loading  # noqa: E402
 from delethink.engines.loading import (  # noqa: E402
     digest,
@@ -39,7 +40,7 @@ from delethink.engines.loading import (  # noqa: E402
     load_tokenizer,
     locate,
 )
-from delethink.errors import ModelError  # noqa: E402
+from delethink.errors import ModelError, WeightSyncError  # noqa: E402
 
 IDS = torch.tensor([[3, 5, 200, 7, 2, 9, 90]])
 
@@ -476,6 +477,50 @@ def test_a_model_and_an_adapter_in_one_folder_are_a_sentence(tmp_path: Path, bas
     with pytest.raises(ModelError, match="holds a whole model and a LoRA adapter") as caught:
         load_model(str(folder), "float32")
     sentence(caught)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_workers_start_with_the_base_model_and_are_sent_merged_weights(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    """The pool is a stand-in; tests/integration/test_adapter_eval.py has a real one."""
+    from delethink.engines.vllm import VllmPool
+
+    folder = save_adapter(tmp_path / "adapter", base)
+    seen: dict[str, Any] = {}
+
+    def update_weights(self: Any, weights: dict[str, Any], version: int) -> None:
+        seen["weights"], seen["version"] = weights, version
+        if refuses:
+            raise WeightSyncError("the engine has no weight called 'x'")
+
+    monkeypatch.setattr(VllmPool, "__init__", lambda self, model, *a, **o: seen.update(model=model))
+    monkeypatch.setattr(VllmPool, "update_weights", update_weights)
+    monkeypatch.setattr(VllmPool, "close", lambda self: seen.update(closed=True))
+
+    def create() -> None:
+        VllmPool.create(
+            EngineConfig(dtype="bfloat16"),
+            str(folder),
+            None,
+            load_tokenizer(str(folder)),
+            trust_remote_code=False,
+            seed=0,
+            is_trained=False,
+        )
+
+    if refuses:
+        with pytest.raises(ModelError, match="does not take the merged weights of") as caught:
+            create()
+        assert "set engine=transformers" in sentence(caught)
+        assert seen["closed"]
+        return
+    create()
+    assert (seen["model"], seen["version"]) == (str(base), 0)
+    merged = load_model(str(folder), "bfloat16").state_dict()
+    assert seen["weights"].keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in seen["weights"].items())
+    assert "closed" not in seen
 
 
 def test_the_digest_covers_settings_weights_and_base(tmp_path: Path, base: Path) -> None:
