@@ -65,6 +65,7 @@ class Completion:
     logprobs: Logprobs  # one for each token, at the sampling temperature
     stop: StopReason
     policy_version: int = 0  # number of updates of the weights it was sampled with
+    worker: str | None = field(default=None, compare=False)  # name of the worker, if in a pool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", as_token_ids(self.token_ids))

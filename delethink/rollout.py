@@ -161,6 +161,7 @@ async def _sample_chunk(
     output_ids: TokenIds = ()
     logprobs: Logprobs = ()
     version: int | None = None
+    worker: str | None = None
     try:
         limit = asyncio.timeout_at(deadline and deadline.at)
         try:
@@ -174,6 +175,7 @@ async def _sample_chunk(
         state.check(ids, stop)
         output_ids, logprobs = ids, done.logprobs[: len(ids)]
         version, reason = done.policy_version, _DEFAULT_REASONS.get(stop)
+        worker = done.worker
     except (UserError, WorkersLostError):
         raise
     except DeadlineError as error:
@@ -192,6 +194,7 @@ async def _sample_chunk(
         policy_version=version,
         error=reason,
         role=state.role,
+        worker=worker,
     )
     return chunk, state.advance(output_ids, stop)
 

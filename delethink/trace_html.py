@@ -238,7 +238,7 @@ def chunk_heading(view: TraceView, index: int) -> str:
     if chunk.policy_version is not None:
         facts.append(f"policy version {chunk.policy_version}")
     if index < len(view.workers) and view.workers[index] is not None:
-        facts.append(f"worker {view.workers[index]}")
+        facts.append(str(view.workers[index]))
     facts.append(_stop_text(view, index))
     if view.answer and one.first <= view.answer[0] < one.first + len(chunk.output_ids):
         facts.append(f"the answer is here, at token {view.answer[0] - one.first + 1:,}")

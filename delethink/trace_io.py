@@ -228,7 +228,11 @@ def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
         "policy_version": chunk.policy_version,
         "role": chunk.role.value,
     }
-    return values | ({} if chunk.error is None else {"error": chunk.error})
+    if chunk.error is not None:
+        values["error"] = chunk.error
+    if chunk.worker is not None:
+        values["worker"] = chunk.worker
+    return values
 
 
 def _chunk_from_json(values: Any) -> Chunk:
@@ -243,6 +247,7 @@ def _chunk_from_json(values: Any) -> Chunk:
         policy_version=optional(get_count, values, "policy_version"),
         error=optional(get_text, {"error": None, **values}, "error"),
         role=ChunkRole(get_text(values, "role")),
+        worker=optional(get_text, {"worker": None, **values}, "worker"),
     )
     if len(chunk.logprobs) not in (0, len(chunk.output_ids)):
         raise ValueError(
@@ -317,7 +322,7 @@ def _row(record: TraceRecord) -> dict[str, Any]:
     values = redacted(record.to_json())
     for key in _JSON_COLUMNS:
         values[key] = _dump(values[key])
-    values["chunks"] = [{"error": None, **chunk} for chunk in values["chunks"]]
+    values["chunks"] = [{"error": None, "worker": None, **chunk} for chunk in values["chunks"]]
     return values
 
 
@@ -339,7 +344,7 @@ def _schema() -> Any:
     chunk = {
         **dict.fromkeys(("prompt_ids", "output_ids"), ids),
         **dict.fromkeys(("carried", "policy_version"), number),
-        **dict.fromkeys(("stop", "role", "error"), text),
+        **dict.fromkeys(("stop", "role", "error", "worker"), text),
         "logprobs": arrow.list_(real),
     }
     texts = ("prompt", "answer", "stop", "text", *_JSON_COLUMNS)

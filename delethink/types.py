@@ -97,6 +97,7 @@ class Chunk:
     policy_version: int | None = 0  # weight updates before sampling; None for a failed chunk
     error: str | None = None  # cause of an ABORT or ERROR
     role: ChunkRole = ChunkRole.THINKING
+    worker: str | None = field(default=None, compare=False)  # where it was sampled, if in a pool
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class WorkerPool:
             raise _RetryError(f"{name} {_text(error)}") from None
         now = asyncio.get_running_loop().time()
         worker.record_completion(chunk, len(completion.token_ids), now)
-        return completion
+        return dataclasses.replace(completion, worker=worker.name)
 
     def _release(self, chunk: PendingChunk) -> None:
         """Take a chunk from its worker, or out of the queue."""

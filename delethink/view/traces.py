@@ -91,7 +91,7 @@ class TraceOpener:
             notes=notes,
             answer=None if advice else answer_place(trace, texts),
             values=_stored_values(trace, values),
-            workers=[_worker(chunk) for chunk in values.get("chunks", [])],
+            workers=[chunk.worker for chunk in trace.chunks],
         )
 
     def _home(self, file: Path) -> Path:
@@ -137,11 +137,6 @@ class TraceOpener:
 
 def _is_step(row: TraceRow) -> bool:
     return row.file.name.startswith("step_")
-
-
-def _worker(chunk: Any) -> str | None:
-    found = chunk.get("worker") if isinstance(chunk, Mapping) else None
-    return None if found is None else str(found)
 
 
 def _stored_values(trace: Trace, values: Mapping[str, Any]) -> dict[str, list[Sequence[float]]]:

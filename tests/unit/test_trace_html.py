@@ -159,12 +159,12 @@ def test_a_page_names_boundary_origin_policy_version_worker_and_answer() -> None
     trace = sampled(ChunkSpec(8, 4, 5, head_size=0), ["abcdefgh", "</th", "ink>", "42."])
     place = answer_place(trace, token_texts(Letters()))
     assert place == (16, 18)
-    page = trace_html(drawn(trace, answer=place, workers=["w0", "w1", None, None]))
+    page = trace_html(drawn(trace, answer=place, workers=["worker 0", "worker 1", None, None]))
     for text in (
         "Chunk 2 of 4",
         "4 carried + 4 new tokens",
         "policy version 0",
-        "worker w1",
+        "worker 1",
         "4 of 8 tokens dropped, 4 carried over",
         "carried over</b> from chunk 1",
         "the answer is here, at token 1",

@@ -49,6 +49,7 @@ def chunks(draw: st.DrawFn) -> Chunk:
         policy_version=draw(st.one_of(st.none(), st.integers(0, 9))),
         error=draw(st.one_of(st.none(), st.text())),
         role=draw(st.sampled_from(ChunkRole)),
+        worker=draw(st.one_of(st.none(), st.text())),
     )
 
 
@@ -224,3 +225,17 @@ def test_a_trace_that_does_not_follow_the_spec_is_not_extended() -> None:
         retrace(ChunkSpec(16, 5, 3, 0), trace)
     with pytest.raises(RolloutError, match="chunk 0 does not follow"):
         retrace(ChunkSpec(12, 4, 3, 0), trace)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_the_worker_of_a_chunk_is_kept_though_it_makes_no_difference(
+    tmp_path: Path, name: str
+) -> None:
+    chunks = tuple(
+        Chunk((1,), (2,), (-0.5,), StopReason.LENGTH, worker=w) for w in ("worker 3", None)
+    )
+    record = TraceRecord(Problem("p", "a"), Trace((1,), chunks, TraceStop.BUDGET))
+    write_traces(tmp_path / name, [record])
+    (read,) = read_traces(tmp_path / name)
+    assert [chunk.worker for chunk in read.trace.chunks] == ["worker 3", None]
+    assert replace(chunks[0], worker="worker 9") == chunks[0]

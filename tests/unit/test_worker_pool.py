@@ -166,6 +166,11 @@ def test_nothing_is_lost_doubled_or_mixed_up_under_any_sequence_of_faults(seed: 
     assert run(cluster, scenario, hang_timeout=3, max_attempts=1000) == undisturbed()
 
 
+def test_each_chunk_names_the_worker_that_sampled_it() -> None:
+    names = {chunk.worker for trace in undisturbed() for chunk in trace.chunks}
+    assert names == {"worker 0", "worker 1"}
+
+
 def test_a_short_stop_is_borne() -> None:
     cluster = FakeCluster(2)
 
