@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from delethink.carryover import Carryover
+from delethink.carryover import Boundary, Carryover
 from delethink.errors import ConfigError
 from delethink.redaction import register_settings
 from delethink.registry import make
@@ -55,13 +55,28 @@ def parse_carryover(text: str | None) -> Carryover | None:
             f"--carryover is the name of a carryover policy, got the size {text!r}: write "
             f"--carryover-size {text}"
         )
+    made: Carryover = make("delethink.carryovers", _parse_policy(text, "--carryover"))
+    return made
+
+
+def parse_boundary(text: str | None) -> Boundary | None:
+    """Return the boundary policy of ``NAME[:KEY=VALUE,...]``.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    if text is None:
+        return None
+    made: Boundary = make("delethink.boundaries", _parse_policy(text, "--boundary"))
+    return made
+
+
+def _parse_policy(text: str, option: str) -> dict[str, Any]:
     found = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text)
     if found is None:
-        raise ConfigError(f"--carryover must be NAME[:KEY=VALUE,...], got {text!r}")
+        raise ConfigError(f"{option} must be NAME[:KEY=VALUE,...], got {text!r}")
     pairs = re.split(r",(?=\w+=)", found[2]) if found[2] else []
-    policy = {"name": found[1], "args": parse_pairs(pairs, "--carryover")}
-    made: Carryover = make("delethink.carryovers", policy)
-    return made
+    return {"name": found[1], "args": parse_pairs(pairs, option)}
 
 
 def parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:

@@ -11,8 +11,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, sizes
+from delethink.cli import compare
+from delethink.cli.arguments import (
+    parse_boundary,
+    parse_carryover,
+    parse_head_size,
+    parse_pairs,
+    sizes,
+)
 from delethink.cli.effects import SERVER_OPTIONS, refuse_given
+from delethink.cli.eval_folders import (
+    apply_runs,
+    continued_command,
+    folder_to_continue,
+    stored_command,
+)
+from delethink.cli.main import parse
 from delethink.cli.presets import apply_preset, compared, comparison_lines
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
@@ -51,6 +65,11 @@ _MINIMA = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments before heavy imports, then sample and print the results."""
+    if arguments.values[:1] == ["compare"]:
+        return compare.run(arguments, arguments.values[1:])
+    if (folder := folder_to_continue(arguments)) is not None:
+        arguments = parse(["eval", *continued_command(folder, arguments.argv)])
+    apply_runs(arguments)
     apply_preset(arguments)
     if arguments.in_flight is None:
         # More than an engine samples at once: chunks of unequal lengths keep the engine busy.
@@ -104,6 +123,7 @@ def _evaluate(
         weights={model: digest(model) for model in models},
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         end_of_thinking={model: marks.end for model, marks in found.items()},
+        command=stored_command(arguments.argv),
     )
     if problems.left_out:
         listed = ", ".join(f"{number} {reason}" for reason, number in problems.left_out.items())
@@ -237,6 +257,7 @@ def _settings(
         head_size=parse_head_size(arguments.head_size),
         head_outside=arguments.head_outside,
         carryover=parse_carryover(arguments.carryover),
+        boundary=parse_boundary(arguments.boundary),
         cap_longcot=arguments.cap_longcot,
         **_tokenizer_options(arguments),
     )

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     guard_process()
     try:
-        arguments = _parse(argv)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, _interrupt)
         return int(importlib.import_module(arguments.module).run(arguments))
@@ -122,10 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; ``key=value`` may also follow options, unlike in plain argparse."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; ``key=value`` may also follow options, unlike in plain argparse.
+
+    The result has the arguments themselves as ``argv``, without the name of the command.
+    """
     parser = _parser()
     arguments, late = parser.parse_known_args(argv)
+    arguments.argv = list(argv[1:])
     values = getattr(arguments, "values", None)
     if unknown := [x for x in late if values is None or "=" not in x or x.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -139,6 +139,7 @@ def _add_thinking(command: argparse.ArgumentParser) -> None:
     add("-C", "--context-size", metavar="LIST", help="context sizes C (default 8k)")
     add("--carryover-size", metavar="LIST", help="carryover sizes m (default: half of each C)")
     _add_carryover(add)
+    _add_boundary(add)
     add("--head-outside", action="store_true", help="carry the head on top of m")
     add(
         "--max-chunks",
@@ -163,6 +164,14 @@ def _add_carryover(add: Any) -> None:
         "--carryover",
         metavar="NAME[:KEY=VALUE,...]",
         help="carryover policy, e.g. tail or sink_window:num_sinks=8 (default head_tail)",
+    )
+
+
+def _add_boundary(add: Any) -> None:
+    add(
+        "--boundary",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="boundary policy that ends chunks early, e.g. line_break (default: none)",
     )
 
 

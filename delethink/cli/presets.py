@@ -34,6 +34,7 @@ _SAME: dict[str, Any] = {
     "head_size": None,
     "head_outside": False,
     "carryover": None,
+    "boundary": None,
     "force_answer": 0,
 }
 _HARMLESS_VALUES = (None, 0, 0.0, -1, 1.0)  # of options that cut the distribution off

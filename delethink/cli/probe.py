@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RunDirectoryError(f"{output} is not empty; choose another folder with -o PATH")
     set_up_process()
     from delethink.evaluation.probe import load_traces, probe_model, write_findings
+    from delethink.evaluation.probe_page import write_probe_report
 
     traces = load_traces(arguments.traces) if arguments.traces else _sample(arguments, engine)
     findings = probe_model(
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         end_of_thinking=arguments.end_of_thinking,
     )
     write_findings(findings, output)
+    write_probe_report(findings, output)
     if arguments.json:
         echo_json(dataclasses.asdict(findings) | {"output": str(output)})
     else:

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from delethink.chunking import ChunkSpec
 from delethink.cli.arguments import parse_carryover, parse_head_size, size
@@ -18,12 +19,31 @@ from delethink.policy import Sampling
 from delethink.redaction import register_secret, register_url
 from delethink.thinking_marks import check_mark_setting
 
+if TYPE_CHECKING:
+    from delethink.serve.settings import ServeSettings
+    from delethink.serve.start import ModelSource
+
 _MIN_KEY_CHARACTERS = 8  # shorter ones are guessed
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments before heavy imports, then serve until the process is asked to end."""
+    source, settings = read_options(arguments)
+    if not settings.api_keys and arguments.host not in _LOOPBACK and not arguments.no_keys:
+        raise ConfigError(
+            f"--host {arguments.host} is open to other machines: name a file of keys with "
+            "--keys-file, or pass --no-keys to serve anybody"
+        )
+    return _serve(arguments, source, settings)
+
+
+def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSettings]:
+    """Return the model and the settings that the options of the command name.
+
+    Raises:
+        ConfigError: an option is out of range, or has no effect.
+    """
     require_packages("serve", "starlette", "uvicorn", "prometheus_client", "openai", "transformers")
     register_secret(os.environ.get(arguments.api_key_env))
     register_url(arguments.base_url or "")
@@ -40,21 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
             "--base-url samples from a server, so engine settings have no effect: remove "
             f"{' '.join(arguments.values)}"
         )
-    spec = _spec(arguments)
-    keys = _keys(arguments)
-    if not keys and arguments.host not in _LOOPBACK and not arguments.no_keys:
-        raise ConfigError(
-            f"--host {arguments.host} is open to other machines: name a file of keys with "
-            "--keys-file, or pass --no-keys to serve anybody"
-        )
+    spec, keys = _spec(arguments), _keys(arguments)
     set_up_process()
-    return _serve(arguments, spec, keys)
-
-
-def _serve(arguments: argparse.Namespace, spec: ChunkSpec, keys: tuple[str, ...]) -> int:
     from delethink.serve.loops import LoopRule
     from delethink.serve.settings import ServeSettings
-    from delethink.serve.start import ModelSource, listen, open_service, serve_forever
+    from delethink.serve.start import ModelSource
 
     settings = ServeSettings(
         model_name=arguments.name or _name(arguments),
@@ -78,13 +88,18 @@ def _serve(arguments: argparse.Namespace, spec: ChunkSpec, keys: tuple[str, ...]
         api_key=os.environ.get(arguments.api_key_env) or None,
         retries=arguments.retries,
         timeout_s=arguments.timeout,
-        engine=parse_engine(arguments.values),
+        engine=engine,
         trust_remote_code=arguments.trust_remote_code,
         chat_template=arguments.chat_template,
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         end_of_thinking=check_mark_setting(arguments.end_of_thinking),
         query_tokens=size(arguments.query_tokens, "--query-tokens"),
     )
+    return source, settings
+
+
+def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSettings) -> int:
+    from delethink.serve.start import listen, open_service, serve_forever
 
     def say(line: str) -> None:
         echo(line, stderr=True)
@@ -95,7 +110,7 @@ def _serve(arguments: argparse.Namespace, spec: ChunkSpec, keys: tuple[str, ...]
         with open_service(source, settings, say, log) as service:
             host, port = sock.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            _greet(f"http://{host}:{port}/v1", settings.model_name, bool(keys))
+            _greet(f"http://{host}:{port}/v1", settings.model_name, bool(settings.api_keys))
             serve_forever(service, sock)
     finally:
         sock.close()

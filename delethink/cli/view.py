@@ -15,7 +15,7 @@ from delethink.errors import ConfigError
 from delethink.output import echo
 
 if TYPE_CHECKING:
-    from delethink.view.index import TraceIndex, TraceRow
+    from delethink.view.index import ListedTrace, TraceIndex
     from delethink.view.traces import TraceOpener
 
 _SUFFIXES = (".html", ".eval")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(index: TraceIndex, arguments: argparse.Namespace) -> list[TraceRow]:
+def _chosen(index: TraceIndex, arguments: argparse.Namespace) -> list[ListedTrace]:
     """Return the named traces; without names the first for a terminal, all for a file."""
     rows = index.snapshot()
     if not rows:
@@ -76,7 +76,7 @@ def _report_damage(index: TraceIndex) -> None:
         echo(f"{file}: skipped {lines} damaged lines, or of another version", stderr=True)
 
 
-def _export(rows: list[TraceRow], opener: TraceOpener, file: Path, index: TraceIndex) -> int:
+def _export(rows: list[ListedTrace], opener: TraceOpener, file: Path, index: TraceIndex) -> int:
     if file.suffix not in _SUFFIXES:
         raise ConfigError(f"--export writes .html or .eval, got {file.name!r}")
     if file.suffix == ".eval":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from delethink.carryover import Carryover
+from delethink.carryover import Boundary, Carryover
 from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig
 from delethink.engines.factory import choose_engine, make_engine
@@ -155,6 +155,7 @@ def settings_for_model(
     plan: SamplingPlan,
     *,
     carryover: Carryover | None = None,
+    boundary: Boundary | None = None,
     cap_longcot: bool = False,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -190,6 +191,7 @@ def settings_for_model(
         modes,
         context_sizes,
         carryover=carryover and carryover.bind(tokenizer),
+        boundary=boundary and boundary.bind(tokenizer),
         longcot_cap=cap,
         **sizes,
     )

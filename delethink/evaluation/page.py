@@ -1,22 +1,25 @@
-"""The reports of an evaluation and of a probe: what ``report.html`` shows."""
+"""The report of an evaluation: what ``report.html`` shows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from delethink.evaluation.curves import CurvePoint
+from delethink.evaluation.results import Results
 from delethink.output import get_logger
 from delethink.redaction import json_text
-from delethink.report_page import Chart, Curve, Report, ReportTable, Section, write_report
-
-if TYPE_CHECKING:
-    from delethink.evaluation.probe import Findings, TraceMean
-    from delethink.evaluation.report import CurvePoint
-    from delethink.evaluation.results import Results
+from delethink.report_page import (
+    Chart,
+    ChartCurve,
+    Report,
+    ReportSection,
+    ReportTable,
+    write_report,
+)
 
 _logger = get_logger(__name__)
-_BOUND = 1e300  # an interval without an end
 
 
 def try_report(report: Report, folder: Path) -> None:
@@ -25,9 +28,6 @@ def try_report(report: Report, folder: Path) -> None:
         write_report(report, folder)
     except Exception as error:  # of a plotting library, after hours of sampling
         _logger.warning("report.html cannot be drawn: %s", error)
-
-
-# -- evaluations -------------------------------------------------------------------------------
 
 
 def evaluation_report(
@@ -49,14 +49,14 @@ def evaluation_report(
         folder: of the evaluation, for the commands.
     """
     sections = [
-        Section("Results", [_headline(results), *_failures(results)]),
+        ReportSection("Results", [_headline(results), *_failures(results)]),
         *(
-            Section(f"Scaling: {label}", _scaling(points, kind, label, axes))
+            ReportSection(f"Scaling: {label}", _scaling(points, kind, label, axes))
             for kind, label in kinds.items()
         ),
-        Section("Comparisons", _comparisons(results)),
-        Section("Time", [_timing(results)]),
-        Section(
+        ReportSection("Comparisons", _comparisons(results)),
+        ReportSection("Time", [_timing(results)]),
+        ReportSection(
             "Traces",
             [
                 f"Every trace is in traces.jsonl. Look at them with: delethink view {folder} ; "
@@ -68,7 +68,7 @@ def evaluation_report(
     number = f"{settings.get('problems')} problems, {settings.get('samples')} samples of each"
     details = {
         "settings (settings.json)": json_text(settings, indent=2, default=str),
-        "versions": _versions(),
+        "versions": installed_versions(),
         "command to continue": f"delethink eval ... -o {folder} --resume",
     }
     found = [section for section in sections if section.parts]
@@ -119,7 +119,7 @@ def _scaling(
             line = [p for p in own if p.setting == setting and getattr(p, axis)]
             line.sort(key=lambda point: float(getattr(point, axis)))
             curves.append(
-                Curve(
+                ChartCurve(
                     setting,
                     [float(getattr(p, axis)) for p in line],
                     [p.accuracy for p in line],
@@ -162,7 +162,8 @@ def _timing(results: Results) -> ReportTable:
     return ReportTable("Measured", columns, rows)
 
 
-def _versions() -> str:
+def installed_versions() -> str:
+    """Return the versions of the packages that results depend on, a line for each."""
     from importlib.metadata import PackageNotFoundError, version
 
     lines = []
@@ -172,71 +173,3 @@ def _versions() -> str:
         except PackageNotFoundError:
             continue
     return "\n".join(lines)
-
-
-# -- probes ------------------------------------------------------------------------------------
-
-
-def probe_report(findings: Findings, conditions: Mapping[Any, str], folder: Path) -> Report:
-    """Return the report of a probe; ``conditions`` has the text of each condition."""
-    rows = [
-        (
-            f"{line.carryover_size:,}",
-            conditions[line.condition],
-            _mean(line.gap),
-            _mean(line.divergence),
-            line.gap.traces,
-        )
-        for line in findings.totals
-    ]
-    columns = ("m", "context after the boundary", "loss of log-likelihood", "KL", "traces")
-    table = ReportTable("Over all distances, nats per token", columns, rows)
-    looping = sum(repeat >= findings.context_size // 4 for repeat in findings.repeats)
-    sections = [
-        Section("Cost of a reset", [table] if rows else []),
-        Section("By distance from the boundary", _distances(findings, conditions)),
-        Section(
-            "Loops and answers",
-            [
-                f"In {looping:,} of {len(findings.repeats):,} traces a run of at least C / 4 "
-                "tokens recurs a context later. "
-                f"{findings.answers:,} traces hold an answer; in {findings.answers_lost:,} of them "
-                "the last context holds another one or none."
-            ],
-        ),
-    ]
-    status = f"C = {findings.context_size:,}, {findings.traces:,} traces within the model's window"
-    details = {
-        "versions": _versions(),
-        "command to look at traces": f"delethink view {folder.parent}",
-    }
-    found = [section for section in sections if section.parts]
-    return Report(f"How Markovian is {findings.model}?", status, found, details)
-
-
-def _distances(findings: Findings, conditions: Mapping[Any, str]) -> list[Chart]:
-    binned = [line for line in findings.lines if line not in findings.totals]
-    charts = []
-    for name, label in (("gap", "loss of log-likelihood"), ("divergence", "KL")):
-        curves = []
-        for size, condition in dict.fromkeys((b.carryover_size, b.condition) for b in binned):
-            own = [b for b in binned if (b.carryover_size, b.condition) == (size, condition)]
-            means = [getattr(line, name) for line in own]
-            ends = [max(-_BOUND, mean.low) > -_BOUND and mean.high < _BOUND for mean in means]
-            curves.append(
-                Curve(
-                    f"m = {size:,}, {conditions[condition]}",
-                    [line.begin + 1 for line in own],
-                    [mean.mean for mean in means],
-                    [mean.low for mean in means] if all(ends) else (),
-                    [mean.high for mean in means] if all(ends) else (),
-                )
-            )
-        charts.append(Chart(label, "tokens after the boundary", "nats", curves, log_x=True))
-    return charts
-
-
-def _mean(mean: TraceMean) -> str:
-    if mean.traces < 2:
-        return f"{mean.mean:.4f}"
-    return f"{mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f})"

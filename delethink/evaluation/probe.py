@@ -44,7 +44,6 @@ from delethink.evaluation.models import (
     longest_query,
     open_tokenizer,
 )
-from delethink.evaluation.page import probe_report, try_report
 from delethink.output import safe_text
 from delethink.policy import Policy, Sampling
 from delethink.redaction import json_text
@@ -423,7 +422,7 @@ def distance_edges(longest: int) -> list[int]:
 
 
 def write_findings(findings: Findings, folder: Path) -> None:
-    """Write ``probe.md``, ``probe.json`` and, if there are boundaries, ``probe.png`` and a report.
+    """Write ``probe.md``, ``probe.json`` and, if there are boundaries, ``probe.png``.
 
     Raises:
         RunDirectoryError: a file cannot be written.
@@ -437,7 +436,6 @@ def write_findings(findings: Findings, folder: Path) -> None:
         raise RunDirectoryError(f"cannot write to {folder}: {error.strerror}") from None
     if findings.lines:
         plot_findings(findings, folder / "probe.png")
-        try_report(probe_report(findings, CONDITIONS, folder), folder)
 
 
 def findings_page(findings: Findings) -> str:

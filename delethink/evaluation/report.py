@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from delethink.errors import ConfigError, RunDirectoryError
+from delethink.evaluation.curves import AXES, KINDS, CurvePoint, curve_points
 from delethink.evaluation.metrics import Estimate, avg_at_n
 from delethink.evaluation.page import evaluation_report, try_report
 from delethink.evaluation.records import Record
@@ -21,65 +22,9 @@ from delethink.evaluation.results import ResultRow, Results
 from delethink.evaluation.settings import Setting
 from delethink.output import open_console, safe_text
 
-ScalingKind = Literal["avg", "pass", "maj"]
-
-AXES = {
-    "thinking_tokens": "thinking tokens per problem",
-    "flops": "estimated FLOPs per problem",
-    "seconds": "estimated seconds of all problems on the device",
-}
-KINDS: dict[ScalingKind, str] = {
-    "avg": "accuracy (longer thinking)",
-    "pass": "pass@k",
-    "maj": "maj@k",
-}
-
 _PLAIN_LINES = 10  # lines per setting without a terminal
 _PLAIN_WIDTH = 120  # columns without a terminal
 _REFRESH_INTERVAL_S = 0.25  # between updates of the progress bar
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A point of a scaling curve. Costs are those of all ``k`` samples of a problem."""
-
-    setting: str
-    kind: ScalingKind  # ``avg``: longer thinking, over budgets; ``pass`` and ``maj``: more samples
-    budget: int
-    k: int
-    accuracy: float
-    low: float
-    high: float
-    thinking_tokens: float
-    flops: float | None
-    seconds: float | None
-
-
-def curve_points(rows: Sequence[ResultRow]) -> list[CurvePoint]:
-    """Return the points of all curves; pass@k and maj@k are taken at the largest budget."""
-    largest = {row.setting: row for row in rows}  # rows have rising budgets
-    sequential = [_point(row, "avg", 1, row.avg) for row in rows]
-    parallel = []
-    for row in largest.values():
-        parallel += [_point(row, "pass", k, value) for k, value in row.pass_at.items()]
-        parallel += [_point(row, "maj", k, value) for k, value in row.maj_at.items()]
-    return sequential + parallel
-
-
-def _point(row: ResultRow, kind: ScalingKind, k: int, value: Estimate) -> CurvePoint:
-    return CurvePoint(
-        setting=safe_text(row.setting, lines=False),
-        kind=kind,
-        budget=row.budget,
-        k=k,
-        accuracy=value.value,
-        low=value.low,
-        high=value.high,
-        thinking_tokens=k * row.thinking_tokens.value,
-        flops=None if row.flops is None else k * row.flops,
-        # Per sample of each problem, to compare curves with different numbers of samples.
-        seconds=None if row.seconds is None else k * row.seconds * row.problems / row.samples,
-    )
 
 
 def write_curves(results: Results, settings: Mapping[str, Any], folder: Path) -> None:

@@ -175,7 +175,7 @@ def _row(
         bootstrap = bootstrap_avg(scores, analysis.bootstrap_k, analysis.resamples, analysis.seed)
     return ResultRow(
         setting=records.setting.key,
-        model=records.setting.model,
+        model=records.setting.name,
         mode=records.setting.mode,
         way=records.setting.way,
         budget=budget,
@@ -232,7 +232,7 @@ def _comparisons(collected: Sequence[_SettingRecords], margin: float) -> list[Pa
     for i, first in enumerate(collected):
         for second in collected[i + 1 :]:
             a, b = first.setting, second.setting
-            if (a.model == b.model) == (a.way == b.way):
+            if (a.name == b.name) == (a.way == b.way):
                 continue
             shared = sorted(set(a.budgets) & set(b.budgets))
             for pair in [(n, n) for n in shared] or [(a.budgets[-1], b.budgets[-1])]:

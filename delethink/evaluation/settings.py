@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from delethink.carryover import Carryover, name_of
+from delethink.carryover import Boundary, Carryover, name_of
 from delethink.chunking import ChunkSpec, start
 from delethink.errors import ConfigError, RolloutError
+from delethink.json_io import get_count, get_flag, get_ids, get_text, optional
 from delethink.policy import Sampling
+from delethink.registry import make
 from delethink.types import Chunk, Problem, StopReason, Trace
 
 Mode = Literal["delethink", "longcot"]
@@ -131,6 +135,12 @@ class Setting:
     mode: Mode
     spec: ChunkSpec  # chunk sizes at the largest budget
     budgets: tuple[int, ...]  # in tokens, rising; the last one is the budget of the spec
+    label: str | None = None  # name of the model in tables, if not the model itself
+
+    @property
+    def name(self) -> str:
+        """Name of the model in records and tables."""
+        return self.label or self.model
 
     @cached_property
     def specs(self) -> tuple[ChunkSpec, ...]:
@@ -143,25 +153,16 @@ class Setting:
         if self.mode == "longcot":
             return "longcot"
         sizes = f"delethink C={self.spec.context_size} m={self.spec.carryover_size}"
+        boundary = "" if self.spec.boundary is None else f" boundary={_policy(self.spec.boundary)}"
         if self.spec.carryover is not None:
-            return f"{sizes} carryover={self._carryover}"
-        return f"{sizes} head={self.spec.head_size}" + ("+" if self.spec.head_outside else "")
+            return f"{sizes} carryover={_policy(self.spec.carryover)}{boundary}"
+        outside = "+" if self.spec.head_outside else ""
+        return f"{sizes} head={self.spec.head_size}{outside}{boundary}"
 
     @property
     def key(self) -> str:
         """Name in records and tables."""
-        return f"{self.model} | {self.way}"
-
-    @property
-    def _carryover(self) -> str | None:
-        """Name of a carryover policy with its own arguments."""
-        policy = self.spec.carryover
-        if policy is None:
-            return None
-        # The repr of a dataclass holds the arguments, without the tokenizer.
-        call, class_name = repr(policy), type(policy).__name__
-        arguments = call.removeprefix(class_name) if call.startswith(f"{class_name}(") else ""
-        return name_of(policy) + arguments.removesuffix("()")
+        return f"{self.name} | {self.way}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for ``settings.json``."""
@@ -173,9 +174,51 @@ class Setting:
             "max_chunks": self.spec.max_chunks,
             "head_size": self.spec.head_size,
             "head_outside": self.spec.head_outside,
-            "carryover": self._carryover,
+            "carryover": self.spec.carryover and _policy(self.spec.carryover),
+            "boundary": self.spec.boundary and _policy(self.spec.boundary),
             "budgets": list(self.budgets),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], label: str | None = None) -> Setting:
+        """Return the setting of ``as_dict``; policies that read text are not bound.
+
+        Raises:
+            KeyError, ValueError: a value is missing, or has another type.
+            UserError: a policy or a size is unknown here.
+        """
+        model, mode = get_text(values, "model"), get_text(values, "mode")
+        sizes = ("context_size", "carryover_size", "max_chunks")
+        given: dict[str, Any] = {name: get_count(values, name) for name in sizes}
+        for name in ("carryover", "boundary"):
+            text = optional(get_text, {name: None, **values}, name)
+            given[name] = None if text is None else _read_policy(name, text)
+        if given["carryover"] is None:
+            given |= {
+                "head_size": get_count(values, "head_size"),
+                "head_outside": get_flag(values, "head_outside"),
+            }
+        budgets = tuple(get_ids(values, "budgets"))
+        return cls(model, cast(Mode, mode), ChunkSpec(**given), budgets, label)
+
+
+def _policy(policy: Any) -> str:
+    """Return the name of a carryover or boundary policy with its own arguments."""
+    # The repr of a dataclass holds the arguments, without the tokenizer.
+    call, class_name = repr(policy), type(policy).__name__
+    arguments = call.removeprefix(class_name) if call.startswith(f"{class_name}(") else ""
+    return name_of(policy) + arguments.removesuffix("()")
+
+
+def _read_policy(kind: str, text: str) -> Any:
+    """Return the policy of ``_policy``: a name, or a name with arguments."""
+    name, arguments = text, {}
+    if found := re.fullmatch(r"(.+?)\((.*)\)", text, re.DOTALL):
+        name = found[1]
+        call = cast(ast.Call, ast.parse(f"_({found[2]})", mode="eval").body)
+        arguments = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    group = {"carryover": "delethink.carryovers", "boundary": "delethink.boundaries"}[kind]
+    return make(group, {"name": name, "args": arguments})
 
 
 def make_settings(
@@ -187,6 +230,7 @@ def make_settings(
     head_size: int | None = None,
     head_outside: bool = False,
     carryover: Carryover | None = None,
+    boundary: Boundary | None = None,
     longcot_cap: int | None = None,
 ) -> list[Setting]:
     """Return every combination of models, modes and sizes.
@@ -201,6 +245,7 @@ def make_settings(
         head_size: size of the head; ``None`` for min(100, m // 4).
         head_outside: carry the head on top of m.
         carryover: policy instead of the head and tail, bound to a tokenizer if necessary.
+        boundary: policy that ends chunks early, bound likewise; there is one budget then.
         longcot_cap: upper limit of LongCoT's budgets.
 
     Raises:
@@ -210,10 +255,17 @@ def make_settings(
         raise ConfigError("an evaluation needs a model, a mode, a context size and max_chunks")
     if min(max_chunks) < 1:
         raise ConfigError(f"max_chunks must be at least 1, got {min(max_chunks)}")
-    chunks = sorted(set(max_chunks)) if len(max_chunks) > 1 else spread_chunks(max_chunks[0])
+    chunks: Sequence[int] = sorted(set(max_chunks))
+    if boundary is not None and len(chunks) > 1:
+        raise ConfigError(
+            "a trace with early boundaries cannot be cut to a smaller budget, as its last chunk "
+            f"has no early boundary: give one max_chunks, got {', '.join(map(str, chunks))}"
+        )
+    if boundary is None and len(chunks) == 1:
+        chunks = spread_chunks(chunks[0])
     head: dict[str, Any] = {"head_size": head_size, "head_outside": head_outside}
     specs = [
-        ChunkSpec(c, m, chunks[-1], **head, carryover=carryover)
+        ChunkSpec(c, m, chunks[-1], **head, carryover=carryover, boundary=boundary)
         for c in context_sizes
         for m in (carryover_sizes or [c // 2])
     ]

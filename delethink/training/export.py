@@ -14,12 +14,9 @@ from typing import Any
 
 import torch
 
-from delethink.chunking import ChunkSpec
 from delethink.config import Recipe
 from delethink.engines.loading import split_revision
 from delethink.evaluation.heldout import HeldOutResult
-from delethink.redaction import json_text
-from delethink.thinking_marks import AUTO
 from delethink.training.run_directory import describe_environment, write_text
 
 CARD = "README.md"
@@ -96,26 +93,6 @@ def write_card(path: Path, recipe: Recipe, rows: Sequence[HeldOutResult]) -> Non
     write_text(path / CARD, "\n".join(lines))
 
 
-def eval_command(path: Path, recipe: Recipe, spec: ChunkSpec) -> str:
-    """Return the command that compares the trained model with its base."""
-    source, reward = recipe.evaluation.task or recipe.task, recipe.accuracy_reward
-    parts = ["delethink", "eval", "-m", f"{recipe.model},{path}", "--task", source.name]
-    for key, value in source.args.items():
-        text = value if isinstance(value, str) else json_text(value)
-        parts += ["--task-arg", f"{key}={text}"]
-    if recipe.evaluation.task is None:
-        parts += ["--reward", recipe.rewards[reward].reward or reward]
-        for key, value in recipe.rewards[reward].args.items():
-            text = value if isinstance(value, str) else json_text(value)
-            parts += ["--reward-arg", f"{key}={text}"]
-    if (mark := recipe.task.end_of_thinking) != AUTO:
-        parts += ["--end-of-thinking", "null" if mark is None else mark]
-    parts += ["-C", str(spec.context_size), "--carryover-size", str(spec.carryover_size)]
-    if (carryover := recipe.thinking.carryover) is not None:
-        pairs = ",".join(f"{key}={value}" for key, value in carryover.args.items())
-        parts += ["--carryover", f"{carryover.name}:{pairs}" if pairs else carryover.name]
-    else:
-        parts += ["--head-size", str(spec.head_size)]
-        parts += ["--head-outside"] if spec.head_outside else []
-    parts += ["--max-chunks", str(spec.max_chunks)]
-    return shlex.join(parts)
+def eval_command(recipe: Recipe, run: Path) -> str:
+    """Return the command that compares the trained model of a run with its base."""
+    return shlex.join(["delethink", "eval", "-m", f"{recipe.model},{run}"])

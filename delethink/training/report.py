@@ -23,7 +23,14 @@ from delethink.errors import DelethinkError
 from delethink.evaluation.heldout import HeldOutResult
 from delethink.evaluation.metrics import wilson
 from delethink.output import guard_process
-from delethink.report_page import Chart, Curve, Report, ReportTable, Section, write_report
+from delethink.report_page import (
+    Chart,
+    ChartCurve,
+    Report,
+    ReportSection,
+    ReportTable,
+    write_report,
+)
 from delethink.training.metrics import find_metric
 from delethink.training.run_directory import RunDirectory
 from delethink.yaml_io import load_yaml
@@ -117,13 +124,15 @@ def run_report(
     name = recipe.get("name", run.path.name)
     limit = _setting(recipe, "evaluation", "num_problems_at_intervals") or 0
     sections = [
-        Section("Results", [*_headline(rows), *_headline_steps(metrics)]),
-        Section("Reward and length", _charts(metrics, _MAIN) + _accuracy(metrics, rows, limit)),
-        Section("Policy and loss", _charts(metrics, _POLICY)),
-        Section("By chunk index", _by_chunk(metrics)),
-        Section("Time", [_phases(metrics), *_charts(metrics, ("tokens_per_second",))]),
-        Section("Cost", _cost(recipe, metrics)),
-        Section("Traces", [_links(run.path)]),
+        ReportSection("Results", [*_headline(rows), *_headline_steps(metrics)]),
+        ReportSection(
+            "Reward and length", _charts(metrics, _MAIN) + _accuracy(metrics, rows, limit)
+        ),
+        ReportSection("Policy and loss", _charts(metrics, _POLICY)),
+        ReportSection("By chunk index", _by_chunk(metrics)),
+        ReportSection("Time", [_phases(metrics), *_charts(metrics, ("tokens_per_second",))]),
+        ReportSection("Cost", _cost(recipe, metrics)),
+        ReportSection("Traces", [_links(run.path)]),
     ]
     versions = run.path / "versions.json"
     details = {
@@ -193,7 +202,7 @@ def _charts(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[A
     for key in keys:
         steps, values = _values(metrics, key)
         if any(values):
-            curve = Curve(key, steps, values)
+            curve = ChartCurve(key, steps, values)
             charts.append(Chart(key, "step", _unit(key), [curve], smooth=True))
     return charts
 
@@ -207,7 +216,9 @@ def _accuracy(
         return []
     number = max(1, min(limit, rows[0].num_problems) if rows else limit)
     intervals = [wilson(value * number, number) for value in values]
-    curve = Curve("held-out", steps, values, [i[0] for i in intervals], [i[1] for i in intervals])
+    curve = ChartCurve(
+        "held-out", steps, values, [i[0] for i in intervals], [i[1] for i in intervals]
+    )
     return [Chart("held-out accuracy, 95 % intervals", "step", "share of problems", [curve])]
 
 
@@ -222,14 +233,17 @@ def _by_chunk(metrics: Sequence[Mapping[str, Any]]) -> list[Any]:
         curves = []
         for place in places:
             values = lines[place]["by_chunk"].get(key) or []
-            curves.append(Curve(f"step {lines[place]['step']}", range(1, len(values) + 1), values))
+            curves.append(
+                ChartCurve(f"step {lines[place]['step']}", range(1, len(values) + 1), values)
+            )
         charts.append(Chart(f"{key} by chunk", "index of the chunk", _unit(key), curves))
     return charts
 
 
 def _phases(metrics: Sequence[Mapping[str, Any]]) -> Chart:
     curves = [
-        Curve(phase.replace("_", " "), *_values(metrics, f"seconds_{phase}")) for phase in _PHASES
+        ChartCurve(phase.replace("_", " "), *_values(metrics, f"seconds_{phase}"))
+        for phase in _PHASES
     ]
     return Chart("time of a step", "step", "s", curves, smooth=True)
 
@@ -252,7 +266,7 @@ def _cost(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> li
     curves, rows = [], []
     for name, cut in cuts.items():
         flops = sampling_flops(shape, cut_traces(np.array(values), 1, cut, group))
-        curves.append(Curve(name, steps, [float(number) for number in flops]))
+        curves.append(ChartCurve(name, steps, [float(number) for number in flops]))
         rows.append((name, float(flops[-1])))
     seconds = sum(sum(_values(metrics, f"seconds_{phase}")[1]) for phase in _PHASES)
     return [

@@ -114,8 +114,7 @@ def _train(
         directory.finish(recipe.training.max_steps)
         progress.table(table.rows, inputs.spec, directory.path)
         progress.log(f"trained model: {trained}")
-        if recipe.thinking.boundary is None:
-            progress.log(f"measure it: {eval_command(trained, recipe, inputs.spec)}")
+        progress.log(f"measure it: {eval_command(recipe, directory.path)}")
     return directory.path
 
 

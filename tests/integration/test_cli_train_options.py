@@ -299,9 +299,18 @@ def test_the_next_command_evaluates_the_trained_model(own: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "delethink.cli.main", *shlex.split(command), *short],
         cwd=own,
-        env={**environment(own), "PYTHONPATH": str(own / "recipes")},
+        env=environment(own),
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert "as in run: --context-size 32 --carryover-size 16 --max-chunks 4" in done.stderr
+    stored = json.loads((own / "measured" / "settings.json").read_text())
+    assert (stored["task"], stored["reward"]) == ("automaton", "my_rewards:right")
+    assert {each["context_size"] for each in stored["settings"]} == {32, 80}
+    again = [sys.executable, "-m", "delethink.cli.main", "eval", "measured", "-n", "2"]
+    done = subprocess.run(again, cwd=own, env=environment(own), capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = (own / "measured" / "traces.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 2 * 2  # models, modes, problems, samples
