@@ -43,7 +43,9 @@ _COMMANDS = (
         options.add_eval_options,
         "measure how far thinking scales, Delethink against LongCoT",
         "Sample each problem many times at the largest budget, cut the traces to every smaller "
-        "one, and report accuracies with intervals: docs/guide/evaluation.md",
+        "one, and report accuracies with intervals. `delethink eval FOLDER` continues an "
+        "evaluation, `delethink eval compare FOLDER FOLDER` puts several in one table: "
+        "docs/guide/evaluation.md",
         "delethink eval -m toy --task automaton --task-arg min_steps=16 --task-arg "
         "max_steps=24 -C 90 --carryover-size 45 --head-size 0 --max-chunks 9 -n 4 -o out",
     ),

@@ -34,8 +34,8 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         action="append",
-        help="folder, Hugging Face id, or toy for the shipped model; for several, use commas or "
-        "repeat the option, baseline first",
+        help="folder, Hugging Face id, training run, or toy for the shipped model; for several, "
+        "use commas or repeat the option, baseline first",
     )
     add("--task", help="registered task, or file (JSON lines, JSON, Parquet, CSV)")
     _add_task_arguments(add)
