@@ -31,7 +31,7 @@ _MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plu
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartCurve:
     """A line of a chart. Values that are no finite numbers are left out."""
 
     label: str
@@ -62,7 +62,7 @@ class Chart:
     title: str
     x_label: str
     y_label: str
-    curves: Sequence[Curve]
+    curves: Sequence[ChartCurve]
     log_x: bool = False
     smooth: bool = False  # the page's slider smooths its curves
 
@@ -77,7 +77,7 @@ class ReportTable:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of a report."""
 
     title: str
@@ -90,7 +90,7 @@ class Report:
 
     title: str
     status: str  # below the title: finished, or how far
-    sections: Sequence[Section]
+    sections: Sequence[ReportSection]
     details: Mapping[str, str] = field(
         default_factory=dict
     )  # folded texts: configuration, versions

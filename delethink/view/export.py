@@ -7,7 +7,7 @@ from pathlib import Path
 
 from delethink.errors import ConfigError
 from delethink.trace_html import TraceView, html_text, page_html, trace_html
-from delethink.view.index import TraceRow
+from delethink.view.index import ListedTrace
 from delethink.view.traces import TraceOpener
 
 
@@ -25,7 +25,7 @@ def export_html(views: list[TraceView]) -> str:
     )
 
 
-def write_page(rows: Sequence[TraceRow], opener: TraceOpener, file: Path) -> None:
+def write_page(rows: Sequence[ListedTrace], opener: TraceOpener, file: Path) -> None:
     """Write traces as one static page, which works offline and allows no script.
 
     Raises:

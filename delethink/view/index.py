@@ -25,7 +25,7 @@ _BATCH = 500  # lines between two looks of others at the list
 _MAX_LINE_BYTES = 2**28
 
 
-class TraceRow(NamedTuple):
+class ListedTrace(NamedTuple):
     """A trace of the list, and its place on disk."""
 
     name: str  # identity in addresses: file and line
@@ -54,8 +54,8 @@ class TraceIndex:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.rows: list[TraceRow] = []
-        self.by_name: dict[str, TraceRow] = {}
+        self.rows: list[ListedTrace] = []
+        self.by_name: dict[str, ListedTrace] = {}
         self.tokens: dict[tuple[Path, str, int, int], tuple[int, int]] = {}  # of evaluations
         self.damaged: dict[str, int] = {}  # lines by file
         self.version = 0
@@ -93,7 +93,7 @@ class TraceIndex:
             return
         known: dict[str, tuple[Path, int, int] | None] = {}  # file, size, inode
         states: dict[str, tuple[int, int]] = {}  # bytes and lines so far
-        rows: list[TraceRow] = []
+        rows: list[ListedTrace] = []
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
@@ -148,7 +148,7 @@ class TraceIndex:
     def _read_lines(self, file: Path, state: _FileState) -> _FileState:
         read, number = state.read, state.lines
         is_evaluation = (file.parent / "settings.json").is_file() and file.name == "traces.jsonl"
-        rows: list[TraceRow] = []
+        rows: list[ListedTrace] = []
         with file.open("rb") as lines:
             lines.seek(read)
             while True:
@@ -178,9 +178,9 @@ class TraceIndex:
 
     def _row(
         self, file: Path, number: int, begin: int, end: int, summary: TraceSummary
-    ) -> TraceRow:
+    ) -> ListedTrace:
         name, place = self._labels_of(file)
-        return TraceRow(f"{name}:{number}", file, begin, end, place, None, summary)
+        return ListedTrace(f"{name}:{number}", file, begin, end, place, None, summary)
 
     def _labels_of(self, file: Path) -> tuple[str, str]:
         """Return the name of a file inside the folder, and its step or stem."""
@@ -192,7 +192,7 @@ class TraceIndex:
 
     def _evaluation_row(
         self, file: Path, number: int, begin: int, end: int, values: Any
-    ) -> TraceRow:
+    ) -> ListedTrace:
         record = Record.from_json(values)
         last = record.outcomes[-1] if record.outcomes else None
         prompt, answer = self._problem(file.parent, record.key.problem)
@@ -208,7 +208,7 @@ class TraceIndex:
         )
         name = f"{self._labels_of(file)[0]}:{number}"
         setting, sample = record.key.setting, record.key.sample
-        return TraceRow(name, file, begin, end, setting, sample, summary, record.error)
+        return ListedTrace(name, file, begin, end, setting, sample, summary, record.error)
 
     def _problem(self, folder: Path, number: int) -> tuple[str, str]:
         if folder not in self._problems:
@@ -257,7 +257,7 @@ class TraceIndex:
             self._count_damage(file)
         self._add(rows)
 
-    def _add(self, rows: list[TraceRow]) -> None:
+    def _add(self, rows: list[ListedTrace]) -> None:
         if not rows:
             return
         with self._lock:
@@ -280,17 +280,17 @@ class TraceIndex:
 
     # -- asking ----------------------------------------------------------------------------------
 
-    def find(self, name: str) -> TraceRow | None:
+    def find(self, name: str) -> ListedTrace | None:
         """Return the row of a trace by its name."""
         with self._lock:
             return self.by_name.get(name)
 
-    def snapshot(self) -> list[TraceRow]:
+    def snapshot(self) -> list[ListedTrace]:
         """Return the rows found so far."""
         with self._lock:
             return list(self.rows)
 
-    def read_line(self, row: TraceRow) -> Any:
+    def read_line(self, row: ListedTrace) -> Any:
         """Return the values of a row's line.
 
         Raises:

@@ -17,13 +17,15 @@ from delethink.output import safe_text
 from delethink.trace_html import TraceView
 from delethink.trace_map import UNKNOWN
 from delethink.types import ChunkRole
-from delethink.view.index import TraceRow
+from delethink.view.index import ListedTrace
 from delethink.view.traces import TraceOpener, model_of
 
 _SCORER = "reward"
 
 
-def write_eval_log(rows: Sequence[TraceRow], opener: TraceOpener, file: Path, folder: Path) -> None:
+def write_eval_log(
+    rows: Sequence[ListedTrace], opener: TraceOpener, file: Path, folder: Path
+) -> None:
     """Write traces as a log of Inspect.
 
     Raises:
@@ -66,7 +68,7 @@ def write_eval_log(rows: Sequence[TraceRow], opener: TraceOpener, file: Path, fo
         raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
 
 
-def _sample(row: TraceRow, view: TraceView, has_settings: bool) -> Any:
+def _sample(row: ListedTrace, view: TraceView, has_settings: bool) -> Any:
     from inspect_ai.log import EvalError, EvalSample
     from inspect_ai.model import ModelOutput
     from inspect_ai.scorer import Score

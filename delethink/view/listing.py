@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from delethink.errors import ConfigError, did_you_mean
-from delethink.view.index import TraceIndex, TraceRow, is_inside
+from delethink.view.index import ListedTrace, TraceIndex, is_inside
 
-_KEYS: dict[str, Callable[[TraceRow], Any]] = {
+_KEYS: dict[str, Callable[[ListedTrace], Any]] = {
     "step": lambda row: (row.place.isdecimal(), int(row.place) if row.place.isdecimal() else 0,
                          row.place, row.name.rpartition(":")[0],
                          int(row.name.rpartition(":")[2])),
@@ -60,7 +60,7 @@ class ListQuery:
         )
 
 
-def matching_rows(index: TraceIndex, query: ListQuery) -> list[TraceRow]:
+def matching_rows(index: TraceIndex, query: ListQuery) -> list[ListedTrace]:
     """Return the rows of a query, in its order."""
     rows = [row for row in index.snapshot() if _fits(row, query)]
     if query.text:
@@ -69,7 +69,7 @@ def matching_rows(index: TraceIndex, query: ListQuery) -> list[TraceRow]:
     return rows
 
 
-def _fits(row: TraceRow, query: ListQuery) -> bool:
+def _fits(row: ListedTrace, query: ListQuery) -> bool:
     summary = row.summary
     if query.stop and summary.stop != query.stop:
         return False
@@ -82,7 +82,7 @@ def _fits(row: TraceRow, query: ListQuery) -> bool:
     return query.reward == ("high" if summary.reward >= 1 else "low")
 
 
-def _search(index: TraceIndex, rows: Sequence[TraceRow], text: str) -> list[TraceRow]:
+def _search(index: TraceIndex, rows: Sequence[ListedTrace], text: str) -> list[ListedTrace]:
     """Return the rows with a text in their list entry, or in problem, answer or decoded trace."""
     low = text.lower()
     needle = json.dumps(text)[1:-1].encode()
@@ -109,7 +109,7 @@ def _search(index: TraceIndex, rows: Sequence[TraceRow], text: str) -> list[Trac
     return [row for row in rows if row.name in found]
 
 
-def _is_in_texts(data: mmap.mmap, row: TraceRow, needle: bytes, text: str) -> bool:
+def _is_in_texts(data: mmap.mmap, row: ListedTrace, needle: bytes, text: str) -> bool:
     if data.find(needle, row.begin, row.end) < 0:
         return False
     try:  # token ids and names of fields are no text
@@ -119,7 +119,7 @@ def _is_in_texts(data: mmap.mmap, row: TraceRow, needle: bytes, text: str) -> bo
         return False
 
 
-def row_values(row: TraceRow) -> dict[str, Any]:
+def row_values(row: ListedTrace) -> dict[str, Any]:
     """Return plain values of a row, for a page."""
     summary = row.summary
     return {
@@ -136,9 +136,9 @@ def row_values(row: TraceRow) -> dict[str, Any]:
     }
 
 
-def grouped(rows: Sequence[TraceRow]) -> list[dict[str, Any]]:
+def grouped(rows: Sequence[ListedTrace]) -> list[dict[str, Any]]:
     """Return the groups of rows by problem, with the best and the worst trace of each."""
-    groups: dict[str, list[TraceRow]] = {}
+    groups: dict[str, list[ListedTrace]] = {}
     for row in rows:
         groups.setdefault(row.summary.group, []).append(row)
     found = []

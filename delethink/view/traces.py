@@ -13,7 +13,7 @@ from delethink.json_io import as_mapping, get_list, read_json
 from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
 from delethink.trace_io import TraceRecord, read_traces
 from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
-from delethink.view.index import TraceIndex, TraceRow, is_inside, read_part
+from delethink.view.index import ListedTrace, TraceIndex, is_inside, read_part
 
 _TOKEN_VALUES = {"entropies": "entropy", "trainer_logprobs": "difference"}  # of stored chunks
 _MAX_NOTE_CHARACTERS = 20_000
@@ -32,7 +32,7 @@ class TraceOpener:
         self._tokenizer = tokenizer
         self._texts: dict[str | None, tuple[TokenTexts, str]] = {}  # by model: texts, advice
 
-    def open(self, row: TraceRow) -> TraceView:
+    def open(self, row: ListedTrace) -> TraceView:
         """Return a trace with everything to show about it.
 
         Raises:
@@ -58,7 +58,7 @@ class TraceOpener:
         return self._texts[model]
 
     def _open_record(
-        self, row: TraceRow, record: TraceRecord, values: Mapping[str, Any]
+        self, row: ListedTrace, record: TraceRecord, values: Mapping[str, Any]
     ) -> TraceView:
         trace, problem = record.trace, record.problem
         texts, advice = self.texts(self._home(row.file))
@@ -103,7 +103,7 @@ class TraceOpener:
                 return folder
         return file.parent
 
-    def _open_evaluated(self, row: TraceRow) -> TraceView:
+    def _open_evaluated(self, row: ListedTrace) -> TraceView:
         folder = row.file.parent
         record = self.index.read_line(row)
         key = (folder, row.place, int(record["problem"]), int(row.sample or 0))
@@ -135,7 +135,7 @@ class TraceOpener:
         return TraceView(trace, texts, row.name, facts, notes, answer)
 
 
-def _is_step(row: TraceRow) -> bool:
+def _is_step(row: ListedTrace) -> bool:
     return row.file.name.startswith("step_")
 
 
@@ -183,7 +183,9 @@ def _setting(folder: Path, key: str) -> Mapping[str, Any]:
     raise TraceFileError(f"settings.json in {folder} has no setting {key!r} any more")
 
 
-def _evaluated_trace(values: Mapping[str, Any], setting: Mapping[str, Any], row: TraceRow) -> Trace:
+def _evaluated_trace(
+    values: Mapping[str, Any], setting: Mapping[str, Any], row: ListedTrace
+) -> Trace:
     """Return the trace of stored tokens; carried ones follow from the rule, or are stored."""
     outputs: list[list[int]] = values["output_ids"]
     query = tuple(values.get("query_ids", ()))

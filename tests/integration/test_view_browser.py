@@ -12,7 +12,7 @@ from browser import Page, open_browser, running_viewer
 from installed import need
 
 from delethink import Chunk, Problem, Trace
-from delethink.report_page import Chart, Curve, Report, Section, write_report
+from delethink.report_page import Chart, ChartCurve, Report, ReportSection, write_report
 from delethink.trace_io import TraceRecord
 from delethink.types import StopReason, TraceStop
 
@@ -242,8 +242,8 @@ def test_a_report_draws_and_smooths_its_charts_under_its_own_policy(
     need("bokeh")
     steps = list(range(1, 41))
     values = [float(step % 7) for step in steps]
-    chart = Chart("reward", "step", "reward", [Curve("reward", steps, values)], smooth=True)
-    path = write_report(Report("run", "done", [Section("Curves", [chart])]), tmp_path)
+    chart = Chart("reward", "step", "reward", [ChartCurve("reward", steps, values)], smooth=True)
+    path = write_report(Report("run", "done", [ReportSection("Curves", [chart])]), tmp_path)
     opened = Page(browser)
     page = opened.page
     page.goto(path.as_uri())

@@ -16,10 +16,10 @@ need("bokeh")
 
 from delethink.report_page import (  # noqa: E402
     Chart,
-    Curve,
+    ChartCurve,
     Report,
+    ReportSection,
     ReportTable,
-    Section,
     report_html,
     write_report,
 )
@@ -30,10 +30,17 @@ ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[2J\
 
 
 def a_report(text: str = "plain") -> Report:
-    chart = Chart(text, "step", text, [Curve(text, [1, 2, 3], [0.1, 0.2, None]),
-                                       Curve("b", [1, 2], [1, 2], [0, 1], [2, 3])])  # fmt: skip
+    chart = Chart(
+        text,
+        "step",
+        text,
+        [
+            ChartCurve(text, [1, 2, 3], [0.1, 0.2, None]),
+            ChartCurve("b", [1, 2], [1, 2], [0, 1], [2, 3]),
+        ],
+    )
     table = ReportTable(text, (text, "b"), [(text, 1.5), ("x", None)])
-    return Report(text, text, [Section(text, [chart, table, text])], {text: text})
+    return Report(text, text, [ReportSection(text, [chart, table, text])], {text: text})
 
 
 def parts(page: str) -> tuple[str, list[str], str]:
@@ -75,16 +82,16 @@ def test_a_page_fits_the_limit_and_has_its_values() -> None:
 
 
 def test_a_page_without_charts_allows_no_script() -> None:
-    policy, scripts, _ = parts(report_html(Report("t", "s", [Section("a", ["text"])])))
+    policy, scripts, _ = parts(report_html(Report("t", "s", [ReportSection("a", ["text"])])))
     assert scripts == []
     assert "script-src 'none'" in policy
 
 
 def test_a_long_curve_is_averaged_in_bins_and_gaps_are_left_out() -> None:
-    curve = Curve("a", range(5000), [float(i) for i in range(5000)])
+    curve = ChartCurve("a", range(5000), [float(i) for i in range(5000)])
     assert len(curve.points) == 1000
     assert curve.points[0] == (2.0, 2.0, 2.0, 2.0)
-    assert Curve("a", [1, 2, 3], [None, math.nan, 3.0]).points == [(3.0, 3.0, 3.0, 3.0)]
+    assert ChartCurve("a", [1, 2, 3], [None, math.nan, 3.0]).points == [(3.0, 3.0, 3.0, 3.0)]
 
 
 def test_a_report_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
