@@ -400,14 +400,16 @@ async def examine(server: OpenAIServer, prompt_ids: TokenIds) -> list[str]:
         ConfigError: the server cannot be used.
         PolicyError: the server fails.
     """
-    await server.negotiate(prompt_ids, Sampling(1.0, 1))
     faults = []
-    for cut in ({"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}):
-        try:
-            await server.negotiate(prompt_ids, Sampling(1.0, 1, **cut))
-        except ConfigError as error:
-            faults.append(str(error))
-    await server.disconnect()
+    try:
+        await server.negotiate(prompt_ids, Sampling(1.0, 1))
+        for cut in ({"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}):
+            try:
+                await server.negotiate(prompt_ids, Sampling(1.0, 1, **cut))
+            except ConfigError as error:
+                faults.append(str(error))
+    finally:
+        await server.disconnect()
     return list(dict.fromkeys(faults))
 
 
