@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from delethink.cost.estimate import (
     interval,
     longest_that_fits,
 )
-from delethink.cost.flops import LONGCOT, Cut
+from delethink.cost.flops import LONGCOT, Cut, FloatArray
 from delethink.cost.hardware import Accelerator, Efficiency, accelerator
 from delethink.cost.models import known_models, model_shape
 from delethink.cost.report import CostPair, CostReport, as_text, plot_costs, table
@@ -170,8 +171,16 @@ def _cut(arguments: argparse.Namespace) -> Cut:
     return Cut.of(ChunkSpec(context, carried, 2, head, arguments.head_outside, policy))
 
 
+def _seen_lengths(path: Path) -> FloatArray:
+    if not (path / "settings.json").is_file():
+        return read_lengths(path)
+    from delethink.evaluation.comparison import thinking_lengths
+
+    return np.array(thinking_lengths(path))
+
+
 def _lengths(arguments: argparse.Namespace, cut: Cut, batch: int) -> list[Lengths]:
-    seen = None if arguments.lengths is None else read_lengths(arguments.lengths)
+    seen = None if arguments.lengths is None else _seen_lengths(arguments.lengths)
     if arguments.thinking is None and seen is not None:
         return [Lengths.empirical(seen, batch)]
     means = [size(part, "--thinking") for part in (arguments.thinking or "24k,96k,1M").split(",")]

@@ -403,7 +403,7 @@ def add_cost_options(command: argparse.ArgumentParser) -> None:
         "--lengths",
         type=Path,
         metavar="PATH",
-        help="distribution of the lengths: a run directory, or lines of LENGTH or LENGTH,COUNT; "
+        help="distribution of the lengths: folder of a run or an evaluation, or lines of LENGTH or LENGTH,COUNT; "
         "with --thinking, scaled to those means",
     )
     add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (default 8k)")

@@ -59,10 +59,30 @@ def read_evaluation(path: Path, label: str | None = None) -> StoredEvaluation:
             )
             for one in get_list(values, "settings")
         )
+        if not settings:
+            raise ValueError("there are no settings")
     except (KeyError, ValueError, SyntaxError, UserError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise RunDirectoryError(f"{path / _SETTINGS} cannot be read: {reason}") from None
     return StoredEvaluation(path, label or path.name, values, settings)
+
+
+def thinking_lengths(path: Path) -> list[float]:
+    """Return the lengths of an evaluation's LongCoT traces, or of those of its first setting.
+
+    Raises:
+        RunDirectoryError: the folder holds no evaluation, or no trace.
+    """
+    stored = read_evaluation(path)
+    chosen = next((each for each in stored.settings if each.mode == "longcot"), stored.settings[0])
+    last = {
+        record.key: float(max(1, record.outcomes[-1].length))
+        for record in stored.records()
+        if record.key.setting == chosen.key and record.outcomes
+    }
+    if not last:
+        raise RunDirectoryError(f"{path} holds no traces of {chosen.key}")
+    return list(last.values())
 
 
 def compare_evaluations(

@@ -14,8 +14,14 @@ from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 from delethink.carryover import LineBreak, SinkWindow, Tail
 from delethink.chunking import ChunkSpec
 from delethink.cli.eval_folders import continued_command, folder_to_continue, stored_command
+from delethink.cli.main import main
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.evaluation.comparison import compare_evaluations, differences, read_evaluation
+from delethink.evaluation.comparison import (
+    compare_evaluations,
+    differences,
+    read_evaluation,
+    thinking_lengths,
+)
 from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, evaluate
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
@@ -109,6 +115,14 @@ def test_the_comparison_equals_that_of_one_evaluation(tmp_path: Path) -> None:
     same = [c for c in results.comparisons if c.first.split("|")[1] == c.second.split("|")[1]]
     assert same
     assert all(c.difference.value == 0 for c in same)  # the same seeds give the same traces
+
+
+def test_the_lengths_of_an_evaluation_are_those_of_longcot(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    stored = [json.loads(line) for line in (folder / "traces.jsonl").read_text().splitlines()]
+    expected = [r["outcomes"][-1]["length"] for r in stored if "longcot" in r["setting"]]
+    assert thinking_lengths(folder) == expected
+    assert main(["cost", "--lengths", str(folder), "-C", "8", "--carryover-size", "4"]) == 0
 
 
 def test_evaluations_of_other_problems_are_refused(tmp_path: Path) -> None:
