@@ -7,8 +7,6 @@ from pathlib import Path
 
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import Recipe, load_recipe
-from delethink.training.checkpointing import load_run, open_run
-from delethink.training.preflight import prepare
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -17,6 +15,10 @@ def run(arguments: argparse.Namespace) -> int:
     packages = ("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     require_packages("train", *packages)
     set_up_process()
+    # Imported here because they load torch, which reads its variables at import.
+    from delethink.training.checkpointing import open_run
+    from delethink.training.preflight import prepare
+
     prepared = prepare(recipe)
     location = open_run(prepared.recipe)
     from delethink.training.progress import TrainingProgress
@@ -39,5 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 def read_recipe(path: str, overrides: list[str]) -> Recipe:
     """Return the recipe of a file, or of a run directory to resume."""
     if (folder := Path(path)).is_dir():
+        from delethink.training.checkpointing import load_run
+
         return load_run(folder, overrides)
     return load_recipe(path, overrides)
