@@ -18,11 +18,11 @@ def refuse_given(arguments: argparse.Namespace, names: Collection[str], reason: 
         arguments: the parsed arguments; an option with another value than its default was given.
             ``actions`` are the options of the command.
         names: attributes of ``arguments``.
-        reason: why they have no effect, after "has no effect: ".
+        reason: the rest of the sentence, such as "needs --base-url".
 
     Raises:
         ConfigError: one of them was given; the text names it as it is written.
     """
     for action in arguments.actions:
         if action.dest in names and getattr(arguments, action.dest) != action.default:
-            raise ConfigError(f"{action.option_strings[-1]} has no effect: {reason}")
+            raise ConfigError(f"{action.option_strings[-1]} {reason}")

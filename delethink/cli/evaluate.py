@@ -213,7 +213,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, got {arguments.timeout}")
     if arguments.bootstrap is None:
-        refuse_given(arguments, ["resamples"], "it needs --bootstrap")
+        refuse_given(arguments, ["resamples"], "needs --bootstrap")
     accelerator(arguments.gpu)
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
@@ -223,7 +223,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
     engine = parse_engine(arguments.values)
     if arguments.base_url is None:
-        refuse_given(arguments, SERVER_OPTIONS, "it needs --base-url, a server to ask")
+        refuse_given(arguments, SERVER_OPTIONS, "needs --base-url")
         check_engine_settings(
             engine,
             trains=False,

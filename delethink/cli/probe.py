@@ -70,8 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
     """Return the engine's settings; by default transformers, as the probe loads the model too."""
-    if arguments.base_url is None and arguments.served_model is not None:
-        raise ConfigError("--served-model needs --base-url")
     if arguments.base_url is not None and arguments.traces is not None:
         raise ConfigError("--traces samples nothing, so --base-url has no effect: remove it")
     if arguments.base_url is not None and arguments.values:
@@ -80,9 +78,9 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
             f"{' '.join(arguments.values)}"
         )
     if arguments.base_url is None:
-        refuse_given(arguments, SERVER_OPTIONS, "it needs --base-url, a server to ask")
+        refuse_given(arguments, SERVER_OPTIONS, "needs --base-url")
     if arguments.traces is not None:
-        refuse_given(arguments, _SAMPLING, "--traces samples nothing")
+        refuse_given(arguments, _SAMPLING, "has no effect: --traces samples nothing")
     engine = parse_engine(["engine=transformers", *arguments.values])
     check_engine_settings(
         engine, trains=False, sends_weights=lambda: find_adapter(arguments.model) is not None

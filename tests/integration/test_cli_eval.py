@@ -237,7 +237,7 @@ def test_a_file_of_problems_and_two_models_in_one_table(tmp_path: Path) -> None:
             "-m toy --task problems.jsonl --base-url http://127.0.0.1:9/v1 engine=vllm",
             "engine settings have no effect: remove engine=vllm",
         ),
-        ("-m toy --task problems.jsonl --served-model x", "--served-model has no effect: it needs --base-url"),
+        ("-m toy --task problems.jsonl --served-model x", "--served-model needs --base-url"),
         ("-m toy --task problems.jsonl --carryover 4k", "write --carryover-size 4k"),
         ("-m toy --task problems.jsonl --carryover tial", "Did you mean 'tail'?"),
         ("-m toy --task problems.jsonl --carryover tail:x=1", "has no parameter 'x'"),

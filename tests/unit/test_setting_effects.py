@@ -511,10 +511,10 @@ STEPS = "--task-arg min_steps=4 --task-arg max_steps=9"
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (f"{EVAL} --retries 3", "--retries has no effect: it needs --base-url"),
-        (f"{EVAL} --timeout 3", "--timeout has no effect: it needs --base-url"),
-        (f"{EVAL} --served-model x", "--served-model has no effect: it needs --base-url"),
-        (f"{EVAL} --resamples 10", "--resamples has no effect: it needs --bootstrap"),
+        (f"{EVAL} --retries 3", "--retries needs --base-url"),
+        (f"{EVAL} --timeout 3", "--timeout needs --base-url"),
+        (f"{EVAL} --served-model x", "--served-model needs --base-url"),
+        (f"{EVAL} --resamples 10", "--resamples needs --bootstrap"),
         (f"{EVAL} --temperature 0 --top-k 3 {STEPS}", "--top-k"),
         (f"{EVAL} engine=vllm engine.sleep=true engine.gpus_per_engine=1", "engine.sleep=True"),
         (f"{EVAL} engine=vllm engine.weight_sync_timeout=9", "engine.weight_sync_timeout=9.0"),
@@ -530,7 +530,7 @@ STEPS = "--task-arg min_steps=4 --task-arg max_steps=9"
         (f"{PROBE} --traces x.jsonl --seed 3", "--seed has no effect: --traces samples nothing"),
         (f"{PROBE} --traces x.jsonl --num-problems 3", "--num-problems has no effect"),
         (f"{PROBE} --traces x.jsonl --task-arg a=1", "--task-arg has no effect"),
-        (f"{PROBE} --task automaton --retries 3", "--retries has no effect"),
+        (f"{PROBE} --task automaton --retries 3", "--retries needs --base-url"),
         (f"{PROBE} --task automaton engine.num_engines=2", "engine.num_engines=2 applies to"),
     ],
 )
