@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,8 +111,9 @@ def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSe
         with open_service(source, settings, say, log) as service:
             host, port = sock.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            _greet(f"http://{host}:{port}/v1", settings.model_name, bool(settings.api_keys))
-            serve_forever(service, sock)
+            address = f"http://{host}:{port}/v1"
+            greet = partial(_greet, address, settings.model_name, bool(settings.api_keys))
+            serve_forever(service, sock, greet)
     finally:
         sock.close()
     return 0

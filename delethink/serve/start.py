@@ -24,7 +24,7 @@ from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel
 from delethink.serve.upstream import UpstreamServer
 from delethink.thinking_marks import AUTO
-from delethink.tokenization import bind_marks, bind_template
+from delethink.tokenization import bind_marks, bind_template, message_ids
 
 _GRACE_S = 5  # for open streams, when the server closes
 
@@ -109,6 +109,11 @@ def _open_tokenizer(source: ModelSource, model: str) -> Any:
             ) from None
     if source.chat_template_kwargs:
         bind_template(tokenizer, source.chat_template_kwargs)
+    if source.chat_template is not None:
+        try:
+            message_ids(tokenizer, [{"role": "user", "content": "Hello"}])
+        except ModelError as error:
+            raise ConfigError(f"--chat-template {source.chat_template}: {error}") from None
     bind_marks(tokenizer, source.end_of_thinking)
     return tokenizer
 
@@ -252,11 +257,19 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
-def serve_forever(service: ThinkingService, sock: socket.socket) -> None:
+def serve_forever(
+    service: ThinkingService, sock: socket.socket, on_listening: Callable[[], None]
+) -> None:
     """Answer requests until the process is asked to end."""
     import uvicorn
 
     from delethink.serve.app import make_app
+
+    class Server(uvicorn.Server):  # type: ignore[misc]  # untyped for mypy
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                on_listening()
 
     config = uvicorn.Config(
         make_app(service),
@@ -268,4 +281,4 @@ def serve_forever(service: ThinkingService, sock: socket.socket) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    uvicorn.Server(config).run(sockets=[sock])
+    Server(config).run(sockets=[sock])

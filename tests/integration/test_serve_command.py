@@ -158,15 +158,15 @@ def test_memory_is_flat_over_the_chunks(tmp_path: Path) -> None:
     options = ["-m", model, *sizes, "--answer-tokens", "8", "--name", "endless"]
     with serve_command(tmp_path, *options, "engine=transformers") as (url, _):
         asking = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
-        (server,) = (
-            each for each in psutil.Process().children() if "serve" in " ".join(each.cmdline())
-        )
+        own = psutil.Process().children()
+        (server,) = (each for each in own if each.cwd() == str(tmp_path))
 
         def resident(chunks: int) -> int:
             for _ in range(3):
                 reply = asking.chat.completions.create(
                     model="endless",
                     messages=messages(LONG),
+                    temperature=0,
                     extra_body={"delethink": {"max_chunks": chunks}},
                 )
                 assert reply.delethink["chunks"] == chunks
