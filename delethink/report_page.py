@@ -211,6 +211,9 @@ def _chart_item(chart: Chart, number: int) -> Any:
         tools="pan,box_zoom,wheel_zoom,reset,save",
         active_scroll=None,
     )
+    if chart.log_x:
+        plot.xaxis[0].ticker.desired_num_ticks = 4
+        plot.xaxis[0].ticker.num_minor_ticks = 0
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     shown = [curve for curve in chart.curves if curve.points]

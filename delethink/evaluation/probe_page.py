@@ -46,10 +46,7 @@ def probe_report(findings: Findings, folder: Path) -> Report:
         ),
     ]
     status = f"C = {findings.context_size:,}, {findings.traces:,} traces within the model's window"
-    details = {
-        "versions": installed_versions(),
-        "command to look at traces": f"delethink view {folder.parent}",
-    }
+    details = {"versions": installed_versions(), "all numbers": f"{folder / 'probe.json'}"}
     found = [section for section in sections if section.parts]
     return Report(f"How Markovian is {findings.model}?", status, found, details)
 

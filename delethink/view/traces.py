@@ -12,10 +12,11 @@ from delethink.errors import DelethinkError, TraceFileError
 from delethink.json_io import as_mapping, get_list, read_json
 from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
 from delethink.trace_io import TraceRecord, read_traces
-from delethink.types import Chunk, ChunkRole, StopReason, Trace, TraceStop
+from delethink.types import END_OF_THINKING, Chunk, ChunkRole, StopReason, Trace, TraceStop
 from delethink.view.index import ListedTrace, TraceIndex, is_inside, read_part
 
 _TOKEN_VALUES = {"entropies": "entropy", "trainer_logprobs": "difference"}  # of stored chunks
+_MARK = END_OF_THINKING  # of evaluations that stored none
 _MAX_NOTE_CHARACTERS = 20_000
 
 
@@ -130,8 +131,10 @@ class TraceOpener:
             chunk = Chunk((), (), (), StopReason.ERROR, error=row.error)
             return TraceView(Trace((), (chunk,), TraceStop.ERROR), texts, row.name, facts, notes)
         values = read_part(folder / "tokens.jsonl", *part, self.index.root, row.name)
-        trace = _evaluated_trace(values, _setting(folder, row.place), row)
-        answer = None if advice else answer_place(trace, texts)
+        setting = _setting(folder, row.place)
+        trace = _evaluated_trace(values, setting, row)
+        mark = setting["end_of_thinking"]
+        answer = None if advice else answer_place(trace, texts, mark)
         return TraceView(trace, texts, row.name, facts, notes, answer)
 
 
@@ -179,7 +182,9 @@ def _setting(folder: Path, key: str) -> Mapping[str, Any]:
             way += "" if one["carryover"] else f" head={one['head_size']}"
             way += "+" if one["head_outside"] else ""
         if f"{one['model']} | {way}" == key:
-            return as_mapping(one, "a setting")
+            marks = settings.get("end_of_thinking")
+            found = marks.get(one["model"], _MARK) if isinstance(marks, dict) else _MARK
+            return {**as_mapping(one, "a setting"), "end_of_thinking": found}
     raise TraceFileError(f"settings.json in {folder} has no setting {key!r} any more")
 
 
