@@ -221,6 +221,21 @@ def _read_policy(kind: str, text: str) -> Any:
     return make(group, {"name": name, "args": arguments})
 
 
+def _chunk_counts(max_chunks: Sequence[int], boundary: Boundary | None) -> Sequence[int]:
+    """Return the values of I to report; a single one is the largest of several."""
+    if not max_chunks or min(max_chunks) < 1:
+        raise ConfigError(f"max_chunks must be at least 1, got {list(max_chunks)}")
+    chunks = sorted(set(max_chunks))
+    if boundary is None:
+        return chunks if len(max_chunks) > 1 else spread_chunks(chunks[0])
+    if len(chunks) > 1:
+        raise ConfigError(
+            "a trace with early boundaries cannot be cut to a smaller budget, as its last chunk "
+            f"has no early boundary: give one max_chunks, got {', '.join(map(str, chunks))}"
+        )
+    return chunks
+
+
 def make_settings(
     models: Sequence[str],
     modes: Sequence[str],
@@ -251,18 +266,9 @@ def make_settings(
     Raises:
         ConfigError: impossible sizes, or the same setting twice.
     """
-    if not models or not modes or not context_sizes or not max_chunks:
-        raise ConfigError("an evaluation needs a model, a mode, a context size and max_chunks")
-    if min(max_chunks) < 1:
-        raise ConfigError(f"max_chunks must be at least 1, got {min(max_chunks)}")
-    chunks: Sequence[int] = sorted(set(max_chunks))
-    if boundary is not None and len(chunks) > 1:
-        raise ConfigError(
-            "a trace with early boundaries cannot be cut to a smaller budget, as its last chunk "
-            f"has no early boundary: give one max_chunks, got {', '.join(map(str, chunks))}"
-        )
-    if boundary is None and len(chunks) == 1:
-        chunks = spread_chunks(chunks[0])
+    if not models or not modes or not context_sizes:
+        raise ConfigError("an evaluation needs a model, a mode and a context size")
+    chunks = _chunk_counts(max_chunks, boundary)
     head: dict[str, Any] = {"head_size": head_size, "head_outside": head_outside}
     specs = [
         ChunkSpec(c, m, chunks[-1], **head, carryover=carryover, boundary=boundary)

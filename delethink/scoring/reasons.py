@@ -5,13 +5,11 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-import delethink
-
 MAX_REASON_CHARACTERS = 500
 # Frames of the library and of installed packages say nothing about a user's reward.
 _INSTALLED = tuple(
     {
-        *delethink.__path__,
+        str(Path(__file__).parents[1]),
         *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     }
 )

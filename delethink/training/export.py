@@ -6,7 +6,6 @@ also saved beside them. The card and the next command are written when the resul
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,10 @@ import torch
 
 from delethink.config import Recipe
 from delethink.engines.loading import split_revision
+from delethink.errors import ModelError
 from delethink.evaluation.heldout import HeldOutResult
+from delethink.json_io import as_mapping, read_json
+from delethink.redaction import json_text
 from delethink.training.run_directory import describe_environment, write_text
 
 CARD = "README.md"
@@ -43,11 +45,11 @@ def export_weights(
     }
     model.save_pretrained(path, state_dict=cast)
     # save_pretrained names the data type of the model, which trains in float32.
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = as_mapping(read_json(path / "config.json", ModelError), "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "dtype" in part:
             part["dtype"] = str(dtype).removeprefix("torch.")
-    write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(path / "config.json", json_text(config, indent=2) + "\n")
 
 
 def write_card(path: Path, recipe: Recipe, rows: Sequence[HeldOutResult]) -> None:
