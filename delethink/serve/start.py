@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from delethink.chat_templates import has_variable, template_source
 from delethink.chunking import ChunkSpec
 from delethink.config import EngineConfig
 from delethink.engines.factory import make_engine
@@ -78,6 +79,8 @@ def open_service(
                 f"neither the chat template nor the tokens show the end of thinking; "
                 f"{model.marks.end} is assumed (--end-of-thinking names another)"
             )
+        if has_variable(template_source(model.tokenizer) or "", "tools"):
+            say("the chat template knows tools; requests with tools are refused")
         yield ThinkingService(replace(settings, spec=spec), model, upstream, log)
 
 

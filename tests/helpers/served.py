@@ -23,10 +23,10 @@ _PATIENCE_S = 60
 
 def service_of(policy: Any, spec: ChunkSpec | None = None, **settings: Any) -> ThinkingService:
     """Returns a service over a policy with the tokenizer of the made-up reasoner."""
-    window = settings.pop("window", 1000)
+    window, tokenizer = settings.pop("window", 1000), settings.pop("tokenizer", TOKENIZER)
     given = {"answer_tokens": 40, "sampling": Sampling(0.0), **settings}
     own = ServeSettings("made-up", spec or ChunkSpec(30, 10, 5), **given)
-    return ThinkingService(own, ThinkingModel(policy, TOKENIZER, window, eos_ids=(EOS,)))
+    return ThinkingService(own, ThinkingModel(policy, tokenizer, window, eos_ids=(EOS,)))
 
 
 @contextmanager
@@ -37,10 +37,11 @@ def serving(service: ThinkingService) -> Iterator[str]:
 
 
 @contextmanager
-def listening_app(app: Any) -> Iterator[str]:
+def listening_app(app: Any, port: int = 0) -> Iterator[str]:
     """Runs an ASGI application in a thread, and gives its address."""
     sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
     config = uvicorn.Config(
         app, log_config=None, lifespan="auto", ws="none", timeout_graceful_shutdown=1
     )

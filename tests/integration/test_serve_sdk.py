@@ -20,6 +20,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("transformers")
 
 import openai
+from chat_tokenizers import make_chat_tokenizer
 from made_up_reasoner import EOS, MARK, MARK_IDS, TOKENIZER, MadeUpReasoner
 from served import service_of, serving
 
@@ -148,11 +149,15 @@ def test_choices_seeds_logprobs_and_stop_strings() -> None:
     with serving(service_of(Seeded(0, 0, 6), SPEC)) as url:
         three = ask(url, n=3, seed=5, temperature=1)
         again = ask(url, n=3, seed=5, temperature=1)
+        pieces = list(ask(url, n=3, seed=5, temperature=1, stream=True))
         one = ask(url, seed=5, temperature=1, logprobs=True, extra_body={"return_token_ids": True})
         cut = ask(url, seed=5, temperature=1, stop=[one.choices[0].message.content[3:6]])
     texts = [(c.message.reasoning, c.message.content) for c in three.choices]
     assert texts == [(c.message.reasoning, c.message.content) for c in again.choices]
     assert len(set(texts)) == 3
+    for index, (_, content) in enumerate(texts):
+        own = [piece.choices[0] for piece in pieces if piece.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in own) == content
     assert (one.choices[0].message.reasoning, one.choices[0].message.content) == texts[0]
     entries = one.choices[0].logprobs.content
     assert [e.logprob for e in entries] == [-float(t) for t in one.choices[0].token_ids]
@@ -197,6 +202,26 @@ def test_thinking_can_be_hidden_or_shown_in_one_field() -> None:
     assert hidden.content == "c"
     assert one.reasoning_content == "ab"
     assert not hasattr(one, "reasoning")
+
+
+def test_without_thinking_there_is_one_context_and_no_boundary() -> None:
+    template = "{{ messages[-1]['content'] }}"
+    template += "{% if enable_thinking is false %}<think></think>{% else %}<think>{% endif %}"
+    tokenizer = make_chat_tokenizer(template, marks=["<think>"])
+    off = {"chat_template_kwargs": {"enable_thinking": False}, "return_token_ids": True}
+    policy = MadeUpReasoner(1, 0, 9, pieces=[2])
+    with serving(service_of(policy, SPEC, tokenizer=tokenizer)) as url:
+        plain = ask(url, extra_body=off, max_tokens=60)
+        none = ask(url, reasoning_effort="none", max_tokens=60)
+        on = ask(url, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+    (choice,) = plain.choices
+    assert tokenizer.decode(choice.prompt_token_ids).endswith("<think></think>")
+    assert choice.token_ids == list(policy.complete(tuple(choice.prompt_token_ids), 60))
+    assert (choice.message.reasoning, plain.delethink["chunks"]) == ("", 0)
+    assert plain.delethink["stop_reason"] == "none"
+    assert not plain.delethink["forced_end"]
+    assert none.choices[0].message.content == choice.message.content
+    assert on.delethink["chunks"] > 0
 
 
 def test_models_health_tokens_and_metrics() -> None:
