@@ -249,6 +249,8 @@ class TrainingConfig(_Section):
     """Stop the run if a larger share of a step's traces failed."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Stop the run or skip the step if a loss, gradient or log-prob is NaN or infinite."""
+    trace_token_stats: bool = False
+    """Keep the trainer's log-prob and entropy of each token, for `delethink view`."""
     save_steps: int | None = Field(10, gt=0)
     """Steps between checkpoints to resume from; null saves the final weights only."""
     save_total_limit: int = Field(2, gt=0)

@@ -17,6 +17,7 @@ from delethink.json_io import get_count, get_number, get_text, optional
 from delethink.redaction import json_text
 
 TRACE_INDEX = "trace_index.jsonl"
+TOKEN_STATS = "token_stats"  # folder with values of single tokens, in files named as in ``traces``
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 160, 60
 
 # Of the values of a summary, in order.

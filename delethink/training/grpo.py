@@ -59,6 +59,7 @@ from delethink.training.loss import (
     token_losses,
 )
 from delethink.training.metrics import StepStatistics, TokenStatistics
+from delethink.training.token_stats import TokenStats
 from delethink.types import Trace, TraceStop
 
 _TRL_GENERATION = "trl.generation.vllm_generation"
@@ -149,6 +150,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         self._nonfinite: str | None = None
         self._nonfinite_traces: set[int] = set()
         self._statistics = TokenStatistics(has_kl=self.beta != 0.0)
+        self._token_stats = TokenStats(self.args.trace_token_stats)
         self._forward_counts = ForwardCounts()
         self._coverage = TokenCoverageCheck()
 
@@ -348,6 +350,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             chunks = [row.chunk for row in batch.rows]
             tokens = tokens._replace(logprobs=logprobs.detach(), entropies=entropies.detach())
             self._statistics.add(chunks, batch.is_output, tokens, losses)
+            self._token_stats.add(inputs, batch, tokens)
         weights = [
             # Gradients are averaged over ranks, so weights are multiplied by their number.
             self.accelerator.num_processes
@@ -489,6 +492,10 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def pop_statistics(self) -> StepStatistics:
         """Return means over the tokens in the loss of all ranks, and reset them. A collective."""
         return self._statistics.take(self.accelerator)
+
+    def pop_token_stats(self) -> list[dict[str, Any]]:
+        """Return values of single tokens for ``token_stats``, and reset them. A collective."""
+        return self._token_stats.take(self._ranks)
 
     def pop_forward_counts(self) -> ForwardCounts:
         """Return the forwarded tokens of all ranks, and reset them. A collective."""

@@ -36,6 +36,7 @@ class DelethinkConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
     mask_out_of_budget: bool = False  # leave traces out of budget out of the loss and its mean
     forward_tokens: int = 16_384  # at most, in one forward pass with its padding
     max_failed_share: float = 0.1  # of the traces of a batch
+    trace_token_stats: bool = False  # keep log-probs and entropies of single tokens
 
 
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkConfig:

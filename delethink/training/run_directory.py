@@ -29,7 +29,7 @@ from delethink.json_io import (
     read_json_lines,
 )
 from delethink.redaction import json_text
-from delethink.trace_index import TRACE_INDEX, index_lines, without_files
+from delethink.trace_index import TOKEN_STATS, TRACE_INDEX, index_lines, without_files
 from delethink.training.system import processor
 
 PART = ".part"  # suffix of incomplete files and folders
@@ -78,10 +78,11 @@ class RunDirectory:
     ``config.yaml``: resolved recipe. ``versions.json``: versions, hardware and commit.
     ``problems.json``: numbers of problems used and left out. ``metrics.jsonl``: one object per
     optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``trace_index.jsonl``: where
-    each of them is, for the viewer. ``checkpoints/``.
-    ``tensorboard/``: event files, if the recipe asks for them. ``table.json`` and ``curves.png``:
-    results. ``finished.json``: present when the run is finished. ``resumed.jsonl``: one line per
-    resume. ``superseded/``: files of steps after the checkpoint from which the run was resumed.
+    each of them is, for the viewer. ``token_stats/``: with ``training.trace_token_stats``, values
+    of single tokens. ``checkpoints/``. ``tensorboard/``: event files, if the recipe asks for them.
+    ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
+    ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
+    from which the run was resumed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -233,6 +234,12 @@ class RunDirectory:
         self._append_traces(name, records)
         return self.path / name
 
+    def add_token_stats(self, step: int, values: Iterable[dict[str, Any]]) -> None:
+        """Append values of single tokens of the traces sampled for a step."""
+        with _explain_errors(f"cannot write {self.path / TOKEN_STATS}"):
+            (self.path / TOKEN_STATS).mkdir(exist_ok=True)
+        self._append(f"{TOKEN_STATS}/step_{step:06d}.jsonl", values)
+
     def _append_traces(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         path, kept = self.path / name, list(records)
         begin = path.stat().st_size if path.exists() else 0
@@ -304,6 +311,10 @@ class RunDirectory:
             write_text(folder / _METRICS, _lines(later))
             for file in traces:
                 file.rename(folder / "traces" / file.name)
+                stats = self.path / TOKEN_STATS / file.name
+                if stats.exists():
+                    (folder / TOKEN_STATS).mkdir(exist_ok=True)
+                    stats.rename(folder / TOKEN_STATS / file.name)
             index = self.path / TRACE_INDEX
             if index.exists():
                 gone = {f"traces/{file.name}" for file in traces}

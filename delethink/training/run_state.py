@@ -230,6 +230,11 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
             self.progress.log(f"warning: {unmarked_hint(marks_of(self.tokenizer))}")
         self._is_marked = self._is_marked or is_marked
 
+    def on_token_stats(self, values: list[dict[str, Any]]) -> None:
+        """Write values of single tokens beside the traces of the batch."""
+        if values:
+            self.directory.add_token_stats(self.policy_version + 1, values)
+
     def on_nonfinite(self, found: NonFinite) -> None:
         """Keep the traces of a skipped optimizer step, and stop the run if the recipe says so.
 

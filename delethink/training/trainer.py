@@ -169,12 +169,14 @@ class RunTrainer(DelethinkTrainer):
         *args: Any,
         on_step: Callable[[dict[str, Any]], dict[str, Any]],  # from metrics to the trackers' line
         run_state: Callable[[], dict[str, Any]],  # saved beside the trainer's own state
+        on_token_stats: Callable[[list[dict[str, Any]]], None] = lambda values: None,
         final_dtype: torch.dtype = torch.float32,  # of the trained model's files
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._final_dtype = final_dtype
         self._on_step, self._run_state = on_step, run_state
+        self._on_token_stats = on_token_stats
         self._output_dir: str | None = None  # while a checkpoint is written
         self.add_callback(_SaveBetweenBatches(self))
 
@@ -189,6 +191,7 @@ class RunTrainer(DelethinkTrainer):
                 **forward_metrics(self.pop_statistics(), *self.pop_forward_counts()),
                 **self.shards.metrics(),
             }
+            self._on_token_stats(self.pop_token_stats())
             line = self._on_step(metrics)
             logs = logs | (logger_values(line) if self.args.report_to else {})
         super().log(logs, start_time)
@@ -353,6 +356,7 @@ def _fit(
         on_sampled=state.on_sampled,
         on_nonfinite=state.on_nonfinite,
         on_step=write_step,
+        on_token_stats=state.on_token_stats,
         run_state=state.state_dict,
         final_dtype=base_dtype,
         callbacks=[state.weights.gathered, state],

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from delethink.errors import TraceFileError, UserError
 from delethink.evaluation.records import Record
 from delethink.json_io import get_count, get_text, parse_json
-from delethink.trace_index import TRACE_INDEX, TraceSummary
+from delethink.trace_index import TOKEN_STATS, TRACE_INDEX, TraceSummary
 
 _OTHER_FILES = {"metrics.jsonl", "resumed.jsonl", "tokens.jsonl", "problems.jsonl", TRACE_INDEX}
+_OTHER_FOLDERS = {"checkpoints", "superseded", TOKEN_STATS}
 _MAX_FILES = 20_000
 _BATCH = 500  # lines between two looks of others at the list
 _MAX_LINE_BYTES = 2**28
@@ -328,7 +329,7 @@ def trace_files(root: Path) -> Iterator[Path]:
         return
     found = 0
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in ("checkpoints", "superseded"))
+        folders[:] = sorted(name for name in folders if name not in _OTHER_FOLDERS)
         for name in sorted(names):
             if not name.endswith((".jsonl", ".parquet")) or name in _OTHER_FILES:
                 continue

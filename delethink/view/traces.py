@@ -9,8 +9,9 @@ from typing import Any
 
 from delethink.chunking import ChunkSpec, ThinkingState
 from delethink.errors import DelethinkError, TraceFileError
-from delethink.json_io import as_mapping, get_list, read_json
+from delethink.json_io import as_mapping, get_count, get_list, parse_json, read_json
 from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
+from delethink.trace_index import TOKEN_STATS
 from delethink.trace_io import TraceRecord, read_traces
 from delethink.types import END_OF_THINKING, Chunk, ChunkRole, StopReason, Trace, TraceStop
 from delethink.view.index import ListedTrace, TraceIndex, is_inside, read_part
@@ -91,7 +92,7 @@ class TraceOpener:
             facts=facts,
             notes=notes,
             answer=None if advice else answer_place(trace, texts),
-            values=_stored_values(trace, values),
+            values=_stored_values(trace, _token_stats(row, trace, self.index.root)),
             workers=[chunk.worker for chunk in trace.chunks],
         )
 
@@ -142,10 +143,30 @@ def _is_step(row: ListedTrace) -> bool:
     return row.file.name.startswith("step_")
 
 
-def _stored_values(trace: Trace, values: Mapping[str, Any]) -> dict[str, list[Sequence[float]]]:
+def _token_stats(row: ListedTrace, trace: Trace, root: Path) -> list[Any]:
+    """Return what the run has stored of the tokens of each chunk, from the first step on them."""
+    found: list[Any] = [{} for _ in trace.chunks]
+    file = row.file.parent.parent / TOKEN_STATS / row.file.name
+    if not file.is_file() or not is_inside(file, root):
+        return found
+    start = b'{"trace": %d,' % (int(row.name.rpartition(":")[2]) - 1)
+    with file.open("rb") as lines:
+        for line in lines:
+            if not line.startswith(start):
+                continue
+            try:
+                values = parse_json(line, str(file), TraceFileError)
+                chunk = get_count(values, "chunk")
+            except (TraceFileError, KeyError, ValueError, TypeError):
+                continue  # the trace is shown without
+            if chunk < len(found) and not found[chunk]:
+                found[chunk] = values
+    return found
+
+
+def _stored_values(trace: Trace, stored: Sequence[Any]) -> dict[str, list[Sequence[float]]]:
     """Return what a run stored beside log-probs, as far as it fits the tokens."""
     found: dict[str, list[Sequence[float]]] = {}
-    stored = values.get("chunks", [])
     for key, name in _TOKEN_VALUES.items():
         columns = [chunk.get(key) for chunk in stored if isinstance(chunk, Mapping)]
         lists: list[Sequence[float]] = []

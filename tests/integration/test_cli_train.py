@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
-    done = run("output=run", cwd=folder)
+    done = run("output=run", "training.trace_token_stats=true", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout
 
@@ -41,6 +41,20 @@ def test_a_run_ends_with_a_table_and_its_path(finished: tuple[Path, str]) -> Non
     assert printed.strip().endswith("run directory: run")
     rows = json.loads((path / "table.json").read_text())
     assert [row["num_problems"] for row in rows] == [16] * 4
+
+
+def test_values_of_single_tokens_stand_beside_the_traces(finished: tuple[Path, str]) -> None:
+    path, _ = finished
+    for file in sorted((path / "traces").iterdir()):
+        traces = [json.loads(line) for line in file.read_text().splitlines()]
+        stats = path / "token_stats" / file.name
+        lines = [json.loads(line) for line in stats.read_text().splitlines()]
+        assert len(lines) == sum(len(trace["chunks"]) for trace in traces)
+        for line in lines:
+            engine = traces[line["trace"]]["chunks"][line["chunk"]]["logprobs"]
+            assert line["trainer_logprobs"] == pytest.approx(engine, abs=1e-3)
+            assert len(line["entropies"]) == len(engine)
+            assert min(line["entropies"]) >= 0
 
 
 def test_a_run_directory_holds_what_a_reader_needs(finished: tuple[Path, str]) -> None:

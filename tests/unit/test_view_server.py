@@ -185,6 +185,32 @@ def test_the_page_of_the_answer_is_found() -> None:
     assert 'answer" title' in opened.page(page)
 
 
+def test_stored_values_of_tokens_are_shown_and_wrong_ones_left_out(
+    viewer: Viewer, run: Path
+) -> None:
+    row = viewer.index.rows[0]
+    assert viewer.opener.open(row).shades == ["logprob"]
+    (run / "token_stats").mkdir()
+    good = {"trainer_logprobs": [-0.2] * 6, "entropies": [1.5] * 6}
+    lines = [
+        {"trace": 1, "chunk": 0, **good},
+        {"trace": 0, "chunk": 0, **good},
+        {"trace": 0, "chunk": 0, **good, "entropies": [9.0] * 6},  # of a later step on the batch
+        {"trace": 0, "chunk": 1, "trainer_logprobs": [1], "entropies": "x"},
+        {"trace": 0, "chunk": 99, **good},
+    ]
+    file = run / "token_stats/step_000001.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    file.write_text(text + '{"trace": 0, broken\n')
+    view = viewer.opener.open(row)
+    assert view.shades == ["logprob", "entropy", "difference"]
+    assert view.value("entropy", 0, 3) == 1.5
+    assert view.value("difference", 0, 3) == pytest.approx(0.1)
+    assert view.value("entropy", 1, 0) is None
+    viewer.index.refresh()
+    assert not viewer.index.damaged
+
+
 def test_a_port_in_use_is_a_sentence() -> None:
     with open_socket(0) as first, pytest.raises(ConfigError, match="leave out --port"):
         open_socket(first.getsockname()[1])
