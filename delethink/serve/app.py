@@ -28,7 +28,12 @@ from delethink.serve.schema import (
     TokenizeBody,
     parse_body,
 )
-from delethink.serve.sending import ForwardedResponse, JobResponse, encode_json
+from delethink.serve.sending import (
+    ForwardedResponse,
+    JobResponse,
+    TooLargeResponse,
+    encode_json,
+)
 from delethink.serve.service import ThinkingService
 from delethink.serve.wire import ResponseWriter
 
@@ -91,7 +96,7 @@ class Routes:
                 return Response(status_code=499)
             except ApiError as error:
                 self._service.metrics.count_error(error.status)
-                return _error_response(error)
+                return TooLargeResponse(error) if error.status == 413 else _error_response(error)
 
         return answer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from delethink.output import get_logger
@@ -22,6 +23,7 @@ EventQueue = asyncio.Queue[ChoiceEvent | None]
 _logger = get_logger(__name__)
 _KEEPALIVE = b": keepalive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_DROP_TIME_S = 10.0  # for the rest of a body that is too large
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -47,6 +49,29 @@ async def send_json(
 async def send_error(send: Send, error: ApiError) -> None:
     """Send an error as a whole response."""
     await send_json(send, error.status, error.body(), error.headers)
+
+
+class TooLargeResponse:
+    """ASGI response to a body that is too large, of which the rest is read and dropped.
+
+    A connection that is closed while its client still sends is reset, and the client would never
+    read the error.
+    """
+
+    def __init__(self, error: ApiError) -> None:
+        self._error = error
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Send the error, then read on for a limited time."""
+        body = encode_json(self._error.body())
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        await _start(send, self._error.status, {**headers, "Connection": "close"})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DROP_TIME_S):
+                while (await receive()).get("more_body"):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _start(send: Send, status: int, headers: Mapping[str, str]) -> None:
