@@ -18,8 +18,9 @@ from delethink.engines.factory import make_engine
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
 from delethink.engines.openai_models import list_models
 from delethink.errors import ConfigError, ModelError
-from delethink.policy import Sampling
+from delethink.policy import Policy, Sampling
 from delethink.serve.local_engine import EngineThread
+from delethink.serve.segments import SegmentedPolicy
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel
@@ -46,6 +47,7 @@ class ModelSource:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     end_of_thinking: str | None = AUTO
     query_tokens: int = 4096  # longest query for which an engine makes room
+    segment_tokens: int = 32  # of a stream from an engine of whole chunks; 0: a chunk at a time
 
 
 @contextmanager
@@ -81,7 +83,16 @@ def open_service(
             )
         if has_variable(template_source(model.tokenizer) or "", "tools"):
             say("the chat template knows tools; requests with tools are refused")
-        yield ThinkingService(replace(settings, spec=spec), model, upstream, log)
+        own = replace(settings, spec=spec)
+        yield ThinkingService(own, model, upstream, log, _stream_policy(source, model))
+
+
+def _stream_policy(source: ModelSource, model: ThinkingModel) -> Policy | None:
+    """Return the policy of streamed requests, if the engine itself streams nothing."""
+    thread = model.policy
+    if isinstance(thread, EngineThread) and not thread.streams and source.segment_tokens:
+        return SegmentedPolicy(thread, source.segment_tokens)
+    return None
 
 
 def _check_window(model: ThinkingModel, spec: ChunkSpec, limits: ThinkingLimits) -> None:
@@ -260,6 +271,17 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
+def drop_deaf_clients(sock: socket.socket, after_s: float) -> None:
+    """Let the system end connections whose clients read nothing for so long.
+
+    The server can only close them, which waits until everything was read. Connections inherit this
+    from the listening socket; it exists on Linux alone.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, round(after_s * 1000))
+
+
 def serve_forever(
     service: ThinkingService, sock: socket.socket, on_listening: Callable[[], None]
 ) -> None:
@@ -267,6 +289,8 @@ def serve_forever(
     import uvicorn
 
     from delethink.serve.app import make_app
+
+    drop_deaf_clients(sock, service.settings.send_time_s)
 
     class Server(uvicorn.Server):  # type: ignore[misc]  # untyped for mypy
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -16,6 +16,7 @@ from delethink import ChunkSpec, Sampling
 from delethink.serve.app import make_app
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
+from delethink.serve.start import drop_deaf_clients
 from delethink.serve.thinking import ThinkingModel
 
 _PATIENCE_S = 60
@@ -37,11 +38,12 @@ def serving(service: ThinkingService) -> Iterator[str]:
 
 
 @contextmanager
-def listening_app(app: Any, port: int = 0) -> Iterator[str]:
+def listening_app(app: Any, port: int = 0, deaf_s: float = 120.0) -> Iterator[str]:
     """Runs an ASGI application in a thread, and gives its address."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
+    drop_deaf_clients(sock, deaf_s)
     config = uvicorn.Config(
         app, log_config=None, lifespan="auto", ws="none", timeout_graceful_shutdown=1
     )

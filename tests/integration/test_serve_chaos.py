@@ -1,0 +1,99 @@
+"""Chaos around the server: no trace is lost without an error to its client, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("transformers")
+
+import serve_chaos
+from made_up_reasoner import EOS, MARK, TOKENIZER
+from serve_chaos import ANSWERED, BAD_KINDS, GOOD_KINDS, LEFT, PROMPTS, TOLD, Scene, ask, crowd
+from served import service_of
+
+from delethink import ChunkSpec, ScriptedPolicy
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.2)
+
+
+@pytest.fixture
+def made() -> Iterator[Scene]:
+    with serve_chaos.scene() as scene:
+        yield scene
+
+
+def check_quiet(made: Scene) -> None:
+    """Nothing is left, and the next request works."""
+    made.upstream.faults.clear()
+    assert not any(made.settle().values()), made.left_over()
+    for stream in (False, True):
+        assert asyncio.run(ask(made, PROMPTS[1], stream=stream))[0] == ANSWERED
+
+
+def test_faults_upstream_are_answers_or_errors(made: Scene) -> None:
+    made.upstream.faults = serve_chaos.shuffled_faults(0, 400, 0.4)
+    counted = asyncio.run(crowd(made, list(GOOD_KINDS) * 20))
+    assert {outcome for _, outcome in counted} == {ANSWERED, TOLD}
+    check_quiet(made)
+
+
+def test_an_upstream_that_restarts(made: Scene) -> None:
+    with serve_chaos.restarting(made):
+        counted = asyncio.run(crowd(made, list(GOOD_KINDS) * 10))
+    assert {outcome for _, outcome in counted} <= {ANSWERED, TOLD}
+    check_quiet(made)
+
+
+def test_clients_that_misbehave_among_others(made: Scene) -> None:
+    kinds = [*GOOD_KINDS, *BAD_KINDS] * 6 + ["100 MB", "100 MB in chunks"]
+    counted = asyncio.run(crowd(made, kinds))
+    for (kind, outcome), number in counted.items():
+        wanted = ANSWERED if kind in GOOD_KINDS else LEFT if "leaves" in kind else TOLD
+        assert outcome == wanted, (kind, outcome, number)
+    check_quiet(made)
+
+
+@pytest.mark.parametrize("requests", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_more_requests_at_once_than_the_queue_takes(requests: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 3 * requests:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 3 * requests), hard))
+    with serve_chaos.scene(max_traces=4, max_queue=40) as made:
+        counted = asyncio.run(crowd(made, ["whole", "stream"] * (requests // 2)))
+        assert {outcome for _, outcome in counted} == {ANSWERED, TOLD}
+        assert sum(n for (_, outcome), n in counted.items() if outcome == ANSWERED) >= 44
+        check_quiet(made)
+
+
+def test_a_client_that_reads_nothing_is_left_with_its_connection() -> None:
+    letters = tuple(TOKENIZER("a")["input_ids"]) * 60_000
+    ids = (*letters, *TOKENIZER(MARK)["input_ids"], *TOKENIZER("c")["input_ids"], EOS)
+    spec = ChunkSpec(70_000, 0, 1)
+    policy = ScriptedPolicy(lambda *_: ids, EOS)
+    made = Scene(serve_chaos.FakeUpstream())
+    made.service = service_of(policy, spec, window=80_000, send_time_s=0.5)
+    with serve_chaos.listening_app(made.app(), deaf_s=0.5) as url, socket.socket() as deaf:
+        made.host, made.port = "127.0.0.1", int(url.rpartition(":")[2])
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((made.host, made.port))
+        body = b'{"messages": [{"role": "user", "content": "x"}], "stream": true, "logprobs": true}'
+        deaf.sendall(serve_chaos._head(made, len(body)) + body)
+        deadline = time.monotonic() + 60
+        while not made.service.board._tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(made.settle().values()), made.left_over()
