@@ -375,6 +375,13 @@ def _add_listening(add: Any) -> None:
         help="time between comments in a silent stream (default 5)",
     )
     add(
+        "--stream-tokens",
+        default="32",
+        metavar="TOKENS",
+        help="tokens of a piece of a stream where the engine gives whole chunks, as vLLM in Ray "
+        "workers does; 0 streams a chunk at a time (default 32)",
+    )
+    add(
         "--reasoning-field",
         choices=("both", "reasoning", "reasoning_content"),
         default="both",

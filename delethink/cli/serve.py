@@ -95,6 +95,7 @@ def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSetti
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         end_of_thinking=check_mark_setting(arguments.end_of_thinking),
         query_tokens=size(arguments.query_tokens, "--query-tokens"),
+        segment_tokens=size(arguments.stream_tokens, "--stream-tokens", 0),
     )
     return source, settings
 

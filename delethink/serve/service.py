@@ -26,6 +26,7 @@ class ThinkingService:
         model: the model of all traces.
         upstream: the server that samples, which then also takes fields of clients.
         log: called with one line for each finished request, without its texts.
+        stream_policy: samples streamed requests, where the model's own policy gives whole chunks.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class ThinkingService:
         model: ThinkingModel,
         upstream: UpstreamServer | None = None,
         log: Callable[[str], None] = lambda line: None,
+        stream_policy: Policy | None = None,
     ) -> None:
-        self.log = log
+        self.log, self._stream_policy = log, stream_policy
         self.settings, self.model, self.upstream = settings, model, upstream
         self.planner = Planner(settings, model, upstream is not None)
         self.admission = Admission(settings.max_traces, settings.max_queue)
@@ -104,7 +106,7 @@ class ThinkingService:
     def _policies(self, plan: RequestPlan) -> tuple[Policy | None, Policy | None]:
         """Return the policies of thinking and answer, where a request has its own fields."""
         if self.upstream is None or not (plan.extra or plan.answer_extra):
-            return None, None
+            return self._stream_policy if plan.is_stream else None, None
         thinker = self.upstream.with_fields(plan.extra)
         answerer = thinker.with_fields(plan.answer_extra) if plan.answer_extra else None
         return thinker, answerer

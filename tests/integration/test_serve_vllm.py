@@ -63,10 +63,9 @@ def check(url: str, expected: list[tuple[Any, tuple[int, ...]]]) -> None:
         )
         if not stream:
             return list(reply.choices[0].token_ids)
-        ids: list[int] = []
-        async for piece in reply:
-            ids += getattr(piece.choices[0], "token_ids", [])
-        return ids
+        pieces = [getattr(piece.choices[0], "token_ids", []) async for piece in reply]
+        assert max(map(len, pieces)) <= 32  # not a whole chunk at a time
+        return [token for ids in pieces for token in ids]
 
     async def everything() -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as asking:
