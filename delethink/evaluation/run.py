@@ -36,9 +36,11 @@ from delethink.evaluation.records import (
 )
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
 from delethink.evaluation.settings import SamplingPlan, Setting, cut_to_budget, fingerprint
+from delethink.output import get_logger
 from delethink.policy import Sampling
 from delethink.redaction import json_text
 from delethink.registry import make_task
+from delethink.report_process import ReportProcess
 from delethink.rollout import derive_seed, run_rollout
 from delethink.scoring.answer import vote
 from delethink.scoring.rollouts import make_attempt
@@ -51,6 +53,8 @@ from delethink.types import Attempt, Problem, StopReason, Trace, TraceStop
 
 if TYPE_CHECKING:
     from delethink.evaluation.report import EvaluationProgress
+
+_logger = get_logger(__name__)
 
 Grade = Callable[[Attempt], Awaitable[float | None]]
 """Scores an attempt 1 or 0; ``None`` if the attempt cannot be graded."""
@@ -210,7 +214,8 @@ def evaluate(
         directory = ResultsDirectory.resume(output, asked, force)
     else:
         directory = ResultsDirectory.create(output, asked)
-    with contextlib.closing(directory):
+    live = ReportProcess("delethink.evaluation.live", output, _logger.warning)
+    with contextlib.closing(directory), contextlib.closing(live):
         _write_problems(evaluation, directory)
         known = {record.key: record for record in _matching(evaluation, directory)}
         if retry_errors:
@@ -224,7 +229,7 @@ def evaluate(
             ]
             if missing:
                 with open_model(model) as loaded:
-                    _sample(evaluation, loaded, missing, known, directory, progress)
+                    _sample(evaluation, loaded, missing, known, directory, live, progress)
         records = _matching(evaluation, directory)
         results = summarise(evaluation.settings, records, analysis or AnalysisSettings())
         found = asked | directory.forced | results.as_dict()
@@ -262,6 +267,7 @@ def _sample(
     settings: Sequence[Setting],
     known: Mapping[SampleKey, Record],
     directory: ResultsDirectory,
+    live: ReportProcess,
     progress: EvaluationProgress | None,
 ) -> None:
     """Sample the missing traces of one model."""
@@ -273,6 +279,7 @@ def _sample(
 
     def store(record: Record) -> None:
         directory.append(record)
+        live.update()
         if progress is not None:
             progress.on_trace_end(record)
 

@@ -1,15 +1,8 @@
-"""The report of a training run: ``report.html``, drawn from the files of its directory.
-
-While the run goes on, another process draws it now and then, with the lowest priority. Whatever
-happens there neither stops nor slows the run.
-"""
+"""The report of a training run: ``report.html``, drawn from the files of its directory."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +24,11 @@ from delethink.report_page import (
     ReportTable,
     write_report,
 )
+from delethink.report_process import ReportProcess
 from delethink.training.metrics import find_metric
 from delethink.training.run_directory import RunDirectory
 from delethink.yaml_io import load_yaml
 
-UPDATE_INTERVAL_S = 60.0
 _PHASES = ("sampling", "scoring", "training", "weight_update")
 _MAIN = ("reward", "thinking_tokens", "chunks", "budget_share")
 _POLICY = ("entropy", "logprob_difference", "logprob_difference_max", "loss", "gradient_norm",
@@ -48,34 +41,15 @@ class RunReport:
 
     def __init__(self, path: Path, log: Callable[[str], None]) -> None:
         self._path, self._log = path, log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._updated = time.monotonic()
+        self.process = ReportProcess("delethink.training.report", path, log)
 
     def update(self) -> None:
-        """Start to draw the report, if the last drawing is long ago and has ended."""
-        if time.monotonic() - self._updated < UPDATE_INTERVAL_S:
-            return
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._updated = time.monotonic()
-        command = [sys.executable, "-m", __name__, str(self._path)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        try:
-            self._process = subprocess.Popen(
-                ["nice", "-n", "19", *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as error:
-            self._log(f"report.html is not updated: {error}")
+        """Draw the report in another process, if the last drawing is long ago."""
+        self.process.update()
 
     def finish(self) -> None:
         """Draw the report of the files as they are now."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self.process.close()
         if not any((self._path / name).exists() for name in ("metrics.jsonl", "table.json")):
             return  # the directory of a run without results is removed
         try:

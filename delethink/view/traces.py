@@ -9,6 +9,7 @@ from typing import Any
 
 from delethink.chunking import ChunkSpec, ThinkingState
 from delethink.errors import DelethinkError, TraceFileError
+from delethink.evaluation.settings import Setting
 from delethink.json_io import as_mapping, get_count, get_list, parse_json, read_json
 from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
 from delethink.trace_index import TOKEN_STATS
@@ -132,9 +133,8 @@ class TraceOpener:
             chunk = Chunk((), (), (), StopReason.ERROR, error=row.error)
             return TraceView(Trace((), (chunk,), TraceStop.ERROR), texts, row.name, facts, notes)
         values = read_part(folder / "tokens.jsonl", *part, self.index.root, row.name)
-        setting = _setting(folder, row.place)
-        trace = _evaluated_trace(values, setting, row)
-        mark = setting["end_of_thinking"]
+        setting, mark = _setting(folder, row.place)
+        trace = _evaluated_trace(values, setting.spec, row)
         answer = None if advice else answer_place(trace, texts, mark)
         return TraceView(trace, texts, row.name, facts, notes, answer)
 
@@ -192,39 +192,25 @@ def _numbers(column: Any, count: int) -> list[float]:
 # -- evaluations -------------------------------------------------------------------------------
 
 
-def _setting(folder: Path, key: str) -> Mapping[str, Any]:
-    """Return the sizes of a setting of an evaluation, by the key of its records."""
-    settings = as_mapping(read_json(folder / "settings.json", TraceFileError), "settings.json")
-    for one in get_list(settings, "settings"):
-        way = "longcot"
-        if one["mode"] != "longcot":
-            way = f"delethink C={one['context_size']} m={one['carryover_size']}"
-            way += f" carryover={one['carryover']}" if one["carryover"] else ""
-            way += "" if one["carryover"] else f" head={one['head_size']}"
-            way += "+" if one["head_outside"] else ""
-        if f"{one['model']} | {way}" == key:
-            marks = settings.get("end_of_thinking")
-            found = marks.get(one["model"], _MARK) if isinstance(marks, dict) else _MARK
-            return {**as_mapping(one, "a setting"), "end_of_thinking": found}
+def _setting(folder: Path, key: str) -> tuple[Setting, str | None]:
+    """Return a setting of an evaluation and its mark of the end of thinking."""
+    values = as_mapping(read_json(folder / "settings.json", TraceFileError), "settings.json")
+    marks = values.get("end_of_thinking")
+    for one in get_list(values, "settings"):
+        setting = Setting.from_dict(as_mapping(one, "a setting"))
+        if setting.key == key:
+            mark = marks.get(setting.model, _MARK) if isinstance(marks, dict) else _MARK
+            return setting, mark
     raise TraceFileError(f"settings.json in {folder} has no setting {key!r} any more")
 
 
-def _evaluated_trace(
-    values: Mapping[str, Any], setting: Mapping[str, Any], row: ListedTrace
-) -> Trace:
+def _evaluated_trace(values: Mapping[str, Any], spec: ChunkSpec, row: ListedTrace) -> Trace:
     """Return the trace of stored tokens; carried ones follow from the rule, or are stored."""
     outputs: list[list[int]] = values["output_ids"]
     query = tuple(values.get("query_ids", ()))
     logprobs = values.get("logprobs") or [[] for _ in outputs]
     prompts = values.get("prompts")  # of carryovers that do not follow from the sizes
     roles = values.get("roles") or ["thinking"] * len(outputs)
-    spec = ChunkSpec(
-        setting["context_size"],
-        setting["carryover_size"],
-        setting["max_chunks"],
-        setting["head_size"],
-        setting["head_outside"],
-    )
     state = ThinkingState(spec, query or (0,))
     chunks: list[Chunk] = []
     for index, output in enumerate(outputs):

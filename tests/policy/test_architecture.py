@@ -44,6 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "registry": NOUNS | {"json_io"},
     "trace_io": ROLLOUT,
     "report_page": {"errors"} | SHOWN,
+    "report_process": set(),
     "trace_index": {"errors", "json_io", "redaction"},
     "trace_map": NOUNS | {"tokens"},
     "trace_html": NOUNS | SHOWN | {"scoring", "tokens", "trace_map"},
@@ -58,12 +59,12 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": ROLLOUT
     | SETTINGS
     | SCORING
-    | {"cost", "engines", "evaluation.metrics", "report_page", "trace_io"},
+    | {"cost", "engines", "evaluation.metrics", "report_page", "report_process", "trace_io"},
     "training": ROLLOUT
     | SETTINGS
     | SCORING
-    | {"cost", "engines", "evaluation", "evaluation.metrics", "report_page", "trace_index"}
-    | {"trace_io", "yaml_io"},
+    | {"cost", "engines", "evaluation", "evaluation.metrics", "report_page", "report_process"}
+    | {"trace_index", "trace_io", "yaml_io"},
     "serve": ROLLOUT | SETTINGS | {"", "engines"},
     "view": ROLLOUT
     | SHOWN

@@ -10,10 +10,14 @@ import re
 from pathlib import Path
 
 import pytest
+from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 from installed import need
 
 need("bokeh")
 
+from delethink.evaluation.live import draw_evaluation  # noqa: E402
+from delethink.evaluation.run import Evaluation, evaluate  # noqa: E402
+from delethink.evaluation.settings import SamplingPlan, make_settings  # noqa: E402
 from delethink.report_page import (  # noqa: E402
     Chart,
     ChartCurve,
@@ -23,7 +27,8 @@ from delethink.report_page import (  # noqa: E402
     report_html,
     write_report,
 )
-from delethink.training.report import UPDATE_INTERVAL_S, RunReport, draw_run  # noqa: E402
+from delethink.report_process import UPDATE_INTERVAL_S  # noqa: E402
+from delethink.training.report import RunReport, draw_run  # noqa: E402
 from delethink.training.run_directory import RunDirectory  # noqa: E402
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[2J\u202e"
@@ -143,10 +148,23 @@ def test_another_process_updates_the_report(
     run, said = a_run(tmp_path), []
     report = RunReport(run.path, said.append)
     report.update()  # too early
-    assert report._process is None
+    assert report.process.wait(0) is None
     monkeypatch.setattr("time.monotonic", lambda: 1e9 + UPDATE_INTERVAL_S)
     report.update()
-    assert report._process is not None
-    assert report._process.wait(120) == 0
+    monkeypatch.undo()
+    assert report.process.wait(120) == 0
     assert "step 3 of 9" in (run.path / "report.html").read_text()
     assert said == []
+
+
+def test_an_evaluation_that_goes_on_has_a_report(tmp_path: Path) -> None:
+    settings = make_settings(["guess"], ["delethink", "longcot"], [20], [10], (3,), head_size=0)
+    evaluation = Evaluation(guessing_problems(4), settings, SamplingPlan(2, seed=5))
+    evaluate(evaluation, opener(GuessingPolicy()), tmp_path / "out")
+    file = tmp_path / "out/traces.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-3]) + lines[-3][:20])  # as a run leaves it midway
+    page = draw_evaluation(tmp_path / "out").read_text()
+    assert "13 of 16 traces so far" in page
+    assert "guess | longcot" in page
+    assert "pass@k" in page
