@@ -256,7 +256,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol named, asyncio sends each piece at once (TCP_NODELAY).
+        opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--host {host} is no address: {error}") from None
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

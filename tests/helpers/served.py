@@ -40,7 +40,7 @@ def serving(service: ThinkingService) -> Iterator[str]:
 @contextmanager
 def listening_app(app: Any, port: int = 0, deaf_s: float = 120.0) -> Iterator[str]:
     """Runs an ASGI application in a thread, and gives its address."""
-    sock = socket.socket()
+    sock = socket.socket(proto=socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
     drop_deaf_clients(sock, deaf_s)

@@ -27,6 +27,7 @@ from delethink.cli.main import main
 from delethink.config import EngineConfig
 from delethink.engines.factory import make_engine
 from delethink.engines.loading import load_tokenizer
+from delethink.serve.start import listen
 from delethink.tokenization import encode, query_ids, reward_text
 
 pytestmark = pytest.mark.integration
@@ -229,3 +230,23 @@ def test_a_port_in_use_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None
         port = str(taken.getsockname()[1])
         assert main(["serve", "-m", "toy", "-C", "90", "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_pieces_are_sent_at_once() -> None:
+    """Else each piece would wait for the client's word about the last one, some 40 ms."""
+
+    async def delayed() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def on_client(reader: Any, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        opened = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(on_client, sock=opened):
+            _, writer = await asyncio.open_connection(*opened.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(delayed())
