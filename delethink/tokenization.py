@@ -210,10 +210,18 @@ def bind_marks(tokenizer: Any, setting: str | None) -> ThinkingMarks:
 
     Raises:
         ConfigError: the setting is no mark.
+        ModelError: text decoded without special tokens lacks the end of thinking, so rewards would
+            find no answer.
     """
     marks = bind_thinking_marks(tokenizer, setting)
     if marks.end is not None:
         keep_marks(tokenizer, marks.end)
+        if marks.end.strip() not in reward_text(tokenizer, encode(tokenizer, marks.end)):
+            raise ModelError(
+                f"the tokenizer cannot write {marks.end}, the end of thinking ({marks.source}), so "
+                "no answer would be found; set task.end_of_thinking or --end-of-thinking to the "
+                "model's mark or to null, or add the token"
+            )
     return marks
 
 

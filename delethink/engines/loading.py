@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,14 +19,14 @@ from delethink.engines.weight_files import WEIGHT_FILES, check_report, check_val
 from delethink.errors import ConfigError, MissingExtraError, ModelError
 from delethink.json_io import read_json
 from delethink.output import get_logger
-from delethink.tokenization import bind_template, end_tokens, keep_marks, reward_text
-from delethink.types import END_OF_THINKING
+from delethink.tokenization import bind_template, end_tokens, keep_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
+_HUB_TIMEOUT_S = 10.0
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
@@ -71,7 +72,12 @@ def find_source(model: str, part: str = "model") -> str:
         ModelError: as ``locate``.
     """
     adapter = find_adapter(model)
-    return locate(model, part) if adapter is None else _locate_in(adapter, model, part)
+    if adapter is not None:
+        return _locate_in(adapter, model, part)
+    found = locate(model, part)
+    if not Path(found).is_dir() and (reason := hub_error(*split_revision(found))) is not None:
+        raise ModelError(reason)
+    return found
 
 
 def _locate_in(adapter: Adapter, model: str, part: str) -> str:
@@ -159,9 +165,43 @@ def _is_cached_whole(model: str) -> bool:
 
 
 @cache
+def hub_error(model: str, revision: str | None = None) -> str | None:
+    """Return why a Hugging Face id that is not in the cache cannot be had, or ``None``.
+
+    One request without retries tells a mistyped name and a missing connection at once.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    names = ("config.json", ADAPTER_SETTINGS, _TOKENIZER)
+    cached = [try_to_load_from_cache(model, name, revision=revision) for name in names]
+    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
+        return None
+    try:
+        HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except RevisionNotFoundError:
+        return f"the model {model} has no revision {revision!r}"
+    except RepositoryNotFoundError:
+        return (
+            f"there is no folder {model}, and the Hugging Face hub has no such model, or it is "
+            "private: correct the name, or log in with `hf auth login`"
+        )
+    except Exception as error:  # the hub and its client raise many types
+        if re.search("Connect|Timeout|Network", type(error).__name__):
+            return (
+                f"there is no folder {model}, and the Hugging Face hub cannot be asked for a model "
+                f"of this name ({' '.join(str(error).split())}): correct the path, or check the "
+                "connection"
+            )
+    return None
+
+
+@cache
 def _hub_file(model: str, revision: str | None, name: str) -> Path | None:
     """Return a file of the hub; ``None`` if it cannot be had: loading then says why."""
-    if importlib.util.find_spec("transformers") is None:
+    if importlib.util.find_spec("transformers") is None or hub_error(model, revision) is not None:
         return None
     from transformers.utils.hub import cached_file
 
@@ -209,12 +249,6 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     keep_marks(tokenizer)
-    ids = tokenizer(END_OF_THINKING, add_special_tokens=False)["input_ids"]
-    if END_OF_THINKING not in reward_text(tokenizer, ids):
-        raise ModelError(
-            f"the tokenizer drops {END_OF_THINKING}, which rewards need to find the answer; add "
-            "this token as a non-special one"
-        )
     bind_template(tokenizer, chat_template_kwargs)
     return tokenizer
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from delethink.cli.main import _parse
+from delethink.cli.main import parse
 from delethink.config import EngineConfig, load_recipe, parse_engine
 from delethink.registry import names
 
@@ -122,7 +122,7 @@ COMMANDS = [(name_of(page), line) for page in PAGES for line in commands(page)]
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_a_command_is_one(page: str, line: str, tmp_path: Path) -> None:
     line = line.replace("…", "").replace("$(git describe --always --dirty --abbrev=40)", "")
-    arguments = _parse(shlex.split(line)[1:])
+    arguments = parse(shlex.split(line)[1:])
     values = list(getattr(arguments, "values", None) or [])
     command = shlex.split(line)[1]
     if command in ("train", "doctor") and arguments.recipe:
@@ -130,7 +130,7 @@ def test_a_command_is_one(page: str, line: str, tmp_path: Path) -> None:
         if arguments.recipe.startswith("recipes/"):
             assert (ROOT / arguments.recipe).exists()
     elif command in ("eval", "probe", "serve"):
-        parse_engine(values)
+        parse_engine([value for value in values if "=" in value])
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "guide").glob("*.md")), ids=name_of)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 pytest.importorskip("transformers")
 
 import transformers
+from huggingface_hub import HfApi as RealHfApi
 from transformers.utils import hub
 
 from delethink.config import EngineConfig
@@ -79,6 +83,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
         seen.append((name, revision))
 
     loading._hub_file.cache_clear()
+    monkeypatch.setattr(loading, "hub_error", lambda *name: None)
     monkeypatch.setattr(hub, "cached_file", cached_file)
     monkeypatch.setattr(hub, "get_checkpoint_shard_files", shards)
     monkeypatch.setattr(loading, "weight_files", lambda folder: [])
@@ -123,3 +128,53 @@ def test_vllm_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = WorkerSpec("a/b@v2", EngineConfig(), (1,), 99, False, 0, 1)
     made: Any = _engine_args(spec, "extension")
     assert (made["model"], made["revision"]) == ("a/b", "v2")
+
+
+# -- ids that cannot be had ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text"),
+    [
+        (404, "RepoNotFound", "hub has no such model, or it is private"),
+        (401, "RepoNotFound", "hub has no such model, or it is private"),
+        (404, "RevisionNotFound", "has no revision 'v9'"),
+        (None, "", "the Hugging Face hub cannot be asked"),
+        (200, "", None),
+        (500, "", None),  # loading then says why
+    ],
+    ids=["unknown", "private", "revision", "offline", "found", "broken"],
+)
+def test_an_id_that_cannot_be_had_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, code: str, text: str | None
+) -> None:
+    """The hub is a server on loopback: there is no connection to the real one."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status or 500)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+            self.wfile.write(b'{"id": "some/model", "siblings": []}')
+
+        def log_message(self, *args: Any) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            if status is None:
+                server.shutdown()
+                server.server_close()
+            monkeypatch.setattr(huggingface_hub, "HfApi", lambda: RealHfApi(endpoint=address))
+            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+            loading.hub_error.cache_clear()
+            found = loading.hub_error("some/model", "v9")
+        finally:
+            loading.hub_error.cache_clear()
+            server.shutdown()
+    assert (text in found) if text else found is None  # type: ignore[operator]
+    assert len(asked) == (0 if status is None else 1)
