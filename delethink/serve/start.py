@@ -200,6 +200,7 @@ def _open_upstream(
     )
     known = [size for size in (window, server.max_model_tokens) if size is not None]
     model = ThinkingModel(server, tokenizer, min(known, default=None), eos_ids=ends)
+    _check_window(model, settings.spec.bind(tokenizer), ThinkingLimits(settings.answer_tokens))
     asyncio.run(_negotiate(server, model))
     yield model, server
 

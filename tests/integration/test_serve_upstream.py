@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from made_up_reasoner import EOS, MARK_IDS, TOKENIZER, MadeUpReasoner
 from served import serving
 
 from delethink import ChunkSpec, Sampling, run_rollout
+from delethink.cli.main import main
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingModel
@@ -166,3 +168,29 @@ def test_health_is_that_of_the_server_behind() -> None:
         with pytest.raises(openai.APIStatusError) as caught:
             ask(url)
         assert caught.value.status_code == 502
+
+
+@pytest.mark.parametrize("kind", ["chat alone", "small window", "unknown model", "no tokenizer"])
+def test_a_server_that_cannot_be_used_is_a_sentence(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = ["-m", "toy", "-C", "90", "--answer-tokens", "16", "--retries", "0"]
+    text = {
+        "chat alone": "completions",
+        "small window": "the model takes 100 tokens, and a context needs 107 besides the query",
+        "unknown model": "lists real, not 'other'",
+        "no tokenizer": "name its folder or Hugging Face id with -m",
+    }[kind]
+    with fake_upstream(window=100 if kind == "small window" else 1000) as upstream:
+        if kind == "chat alone":
+            upstream.faults = [404] * 100
+        if kind == "unknown model":
+            options += ["--served-model", "other"]
+        if kind == "no tokenizer":
+            options = options[2:]
+        assert main(["serve", "--port", "0", "--base-url", upstream.url, *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert text in lines[-1], lines
+    assert "Traceback" not in "".join(lines)
