@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -75,11 +75,12 @@ class Evaluator:
         setting: str,
         max_model_tokens: int | None = None,
         limit: int | None = None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> HeldOutResult:
         """Evaluate a policy on the first ``limit`` problems (all by default).
 
         ``setting`` is the name of the row. ``max_model_tokens`` is the longest sequence of the
-        model; ``None`` checks nothing.
+        model; ``None`` checks nothing. ``on_end`` is called at the end of each trace.
 
         Raises:
             RolloutError: a trace failed; the accuracy of the others would be biased.
@@ -101,6 +102,7 @@ class Evaluator:
                 self.tokenizer,
                 self.scorer,
                 max_model_tokens,
+                on_end=on_end,
             )
         )
         return self._summarise(setting, traces, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from delethink.chunking import ChunkSpec
@@ -84,10 +84,12 @@ async def run_scored_rollouts(
     scorer: Scorer,
     max_model_tokens: int | None = None,
     timeout: float | None = None,
+    on_end: Callable[[], None] = lambda: None,
 ) -> RolloutResult:
     """Sample and score one trace for each problem, in the order of ``problems``.
 
-    Unfinished traces are aborted after ``timeout`` seconds.
+    Unfinished traces are aborted after ``timeout`` seconds. ``on_end`` is called at the end of each
+    trace.
 
     Raises:
         QueryTooLongError: a query leaves no room for a full context; nothing is sampled.
@@ -99,6 +101,7 @@ async def run_scored_rollouts(
     def score(index: int, trace: Trace) -> None:
         attempts[index] = make_attempt(problems[index], trace, tokenizer, spec)
         parts[index] = asyncio.ensure_future(scorer.parts(attempts[index]))
+        on_end()
 
     try:
         traces = await run_rollouts(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STEPS_PER_LINE = 5
+_PLAIN_INTERVAL_S = 10.0  # between lines of an evaluation without a terminal
 _SHORT_RUN_STEPS = 20  # up to here, every step has its line
 _CURVES = (
     "reward",
@@ -47,16 +50,35 @@ class TrainingProgress:
         """Show the progress bar of the optimizer steps."""
         if not self.console.is_terminal:
             return
-        self._live = Progress(
-            TextColumn("training"),
+        self._live = self._start_bars()
+        self._bar = self._live.add_task("training", total=total, completed=done, text="")
+
+    def _start_bars(self) -> Progress:
+        bars = Progress(
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._bar = self._live.add_task("training", total=total, completed=done, text="")
-        self._live.start()
+        bars.start()
+        return bars
+
+    @contextmanager
+    def evaluating(self, setting: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show the progress of an evaluation; the function it gives counts a finished trace."""
+        if not self.console.is_terminal:
+            yield _PlainCount(self.log, setting, total)
+            return
+        bars = self._live or self._start_bars()
+        bar = bars.add_task(f"evaluating {setting}", total=total, text="")
+        try:
+            yield lambda: bars.advance(bar)
+        finally:
+            bars.remove_task(bar)
+            if self._live is None:
+                bars.stop()
 
     def step(self, metrics: Mapping[str, Any], total: int) -> None:
         """Show the metrics of an optimizer step."""
@@ -108,6 +130,27 @@ class TrainingProgress:
             )
         self.console.print(table)
         self.log(f"run directory: {path}")
+
+
+class _PlainCount:
+    """Count finished traces in a line now and then, where there is no terminal."""
+
+    def __init__(self, log: Callable[[str], None], setting: str, total: int) -> None:
+        self._log, self._setting, self._total = log, setting, total
+        self._done, self._started = 0, time.monotonic()
+        self._shown = self._started
+
+    def __call__(self) -> None:
+        """Count a trace."""
+        self._done, now = self._done + 1, time.monotonic()
+        if now - self._shown < _PLAIN_INTERVAL_S or self._done == self._total:
+            return
+        self._shown = now
+        left = (now - self._started) / self._done * (self._total - self._done)
+        self._log(
+            f"evaluating {self._setting}: {self._done}/{self._total}, about {left:.0f} s left "
+            "(evaluation.num_problems=0 trains without)"
+        )
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:

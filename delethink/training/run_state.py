@@ -298,7 +298,11 @@ class ResultsTable:
         self._run.prefetch.wait()
         self._run.weights.update()
         engine = self._run.weights.engine
-        result = self._evaluator.run(engine, spec, setting, engine.max_model_tokens, limit)
+        number = len(self._evaluator.problems[:limit])
+        with self._run.progress.evaluating(setting, number) as on_end:
+            result = self._evaluator.run(
+                engine, spec, setting, engine.max_model_tokens, limit, on_end
+            )
         if not self._run.recipe.training.max_staleness:
             engine.take_metrics()  # Without prefetching, all counts so far are the evaluation's.
         return result
