@@ -30,6 +30,7 @@ from delethink.engines.openai_dialect import (
     RefusedError,
     join_stream,
     make_request,
+    new_logprobs,
     new_tokens,
     read_answer,
     to_completion,
@@ -79,6 +80,8 @@ class OpenAIServer:
     Raises:
         ConfigError: the server cannot be reached, rejects the key, or does not serve the model.
     """
+
+    _missing_logprob = 0.0  # where the server gives none
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class OpenAIServer:
                     pieces.append(event)
                     ids = tuple(new_tokens(event))
                     if ids:
-                        on_tokens(ids, (0.0,) * len(ids))
+                        on_tokens(ids, new_logprobs(event, ids, self._missing_logprob))
                     given += len(ids)
             answer = read_answer(join_stream(pieces), self._end_of_thinking)
             done = to_completion(

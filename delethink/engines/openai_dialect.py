@@ -420,3 +420,15 @@ def new_tokens(piece: Mapping[str, Any]) -> list[int]:
     """Return the token ids in a piece of a streamed response; none are in its last ones."""
     parts = piece.get("choices") or ()
     return [token for part in parts for token in _as_ids(part.get("token_ids")) or ()]
+
+
+def new_logprobs(
+    piece: Mapping[str, Any], token_ids: Sequence[int], missing: float
+) -> tuple[float, ...]:
+    """Return the log-probs of the tokens in a piece of a streamed response, or ``missing``."""
+    parts = piece.get("choices") or ()
+    listed = [(part.get("logprobs") or {}).get("token_logprobs") or [] for part in parts]
+    values = [value for part in listed for value in part]
+    if len(values) != len(token_ids) or not all(isinstance(v, int | float) for v in values):
+        return (missing,) * len(token_ids)
+    return tuple(map(float, values))

@@ -215,11 +215,7 @@ class Planner:
         if not self.has_upstream:
             refuse_unknown(body, {**extra, **answer})
         elif body.wants_logprobs:
-            raise ApiError(
-                400,
-                "the server behind this one gives no log-probs here; leave out 'logprobs'",
-                "logprobs",
-            )
+            extra["logprobs"] = 1
         return extra, answer
 
     def _choices(self, body: GenerationBody, prompts: int) -> int:

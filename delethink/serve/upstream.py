@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -12,9 +13,9 @@ import openai
 from delethink.engines.openai import OpenAIServer
 from delethink.engines.openai_dialect import CompletionRequest, Dialect
 from delethink.errors import ConfigError
-from delethink.policy import Sampling
+from delethink.policy import Completion, Sampling, TokenListener
 from delethink.serve.api_errors import ApiError
-from delethink.tokens import TokenIds
+from delethink.tokens import Logprobs, TokenIds
 
 _HEALTH_TIME_S = 5.0
 _PASSED_HEADERS = ("content-type", "retry-after")
@@ -31,7 +32,32 @@ class UpstreamServer(OpenAIServer):
             return self
         other = copy.copy(self)
         other._fields = {**self._fields, **fields}
+        other._missing_logprob = math.nan if "logprobs" in other._fields else 0.0
         return other
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """See ``StreamingPolicy``.
+
+        Raises:
+            ConfigError: log-probs are asked for, and the server gives none.
+        """
+        if "logprobs" not in self._fields:
+            return await super().stream(prompt_ids, max_new_tokens, sampling, on_tokens)
+
+        def check(token_ids: TokenIds, logprobs: Logprobs) -> None:
+            if any(map(math.isnan, logprobs)):
+                raise ConfigError("the server behind this one gives no log-probs; leave them out")
+            on_tokens(token_ids, logprobs)
+
+        if (await self.negotiate(prompt_ids, sampling)).answers != "ids":
+            check((0,), (math.nan,))
+        return await super().stream(prompt_ids, max_new_tokens, sampling, check)
 
     def _request(
         self, dialect: Dialect, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling

@@ -40,7 +40,7 @@ class FakeUpstream:
         self.chats: list[dict[str, Any]] = []
         self.faults: list[Any] = []
         self.cancelled = 0
-        self.is_text_only = False
+        self.has_logprobs = True
         self.url = ""
 
     def app(self) -> Starlette:
@@ -75,7 +75,7 @@ class FakeUpstream:
         prompt = tuple(body["prompt"])
         ids = self.policy.complete(prompt, body["max_tokens"])
         if body.get("stream"):
-            events = self.events(prompt, ids, fault)
+            events = self.events(prompt, ids, fault, body.get("logprobs") and self.has_logprobs)
             return StreamingResponse(events, media_type="text/event-stream")
         if fault in ("half", "nothing", "hang"):
             await asyncio.sleep(3600 if fault == "hang" else 0)
@@ -95,7 +95,7 @@ class FakeUpstream:
         return {"object": "text_completion", "choices": [choice], "usage": usage}
 
     async def events(
-        self, prompt: tuple[int, ...], ids: tuple[int, ...], fault: Any
+        self, prompt: tuple[int, ...], ids: tuple[int, ...], fault: Any, logprobs: Any
     ) -> AsyncIterator[bytes]:
         whole = self.response(prompt, ids)
         last = whole["choices"][0]
@@ -105,6 +105,8 @@ class FakeUpstream:
                 if fault == "nothing" or (fault in ("half", "hang") and i >= len(ids) // 2):
                     break
                 choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": None}
+                if logprobs:
+                    choice["logprobs"] = {"token_logprobs": [-float(token)], "tokens": ["x"]}
                 if i == 0:
                     choice["prompt_token_ids"] = last["prompt_token_ids"]
                 if i == len(ids) - 1:

@@ -104,6 +104,17 @@ def test_fields_are_passed_on_and_exactness_is_kept() -> None:
     assert tuple(answer["prompt"][-len(MARK_IDS) :]) == MARK_IDS
 
 
+def test_log_probs_are_those_of_the_server_behind() -> None:
+    with fake_upstream() as upstream, in_front_of(upstream) as url:
+        choice = ask(url, logprobs=True, extra_body={"return_token_ids": True}).choices[0]
+        upstream.has_logprobs = False
+        with pytest.raises(openai.BadRequestError, match="gives no log-probs"):
+            ask(url, logprobs=True)
+        assert ask(url).choices[0].message == choice.message
+    given = [entry.logprob for entry in choice.logprobs.content]
+    assert given == [-float(token) for token in choice.token_ids]
+
+
 def test_requests_without_thinking_pass_untouched() -> None:
     with fake_upstream() as upstream, in_front_of(upstream) as url:
         off = {"chat_template_kwargs": {"enable_thinking": False}, "anything": [1]}
