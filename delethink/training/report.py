@@ -246,7 +246,7 @@ def _cost(recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> li
     return [
         f"All steps took {seconds:,.0f} s. FLOPs are estimates for the mean lengths of each step; "
         "LongCoT would think as long in one context.",
-        ReportTable("Sampling of a trace, last step", ("", "estimated FLOPs"), rows),
+        ReportTable("Sampling of a trace, last step", ("mode", "estimated FLOPs"), rows),
         Chart("sampling, estimated", "step", "FLOPs per trace", curves),
     ]
 

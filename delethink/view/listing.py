@@ -136,6 +136,20 @@ def row_values(row: ListedTrace) -> dict[str, Any]:
     }
 
 
+_GROUP_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "problem": lambda group: group["problem"],
+    "reward": lambda group: (group["reward"] is not None, group["reward"] or 0.0),
+    "length": lambda group: group["length"],
+}
+
+
+def sorted_groups(groups: list[dict[str, Any]], query: ListQuery) -> list[dict[str, Any]]:
+    """Return groups in the order of a query; by step they are in the order of their first rows."""
+    if query.sort not in _GROUP_KEYS:
+        return groups
+    return sorted(groups, key=_GROUP_KEYS[query.sort], reverse=query.descending)
+
+
 def grouped(rows: Sequence[ListedTrace]) -> list[dict[str, Any]]:
     """Return the groups of rows by problem, with the best and the worst trace of each."""
     groups: dict[str, list[ListedTrace]] = {}

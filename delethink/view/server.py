@@ -33,7 +33,14 @@ from delethink.trace_html import (
 )
 from delethink.view.export import export_html
 from delethink.view.index import TraceIndex, is_inside
-from delethink.view.listing import PAGE_ROWS, ListQuery, grouped, matching_rows, row_values
+from delethink.view.listing import (
+    PAGE_ROWS,
+    ListQuery,
+    grouped,
+    matching_rows,
+    row_values,
+    sorted_groups,
+)
 from delethink.view.traces import TraceOpener
 
 LOOPBACK = "127.0.0.1"
@@ -183,7 +190,7 @@ class Viewer:
         rows = matching_rows(self.index, query)
         here = slice(query.offset, query.offset + PAGE_ROWS)
         if request.query_params.get("by") == "problem":
-            groups = grouped(rows)
+            groups = sorted_groups(grouped(rows), query)
             found = {"total": len(groups), "groups": groups[here]}
         else:
             found = {"total": len(rows), "rows": [row_values(row) for row in rows[here]]}

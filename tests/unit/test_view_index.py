@@ -14,7 +14,7 @@ from delethink.trace_index import TRACE_INDEX, index_lines, without_files
 from delethink.trace_io import TraceRecord, write_traces
 from delethink.types import StopReason, TraceStop
 from delethink.view.index import TraceIndex, read_part, trace_files
-from delethink.view.listing import ListQuery, grouped, matching_rows
+from delethink.view.listing import ListQuery, grouped, matching_rows, sorted_groups
 
 
 def record(
@@ -93,6 +93,20 @@ def test_groups_have_a_best_and_a_worst_trace(run: Path) -> None:
         "traces/step_000001.jsonl:1",
     )
     assert second["best"] == second["worst"] == "traces/step_000010.jsonl:1"
+
+
+def test_groups_are_sorted_by_their_means(run: Path) -> None:
+    (run / "traces/step_000011.jsonl").write_text(line(prompt="best", tokens=2))
+    rows = matching_rows(refreshed(run), ListQuery())
+
+    def problems(sort: str, descending: bool = False) -> list[str]:
+        query = ListQuery(sort=sort, descending=descending)
+        return [group["problem"] for group in sorted_groups(grouped(rows), query)]
+
+    assert problems("step") == ["1+1", "2+2", "best"]
+    assert problems("reward", descending=True)[0] == "best"
+    assert problems("length") == ["best", "2+2", "1+1"]
+    assert problems("problem", descending=True) == ["best", "2+2", "1+1"]
 
 
 def test_what_is_appended_is_read_once_it_is_whole(run: Path) -> None:

@@ -13,10 +13,10 @@ const GROUP_COLUMNS = [
   ["step", "first step", ""],
   ["problem", "problem", "text"],
   [null, "traces", "number"],
-  [null, "mean reward", "number"],
+  ["reward", "mean reward", "number"],
   [null, "best", "number"],
   [null, "worst", "number"],
-  [null, "mean tokens", "number"],
+  ["length", "mean tokens", "number"],
 ];
 const SEARCH_DELAY_MS = 250;
 
