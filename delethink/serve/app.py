@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -41,6 +42,7 @@ _logger = get_logger(__name__)
 _JSON_TYPES = ("", "application/json")
 _SWITCHES = ("enable_thinking", "thinking")
 _MAX_KEY_CHARACTERS = 255
+_BODY_TIME_S = 60.0  # for all of a body
 
 Endpoint = Callable[[Request], Awaitable[Any]]
 
@@ -190,9 +192,16 @@ class Routes:
         """Return the body of a request.
 
         Raises:
-            ApiError: the body is too large, or is not called JSON, which a page of another site
-                cannot send.
+            ApiError: the body is too large, does not come, or is not called JSON, which a page of
+                another site cannot send.
         """
+        try:
+            async with asyncio.timeout(_BODY_TIME_S):
+                return await self._read_body(request)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {_BODY_TIME_S:.0f} s") from None
+
+    async def _read_body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in _JSON_TYPES:
             raise ApiError(415, f"the Content-Type must be application/json, got {kind!r:.80}")

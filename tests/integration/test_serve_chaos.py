@@ -97,3 +97,20 @@ def test_a_client_that_reads_nothing_is_left_with_its_connection() -> None:
         while not made.service.board._tasks and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not any(made.settle().values()), made.left_over()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delethink.serve.app._BODY_TIME_S", 0.2)
+    made = Scene(serve_chaos.FakeUpstream())
+    made.service = service_of(ScriptedPolicy([]))
+    with serve_chaos.listening_app(made.app()) as url, socket.socket() as silent:
+        made.host, made.port = "127.0.0.1", int(url.rpartition(":")[2])
+        silent.connect((made.host, made.port))
+        silent.settimeout(60)
+        silent.sendall(serve_chaos._head(made, 1000) + b"{")
+        answered = b""
+        while piece := silent.recv(4096):
+            answered += piece
+        assert answered.startswith(b"HTTP/1.1 408")
+        assert serve_chaos.read_answer(answered)[0] == TOLD
+        assert not any(made.settle().values()), made.left_over()
