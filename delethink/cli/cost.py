@@ -174,7 +174,7 @@ def _cut(arguments: argparse.Namespace) -> Cut:
 def _seen_lengths(path: Path) -> FloatArray:
     if not (path / "settings.json").is_file():
         return read_lengths(path)
-    from delethink.evaluation.comparison import thinking_lengths
+    from delethink.evaluation.stored import thinking_lengths
 
     return np.array(thinking_lengths(path))
 

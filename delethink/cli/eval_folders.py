@@ -9,7 +9,7 @@ from typing import Any
 
 from delethink.config import NamedConfig, Recipe
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.evaluation.comparison import read_evaluation
+from delethink.evaluation.stored import read_evaluation
 from delethink.output import echo
 from delethink.redaction import json_text
 from delethink.training.checkpointing import FINAL_CHECKPOINT, load_run

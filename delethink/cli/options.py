@@ -96,7 +96,8 @@ def add_probe_options(command: argparse.ArgumentParser) -> None:
     help_text = "folder, Hugging Face id, or toy for the shipped model"
     command.add_argument("-m", "--model", required=True, help=help_text)
     add = command.add_argument_group("traces: from a file, or sampled as LongCoT").add_argument
-    add("--traces", type=Path, metavar="PATH", help="file of traces, or run directory")
+    kinds = "file of traces, or folder of a run or an evaluation"
+    add("--traces", type=Path, metavar="PATH", help=kinds)
     add("--task", help="sample traces of this task or file of problems")
     _add_task_arguments(add)
     add("--num-problems", type=int, metavar="N", help="use the first N problems (default 64)")
@@ -410,8 +411,8 @@ def add_cost_options(command: argparse.ArgumentParser) -> None:
         "--lengths",
         type=Path,
         metavar="PATH",
-        help="distribution of the lengths: folder of a run or an evaluation, or lines of LENGTH or LENGTH,COUNT; "
-        "with --thinking, scaled to those means",
+        help="distribution of the lengths: folder of a run or an evaluation, or lines of LENGTH or "
+        "LENGTH,COUNT; with --thinking, scaled to those means",
     )
     add("-C", "--context-size", default="8k", metavar="TOKENS", help="context size C (default 8k)")
     add("--carryover-size", metavar="TOKENS", help="carryover size m (default: half of C)")

@@ -6,83 +6,14 @@ two seeds of sampling. Sampling differs between them, and problems pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from delethink.errors import ConfigError, RunDirectoryError, UserError
-from delethink.evaluation.records import Record, ResultsDirectory
+from delethink.errors import ConfigError
 from delethink.evaluation.results import AnalysisSettings, Results, summarise
-from delethink.evaluation.settings import Setting
-from delethink.json_io import as_mapping, get_count, get_list, get_text, read_json
+from delethink.evaluation.stored import StoredEvaluation, read_evaluation
 
-_SETTINGS = "settings.json"
 _SHOWN = ("engine", "samples", "temperature", "seed", "forced_answer_tokens", "top_p", "top_k")
-
-
-@dataclass(frozen=True)
-class StoredEvaluation:
-    """An evaluation on disk."""
-
-    path: Path
-    label: str  # name in tables
-    values: Mapping[str, Any]  # of settings.json
-    settings: tuple[Setting, ...]
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records of its samples, with the keys of its settings."""
-        old = [replace(setting, label=None) for setting in self.settings]
-        keys = {each.key: own.key for each, own in zip(old, self.settings, strict=True)}
-        samples = get_count(self.values, "samples")
-        for record in ResultsDirectory(self.path).read():
-            key = record.key
-            if key.setting in keys and key.sample < samples:
-                yield replace(record, key=key._replace(setting=keys[key.setting]))
-
-
-def read_evaluation(path: Path, label: str | None = None) -> StoredEvaluation:
-    """Return the evaluation of a folder; ``label`` stands before the names of its models.
-
-    Raises:
-        RunDirectoryError: the folder holds no evaluation, or one that cannot be read.
-    """
-    if not (path / _SETTINGS).is_file():
-        raise RunDirectoryError(f"{path} holds no evaluation (no {_SETTINGS})")
-    try:
-        values = as_mapping(read_json(path / _SETTINGS, RunDirectoryError), _SETTINGS)
-        get_count(values, "samples")
-        settings = tuple(
-            Setting.from_dict(
-                each := as_mapping(one, "a setting"),
-                label=None if label is None else f"{label}: {get_text(each, 'model')}",
-            )
-            for one in get_list(values, "settings")
-        )
-        if not settings:
-            raise ValueError("there are no settings")
-    except (KeyError, ValueError, SyntaxError, UserError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise RunDirectoryError(f"{path / _SETTINGS} cannot be read: {reason}") from None
-    return StoredEvaluation(path, label or path.name, values, settings)
-
-
-def thinking_lengths(path: Path) -> list[float]:
-    """Return the lengths of an evaluation's LongCoT traces, or of those of its first setting.
-
-    Raises:
-        RunDirectoryError: the folder holds no evaluation, or no trace.
-    """
-    stored = read_evaluation(path)
-    chosen = next((each for each in stored.settings if each.mode == "longcot"), stored.settings[0])
-    last = {
-        record.key: float(max(1, record.outcomes[-1].length))
-        for record in stored.records()
-        if record.key.setting == chosen.key and record.outcomes
-    }
-    if not last:
-        raise RunDirectoryError(f"{path} holds no traces of {chosen.key}")
-    return list(last.values())
 
 
 def compare_evaluations(

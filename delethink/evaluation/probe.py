@@ -44,6 +44,7 @@ from delethink.evaluation.models import (
     longest_query,
     open_tokenizer,
 )
+from delethink.evaluation.stored import longcot_traces
 from delethink.output import safe_text
 from delethink.policy import Policy, Sampling
 from delethink.redaction import json_text
@@ -122,12 +123,17 @@ class Findings:
 
 
 def load_traces(path: Path) -> list[Trace]:
-    """Load traces from a file or a run directory, without failed ones.
+    """Load traces from a file, a run directory or an evaluation, without failed ones.
+
+    Of an evaluation, these are the LongCoT traces.
 
     Raises:
         ConfigError: no trace.
+        RunDirectoryError: an evaluation without LongCoT traces or their tokens.
         TraceFileError: a file that cannot be read.
     """
+    if (path / "settings.json").is_file():
+        return longcot_traces(path)
     files = sorted((path / "traces").glob("step_*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"{path} holds no traces: there is no traces/step_*.jsonl")

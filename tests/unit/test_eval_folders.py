@@ -16,15 +16,13 @@ from delethink.chunking import ChunkSpec
 from delethink.cli.eval_folders import continued_command, folder_to_continue, stored_command
 from delethink.cli.main import main
 from delethink.errors import ConfigError, RunDirectoryError
-from delethink.evaluation.comparison import (
-    compare_evaluations,
-    differences,
-    read_evaluation,
-    thinking_lengths,
-)
+from delethink.evaluation.comparison import compare_evaluations, differences
+from delethink.evaluation.probe import load_traces
 from delethink.evaluation.results import AnalysisSettings
 from delethink.evaluation.run import Evaluation, evaluate
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
+from delethink.evaluation.stored import read_evaluation, thinking_lengths
+from delethink.types import TraceStop
 
 SPEC = ChunkSpec(20, 10, 3, head_size=0)
 
@@ -123,6 +121,20 @@ def test_the_lengths_of_an_evaluation_are_those_of_longcot(tmp_path: Path) -> No
     expected = [r["outcomes"][-1]["length"] for r in stored if "longcot" in r["setting"]]
     assert thinking_lengths(folder) == expected
     assert main(["cost", "--lengths", str(folder), "-C", "8", "--carryover-size", "4"]) == 0
+
+
+def test_the_longcot_traces_of_an_evaluation_are_read_for_a_probe(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    traces = load_traces(folder)
+    stored = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    expected = [s["output_ids"][0] for s in stored if "longcot" in s["setting"]]
+    assert [list(trace.output_ids) for trace in traces] == expected
+    assert all(len(trace.query_ids) for trace in traces)
+    records = [json.loads(line) for line in (folder / "traces.jsonl").read_text().splitlines()]
+    spent = [r["outcomes"][-1]["out_of_budget"] for r in records if "longcot" in r["setting"]]
+    assert [trace.stop is TraceStop.BUDGET for trace in traces] == spent
+    with pytest.raises(RunDirectoryError, match="has no tokens of guess"):
+        load_traces(write(tmp_path / "b", keep_tokens=False))
 
 
 def test_evaluations_of_other_problems_are_refused(tmp_path: Path) -> None:
