@@ -12,6 +12,7 @@ import hashlib
 import html
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -106,8 +107,13 @@ def write_report(report: Report, folder: Path) -> Path:
     text = report_html(report)
     path = folder / REPORT_FILE
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
     return path
 
 

@@ -168,3 +168,15 @@ def test_an_evaluation_that_goes_on_has_a_report(tmp_path: Path) -> None:
     assert "13 of 16 traces so far" in page
     assert "guess | longcot" in page
     assert "pass@k" in page
+
+
+def test_a_full_disk_leaves_no_part_of_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, *args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(a_report(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
