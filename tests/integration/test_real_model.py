@@ -2,7 +2,7 @@
 
 No pretrained model can be downloaded by a test, so its folder comes from a variable:
 
-    DELETHINK_REAL_MODEL=FOLDER pytest --slow tests/integration/test_real_model.py
+    DELETHINK_REAL_MODEL=FOLDER pytest -m slow tests/integration/test_real_model.py
 """
 
 from __future__ import annotations
