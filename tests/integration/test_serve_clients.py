@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_litellm_reads_thinking_and_answer(
     assert streams[0][-1].usage.completion_tokens == reply.usage.completion_tokens
     with pytest.raises(litellm.NotFoundError, match="this server has 'toy'"):
         litellm.completion(**{**given, "model": f"{provider}/other"})
+
+
+def test_the_client_in_the_guide_prints_its_transcript(url: str, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "serve.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(import openai\n.*?)```", guide, re.DOTALL)
+    (printed,) = re.findall(r"```\n(10:1.*?)```", guide, re.DOTALL)
+    assert "http://127.0.0.1:8100/v1" in code
+    code = code.replace("http://127.0.0.1:8100/v1", url)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "".join(done.stdout.split()) == "".join(printed.split())
 
 
 @pytest.mark.slow

@@ -68,15 +68,15 @@ query_ids, output_ids = (5, 6, 7), [5] * 64
 def sample(prompt_ids, max_new_tokens):
     return [5] * max_new_tokens, StopReason.LENGTH
 """
-# Run by tests/integration/test_cli_eval.py, as it samples with a real engine.
-REAL_ENGINE = "import Evaluation, evaluate"
+# Run by test_cli_eval.py and test_serve_clients.py, as they sample with a real engine.
+REAL_ENGINE = ("import Evaluation, evaluate", "openai.OpenAI(")
 EXAMPLES = [
     (name_of(page), READERS + code if page.parent == ROOT else code, printed)
     for page in PAGES
     for code, printed in itertools.zip_longest(
         blocks(page, "python"), PRINTED.get(name_of(page), []), fillvalue=""
     )
-    if REAL_ENGINE not in code
+    if not any(words in code for words in REAL_ENGINE)
 ]
 
 
