@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "trl", "datasets", "pydantic"), "train"),
     **dict.fromkeys(("yaml", "rich", "matplotlib"), "train"),
-    **dict.fromkeys(("scipy", "openai"), "eval"),
+    **dict.fromkeys(("scipy", "openai", "bokeh"), "eval"),
     **dict.fromkeys(("pebble", "sandlock"), "scoring"),
     "math_verify": "math",
     "reasoning_gym": "tasks",
