@@ -74,14 +74,15 @@ def test_the_quickstart_passes_all_checks() -> None:
     assert [check.name for check in all_of_them] == [
         "recipe",
         "tokenizer",
+        "thinking",
         "context",
         "memory",
         "disk",
         "rewards",
     ]
     assert {check.status for check in all_of_them} <= {"ok", "warning"}  # on a busy machine
-    assert "105 of the model's 1024" in all_of_them[2].found
-    assert "right answer 1 (exact 1), wrong answer 0 (exact 0)" in all_of_them[5].found
+    assert "105 of the model's 1024" in all_of_them[3].found
+    assert "right answer 1 (exact 1), wrong answer 0 (exact 0)" in all_of_them[6].found
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(
         assert "checkpoint-9: " in last_line(launcher)
         assert "earlier checkpoints are complete" in last_line(launcher)
         kept = sorted(entry.name for entry in (copy / "checkpoints").iterdir())
-        assert kept == ["README.md", "checkpoint-8", "final"]
+        assert kept == ["checkpoint-8", "final"]
     assert launcher.train(copy, CONSTANT) == 0, launcher.log
     assert_same_run(copy, undisturbed)
 
