@@ -131,7 +131,7 @@ reasoners = st.builds(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(reasoners, specs, st.integers(1, 30))
 def test_a_greedy_trace_has_the_tokens_of_the_rollout(
     policy: MadeUpReasoner, spec: ChunkSpec, room: int
@@ -156,11 +156,12 @@ def test_a_greedy_trace_has_the_tokens_of_the_rollout(
         assert "\ufffd" not in text or "\ufffd" in whole + reward_text(TOKENIZER, answer)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(reasoners, specs, st.integers(1, 20))
 def test_segments_make_the_same_trace(policy: MadeUpReasoner, spec: ChunkSpec, tokens: int) -> None:
-    whole = play(model_of(policy), spec)
-    segmented = play(model_of(SegmentedPolicy(policy, tokens)), spec)
+    limits = ThinkingLimits(30)
+    whole = play(model_of(policy), spec, limits=limits)
+    segmented = play(model_of(SegmentedPolicy(policy, tokens)), spec, limits=limits)
     assert segmented.end == whole.end
     assert (segmented.thinking, segmented.answer) == (whole.thinking, whole.answer)
     assert segmented.logprobs == whole.logprobs
@@ -175,13 +176,13 @@ def test_a_chunk_with_a_seed_is_asked_for_at_once() -> None:
     assert policy.calls == [(QUERY, 20)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(reasoners, specs)
 def test_boundaries_say_what_was_carried_and_encoded_again(
     policy: MadeUpReasoner, spec: ChunkSpec
 ) -> None:
     trace = asyncio.run(run_rollout(policy, spec, QUERY, GREEDY))
-    played = play(model_of(policy), spec)
+    played = play(model_of(policy), spec, limits=ThinkingLimits(30))
     boundaries = [event for event in played.events if isinstance(event, BoundaryCrossed)]
     usage = played.end.usage
     assert usage.boundaries == len(boundaries) == usage.chunks - 1 <= len(trace.chunks) - 1
@@ -191,7 +192,7 @@ def test_boundaries_say_what_was_carried_and_encoded_again(
     assert usage.carried_tokens == sum(boundary.carried_tokens for boundary in boundaries)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(reasoners, specs, st.integers(0, 60), st.integers(1, 80))
 def test_limits_hold_and_an_answer_is_always_asked_for(
     policy: MadeUpReasoner, spec: ChunkSpec, budget: int, total: int
@@ -360,7 +361,8 @@ def test_a_broken_stream_goes_on_where_it_broke(tokens: int) -> None:
 
     spec, policy = ChunkSpec(20, 5, 4, 0), Breaking(0, 0, 0)
     trace = asyncio.run(run_rollout(MadeUpReasoner(0, 0, 0), spec, QUERY, GREEDY))
-    assert play(model_of(policy), spec).thinking == trace.output_ids
+    played = play(model_of(policy), spec, limits=ThinkingLimits(9))
+    assert played.thinking == trace.output_ids
     assert policy.broken
 
 
