@@ -368,4 +368,5 @@ def _vocabulary(tokenizer: Any) -> Mapping[str, Any]:
 
 
 def _has_vocabulary(tokenizer: Any) -> bool:
-    return hasattr(tokenizer, "get_vocab")
+    # Those of transformers have both; reading a large vocabulary takes time, and marks are added.
+    return hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "get_added_vocab")

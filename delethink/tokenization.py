@@ -23,6 +23,7 @@ from delethink.chat_templates import check_template_kwargs as check_template_kwa
 from delethink.errors import ModelError
 from delethink.thinking_marks import (
     OPTION,
+    SETTING,
     ThinkingMarks,
     bind_thinking_marks,
     marks_of,
@@ -216,7 +217,9 @@ def bind_marks(tokenizer: Any, setting: str | None) -> ThinkingMarks:
     marks = bind_thinking_marks(tokenizer, setting)
     if marks.end is not None:
         keep_marks(tokenizer, marks.end)
-        if marks.end.strip() not in reward_text(tokenizer, encode(tokenizer, marks.end)):
+        written = reward_text(tokenizer, encode(tokenizer, marks.end))
+        # Of a mark that the user gives and nothing shows, the doctor warns.
+        if marks.source != SETTING and marks.end.strip() not in written:
             raise ModelError(
                 f"the tokenizer cannot write {marks.end}, the end of thinking ({marks.source}), so "
                 "no answer would be found; set task.end_of_thinking or --end-of-thinking to the "
