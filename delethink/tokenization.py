@@ -142,6 +142,16 @@ def tokenizer_faults(tokenizer: Any, query: TokenIds, ends: Sequence[int]) -> li
         advice = "begin the chat template with {{ bos_token }}"
         lacks = f"a query has no {tokenizer.bos_token}, which the tokenizer adds to any text"
         faults.append((lacks, advice))
+    elif (
+        bos not in (None, getattr(tokenizer, "eos_token_id", None), *query)
+        and not tokenizer.chat_template
+    ):
+        lacks = f"a query has no {tokenizer.bos_token}, the start token, and no chat template"
+        advice = (
+            "if the model was trained with it, it writes nonsense without: set add_bos_token in "
+            "tokenizer_config.json, or a chat template that begins with {{ bos_token }}"
+        )
+        faults.append((lacks, advice))
     if query[-1:] and query[-1] in ends:
         name = tokenizer.convert_ids_to_tokens(query[-1])
         advice = "end the chat template with the start of the model's turn"

@@ -83,7 +83,7 @@ TURN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 @pytest.mark.parametrize(
     ("single", "template", "expected"),
     [
-        ("$A", None, ""),
+        ("$A", None, f"a query has no {START}, the start token, and no chat template"),
         (f"{START} $A", None, ""),
         (f"{START} $A {END}", None, ""),
         (f"{START} $A", "{{ bos_token }}" + TURN, ""),
