@@ -65,6 +65,7 @@ def _sync(path: Path) -> None:
 
 
 _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
+MARKS = "marks.json"
 _VERSIONS, _METRICS, _TABLE = "versions.json", "metrics.jsonl", "table.json"
 _TRACE_FILE = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
 
@@ -76,13 +77,13 @@ class RunDirectory:
     """The files of a run. Files are replaced atomically, and lines are appended per step.
 
     ``config.yaml``: resolved recipe. ``versions.json``: versions, hardware and commit.
-    ``problems.json``: numbers of problems used and left out. ``metrics.jsonl``: one object per
-    optimizer step. ``traces/step_N.jsonl``: traces sampled for step N. ``trace_index.jsonl``: where
-    each of them is, for the viewer. ``token_stats/``: with ``training.trace_token_stats``, values
-    of single tokens. ``checkpoints/``. ``tensorboard/``: event files, if the recipe asks for them.
-    ``table.json`` and ``curves.png``: results. ``finished.json``: present when the run is finished.
-    ``resumed.jsonl``: one line per resume. ``superseded/``: files of steps after the checkpoint
-    from which the run was resumed.
+    ``problems.json``: numbers of problems used and left out. ``marks.json``: end of thinking.
+    ``metrics.jsonl``: one object per optimizer step. ``traces/step_N.jsonl``: traces sampled for
+    step N. ``trace_index.jsonl``: where each of them is, for the viewer. ``token_stats/``: with
+    ``training.trace_token_stats``, values of single tokens. ``checkpoints/``. ``tensorboard/``:
+    event files, if the recipe asks for them. ``table.json`` and ``curves.png``: results.
+    ``finished.json``: present when the run is finished. ``resumed.jsonl``: one line per resume.
+    ``superseded/``: files of steps after the checkpoint from which the run was resumed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -247,6 +248,10 @@ class RunDirectory:
         self._append_text(name, "".join(lines))
         with suppress(KeyError, ValueError):  # a viewer reads traces outside the index itself
             self._append_text(TRACE_INDEX, index_lines(name, begin, lines, kept))
+
+    def write_marks(self, end: str | None) -> None:
+        """Write the mark of the end of thinking, as resolved; ``None`` for a model without one."""
+        self._write(MARKS, json_text({"end_of_thinking": end}) + "\n")
 
     def write_problems(self, counts: dict[str, Any]) -> None:
         """Write ``problems.json``."""

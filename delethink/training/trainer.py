@@ -22,6 +22,7 @@ from delethink.engines.loading import load_model, split_revision
 from delethink.errors import ConfigError, RunDirectoryError
 from delethink.redaction import register_settings
 from delethink.tasks import left_out_of
+from delethink.thinking_marks import marks_of
 from delethink.training.checkpointing import (
     CHECKPOINT_PREFIX,
     FINAL_CHECKPOINT,
@@ -88,6 +89,7 @@ def _train(
     settings = trl_config(recipe, inputs.spec, directory.checkpoints)
     sampling_model = _sampling_model(recipe, model, settings.device)
     checkpoint = resume(location, recipe, progress) if location.exists else None
+    directory.write_marks(marks_of(inputs.tokenizer).end)
     _report_problems(prepared, inputs, directory, progress)
 
     progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")

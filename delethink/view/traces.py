@@ -10,7 +10,15 @@ from typing import Any
 from delethink.chunking import ChunkSpec, ThinkingState
 from delethink.errors import DelethinkError, TraceFileError
 from delethink.evaluation.settings import Setting
-from delethink.json_io import as_mapping, get_count, get_list, parse_json, read_json
+from delethink.json_io import (
+    as_mapping,
+    get_count,
+    get_list,
+    get_text,
+    optional,
+    parse_json,
+    read_json,
+)
 from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
 from delethink.trace_index import TOKEN_STATS
 from delethink.trace_io import TraceRecord, read_traces
@@ -64,7 +72,8 @@ class TraceOpener:
         self, row: ListedTrace, record: TraceRecord, values: Mapping[str, Any]
     ) -> TraceView:
         trace, problem = record.trace, record.problem
-        texts, advice = self.texts(self._home(row.file))
+        home = self._home(row.file)
+        texts, advice = self.texts(home)
         parts = {f"reward {name}": value for name, value in record.rewards.items()}
         facts = {
             "step": row.place,
@@ -92,7 +101,7 @@ class TraceOpener:
             title=row.name,
             facts=facts,
             notes=notes,
-            answer=None if advice else answer_place(trace, texts),
+            answer=None if advice else answer_place(trace, texts, _mark_of_run(home)),
             values=_stored_values(trace, _token_stats(row, trace, self.index.root)),
             workers=[chunk.worker for chunk in trace.chunks],
         )
@@ -187,6 +196,15 @@ def _numbers(column: Any, count: int) -> list[float]:
     if not isinstance(column, list) or len(column) != count:
         return []
     return column if all(isinstance(number, (int, float)) for number in column) else []
+
+
+def _mark_of_run(folder: Path) -> str | None:
+    """Return the mark of the end of thinking that a run names, by default the usual one."""
+    try:
+        values = as_mapping(read_json(folder / "marks.json", TraceFileError), "marks.json")
+        return optional(get_text, values, "end_of_thinking")
+    except (TraceFileError, KeyError, ValueError):
+        return _MARK
 
 
 # -- evaluations -------------------------------------------------------------------------------

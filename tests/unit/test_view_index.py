@@ -15,6 +15,7 @@ from delethink.trace_io import TraceRecord, write_traces
 from delethink.types import StopReason, TraceStop
 from delethink.view.index import TraceIndex, read_part, trace_files
 from delethink.view.listing import ListQuery, grouped, matching_rows, sorted_groups
+from delethink.view.traces import TraceOpener
 
 
 def record(
@@ -238,3 +239,25 @@ def test_a_query_with_an_unknown_order_names_the_known_ones() -> None:
         ListQuery.from_parameters({"sort": "lenght"})
     with pytest.raises(ConfigError, match="offset must be a whole number"):
         ListQuery.from_parameters({"offset": "-1"})
+
+
+@pytest.mark.parametrize(
+    ("marks", "is_usual"),
+    [
+        (None, True),
+        ('{"end_of_thinking": "</think>"}', True),
+        ('{"end_of_thinking": "[/THINK]"}', False),
+        ('{"end_of_thinking": null}', False),
+        ("{", True),
+        ('{"end_of_thinking": 3}', True),
+    ],
+    ids=["none", "usual", "own", "unmarked", "damaged", "type"],
+)
+def test_the_answer_begins_after_the_mark_that_the_run_names(
+    run: Path, marks: str | None, is_usual: bool
+) -> None:
+    if marks is not None:
+        (run / "marks.json").write_text(marks)
+    index = refreshed(run)
+    answer = TraceOpener(index).open(index.rows[1]).answer  # tokens 0 to 8 of the toy
+    assert (answer == (5, 8)) is is_usual
