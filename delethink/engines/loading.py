@@ -154,14 +154,21 @@ def _is_cached_whole(model: str) -> bool:
     name, revision = split_revision(model)
     if revision == "" or _is_path(name) or _folder(model).is_dir():
         return False
+    whole = any(_is_cached(name, file, revision) for file in WEIGHT_FILES)
+    return whole and not _is_cached(name, ADAPTER_SETTINGS, revision)
+
+
+def _is_cached(model: str, file: str, revision: str | None) -> bool:
+    """Return whether the cache of the hub has a file of an id."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return False
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    def has(file: str) -> bool:
-        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-
-    return any(map(has, WEIGHT_FILES)) and not has(ADAPTER_SETTINGS)
+    try:
+        return isinstance(try_to_load_from_cache(model, file, revision=revision), str)
+    except HFValidationError:  # the name is no id: loading says why
+        return False
 
 
 @cache
@@ -172,12 +179,11 @@ def hub_error(model: str, revision: str | None = None) -> str | None:
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     names = ("config.json", ADAPTER_SETTINGS, _TOKENIZER)
-    cached = [try_to_load_from_cache(model, name, revision=revision) for name in names]
-    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
+    if constants.HF_HUB_OFFLINE or any(_is_cached(model, name, revision) for name in names):
         return None
     try:
         HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from delethink.chunking import ChunkSpec
 from delethink.config import Recipe
 from delethink.engines.loading import split_revision
 from delethink.errors import ModelError
@@ -52,9 +53,9 @@ def export_weights(
     write_text(path / "config.json", json_text(config, indent=2) + "\n")
 
 
-def write_card(path: Path, recipe: Recipe, rows: Sequence[HeldOutResult]) -> None:
+def write_card(path: Path, recipe: Recipe, spec: ChunkSpec, rows: Sequence[HeldOutResult]) -> None:
     """Write the model card: base, objective, chunk sizes, held-out results and versions."""
-    spec, training = recipe.thinking, recipe.training
+    training = recipe.training
     base, is_folder = recipe.model, Path(recipe.model).exists()
     name = Path(base).name if is_folder else split_revision(base)[0]
     front = ["library_name: transformers", "tags: [delethink, grpo, markovian-thinker]"]
@@ -64,7 +65,7 @@ def write_card(path: Path, recipe: Recipe, rows: Sequence[HeldOutResult]) -> Non
         "context size C": spec.context_size,
         "carryover size m": spec.carryover_size,
         "maximum chunks I": spec.max_chunks,
-        "thinking budget": spec.spec().budget,
+        "thinking budget": spec.budget,
         "optimizer steps": training.max_steps,
         "traces per step": training.traces_per_step,
         "learning rate": f"{training.learning_rate:g}",

@@ -112,7 +112,7 @@ def _train(
         _fit(state, table, report, settings, model, checkpoint, ranks, base_dtype)
         table.add_row(TRAINED_SETTING, inputs.spec)
         trained = directory.checkpoints / FINAL_CHECKPOINT
-        write_card(trained, recipe, table.rows)
+        write_card(trained, recipe, inputs.spec, table.rows)
         directory.finish(recipe.training.max_steps)
         progress.table(table.rows, inputs.spec, directory.path)
         progress.log(f"trained model: {trained}")

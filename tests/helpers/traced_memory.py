@@ -18,15 +18,17 @@ class Traced:
 def traced_memory(code: Callable[[], Any], repeats: int = 3) -> Traced:
     """Return the least of several runs of `code`.
 
-    Threads that other tests left behind allocate too, and cyclic garbage is freed at times of the
-    collector's own. Both only ever add.
+    Threads that other tests left behind allocate too, and cyclic garbage waits for the collector,
+    which the tests call as rarely as the commands do. Both only ever add.
     """
     runs = [run_once(code) for _ in range(repeats)]
     return Traced(min(run.held for run in runs), min(run.peak for run in runs))
 
 
 def run_once(code: Callable[[], Any]) -> Traced:
+    thresholds = gc.get_threshold()
     gc.collect()
+    gc.set_threshold(500)
     tracemalloc.start()
     try:
         kept = code()  # what it returns counts as held
@@ -34,4 +36,5 @@ def run_once(code: Callable[[], Any]) -> Traced:
         del kept
     finally:
         tracemalloc.stop()
+        gc.set_threshold(*thresholds)
     return Traced(held, peak)

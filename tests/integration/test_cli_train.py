@@ -38,7 +38,10 @@ def test_a_run_ends_with_a_table_and_its_path(finished: tuple[Path, str]) -> Non
     path, printed = finished
     for row in ("base, one context", "base, LongCoT", "base, Delethink", "after RL, Delethink"):
         assert row in printed
-    assert printed.strip().endswith("run directory: run")
+    *_, place, trained, command = printed.strip().splitlines()
+    assert place == "run directory: run"
+    assert trained == "trained model: run/checkpoints/final"
+    assert command == "measure it: delethink eval -m toy,run"
     rows = json.loads((path / "table.json").read_text())
     assert [row["num_problems"] for row in rows] == [16] * 4
 

@@ -91,7 +91,7 @@ def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["traces"] == 6
     assert found["answers"] == 6
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["probe.json", "probe.md", "probe.png"]
+    assert names == ["probe.json", "probe.md", "probe.png", "report.html"]
     assert (tmp_path / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
