@@ -65,7 +65,7 @@ def _sync(path: Path) -> None:
 
 
 _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", ".lock"
-MARKS = "marks.json"
+_MARKS_FILE = "marks.json"
 _VERSIONS, _METRICS, _TABLE = "versions.json", "metrics.jsonl", "table.json"
 _TRACE_FILE = re.compile(r"(?:nonfinite_)?step_(\d+)\.jsonl")
 
@@ -251,7 +251,7 @@ class RunDirectory:
 
     def write_marks(self, end: str | None) -> None:
         """Write the mark of the end of thinking, as resolved; ``None`` for a model without one."""
-        self._write(MARKS, json_text({"end_of_thinking": end}) + "\n")
+        self._write(_MARKS_FILE, json_text({"end_of_thinking": end}) + "\n")
 
     def write_problems(self, counts: dict[str, Any]) -> None:
         """Write ``problems.json``."""
