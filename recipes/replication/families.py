@@ -78,7 +78,8 @@ def life_table() -> Table:
     offsets = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     alive = sum(np.roll(cells, offset, (1, 2)) for offset in offsets)
     born = (alive == 3) | ((cells == 1) & (alive == 2))
-    return (born.reshape(-1, BOARD_CELLS) << places).sum(1)
+    following: Table = (born.reshape(-1, BOARD_CELLS) << places).sum(1)
+    return following
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +88,8 @@ def restless_boards() -> npt.NDArray[np.bool_]:
     table, boards = life_table(), np.arange(1 << BOARD_CELLS)
     for _ in range(_TRANSIENT_STEPS):
         boards = table[boards]
-    return table[boards] != boards
+    restless: npt.NDArray[np.bool_] = table[boards] != boards
+    return restless
 
 
 def ring_text(ring: int) -> str:
@@ -176,7 +178,8 @@ class HittingTask:
             ring = ring_text(rng.getrandbits(RING_CELLS))
             while is_held_out(ring):
                 ring = ring_text(rng.getrandbits(RING_CELLS))
-        query, lines = ring, []
+        query = ring
+        lines: list[str] = []
         while len(lines) < num_lines and not (lines and ring.startswith(STOP)):
             ring = automaton_step(ring, RULE)
             ring = flip_cell(rng, ring) if rng.random() < slip else ring

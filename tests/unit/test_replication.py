@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 pytest.importorskip("reasoning_gym")
 
@@ -15,6 +16,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
 sys.path.append(str(FOLDER))  # the recipe's own modules, as ``delethink train`` finds them
 
 import families  # noqa: E402
+import make_base  # noqa: E402
 
 from delethink.envs.automaton import automaton_step, is_held_out  # noqa: E402
 from delethink.errors import ConfigError  # noqa: E402
@@ -153,3 +155,52 @@ def test_tasks_and_grader_are_found_by_module_and_object(monkeypatch) -> None:
 def test_impossible_steps_are_refused(task, steps) -> None:
     with pytest.raises(ConfigError, match="steps must"):
         task(*steps)
+
+
+# ---- the base model
+
+
+def tiny_settings(name: str) -> dict:
+    sizes = make_base.read_sizes()
+    tiny = {"updates": 6, "layers": 1, "width": 32, "tokens": 128, "max_lines": 3}
+    return make_base.base_settings(name, sizes) | tiny
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_has_labels_for_the_written_text_only(name: str) -> None:
+    settings, tokenizer = tiny_settings(name), make_base.make_tokenizer()
+    for number in range(8):
+        ids, labels = make_base.make_batch(tokenizer, settings, number)
+        again, _ = make_base.make_batch(tokenizer, settings, number)
+        assert ids.equal(again)
+        for row, wanted in zip(ids, labels, strict=True):
+            text = tokenizer.decode(row)
+            query, _, _ = text.partition("<think>")
+            labelled = tokenizer.decode(row[wanted != make_base.IGNORED])
+            assert text == f"{query}<think>{labelled}" + "<pad>" * text.count("<pad>")
+            assert "<pad>" not in labelled
+
+
+def test_a_base_made_in_pieces_is_the_base_made_at_once(tmp_path: Path) -> None:
+    settings, clock = tiny_settings("hitting"), iter(range(10**6))
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert make_base.make_piece(settings, whole, 10**6, print)
+    with pytest.MonkeyPatch.context() as patch:
+        # A clock that moves a second with each reading, so each piece is a few updates.
+        patch.setattr(make_base.time, "monotonic", lambda: next(clock))
+        number = 1
+        while not make_base.make_piece(settings, pieces, 5, print):
+            number += 1
+    assert number > 1
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, pieces)]
+    assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+    assert make_base.make_piece(settings, whole, 0, print)  # it is there
+    with pytest.raises(ConfigError, match="other sizes"):
+        make_base.make_piece(settings | {"lr": 1.0}, whole, 0, print)
+
+
+def test_a_model_begun_with_other_sizes_is_refused(tmp_path: Path) -> None:
+    settings = tiny_settings("life")
+    assert not make_base.make_piece(settings, tmp_path, 0, print)
+    with pytest.raises(ConfigError, match=r"begun with slip=0.03, and now it is 0.5"):
+        make_base.make_piece(settings | {"slip": 0.5}, tmp_path, 0, print)
