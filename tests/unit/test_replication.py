@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-pytest.importorskip("reasoning_gym")
-
 FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
 sys.path.append(str(FOLDER))  # the recipe's own modules, as ``delethink train`` finds them
 
-import families  # noqa: E402
-import make_base  # noqa: E402
+import families
+import make_base
 
-from delethink.envs.automaton import automaton_step, is_held_out  # noqa: E402
-from delethink.errors import ConfigError  # noqa: E402
-from delethink.evaluation.run import load_problems  # noqa: E402
-from delethink.rewards.match import exact_match  # noqa: E402
-from delethink.tasks import demonstrations_of  # noqa: E402
+from delethink.envs.automaton import automaton_step, is_held_out
+from delethink.errors import ConfigError
+from delethink.evaluation.run import load_problems
+from delethink.rewards.match import exact_match
+from delethink.tasks import demonstrations_of
+
+pytest.importorskip("reasoning_gym")
 
 TASKS = {"hitting": families.HittingTask(2, 19), "life": families.LifeTask(2, 17)}
 LONG = {"hitting": families.HittingTask(20, 200), "life": families.LifeTask(20, 170)}
