@@ -27,6 +27,7 @@ from delethink.evaluation.settings import SamplingPlan, make_settings
 from delethink.evaluation.stored import read_evaluation
 from delethink.json_io import read_json_lines
 from delethink.registry import search_folder
+from delethink.training.checkpointing import FINAL_CHECKPOINT
 
 PIECE_S = 13 * 60  # length of one piece of a base model
 TEMPERATURE = 1.0
@@ -63,7 +64,7 @@ def _make(cell: Cell, place: Place) -> dict[str, Any] | None:
     folder = place.folder(cell.name)
     if not make_base.make_piece(settings, folder, PIECE_S, lambda line: print(line, flush=True)):
         return None
-    return {"weights": digest(str(folder))}
+    return {"weights": digest(model_of(cell, place))}
 
 
 def recipe_of(cell: Cell, place: Place) -> dict[str, Any]:
@@ -94,6 +95,13 @@ def recipe_of(cell: Cell, place: Place) -> dict[str, Any]:
     }
 
 
+def model_of(cell: Cell, place: Place) -> str:
+    """Return the folder of the weights that a base or training cell has made."""
+    folder = place.folder(cell.name if cell.kind in ("base", "train") else cell.needs[0])
+    final = folder / "checkpoints" / FINAL_CHECKPOINT
+    return str(final if final.is_dir() else folder)
+
+
 def _train(cell: Cell, place: Place) -> dict[str, Any]:
     """Run ``delethink train``; a run that was stopped goes on from its last checkpoint."""
     recipe = place.work / f"{cell.name}.yaml"
@@ -106,7 +114,7 @@ def _train(cell: Cell, place: Place) -> dict[str, Any]:
     folder = place.folder(cell.name)
     lines = read_json_lines(folder / "metrics.jsonl", RolloutError)
     curve = [[_rounded(line.get(name)) for name in _CURVE] for _, line in lines]
-    return {"weights": digest(str(folder)), "columns": list(_CURVE), "curve": curve}
+    return {"weights": digest(model_of(cell, place)), "columns": list(_CURVE), "curve": curve}
 
 
 def _problems(cell: Cell) -> ProblemSet:
@@ -119,7 +127,7 @@ def _problems(cell: Cell) -> ProblemSet:
 def _evaluate(cell: Cell, place: Place) -> dict[str, Any]:
     """Evaluate a model; what was sampled before a stop is kept."""
     settings, thinking = cell.settings, cell.settings["thinking"]
-    model, folder = str(place.folder(cell.needs[0])), place.folder(cell.name)
+    model, folder = model_of(cell, place), place.folder(cell.name)
     is_beyond = cell.kind == "beyond"
     ways = make_settings(
         [model],
@@ -181,7 +189,7 @@ def _by_sample(values: Mapping[tuple[int, int], str]) -> list[str]:
 
 
 def _probe(cell: Cell, place: Place) -> dict[str, Any]:
-    thinking, model = cell.settings["thinking"], str(place.folder(cell.needs[0]))
+    thinking, model = cell.settings["thinking"], model_of(cell, place)
     spec = ChunkSpec(**thinking)
     with contextlib.closing(_problems(cell)) as problems:
         traces = sample_traces(model, problems.problems, spec.budget, temperature=TEMPERATURE)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
-sys.path.append(str(FOLDER))  # the recipe's own modules, as ``delethink train`` finds them
+# The recipe's own modules, as ``delethink train`` finds them.
+sys.path.append(str(Path(__file__).parents[2] / "recipes" / "replication"))
 
 import families
 import make_base
@@ -23,6 +23,8 @@ from delethink.rewards.match import exact_match
 from delethink.tasks import demonstrations_of
 
 pytest.importorskip("reasoning_gym")
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
 
 TASKS = {"hitting": families.HittingTask(2, 19), "life": families.LifeTask(2, 17)}
 LONG = {"hitting": families.HittingTask(20, 200), "life": families.LifeTask(20, 170)}

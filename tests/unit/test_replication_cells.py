@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
-sys.path.append(str(FOLDER))
+sys.path.append(str(Path(__file__).parents[2] / "recipes" / "replication"))
 
 import cells as cells_module
 import drawing
@@ -22,6 +21,8 @@ import study
 from delethink.errors import ConfigError
 
 pytest.importorskip("reasoning_gym")
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "replication"
 
 
 @pytest.fixture
