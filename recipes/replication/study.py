@@ -14,6 +14,7 @@ other sizes, or another version of protocol or families, are refused.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -109,51 +110,84 @@ def _compare(cell: Cell, place: Place, result: Mapping[str, Any]) -> int:
     return 0 if is_same else 1
 
 
-def run_all(cells: Mapping[str, Cell], place: Place, jobs: int, extra: Sequence[str]) -> int:
-    """Run every unfinished cell in a process of its own, ``jobs`` at a time."""
-    finished = set(check_results(cells, place))
-    failed: list[str] = []
+class Driver:
+    """Runs unfinished cells, each in a process of its own, some at a time."""
 
-    def run_one(cell: Cell) -> None:
-        if cell.name in finished:
+    def __init__(self, place: Place, extra: Sequence[str] = ()) -> None:
+        self.place = place
+        self.extra = tuple(extra)  # options of the command that runs a cell
+        self.failed: list[str] = []
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._is_stopped = False
+
+    def run(self, cells: Mapping[str, Cell], jobs: int) -> int:
+        """Run every unfinished cell, ``jobs`` at a time, and return the exit code.
+
+        Raises:
+            ConfigError: a result was made with other sizes.
+        """
+        finished = check_results(cells, self.place)
+        for _, group in groupby(cells.values(), key=lambda cell: cell.kind):
+            ready = [cell for cell in group if cell.name not in finished]
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    list(pool.map(self._run_cell, ready))
+                except BaseException:  # an interrupt: no cell may outlive the driver
+                    self._stop()
+                    raise
+        if self.failed:
+            names = ", ".join(self.failed)
+            print(f"{len(self.failed)} of {len(cells)} cells are not finished: {names}")
+            return 1
+        print(f"all {len(cells)} cells are finished: {self.place.results}")
+        return 0
+
+    def command(self, cell: Cell) -> list[str]:
+        """Return the command that runs a cell."""
+        return [sys.executable, str(Path(__file__).resolve()), "run", cell.name, *self.extra]
+
+    def _run_cell(self, cell: Cell) -> None:
+        if set(cell.needs) & set(self.failed):
+            self.failed.append(cell.name)
             return
-        if set(cell.needs) & set(failed):
-            failed.append(cell.name)
-            return
-        if _run_process(cell, extra) and not place.file(cell.name).exists():
-            failed.append(cell.name)
+        for _ in range(MAX_PIECES):
+            if self._is_stopped or self._run_piece(cell) != NOT_FINISHED:
+                break
+        if not self.place.file(cell.name).exists():
+            self.failed.append(cell.name)
 
-    for _, group in groupby(cells.values(), key=lambda cell: cell.kind):
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run_one, group))
-    if failed:
-        print(f"{len(failed)} of {len(cells)} cells are not finished: {', '.join(failed)}")
-        return 1
-    print(f"all {len(cells)} cells are finished: {place.results}")
-    return 0
-
-
-def _run_process(cell: Cell, extra: Sequence[str]) -> int:
-    """Run a cell in pieces of at most 15 minutes, and return the last exit code."""
-    command = [sys.executable, str(Path(__file__).resolve()), "run", cell.name, *extra]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    code = NOT_FINISHED
-    for _ in range(MAX_PIECES):
+    def _run_piece(self, cell: Cell) -> int:
+        """Run a cell for at most 15 minutes, and return the exit code."""
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         # A group of its own, so that the training that a cell starts is stopped with it.
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(self.command(cell), env=environment, start_new_session=True)
+        self._running.add(process)
         try:
-            code = process.wait(CELL_TIMEOUT_S)
+            return process.wait(CELL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            code = NOT_FINISHED
             print(f"{cell.name} is stopped after 15 minutes", flush=True)
+            return NOT_FINISHED
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if code != NOT_FINISHED:
-            break
-    return code
+            _kill(process)
+            self._running.discard(process)
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+        for process in list(self._running):
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all it started, unless it has ended."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def show(cells: Mapping[str, Cell], place: Place) -> None:
@@ -205,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             draw(cells, check_results(cells, place), place.results)
         elif arguments.cell is None:
-            return run_all(cells, place, arguments.jobs, extra)
+            signal.signal(signal.SIGTERM, _interrupt)
+            return Driver(place, extra).run(cells, arguments.jobs)
         else:
             find_cell(cells, arguments.cell)
             _be_quiet()
@@ -213,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
     except OSError as error:
         reason = error.strerror or error
         print(f"error: cannot write {error.filename or place.results}: {reason}", file=sys.stderr)

@@ -172,3 +172,63 @@ def test_a_test_without_all_its_cells_is_left_out() -> None:
     assert "life: Delethink-RL matches LongCoT-RL" not in names
     assert "hitting: Delethink-RL matches LongCoT-RL" in names
     assert drawing.make_tests(cells, {}) == []
+
+
+class FakeDriver(study.Driver):
+    """Runs a small program in place of each cell, as a cell takes minutes."""
+
+    program = ""
+
+    def command(self, cell: cells_module.Cell) -> list[str]:
+        path = self.place.file(cell.name)
+        result = json.dumps({"fingerprint": cell.fingerprint})
+        return [sys.executable, "-c", self.program, cell.name, str(path), result]
+
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[2]).write_text(sys.argv[3])"
+
+
+def test_the_driver_runs_what_is_missing_and_names_what_failed(place, capsys) -> None:
+    cells, driver = all_cells(), FakeDriver(place)
+    place.results.mkdir()
+    # The base of one family fails, so no cell of that family can run.
+    driver.program = f"import sys\nif sys.argv[1] == 'life-base': sys.exit(2)\n{WRITES}"
+    few = {name: cells[name] for name in ("hitting-base", "life-base", "life-probe")}
+    assert driver.run(few, jobs=2) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 cells are not finished: life-base, life-probe" in out
+    again = FakeDriver(place)
+    again.program = WRITES
+    assert again.run(few, jobs=1) == 0
+    assert " hitting-base" not in capsys.readouterr().out  # finished before
+
+
+def test_a_cell_that_is_not_finished_is_run_again(place) -> None:
+    cells, driver = all_cells(), FakeDriver(place)
+    place.results.mkdir()
+    driver.program = f"""
+import pathlib, sys
+mark = pathlib.Path(sys.argv[2]).with_suffix(".pieces")
+pieces = len(mark.read_text()) if mark.exists() else 0
+mark.write_text("x" * (pieces + 1))
+if pieces < 2: sys.exit({study.NOT_FINISHED})
+{WRITES}"""
+    assert driver.run({"life-base": cells["life-base"]}, jobs=1) == 0
+    assert (place.results / "life-base.pieces").read_text("utf-8") == "xxx"
+
+
+def test_no_cell_outlives_an_interrupted_driver(place, monkeypatch) -> None:
+    cells, driver = all_cells(), FakeDriver(place)
+    driver.program = "import time; time.sleep(600)"
+    processes = []
+    whole = study.subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        processes.append(process)
+        monkeypatch.setattr(study.subprocess.Popen, "wait", whole)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run({"life-base": cells["life-base"]}, jobs=1)
+    assert processes[0].poll() is not None
