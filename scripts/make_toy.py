@@ -45,8 +45,10 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_model(seed: int, layers: int, width: int, vocab_size: int) -> Qwen2ForCausalLM:
-    """Random weights of the Qwen2 shape."""
+def make_model(
+    seed: int, layers: int, width: int, vocab_size: int, positions: int = 1024
+) -> Qwen2ForCausalLM:
+    """Random weights of the Qwen2 shape, for sequences of up to ``positions`` tokens."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -56,7 +58,7 @@ def make_model(seed: int, layers: int, width: int, vocab_size: int) -> Qwen2ForC
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
             num_key_value_heads=width // 32,
-            max_position_embeddings=1024,
+            max_position_embeddings=positions,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             tie_word_embeddings=False,
             pad_token_id=0,
@@ -104,20 +106,30 @@ def learning_rate(spent: float, peak: float) -> float:
     return peak * min(1.0, spent / 0.03, max(0.0, (1 - spent) / 0.4))
 
 
+def make_optimizer(model) -> torch.optim.AdamW:
+    """AdamW with a short memory of squared gradients."""
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def update(model, optimizer, ids, labels, rate: float) -> float:
+    """One update of next-token prediction at a learning rate; returns the loss in nats."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def train(model, stream, steps: int, peak: float, report) -> None:
     """Next-token prediction on the solutions for a fixed number of updates."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = make_optimizer(model)
     started, smooth = time.monotonic(), None
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / steps, peak)
         ids, labels = next(stream)
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        value = loss.item()
+        value = update(model, optimizer, ids, labels, learning_rate(step / steps, peak))
         smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
         if step % 50 == 0 or step + 1 == steps:
             report(step, smooth, time.monotonic() - started)
