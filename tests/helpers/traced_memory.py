@@ -1,10 +1,17 @@
 """Memory that some code allocates, as Python's allocator counts it."""
 
 import gc
+import json
+import os
+import signal
+import traceback
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -15,26 +22,40 @@ class Traced:
     peak: int
 
 
-def traced_memory(code: Callable[[], Any], repeats: int = 3) -> Traced:
-    """Return the least of several runs of `code`.
+def traced_memory(code: Callable[[], Any]) -> Traced:
+    """Return what ``code`` allocates, run in a fork of this process.
 
-    Threads that other tests left behind allocate too, and cyclic garbage waits for the collector,
-    which the tests call as rarely as the commands do. Both only ever add.
+    Threads that other tests left behind allocate too, and are not in a fork. Cyclic garbage would
+    wait for the collector, which the tests call as rarely as the commands do.
     """
-    runs = [run_once(code) for _ in range(repeats)]
-    return Traced(min(run.held for run in runs), min(run.peak for run in runs))
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        _run_and_exit(code, writer)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        found = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the code ended with status {status}"
+    return Traced(*json.loads(found))
 
 
-def run_once(code: Callable[[], Any]) -> Traced:
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.set_threshold(500)
-    tracemalloc.start()
+def _run_and_exit(code: Callable[[], Any], writer: int) -> None:
+    status = 1
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TIMEOUT_S)
+        gc.collect()
+        gc.set_threshold(500)
+        tracemalloc.start()
         kept = code()  # what it returns counts as held
-        held, peak = tracemalloc.get_traced_memory()
+        found = tracemalloc.get_traced_memory()
         del kept
+        os.write(writer, json.dumps(found).encode())
+        status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        tracemalloc.stop()
-        gc.set_threshold(*thresholds)
-    return Traced(held, peak)
+        os._exit(status)
