@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 
 MAX_REASON_CHARACTERS = 500
 # Frames of the library and of installed packages say nothing about a user's reward.
 _INSTALLED = tuple(
-    {
+    f"{folder}{os.sep}"
+    for folder in {
         str(Path(__file__).parents[1]),
         *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     }

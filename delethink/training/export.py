@@ -40,9 +40,13 @@ def export_weights(
 
     ``model`` has no adapters and gives the layout; ``weights`` are whole.
     """
+    tied = set(
+        getattr(model, "all_tied_weights_keys", None) or ()
+    )  # a cast copy would be saved too
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
+        if name not in tied
     }
     model.save_pretrained(path, state_dict=cast)
     # save_pretrained names the data type of the model, which trains in float32.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from delethink.scoring import reasons
 from delethink.scoring.reasons import MAX_REASON_CHARACTERS, describe
 
 MODULE = """
@@ -53,3 +54,12 @@ def test_an_exception_without_a_place_or_text() -> None:
 
     assert describe(Broken()) == "Broken: "
     assert describe(ValueError("no")) == "ValueError: no"
+
+
+def test_a_module_whose_folder_begins_like_the_library_is_the_users() -> None:
+    path = f"{Path(reasons.__file__).parents[1]}_rewards.py"
+    scope: dict[str, object] = {}
+    exec(compile("def broken():\n    raise ValueError('no')", path, "exec"), scope)
+    with pytest.raises(ValueError, match="no") as caught:
+        scope["broken"]()  # type: ignore[operator]
+    assert describe(caught.value).endswith("_rewards.py, line 2, in broken)")
