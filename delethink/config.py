@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from delethink.chunking import ChunkSpec
+from delethink.config_faults import unknown_key, wrong_values, yaml_fault
 from delethink.errors import ConfigError, MissingExtraError, did_you_mean
-from delethink.json_io import read_text, shorten
+from delethink.json_io import read_text
 from delethink.redaction import hide_settings, register_settings
 from delethink.registry import make, names, search_folder
 from delethink.thinking_marks import AUTO, check_mark_setting
@@ -215,8 +216,9 @@ class TrainingConfig(_Section):
     """Weight of the KL divergence from the initial weights."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divisor of advantages: a standard deviation, or none."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = "grpo"
-    """Loss; "grpo" divides each trace by its own number of sampled tokens."""
+    loss_type: Literal["grpo", "grpo_chunk", "dr_grpo", "dapo", "cispo", "sapo", "luspo"] = "grpo"
+    """Loss; "grpo" divides each trace by its own number of sampled tokens, "grpo_chunk" each
+    chunk."""
     delta: float | None = Field(None, gt=1, allow_inf_nan=False)
     """Upper bound of the ratio for negative advantages ("dual clip"); the authors use 3."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -461,9 +463,7 @@ class EngineConfig(_Section):
     def _check_name(cls, value: str) -> str:
         known = ["auto", *names("delethink.engines")]
         if value not in known and ":" not in value:
-            raise ValueError(
-                f"unknown engine {value!r}; known: {', '.join(known)}.{did_you_mean(value, known)}"
-            )
+            raise ValueError(f"unknown engine {value!r}.{did_you_mean(value, known)}")
         return value
 
     @model_validator(mode="after")
@@ -658,8 +658,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = load_yaml(text)
     except YAML_ERRORS as error:
-        first = " ".join(str(error).split())
-        raise ConfigError(f"the recipe {path} cannot be used as YAML: {first}") from None
+        raise ConfigError(f"the recipe {path} cannot be used as YAML: {yaml_fault(error)}") from None
+    if values is None:
+        raise ConfigError(f"the recipe {path} is empty; docs/guide shows recipes to begin with")
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} must be a mapping of keys to values")
     return values
@@ -705,7 +706,9 @@ def _validate(
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        explained = [_explain(e, section, inside) for e in error.errors(include_url=False)]
+        faults = error.errors(include_url=False)
+        explained = [_explain(e, section, inside) for e in faults if e["type"] in _EXPLAINED]
+        explained += wrong_values([e for e in faults if e["type"] not in _EXPLAINED], inside)
         raise ConfigError(where + "; ".join(explained)) from None
 
 
@@ -717,17 +720,18 @@ def _keys(values: Any, inside: list[str]) -> Iterator[str]:
             yield from _keys(value, [*inside, str(key)])
 
 
+_EXPLAINED = ("extra_forbidden", "missing", "value_error")  # kinds of pydantic
+
+
 def _explain(error: Any, section: type[BaseModel], inside: Sequence[str]) -> str:
     path = [str(part) for part in error["loc"]]
     dotted = ".".join([*inside, *path])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}.{did_you_mean(path[-1], _keys_of(section, path[:-1]))}"
+        return unknown_key(dotted, _keys_of(section, path[:-1]))
     if error["type"] == "missing":
         return f"{dotted!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{dotted}: {message}" if dotted else message
-    return f"{dotted!r} is {shorten(error['input'])}: {message[:1].lower()}{message[1:]}"
+    return f"{dotted}: {message}" if dotted else message
 
 
 def _keys_of(section: type[BaseModel], path: list[str]) -> list[str]:

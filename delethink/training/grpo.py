@@ -273,10 +273,13 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         step_size, micro_batches = size * self.args.gradient_accumulation_steps, []
         for first in range(0, len(traces), step_size):
             window = traces[first : first + step_size]
-            lengths = [t.trace.length for t in window if t.in_loss]
-            own = torch.tensor([len(lengths), sum(lengths)], device=self.accelerator.device)
-            number, tokens = self.accelerator.reduce(own, reduction="sum").tolist()
-            step = StepSize(max(1, number), max(1, tokens), self.max_completion_length)
+            counted = [t.trace for t in window if t.in_loss]
+            lengths = [trace.length for trace in counted]
+            sizes = [len(counted), sum(lengths), len(chunk_rows(counted))]
+            own = torch.tensor(sizes, device=self.accelerator.device)
+            sums = self.accelerator.reduce(own, reduction="sum").tolist()
+            number, tokens, chunks = (max(1, total) for total in sums)
+            step = StepSize(number, tokens, self.max_completion_length, chunks)
             micro_batches += [
                 MicroBatch(window[i : i + size], step) for i in range(0, step_size, size)
             ]
@@ -354,7 +357,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         weights = [
             # Gradients are averaged over ranks, so weights are multiplied by their number.
             self.accelerator.num_processes
-            * LOSSES[self.loss_settings.loss_type].weight(t.trace.length, inputs.step)
+            * LOSSES[self.loss_settings.loss_type].weight(
+                t.trace.length, len(row.output_ids), inputs.step
+            )
             if row.trace != FILLER
             else 0.0
             for row, t in zip(batch.rows, traces, strict=True)

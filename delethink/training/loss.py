@@ -105,6 +105,7 @@ class StepSize(NamedTuple):
     traces: int  # number of traces (N)
     tokens: int  # sampled tokens of these traces
     budget: int  # maximum sampled tokens of one trace (n)
+    chunks: int  # number of chunks with sampled tokens
 
 
 def token_losses(batch: TokenBatch, settings: LossSettings) -> TokenLosses:
@@ -167,18 +168,21 @@ class Loss(NamedTuple):
     """Per-token loss, and weight of each sampled token of a trace in its optimizer step."""
 
     token_loss: Callable[[torch.Tensor, TokenBatch, LossSettings], torch.Tensor]
-    weight: Callable[[int, StepSize], float]  # of the sampled tokens of the trace, and the step
+    # of the sampled tokens of the trace and of the chunk, and the step
+    weight: Callable[[int, int, StepSize], float]
 
 
 LOSSES = {
     # Divide each trace by its own length, then average the traces.
-    "grpo": Loss(clipped_loss, lambda length, step: 1 / (step.traces * length)),
-    "sapo": Loss(sapo_loss, lambda length, step: 1 / (step.traces * length)),
+    "grpo": Loss(clipped_loss, lambda length, chunk, step: 1 / (step.traces * length)),
+    "sapo": Loss(sapo_loss, lambda length, chunk, step: 1 / (step.traces * length)),
+    # Divide each chunk by its own length, then average the chunks: a trace counts by its chunks.
+    "grpo_chunk": Loss(clipped_loss, lambda length, chunk, step: 1 / (step.chunks * chunk)),
     # Divide every trace by the budget, then average the traces.
-    "dr_grpo": Loss(clipped_loss, lambda length, step: 1 / (step.traces * step.budget)),
+    "dr_grpo": Loss(clipped_loss, lambda length, chunk, step: 1 / (step.traces * step.budget)),
     # Average the sums of the traces, so that a trace counts in proportion to its length.
-    "luspo": Loss(clipped_loss, lambda length, step: 1 / step.traces),
+    "luspo": Loss(clipped_loss, lambda length, chunk, step: 1 / step.traces),
     # Average all tokens of the step.
-    "dapo": Loss(clipped_loss, lambda length, step: 1 / step.tokens),
-    "cispo": Loss(cispo_loss, lambda length, step: 1 / step.tokens),
+    "dapo": Loss(clipped_loss, lambda length, chunk, step: 1 / step.tokens),
+    "cispo": Loss(cispo_loss, lambda length, chunk, step: 1 / step.tokens),
 }

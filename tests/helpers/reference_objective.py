@@ -82,20 +82,23 @@ def step_loss(
         and not (s.mask_budget and trace.stop is TraceStop.BUDGET)
     ]
     tokens = sum(traces[i].length for i in counted)
+    by_trace = [[len(c.output_ids) for c in traces[i].chunks if c.output_ids] for i in counted]
+    num_chunks = sum(map(len, by_trace))
     total = torch.zeros((), dtype=torch.float64)
-    for i in counted:
+    for i, lengths in zip(counted, by_trace, strict=True):
         gain = gains[i]
         assert gain is not None
         terms = trace_terms(model, old[i], reference[i], traces[i], gain, s)
         share = {
             "grpo": 1 / traces[i].length / len(counted),
+            "grpo_chunk": torch.cat([torch.full((n,), 1 / n / num_chunks) for n in lengths]),
             "sapo": 1 / traces[i].length / len(counted),
             "dr_grpo": 1 / s.budget / len(counted),
             "dapo": 1 / tokens,
             "cispo": 1 / tokens,
             "luspo": 1 / len(counted),
         }[s.loss_type]
-        total = total - share * terms.sum()
+        total = total - (share * terms).sum()
     return total
 
 

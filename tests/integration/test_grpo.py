@@ -240,6 +240,7 @@ def test_eos_on_a_boundary(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
+        ({"loss_type": "grpo_chunk"}, {"loss_type": "grpo_chunk"}),
         ({"loss_type": "dr_grpo"}, {"loss_type": "dr_grpo"}),
         ({"loss_type": "dapo"}, {"loss_type": "dapo"}),
         ({"loss_type": "cispo"}, {"loss_type": "cispo"}),

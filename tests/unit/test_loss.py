@@ -18,7 +18,7 @@ from delethink.training.loss import (
     token_losses,
 )
 
-STEP = StepSize(traces=4, tokens=50, budget=100)
+STEP = StepSize(traces=4, tokens=50, budget=100, chunks=8)
 
 
 def make_batch(log_ratio: float, advantage: float, **values: Any) -> TokenBatch:
@@ -63,6 +63,7 @@ def test_unknown_names_are_refused(name: str, value: str, words: str) -> None:
     [
         ("grpo", 1 / (4 * 10)),
         ("sapo", 1 / (4 * 10)),
+        ("grpo_chunk", 1 / (8 * 5)),
         ("dr_grpo", 1 / (4 * 100)),
         ("dapo", 1 / 50),
         ("cispo", 1 / 50),
@@ -70,7 +71,7 @@ def test_unknown_names_are_refused(name: str, value: str, words: str) -> None:
     ],
 )
 def test_weight_of_a_token(loss_type: str, weight: float) -> None:
-    assert LOSSES[loss_type].weight(10, STEP) == pytest.approx(weight)
+    assert LOSSES[loss_type].weight(10, 5, STEP) == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
