@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -86,6 +87,7 @@ _SHIPPED = {
 }
 _IN_PROCESS: dict[str, dict[str, Any]] = {group: {} for group in _SHIPPED}
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")  # of files as tasks; also compressed
+_MAX_LISTED_NAMES = 20  # of a user's folder or module
 _SEARCHED: list[str] = []  # folders of ``search_folder``
 
 Named = TypeVar("Named")
@@ -254,12 +256,51 @@ def searched_folders() -> list[str]:
 def _import_path(kind: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
     search_folder(os.getcwd())
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise ConfigError(
-            f"cannot import the {kind} {path!r}, which must be written module:object: {error}"
+            f"cannot import the {kind} {path!r}, which must be written module:object, such as "
+            "my_module:my_function for my_module.py"
+        )
+    try:
+        loaded = import_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(_import_reason(kind, path, module, error)) from error
+    try:
+        return getattr(loaded, attribute)
+    except AttributeError:
+        own = [name for name in vars(loaded) if not name.startswith("_")]
+        file = getattr(loaded, "__file__", None) or "no file"
+        raise ConfigError(
+            f"the {kind} {path!r}: {module} ({file}) has no {attribute!r}."
+            f"{_nearest(attribute, own)}"
         ) from None
+
+
+def _nearest(name: str, allowed: Collection[str]) -> str:
+    """Return the nearest of a user's names, or all of them if they are few."""
+    hint = did_you_mean(name, allowed)
+    return hint if len(allowed) <= _MAX_LISTED_NAMES or "Did you" in hint else ""
+
+
+def _import_reason(kind: str, path: str, module: str, error: Exception) -> str:
+    """Return why a user's module cannot be imported: absent, or with a fault in its own lines."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and f"{module}.".startswith(f"{missing}."):
+        files = {file.stem for folder in _SEARCHED for file in Path(folder).glob("*.py")}
+        near = _nearest(module, files)
+        return (
+            f"no module {missing!r} for the {kind} {path!r}.{near} Searched: the installed "
+            f"packages, {', '.join(_SEARCHED)}"
+        )
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or module).name}, line {error.lineno}"
+        return f"the {kind} {path!r} cannot be imported: {error.msg} ({place})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent.as_posix() in _SEARCHED]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"the {kind} {path!r} cannot be imported: {type(error).__name__}: {error}{place}"
 
 
 def _kind(group: str) -> str:

@@ -81,12 +81,13 @@ def select_problems(
     size = task_size(task, split)
     if size is not None and split == "heldout" and size < number:
         raise ConfigError(
-            f"got a request for {number} held-out problems and the task has {size}; "
+            f"{number} held-out problems are asked for and the task has {size}; "
             + (
                 f"set evaluation.num_problems={size}"
                 if size > 1
-                else "hold some out (task.args.heldout_share, or another split or data set), or "
-                "train without evaluation: evaluation.num_problems=0"
+                else "hold some out, such as a tenth by task.args.heldout_share=0.1, or take "
+                "another file by task.args.eval_dataset, or train without evaluation: "
+                "evaluation.num_problems=0"
             )
         )
     selected: list[Problem] = []

@@ -278,11 +278,7 @@ class DatasetSpec:
         if present:
             filled = (value for value in present.values() if not is_missing(value) and value != "")
             return next(filled, None)
-        raise ConfigError(
-            f"the data set {self.dataset} has no column {keys.replace('|', ' or ')!r}."
-            f"{did_you_mean(keys, names_of(row))} Set task.args.problem_key and "
-            "task.args.answer_key"
-        )
+        raise ConfigError(_missing_column(self, keys, row))
 
     def make_problem(
         self,
@@ -305,6 +301,26 @@ class DatasetSpec:
             system = {"role": "system", "content": self.system}
             messages = (system, *(m for m in messages if m["role"] != "system"))
         return Problem(template.replace("{problem}", question), answer, metadata, messages)
+
+
+def _missing_column(spec: DatasetSpec, keys: str, row: SourceRow) -> str:
+    """Return the sentence about a column that a row lacks, with the argument that names it."""
+    argument = {spec.problem_key: "problem_key", spec.answer_key: "answer_key"}.get(keys)
+    listed = ", ".join(map(str, names_of(row)))
+    column = keys.replace("|", " or ")
+    usual = keys in (PROBLEM_KEYS, ANSWER_KEYS)
+    found = (
+        f"no column with a usual name ({keys.replace('|', ', ')}), only: {listed}."
+        if usual
+        else f"no column {column!r}.{did_you_mean(keys, names_of(row))}"
+    )
+    advice = (
+        f" Name the column by the task's argument {argument}: task.args.{argument} in a recipe, "
+        f"--task-arg {argument}=NAME in eval and probe, {argument}=NAME in tasks"
+        if argument
+        else ""
+    )
+    return f"the data set {spec.dataset} has {found}{advice}"
 
 
 def _check_types(arguments: Mapping[str, Any]) -> None:

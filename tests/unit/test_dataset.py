@@ -255,6 +255,11 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
     return {"dataset": write_lines(folder / "a.jsonl", numbers(2))} | extra
 
 
+def odd_columns(folder: Path) -> dict[str, Any]:
+    """A file whose columns have none of the usual names."""
+    return {"dataset": write_lines(folder / "a.jsonl", [{"asked": "1 + 1", "result": 2}])}
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -267,6 +272,12 @@ def good(folder: Path, **extra: Any) -> dict[str, Any]:
         (lambda f: {"dataset": str(f)}, "no file of the split 'train'"),
         (lambda f: good(f, problem_key="problm"), "no column 'problm'. Did you mean 'problem'"),
         (lambda f: good(f, answer_key="x|y"), "no column 'x or y'"),
+        (lambda f: good(f, answer_key="x|y"), "task.args.answer_key in a recipe, --task-arg"),
+        (
+            lambda f: odd_columns(f),
+            "with a usual name (problem, prompt, question, messages), only: asked, result.",
+        ),
+        (lambda f: odd_columns(f), "--task-arg problem_key=NAME in eval"),
         (lambda f: good(f, template="Solve."), "must contain {problem}"),
         (lambda f: good(f, template="{problem}\\n\\nSolve."), "double quotes"),
         (lambda f: good(f, heldout_share=1.5), "heldout_share"),

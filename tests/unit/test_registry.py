@@ -24,14 +24,49 @@ def test_a_name_with_a_colon_is_an_object(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("no_such_module:good", "No module named 'no_such_module'"),
-        ("json:no_such_function", "no attribute"),
+        ("no_such_module:good", "no module 'no_such_module' for the reward"),
+        ("json.no_such:good", "no module 'json.no_such'"),
+        ("json:no_such_function", "json .*json/__init__.py. has no 'no_such_function'. Allowed: "),
+        ("json:dump_", "Did you mean 'dump'"),
         (":", "written module:object"),
+        ("json:", "written module:object"),
+        ("my rewards:good", "written module:object"),
     ],
 )
 def test_an_object_that_is_not_there_is_refused(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         resolve("delethink.rewards", name)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def good(:\n    pass\n", "invalid syntax .faulty_0.py, line 1."),
+        ("import re\n\nLIMIT = limmit\n", "NameError: name 'limmit' .* .faulty_1.py, line 3."),
+        ("\nimport not_installed_here\n", "No module named 'not_inst.* .faulty_2.py, line 2."),
+    ],
+    ids=["syntax", "name", "import"],
+)
+def test_a_fault_in_a_users_module_is_a_sentence_with_its_line(
+    text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"faulty_{reason.partition('faulty_')[2][0]}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        resolve("delethink.rewards", f"{module}:good")
+
+
+def test_a_mistyped_module_beside_the_recipe_gets_the_nearest_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grading_of_mine.py").write_text("def good(text): return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        resolve("delethink.rewards", "grading_of_mina:good")
+    assert "Did you mean 'grading_of_mine'?" in str(caught.value)
+    assert "Searched: the installed packages, " in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_task_gets_the_seed_it_takes() -> None:
