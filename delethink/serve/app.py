@@ -21,11 +21,13 @@ from delethink.output import get_logger
 from delethink.serve.api_errors import ApiError, as_api_error
 from delethink.serve.jobs import ClientIdentity
 from delethink.serve.metrics import CONTENT_TYPE
+from delethink.serve.responses import ResponsesResponse, ResponsesWriter, chat_body, renamed
 from delethink.serve.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
+    ResponsesBody,
     TokenizeBody,
     parse_body,
 )
@@ -61,6 +63,7 @@ def make_app(service: ThinkingService) -> Starlette:
         routes=[
             Route("/v1/chat/completions", guarded(routes.chat), methods=["POST"]),
             Route("/v1/completions", guarded(routes.complete), methods=["POST"]),
+            Route("/v1/responses", guarded(routes.respond), methods=["POST"]),
             Route("/v1/models", guarded(routes.models), methods=["GET"]),
             Route("/v1/models/{name:path}", guarded(routes.model_card), methods=["GET"]),
             Route("/tokenize", guarded(routes.tokenize), methods=["POST"]),
@@ -120,6 +123,23 @@ class Routes:
         raw = await self._read(request)
         return self._answer(request, raw, parse_body(CompletionBody, _parse(raw)), "cmpl")
 
+    async def respond(self, request: Request) -> Any:
+        """Answer ``/v1/responses``."""
+        service, raw = self._service, await self._read(request)
+        body = parse_body(ResponsesBody, _parse(raw))
+        try:
+            plan = service.planner.chat(chat_body(body))
+        except ApiError as error:
+            raise renamed(error) from None
+        if len(plan.traces) > 1:
+            raise ApiError(400, "a response is one trace: leave 'n' out", "n")
+        identity = _identity(request, raw)
+        writer = ResponsesWriter(body, plan, service.settings, service.model)
+        job = service.start(plan, identity, writer.request_id)
+        return ResponsesResponse(
+            service, job, writer, identity, is_stream=plan.is_stream, include_usage=True
+        )
+
     def _answer(self, request: Request, raw: bytes, body: GenerationBody, prefix: str) -> Any:
         service = self._service
         planner = service.planner
@@ -127,10 +147,9 @@ class Routes:
             planner.chat(body) if isinstance(body, ChatBody) else planner.completion(body)  # type: ignore[arg-type]  # the only other body
         )
         identity = _identity(request, raw)
-        job = service.start(plan, identity)
-        writer = ResponseWriter(
-            plan, service.settings, service.model, f"{prefix}-{uuid.uuid4().hex}"
-        )
+        request_id = f"{prefix}-{uuid.uuid4().hex}"
+        job = service.start(plan, identity, request_id)
+        writer = ResponseWriter(plan, service.settings, service.model, request_id)
         return JobResponse(
             service,
             job,

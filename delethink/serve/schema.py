@@ -165,6 +165,43 @@ class CompletionBody(GenerationBody):
         return self.logprobs is not None
 
 
+class ReasoningOptions(_Body):
+    """The field ``reasoning`` of a request for a response; a summary is never written."""
+
+    effort: Effort | None = None
+
+
+class TextOptions(_Body):
+    """The field ``text`` of a request for a response."""
+
+    format: dict[str, Any] | None = None
+
+
+class ResponsesBody(_Body):
+    """Body of ``/v1/responses``; its other fields are those of a chat."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    # Responses are not stored, whatever is asked for, and nothing is dropped from the input.
+    store: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    max_tool_calls: int | None = None
+    stream_options: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    background: bool | None = None
+
+
 class TokenizeBody(_Body):
     """Body of ``/tokenize``: a prompt, or messages."""
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapp
 from contextlib import suppress
 from typing import Any
 
-from delethink.output import get_logger
 from delethink.serve.api_errors import ApiError, as_api_error
 from delethink.serve.events import SampledText
 from delethink.serve.jobs import ChoiceEvent, ClientIdentity, Job, join_texts
@@ -20,7 +19,6 @@ Receive = Callable[[], Awaitable[AsgiMessage]]
 Send = Callable[[AsgiMessage], Awaitable[None]]
 EventQueue = asyncio.Queue[ChoiceEvent | None]
 
-_logger = get_logger(__name__)
 _KEEPALIVE = b": keepalive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _DROP_TIME_S = 10.0  # for the rest of a body that is too large
@@ -159,8 +157,6 @@ class JobResponse:
             answer = ApiError(503, "the trace was cancelled, as the server is closing")
         else:
             answer = as_api_error(error)
-        if answer.status >= 500 and not isinstance(error, asyncio.CancelledError):
-            _logger.warning("%s failed: %s", self._writer.request_id, error)
         self.status = answer.status
         self._service.metrics.count_error(answer.status)
         return answer
@@ -212,7 +208,10 @@ class JobResponse:
         pieces: list[dict[str, Any]] = []
         for item in _joined(items) if len(items) > 1 else items:
             pieces += self._writer.pieces(item.index, item.event)
-        return b"".join(b"data: " + encode_json(piece) + b"\n\n" for piece in pieces)
+        return b"".join(map(self._frame, pieces))
+
+    def _frame(self, piece: Mapping[str, Any]) -> bytes:
+        return b"data: " + encode_json(piece) + b"\n\n"
 
     def _ending(self) -> bytes:
         failure = self._failure()
