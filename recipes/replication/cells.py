@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,15 @@ from delethink.json_io import read_json
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 METHODS = ("delethink", "longcot", "longcot-short")
-KINDS = ("base", "eval-base", "probe", "train", "eval", "beyond")  # in the order they are run
+# In the order they are run. Tier B: "ablate" and "continue" train, "own" evaluates one way.
+KINDS = (
+    *("base", "eval-base", "probe", "grid", "cost", "train", "eval", "beyond"),
+    *("ablate", "continue", "own"),
+)
+MAKING = ("base", "train", "ablate", "continue")  # kinds that make weights
+TIERS = ("A", "B")
+# Programs that decide the numbers of a cell, beside its settings and the library.
+CODE = (HERE / "families.py", HERE / "make_base.py", ROOT / "scripts" / "make_toy.py")
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Cell:
     kind: str  # one of KINDS
     settings: Mapping[str, Any]  # everything with an effect on the result
     needs: tuple[str, ...] = ()  # cells with the weights it starts from
+    tier: str = "A"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -70,8 +82,18 @@ def read_sizes(reduced: bool = False) -> dict[str, Any]:
 def make_cells(sizes: Mapping[str, Any]) -> dict[str, Cell]:
     """Return all cells by name, each after those it needs."""
     found = [cell for family in sizes["families"] for cell in _cells_of(family, sizes)]
+    found += _tier_b(sizes)
     found.sort(key=lambda cell: KINDS.index(cell.kind))  # stable: families and seeds keep order
     return {cell.name: cell for cell in found}
+
+
+def cells_of_tier(cells: Mapping[str, Cell], tier: str) -> dict[str, Cell]:
+    """Return the cells of a tier with all that they need, in the order of ``cells``."""
+    wanted = {name for name, cell in cells.items() if cell.tier == tier}
+    for name, cell in reversed(cells.items()):  # what a cell needs comes before it
+        if name in wanted:
+            wanted |= set(cell.needs)
+    return {name: cell for name, cell in cells.items() if name in wanted}
 
 
 def find_cell(cells: Mapping[str, Cell], name: str) -> Cell:
@@ -97,6 +119,12 @@ def read_result(cell: Cell, place: Place) -> dict[str, Any] | None:
     result: dict[str, Any] = read_json(path, ConfigError)
     before, now = result.get("fingerprint", {}), cell.fingerprint
     changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+    code = result.get("code", {})  # results of the first version have none
+    if other := [name for name, made in code.items() if code_digests().get(name) != made]:
+        raise ConfigError(
+            f"the result {path} was made with other code: {', '.join(other)} has changed since; "
+            "set it back, or raise VERSION in families.py and begin again"
+        )
     if changed:
         listed = ", ".join(
             f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in changed
@@ -123,6 +151,24 @@ def check_results(cells: Mapping[str, Cell], place: Place) -> dict[str, dict[str
     return {name: result for name, result in found.items() if result is not None}
 
 
+@cache
+def code_digests() -> dict[str, str]:
+    """Return a digest of each file of ``CODE``, which comments and docstrings do not change."""
+    return {path.name: _code_digest(path.read_text("utf-8")) for path in CODE}
+
+
+def _code_digest(text: str) -> str:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            assert isinstance(body, list)
+            body[:] = body[1:] or [ast.Pass()]
+    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=8).hexdigest()
+
+
 def write_result(cell: Cell, place: Place, values: Mapping[str, Any], seconds: float) -> None:
     """Write the result of a finished cell in one step."""
     path = place.file(cell.name)
@@ -130,6 +176,7 @@ def write_result(cell: Cell, place: Place, values: Mapping[str, Any], seconds: f
     result = {
         "cell": cell.name,
         "fingerprint": cell.fingerprint,
+        "code": code_digests(),
         "seconds": round(seconds, 1),  # of a shared machine: no result of the study
         "values": values,
     }
@@ -167,6 +214,10 @@ def _cells_of(family: str, sizes: Mapping[str, Any]) -> Iterator[Cell]:
     yield Cell(
         f"{family}-probe", "probe", base | probe | {"problems": sizes["problems_probe"]}, (made,)
     )
+    grid = {"thinking": own["thinking"], "steps": own["steps"], "grid": own["grid"]}
+    yield Cell(f"{family}-grid", "grid", base | grid | sizes["grid"], (made,))
+    cost = {"context_size": own["thinking"]["context_size"], "cost": sizes["cost"]}
+    yield Cell(f"{family}-cost", "cost", base | cost, (made,))
     for seed in sizes["seeds"]:
         yield Cell(
             f"{family}-eval-base-s{seed}", "eval-base", base | asked | {"seed": seed}, (made,)
@@ -179,6 +230,50 @@ def _cells_of(family: str, sizes: Mapping[str, Any]) -> Iterator[Cell]:
             yield Cell(f"{family}-eval-{method}-s{seed}", "eval", trained | asked, (name,))
             if method != "longcot-short":
                 yield Cell(f"{family}-beyond-{method}-s{seed}", "beyond", trained | beyond, (name,))
+
+
+def _tier_b(sizes: Mapping[str, Any]) -> Iterator[Cell]:
+    """Yield the cells of claims 5 to 7, which start from weights of tier A."""
+    sizes_b, longer = sizes["tier_b"], sizes["tier_b"]["longer"]
+    family = sizes_b["family"]
+    own, made = sizes["families"][family], f"{family}-base"
+    shared = {
+        "protocol": sizes["protocol"],
+        "family": family,
+        "base": sizes["base"] | own["base"],
+        "method": "delethink",
+        "thinking": own["thinking"],
+        "steps": own["steps"],
+        "training": sizes["training"],
+    }
+    asked = {"problems": sizes["problems"], "samples": sizes["samples"]}
+    for seed in sizes["seeds"]:
+        for name, changes in sizes_b["ablations"].items():
+            trained = shared | {"seed": seed}
+            trained |= {part: shared[part] | changes[part] for part in changes}
+            cell, end = f"{family}-ablate-{name}-s{seed}", f"{name}-s{seed}"
+            yield Cell(cell, "ablate", trained, (made,), "B")
+            yield Cell(f"{family}-own-{end}", "own", trained | asked, (cell,), "B")
+        # The weakest carryover without RL, to see what RL makes of it.
+        limit = shared | {"seed": seed, "method": "none", "training": {}}
+        limit |= {"thinking": own["thinking"] | sizes_b["ablations"]["m9"]["thinking"]}
+        yield Cell(f"{family}-own-m9-base-s{seed}", "own", limit | asked, (made,), "B")
+        first = shared | {"seed": seed}
+        thinking = own["thinking"] | {"max_chunks": longer["max_chunks"]}
+        after = first | {
+            "first_training": sizes["training"],
+            "first_thinking": own["thinking"],
+            "first_steps": own["steps"],
+            "training": sizes["training"] | {"max_steps": longer["max_steps"]},
+            "thinking": thinking,
+            "steps": longer["steps"],
+        }
+        long = {"thinking": thinking, "steps": longer["steps"]}
+        long |= {"problems": longer["problems"], "samples": sizes["samples"]}
+        start, cell = f"{family}-train-delethink-s{seed}", f"{family}-continue-s{seed}"
+        yield Cell(cell, "continue", after, (start,), "B")
+        yield Cell(f"{family}-own-before-s{seed}", "own", first | long, (start,), "B")
+        yield Cell(f"{family}-own-after-s{seed}", "own", after | long, (cell,), "B")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import make_base
-from cells import HERE, Cell, Place
+from cells import HERE, MAKING, Cell, Place
 from families import FAMILIES
 
 from delethink.chunking import ChunkSpec
-from delethink.config import EngineConfig
+from delethink.config import EngineConfig, ThinkingConfig
 from delethink.engines.loading import digest
 from delethink.errors import RolloutError
-from delethink.evaluation.models import local_models, needed_context
+from delethink.evaluation.models import local_models, needed_context, open_tokenizer
 from delethink.evaluation.probe import probe_model, sample_traces
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
-from delethink.evaluation.settings import SamplingPlan, make_settings
+from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.evaluation.stored import read_evaluation
 from delethink.json_io import read_json_lines
 from delethink.registry import search_folder
@@ -55,7 +55,8 @@ def work_on(cell: Cell, place: Place) -> dict[str, Any] | None:
         OSError: a file cannot be written.
     """
     search_folder(HERE)  # tasks and rewards of the families are named module:object
-    works = {"base": _make, "train": _train, "probe": _probe}
+    works = {"base": _make, "probe": _probe, "cost": _cost}
+    works |= dict.fromkeys(("train", "ablate", "continue"), _train)
     return works.get(cell.kind, _evaluate)(cell, place)
 
 
@@ -80,7 +81,7 @@ def recipe_of(cell: Cell, place: Place) -> dict[str, Any]:
         thinking |= {"context_size": size, "carryover_size": 0, "max_chunks": 1}
     return {
         "name": cell.name,
-        "model": str(place.folder(cell.needs[0])),
+        "model": _weights(place.folder(cell.needs[0])),
         "seed": settings["seed"],
         "output": str(place.folder(cell.name)),
         "task": {
@@ -97,7 +98,11 @@ def recipe_of(cell: Cell, place: Place) -> dict[str, Any]:
 
 def model_of(cell: Cell, place: Place) -> str:
     """Return the folder of the weights that a base or training cell has made."""
-    folder = place.folder(cell.name if cell.kind in ("base", "train") else cell.needs[0])
+    return _weights(place.folder(cell.name if cell.kind in MAKING else cell.needs[0]))
+
+
+def _weights(folder: Path) -> str:
+    """Return the folder of the last weights of a base or a run."""
     final = folder / "checkpoints" / FINAL_CHECKPOINT
     return str(final if final.is_dir() else folder)
 
@@ -126,17 +131,9 @@ def _problems(cell: Cell) -> ProblemSet:
 
 def _evaluate(cell: Cell, place: Place) -> dict[str, Any]:
     """Evaluate a model; what was sampled before a stop is kept."""
-    settings, thinking = cell.settings, cell.settings["thinking"]
+    settings = cell.settings
     model, folder = model_of(cell, place), place.folder(cell.name)
-    is_beyond = cell.kind == "beyond"
-    ways = make_settings(
-        [model],
-        [settings["method"]] if is_beyond else ["delethink", "longcot"],
-        [thinking["context_size"]],
-        [thinking["carryover_size"]],
-        settings["max_chunks_beyond"] if is_beyond else [thinking["max_chunks"]],
-        head_size=thinking["head_size"],
-    )
+    ways = _ways(cell, model)
     plan = SamplingPlan(settings["samples"], TEMPERATURE, settings["seed"])
     with contextlib.closing(_problems(cell)) as problems:
         evaluation = Evaluation(
@@ -158,7 +155,7 @@ def _evaluate(cell: Cell, place: Place) -> dict[str, Any]:
     return {
         "weights": digest(model),
         "ways": {
-            way.mode: {
+            (way.way if cell.kind == "grid" else way.mode): {
                 "scores": {str(b): scores[way.key, b] for b in way.budgets},
                 "rows": [
                     _rounded({name: asdict(row)[name] for name in _ROW})
@@ -169,6 +166,35 @@ def _evaluate(cell: Cell, place: Place) -> dict[str, Any]:
             for way in ways
         },
     }
+
+
+def _ways(cell: Cell, model: str) -> list[Setting]:
+    """Return the ways of thinking that a cell evaluates."""
+    settings, thinking = cell.settings, cell.settings["thinking"]
+    if cell.kind == "own":
+        spec = ThinkingConfig(**thinking).spec().bind(open_tokenizer(model))
+        return [Setting(model, "delethink", spec, (spec.budget,))]
+    if cell.kind == "grid":
+        budget = ChunkSpec(**thinking).budget
+        specs = [_spec_of_budget(*sizes, budget) for sizes in settings["grid"]]
+        ways = [Setting(model, "delethink", spec, (spec.budget,)) for spec in specs]
+        return [*ways, Setting(model, "longcot", ChunkSpec.longcot(budget), (budget,))]
+    is_beyond = cell.kind == "beyond"
+    return make_settings(
+        [model],
+        [settings["method"]] if is_beyond else ["delethink", "longcot"],
+        [thinking["context_size"]],
+        [thinking["carryover_size"]],
+        settings["max_chunks_beyond"] if is_beyond else [thinking["max_chunks"]],
+        head_size=thinking["head_size"],
+    )
+
+
+def _spec_of_budget(context_size: int, carryover_size: int, budget: int) -> ChunkSpec:
+    """Return the spec with the fewest chunks whose budget is at least ``budget``."""
+    step = context_size - carryover_size
+    max_chunks = 1 + max(1, math.ceil((budget - context_size) / step))
+    return ChunkSpec(context_size, carryover_size, max_chunks, head_size=0)
 
 
 def _scores(folder: Path) -> dict[tuple[str, int], list[str]]:
@@ -202,6 +228,17 @@ def _probe(cell: Cell, place: Place) -> dict[str, Any]:
         "answers_lost": findings.answers_lost,
         "nats": [_rounded(asdict(line)) for line in findings.totals],
     }
+
+
+def _cost(cell: Cell, place: Place) -> dict[str, Any] | None:
+    from measuring import measure
+
+    settings, model = cell.settings, model_of(cell, place)
+    line_tokens = FAMILIES[settings["family"]].line_tokens  # a query has as many, with its mark
+    done = place.folder(cell.name) / "rows.jsonl"
+    sizes = settings["cost"]
+    rows = measure(model, settings["context_size"], line_tokens, sizes, done, PIECE_S)
+    return None if rows is None else {"weights": digest(model), "rows": rows}
 
 
 def _rounded(value: Any) -> Any:

@@ -80,7 +80,7 @@ def test_an_unknown_cell_is_one_sentence(place, capsys) -> None:
     assert "Did you mean 'hitting-eval-base-s0'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["run"], ["run", "a", "--tier", "A"], ["run", "--tier", "B"]])
+@pytest.mark.parametrize("argv", [["run"], ["run", "a", "--tier", "A"], ["run", "--tier", "C"]])
 def test_run_needs_one_cell_or_one_tier(argv, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         study.main(argv)
