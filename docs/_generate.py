@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
+import re
 import sys
 import textwrap
 import types
@@ -26,6 +28,8 @@ from pydantic_core import PydanticUndefined
 from delethink import errors
 from delethink.cli.main import _parser
 from delethink.config import Recipe
+from delethink.registry import names, resolve
+from delethink.scoring.reward import INPUTS, POOL_INPUT
 from delethink.training.metrics import METRICS
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -114,7 +118,9 @@ def type_text(annotation: Any) -> str:
         return type_text(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(type_text(k) for k in typing.get_args(annotation) if k is not type(None))
-    return {"str": "text", "Path": "path"}.get(annotation.__name__, annotation.__name__)
+    plain = {"str": "text", "Path": "path", "Mapping": "mapping", "Sequence": "list"}
+    plain |= {"tuple": "list"}
+    return plain.get(annotation.__name__, annotation.__name__)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -171,6 +177,100 @@ def option_row(action: argparse.Action) -> tuple[str, str]:
     takes_value = action.nargs != 0
     shown = f"{names} {value}".strip() if takes_value or not names else names
     return f"`{shown}`", (action.help or "") % {"default": action.default, "prog": "delethink"}
+
+
+def arguments() -> str:
+    """Return the page of the arguments of every task and reward."""
+    header = ("argument", "type", "default", "meaning")
+    presets, tables = [], []
+    for name in names("delethink.tasks"):
+        factory = resolve("delethink.tasks", name)
+        if name != "dataset" and isinstance(factory, type(resolve("delethink.tasks", "dataset"))):
+            presets.append(f"`{name}`")
+            continue
+        title = {"reasoning_gym": "reasoning_gym/NAME"}.get(name, name)
+        tables += [f"### {title}", table(header, argument_rows(factory))]
+    rewards, with_end = [], []
+    for name in names("delethink.rewards"):
+        function = resolve("delethink.rewards", name)
+        if "end" in inspect.signature(function).parameters:
+            with_end.append(f"`{name}`")
+        rewards += [(f"`{name}`", *row) for row in argument_rows(function, {*INPUTS, POOL_INPUT})]
+    return "\n\n".join(
+        [
+            "# Arguments of tasks and rewards",
+            NOTE.format("the docstrings in envs and rewards"),
+            paragraph(
+                "A recipe sets them in `task.args` and `rewards.NAME.args`; `delethink eval` and "
+                "`probe` by `--task-arg` and `--reward-arg KEY=VALUE`, `delethink tasks` as plain "
+                "`KEY=VALUE`. Meanings of names, and of values: [tasks and rewards by "
+                "name](rewards.md)."
+            ),
+            "## Tasks",
+            *tables,
+            paragraph(
+                "The presets take the arguments of `dataset`, with their own defaults: "
+                + ", ".join(presets)
+                + "."
+            ),
+            "## Rewards",
+            table(("reward", *header), rewards),
+            paragraph(
+                f"`end`, of {', '.join(with_end)}, is the mark after which the answer begins. "
+                "Unset, it is `task.end_of_thinking`; null makes the whole output the answer."
+            ),
+        ]
+    )
+
+
+def argument_rows(
+    factory: Callable[..., Any], inputs: Iterable[str] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield argument, type, default and meaning of what a user may set, ``inputs`` left out.
+
+    Raises:
+        KeyError: the docstring has no line for an argument.
+    """
+    function = factory if inspect.isroutine(factory) else type(factory).__call__
+    source = factory if inspect.isclass(factory) else inspect.unwrap(function)
+    lines = docstring_arguments(inspect.getdoc(source) or "")
+    hints = typing.get_type_hints(source)
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if name in {*inputs, "end"}:
+            continue
+        default = parameter.default
+        if default is None:  # a data set keeps its defaults in its own fields
+            default = getattr(factory, name, None)
+        if name == "dataset" and default is None:
+            default = parameter.empty
+        yield f"`{name}`", type_text(hints[name]), default_of(default), sentence(lines[name])
+
+
+def docstring_arguments(text: str) -> dict[str, str]:
+    """Return the meanings in the section Args, or Attributes, of a docstring."""
+    section = re.search(r"^(?:Args|Attributes):\n((?:(?: {4}.*)?\n?)*)", text, re.M)
+    entries = re.findall(
+        r"^ {4}(\w+): ((?:.*\n?)(?: {8}.*\n?)*)", section[1] if section else "", re.M
+    )
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+def sentence(text: str) -> str:
+    """Return a meaning of a docstring as a sentence of its own."""
+    return text[:1].upper() + text[1:].removesuffix(".") + "."
+
+
+def default_of(value: Any) -> str:
+    """Return the default of an argument as YAML shows it."""
+    if value is inspect.Parameter.empty:
+        return "**required**"
+    if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+        return "`{}`"
+    if isinstance(value, tuple):
+        value = list(value)
+    plain = value if isinstance(value, int | float | str | list) or value is None else str(value)
+    text = json.dumps(plain, ensure_ascii=False)
+    return f"`{text}`"
 
 
 def metrics() -> str:
@@ -265,6 +365,7 @@ def cell(text: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "cli.md": commands,
+    "arguments.md": arguments,
     "metrics.md": metrics,
     "errors.md": error_tree,
     "modules.md": modules,

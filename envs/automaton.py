@@ -57,14 +57,21 @@ class AutomatonTask:
 
     An initial state belongs to one split for every number of steps, so no training problem starts
     from a held-out state.
+
+    Attributes:
+        min_steps: fewest steps of a problem, from 1.
+        max_steps: most steps of a problem, up to 99.
+        width: cells of a state, from 3 to 63.
+        rule: Wolfram's number of the automaton, from 0 to 255.
+        seed: seed of the problems.
     """
 
     rewards: ClassVar[dict[str, float]] = {"exact": 1.0}
 
     min_steps: int
-    max_steps: int  # at most 99
-    width: int = 11  # number of cells
-    rule: int = 45  # Wolfram's number of the automaton
+    max_steps: int
+    width: int = 11
+    rule: int = 45
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -190,16 +190,32 @@ class DatasetSpec:
     ) -> DatasetTask:
         """Create the task. Arguments named as fields of the class replace these fields.
 
-        A conversation is used as it stands. A ``template`` given here is put around its last
-        message, and a ``system`` given here replaces its system message. The other arguments are:
-
-        - ``reward``: the name of the only reward.
-        - ``eval_dataset``: source of held-out problems; by default the same data set.
-        - ``eval_split``: its split; by default a share of the problems is held out.
-        - ``pass_rate_key``: the column with a measured pass rate.
-        - ``pass_rates``: a file with measured pass rates, or with scored traces.
-        - ``min_pass_rate``, ``max_pass_rate``: range of pass rates for training problems.
-        - ``seed``: seed for the order of training problems.
+        Args:
+            dataset: a file (JSON lines, JSON, Parquet, CSV, also compressed), a folder, or a name
+                on the Hugging Face hub.
+            split: the part with the problems; of a folder or a data set of the hub.
+            config: the configuration, for a data set of the hub with several.
+            files: a pattern of file names, for a folder whose files are not named after the split.
+            problem_key: column of the problem; ``a|b`` takes the first that a row has, ``a.b`` the
+                key b inside the column a.
+            answer_key: column of the gold answer, in the same notation.
+            metadata_keys: further columns for rewards, a list or separated by commas.
+            template: the prompt, with ``{problem}`` in place of the problem. Given here, it is also
+                put around the last message of a conversation, which otherwise stays as it is.
+            system: a system message before the prompt; it replaces that of a conversation.
+            date_key: column of the date of a problem.
+            start_date: first day of the problems used, as 2024-08-01.
+            end_date: last day of the problems used.
+            reward: name of the only reward; a recipe's ``rewards`` come first.
+            eval_dataset: source of held-out problems; unset, the same data set.
+            eval_split: its split; unset, a share of the problems is held out.
+            heldout_share: share of the problems that is held out, chosen by a hash of the problem;
+                1 holds out all.
+            pass_rate_key: column of a measured pass rate.
+            pass_rates: a file with measured pass rates, or with scored traces.
+            min_pass_rate: lowest pass rate of training problems.
+            max_pass_rate: highest pass rate of training problems.
+            seed: seed of the order of training problems.
 
         Raises:
             ConfigError: a data set, column or template is missing or invalid.

@@ -24,12 +24,18 @@ class GymTask:
     """A task of reasoning-gym, unlimited and split by question.
 
     A question belongs to one split. A task with few different questions repeats them.
+
+    Attributes:
+        member: the name in reasoning-gym: NAME of reasoning_gym/NAME.
+        seed: seed of the problems.
+        config: settings of the task in reasoning-gym, such as its difficulty.
+        template: the prompt, with ``{problem}`` in place of the question.
     """
 
-    member: str  # the name in reasoning-gym
+    member: str
     seed: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict)  # settings of the task in reasoning-gym
-    template: str = TEMPLATE  # the prompt, with ``{problem}`` in place of the question
+    config: Mapping[str, Any] = field(default_factory=dict)
+    template: str = TEMPLATE
     rewards: Mapping[str, float] = field(default_factory=lambda: {"reasoning_gym": 1.0}, init=False)
 
     def __post_init__(self) -> None:

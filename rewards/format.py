@@ -38,6 +38,11 @@ def well_formed(
 
     The text may open the thinking once, at its start, or not at all if the template opens it.
     Without a mark of the end, only the box counts.
+
+    Args:
+        text: the trace.
+        start: mark that opens the thinking; null for none.
+        end: the end of thinking.
     """
     closed = end is None or text.count(end) == 1
     opened = text.count(start) if start else 0
@@ -58,6 +63,11 @@ def language(text: str, script: str = "latin") -> float | None:
     """Return the share of letters in ``script``; ``None`` without letters.
 
     The reward separates Chinese from English, but not English from French.
+
+    Args:
+        text: the trace.
+        script: script of the wanted letters: arabic, chinese, cyrillic, devanagari, greek, hangul,
+            hebrew, japanese, latin or thai.
     """
     if script not in _SCRIPTS:
         raise ConfigError(f"unknown script {script!r}.{did_you_mean(script, _SCRIPTS)}")

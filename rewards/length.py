@@ -23,8 +23,14 @@ def cosine(
 ) -> float | None:
     """Return most for short right traces, least for short wrong ones (arXiv 2502.03373, C.1).
 
-    Formula: end + (start - end) (1 + cos(pi length / budget)) / 2. The pairs ``right`` and
-    ``wrong`` are (start, end): the values at length 0 and at the whole budget.
+    Formula: end + (start - end) (1 + cos(pi length / budget)) / 2.
+
+    Args:
+        length: sampled tokens of the trace.
+        budget: most tokens of a trace.
+        correct: the accuracy reward.
+        right: values of a right trace at length 0 and at the whole budget.
+        wrong: the same for a wrong trace.
     """
     if correct is None:
         return None
@@ -38,6 +44,11 @@ def overlong(length: int, budget: int, cache: int) -> float:
     """Return the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
 
     The value is 0 up to ``budget - cache`` tokens, then falls linearly to -1 at ``budget``.
+
+    Args:
+        length: sampled tokens of the trace.
+        budget: most tokens of a trace.
+        cache: tokens before the budget over which the value falls.
     """
     if not 0 < cache <= budget:
         raise ConfigError(f"overlong needs 0 < cache <= {budget} (the budget), got cache={cache}")
@@ -51,6 +62,12 @@ def chunks(
     """Return (chunks - 1) / (max_chunks - 1), to encourage thinking across boundaries.
 
     By default only right traces get the reward, because rewards for wrong ones teach rambling.
+
+    Args:
+        num_chunks: chunks of the trace.
+        max_chunks: most chunks of a trace.
+        correct: the accuracy reward.
+        only_right: reward right traces only.
     """
     if only_right and correct is None:
         return None
@@ -67,7 +84,15 @@ def ternary(
     wrong: float = 0.0,
     budget_score: float = -1.0,
 ) -> float | None:
-    """Return one of three values: right, wrong, or wrong with the budget used up."""
+    """Return one of three values: right, wrong, or wrong with the budget used up.
+
+    Args:
+        correct: the accuracy reward.
+        stop: end of the trace.
+        right: value of a right trace.
+        wrong: value of a wrong trace.
+        budget_score: value of a wrong trace that used up its budget.
+    """
     if correct is None:
         return None
     if correct >= 0.5:

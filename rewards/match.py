@@ -105,6 +105,12 @@ def crossword(
     The final answer has an entry ``Across 1: WORD`` for each word, and ``answer`` is a JSON object
     with the same entries. The last entry for a word counts. Other words are ignored.
 
+    Args:
+        text: the trace.
+        answer: the words, as a JSON object.
+        partial: return the share of right words.
+        end: the end of thinking.
+
     Returns:
         1.0 if all words are right, else 0.0; with ``partial`` the share of right words.
     """

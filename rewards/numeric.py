@@ -56,6 +56,13 @@ def numeric(
     The tolerance is the larger of ``absolute`` and ``relative`` times the gold number. A known unit
     after the number is ignored, unless the gold answer has another one. If the gold answer is no
     number, the reward is ``None``.
+
+    Args:
+        text: the trace.
+        answer: the gold number.
+        relative: tolerance as a share of the gold number.
+        absolute: tolerance in the unit of the gold number.
+        end: the end of thinking.
     """
     gold_text, said = extract_answer(answer, None) or answer, extract_answer(text, end) or ""
     gold = parse_number(gold_text)

@@ -53,6 +53,12 @@ def gym_score(
     Some scorers evaluate the answer as Python, so they run inside the isolation.
 
     The answer is the last ``<answer>`` or box after the end of thinking, else all text after it.
+
+    Args:
+        text: the trace.
+        metadata: of the problem.
+        partial: return the scorer's own number instead of 0 or 1.
+        end: the end of thinking.
     """
     final = extract_answer(text, end) or final_answer(text, end)
     if not final:
