@@ -7,7 +7,9 @@ interrupt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -116,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, _interrupt)
         return int(importlib.import_module(arguments.module).run(arguments))
-    except KeyboardInterrupt:
-        return _fail("interrupted; everything written so far is complete", 130)
+    except KeyboardInterrupt as error:
+        advice = f"; {error}" if str(error) else ""
+        return _fail(f"interrupted; everything written so far is complete{advice}", 130)
     except UserError as error:
         return _fail(str(error), 2)
     except DelethinkError as error:
@@ -167,8 +170,11 @@ def _parser() -> argparse.ArgumentParser:
 def _interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt at once, on Ctrl-C and on SIGTERM (sent by clusters to end a job).
 
-    asyncio's own handler would wait for the current round of sampling.
+    asyncio's own handler would wait for the current round of sampling. Curves, reports and engines
+    may take seconds to close, so a line comes first; a print could meet another one half done.
     """
+    with contextlib.suppress(OSError):
+        os.write(2, b"\ninterrupted: closing files and engines\n")
     raise KeyboardInterrupt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from delethink.cli.process import require_packages, set_up_process
@@ -24,17 +25,23 @@ def run(arguments: argparse.Namespace) -> int:
     from delethink.training.progress import TrainingProgress
 
     progress = TrainingProgress()
+    folder = location.directory.path
     if location.exists and location.directory.finished_step == recipe.training.max_steps:
         progress.finished(location.directory, prepared.recipe.thinking.spec())
         return 0
-    if recipe.trainer.num_ranks > 1:
-        from delethink.training.distributed import train_distributed
+    try:
+        if recipe.trainer.num_ranks > 1:
+            from delethink.training.distributed import train_distributed
 
-        train_distributed(prepared, location, progress, set_up_process)
-    else:
-        from delethink.training.trainer import train
+            train_distributed(prepared, location, progress, set_up_process)
+        else:
+            from delethink.training.trainer import train
 
-        train(prepared, location, progress)
+            train(prepared, location, progress)
+    except KeyboardInterrupt:
+        if not location.directory.holds_run(folder):
+            raise
+        raise KeyboardInterrupt(f"go on with: delethink train {shlex.quote(str(folder))}") from None
     return 0
 
 

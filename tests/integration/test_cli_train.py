@@ -233,7 +233,9 @@ def test_an_interrupt_ends_the_run_and_keeps_what_was_written(
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
-    assert last == "delethink: interrupted; everything written so far is complete"
+    kept = "delethink: interrupted; everything written so far is complete"
+    assert last == f"{kept}; go on with: delethink train run"
+    assert "interrupted: closing files and engines" in errors
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
     psutil.wait_procs(processes_of(tmp_path), timeout=20)  # Ray's processes end a moment later
     assert not processes_of(tmp_path)
