@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import html
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.resources import files
@@ -19,6 +19,7 @@ from delethink.output import safe_text
 from delethink.scoring.answer import answer_span
 from delethink.tokens import as_list
 from delethink.trace_map import ChunkMap, Segment, map_trace, origin_text
+from delethink.trace_svg import map_key, map_svg
 from delethink.types import END_OF_THINKING, ChunkRole, StopReason, Trace, TraceStop
 
 TokenTexts = Callable[[Sequence[int]], list[str]]
@@ -34,7 +35,8 @@ SHADES: dict[str, tuple[str, tuple[float, ...]]] = {
     "difference": ("|engine - trainer|", (0.001, 0.01, 0.05, 0.2)),
 }
 _MAX_SINGLE_TOKENS = 20_000  # of a whole page; a longer trace merges tokens of one shade
-_MAX_MAP_ROWS = 400
+_MAX_ANSWER_CHARACTERS = 200  # of answers beside each other; the whole is in the trace
+_CARD_ROWS, _CARD_HEIGHT = 40, 130  # of the map of a trace beside others
 _MARKS = {"kept": "✓", "dropped": "✕", "last": "■"}
 
 
@@ -87,6 +89,23 @@ _MAX_CHARACTER_TOKENS = 6
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """The model's own answer beside the gold answer, and its score."""
+
+    gold: str | None  # ``None``: not known
+    said: str | None  # ``None``: no answer was found
+    score: float | None = None  # 1 if right; ``None``: not scored
+    reward: str = ""  # name of the reward that scored
+
+    @property
+    def word(self) -> str:
+        """Return ``right``, ``wrong``, ``partly right`` or ``not scored``."""
+        if self.score is None:
+            return "not scored"
+        return "right" if self.score >= 1 else "partly right" if self.score > 0 else "wrong"
+
+
+@dataclass(frozen=True)
 class TraceView:
     """A trace with everything to show about it."""
 
@@ -99,6 +118,8 @@ class TraceView:
     # per chunk, a value for each sampled token; beside log-probs, what a run has stored
     values: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     workers: Sequence[str | None] = ()  # of each chunk
+    verdict: Verdict | None = None
+    context_size: int | None = None  # C, where it is known
     is_open: bool = False  # the last chunk is still being sampled
 
     @cached_property
@@ -111,6 +132,11 @@ class TraceView:
         """Return the names of the shadings with values."""
         has_logprobs = any(len(chunk.logprobs) for chunk in self.trace.chunks)
         return ["logprob"] * has_logprobs + [name for name in SHADES if name in self.values]
+
+    def sampled_text(self, begin: int, end: int) -> str:
+        """Return the text of sampled tokens, by their places in the trace."""
+        ids = [i for chunk in self.trace.chunks for i in as_list(chunk.output_ids)]
+        return "".join(self.texts(ids[begin:end]))
 
     def value(self, name: str, index: int, place: int) -> float | None:
         """Return the value of a sampled token, by chunk and place in its output."""
@@ -248,19 +274,26 @@ def chunk_heading(view: TraceView, index: int) -> str:
 
 
 def _stop_text(view: TraceView, index: int) -> str:
-    if view.is_open and index == len(view.trace.chunks) - 1:
-        return "being sampled"
-    chunk = view.trace.chunks[index]
-    reasons = {
-        StopReason.EOS: "ended by the model (eos)",
-        StopReason.LENGTH: "stopped: full, or at a boundary (length)",
-        StopReason.ABORT: "aborted (abort)",
-        StopReason.ERROR: "failed (error)",
-    }
+    chunk, one = view.trace.chunks[index], view.maps[index]
     is_last = index == len(view.trace.chunks) - 1
-    if is_last and chunk.stop is StopReason.LENGTH and view.trace.stop is TraceStop.BUDGET:
+    if view.is_open and is_last:
+        return "being sampled"
+    if chunk.stop is not StopReason.LENGTH:
+        reasons = {
+            StopReason.EOS: "ended by the model (eos)",
+            StopReason.ABORT: "aborted (abort)",
+            StopReason.ERROR: "failed (error)",
+        }
+        return reasons[chunk.stop]
+    if is_last and view.trace.stop is TraceStop.BUDGET:
         return "stopped: the budget is used up (length)"
-    return reasons[chunk.stop]
+    if chunk.role is ChunkRole.CARRYOVER:
+        return "stopped: as long as a carryover may be (length)"
+    if view.context_size is None or is_last:
+        return "stopped (length)" if is_last else "stopped for a context reset (length)"
+    if len(one.ids) >= view.context_size:
+        return f"stopped: the context of {view.context_size:,} tokens is full (length)"
+    return f"stopped early, at {len(one.ids):,} of {view.context_size:,} tokens (length)"
 
 
 def boundary_html(view: TraceView, index: int) -> str:
@@ -280,60 +313,39 @@ def boundary_html(view: TraceView, index: int) -> str:
     )
 
 
-def map_svg(view: TraceView) -> str:
-    """Return a map of the trace: a row for each context, placed along the sampled tokens."""
-    maps = [one for one in view.maps if one.chunk.role is ChunkRole.THINKING][:_MAX_MAP_ROWS]
-    total = max(1, view.trace.length)
-    row = 14 if len(maps) <= 16 else max(3, 260 // len(maps))
-    bars = []
-    for line, one in enumerate(maps):
-        for begin, end, kind in _bars(one):
-            x, width = 1000 * begin / total, max(1.5, 1000 * (end - begin) / total)
-            bars.append(
-                f'<rect class="{kind}" x="{x:.1f}" y="{line * row}" width="{width:.1f}" '
-                f'height="{row - (2 if row > 4 else 1)}"/>'
-            )
-    if view.answer:
-        x = 1000 * view.answer[0] / total
-        bars.append(f'<path class="place" d="M{x:.1f} 0V{len(maps) * row}"/>')
-    label = f"map of {len(maps)} contexts"
+def verdict_html(view: TraceView) -> str:
+    """Return the model's answer beside the gold answer, and the verdict; empty without one."""
+    found = view.verdict
+    if found is None:
+        return ""
+    mark = {"right": "✓", "wrong": "✕", "partly right": "◐", "not scored": "?"}[found.word]
+    by = ""
+    if found.score is not None and found.reward:
+        by = f"{html_text(found.reward)} {_shown(float(found.score))}"
+    said = "none" if found.said is None else _answer_html(found.said)
+    if found.said is None and view.trace.stop is TraceStop.BUDGET:
+        said = "none: the budget was used up"
+    gold = "not known" if found.gold is None else _answer_html(found.gold)
     return (
-        f'<p class="caption">Map: a row for each context, placed along the {total:,} sampled tokens'
-        f"{' (dotted: the answer)' * (view.answer is not None)}</p>"
-        f'<svg class="map" viewBox="0 0 1000 {max(1, len(maps)) * row}" role="img" '
-        f'preserveAspectRatio="none" height="{max(1, len(maps)) * row}" '
-        f'aria-label="{label}">{"".join(bars)}</svg>'
+        f'<dl class="verdict {found.word.replace(" ", "-")}">'
+        f"<div><dt>verdict</dt><dd><b>{mark} {found.word}</b> <small>{by}</small></dd></div>"
+        f"<div><dt>the model's answer</dt><dd>{said}</dd></div>"
+        f"<div><dt>gold answer</dt><dd>{gold}</dd></div></dl>"
     )
 
 
-def _bars(one: ChunkMap) -> Iterator[tuple[int, int, str]]:
-    """Yield runs of neighbouring sampled tokens: begin, end, and carried, kept or dropped."""
-    run: list[Any] = []
-    for place, origin in enumerate(one.origins):
-        if origin < 0:
-            continue
-        kind = "carried" if place < one.num_before else "new"
-        if kind == "new" and one.has_boundary and place not in one.kept:
-            kind = "lost"
-        if run and run[1] == origin and run[2] == kind:
-            run[1] = origin + 1
-        else:
-            if run:
-                yield (run[0], run[1], run[2])
-            run = [origin, origin + 1, kind]
-    if run:
-        yield (run[0], run[1], run[2])
+def _answer_html(text: str) -> str:
+    cut = "…" * (len(text) > _MAX_ANSWER_CHARACTERS)
+    return f"<code>{html_text(text[:_MAX_ANSWER_CHARACTERS])}{cut}</code>"
 
 
-LEGEND = (
-    '<p class="legend">The model thinks in chunks, and sees one chunk at a time. '
-    '<span class="key carried">▸ carried over from an earlier chunk</span> '
-    '<span class="key new">+ new</span> '
-    '<span class="key dropped">✕ dropped at the next reset</span> '
-    '<span class="key answer">the answer</span> '
-    "Each scissors line is a boundary: the context is reset there to the query and the carried "
-    "tokens.</p>"
-)
+def head_html(view: TraceView) -> str:
+    """Return everything above the contexts: title, verdict, facts and map."""
+    total = view.trace.length
+    return (
+        f"<h1>{html_text(view.title)}</h1>{verdict_html(view)}{facts_html(view)}"
+        f"{map_svg(view.maps, total, view.answer)}{map_key(total, view.answer is not None)}"
+    )
 
 
 # -- whole traces ------------------------------------------------------------------------------
@@ -427,6 +439,12 @@ def _shown(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def card_html(view: TraceView) -> str:
+    """Return a trace in short, to stand beside others: verdict and map."""
+    drawn = map_svg(view.maps, view.trace.length, view.answer, most=_CARD_ROWS, height=_CARD_HEIGHT)
+    return f"{verdict_html(view)}{drawn}"
+
+
 def shading_html(view: TraceView, group: str) -> str:
     """Return radio buttons that shade the tokens of the trace after them, without a script."""
     choices = ["none", *view.shades]
@@ -447,10 +465,7 @@ def trace_html(view: TraceView, group: str = "shading") -> str:
     single = view.trace.length <= _MAX_SINGLE_TOKENS
     parts = "".join(part_html(view, part, single=single) for part in trace_parts(view, 10**9))
     shading = shading_html(view, group) if view.shades else ""
-    return (
-        f'<article class="trace"><h1>{html_text(view.title)}</h1>{facts_html(view)}{LEGEND}'
-        f"{map_svg(view)}{shading}{parts}</article>"
-    )
+    return f'<article class="trace">{head_html(view)}{shading}{parts}</article>'
 
 
 def page_html(title: str, body: str) -> str:

@@ -54,9 +54,7 @@ def _chosen(index: TraceIndex, arguments: argparse.Namespace) -> list[ListedTrac
     """Return the named traces; without names the first for a terminal, all for a file."""
     rows = index.snapshot()
     if not rows:
-        raise ConfigError(
-            f"{index.root} holds no traces: name a run, an evaluation or a file of traces"
-        )
+        raise ConfigError(_no_traces(index.root))
     if not arguments.trace:
         return rows if arguments.export and arguments.export.endswith(".eval") else rows[:1]
     found = []
@@ -69,6 +67,13 @@ def _chosen(index: TraceIndex, arguments: argparse.Namespace) -> list[ListedTrac
             )
         found.append(row)
     return found
+
+
+def _no_traces(path: Path) -> str:
+    advice = "name a run, an evaluation or a file of traces"
+    if (path / "report.html").is_file():  # of a probe
+        advice = f"open {path / 'report.html'} in a browser, or {advice}"
+    return f"{path} holds no traces: {advice}"
 
 
 def _report_damage(index: TraceIndex) -> None:
@@ -98,11 +103,8 @@ def _serve(arguments: argparse.Namespace, path: Path) -> int:
     from delethink.view.traces import TraceOpener
 
     if next(trace_files(path), None) is None:
-        is_run = (path / "config.yaml").is_file()
-        if not is_run:
-            raise ConfigError(
-                f"{path} holds no traces: name a run, an evaluation or a file of traces"
-            )
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(_no_traces(path))
         echo(f"{path} holds no traces yet; they appear when the run has sampled some")
     index = TraceIndex(path)
     viewer = Viewer(index, TraceOpener(index, arguments.tokenizer), secrets.token_urlsafe(16))

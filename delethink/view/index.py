@@ -10,16 +10,17 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from delethink.errors import TraceFileError, UserError
-from delethink.evaluation.records import Record
+from delethink.evaluation.records import PROBLEMS, Record
 from delethink.json_io import get_count, get_text, parse_json
 from delethink.trace_index import TOKEN_STATS, TRACE_INDEX, TraceSummary
 
-_OTHER_FILES = {"metrics.jsonl", "resumed.jsonl", "tokens.jsonl", "problems.jsonl", TRACE_INDEX}
+_OTHER_FILES = {"metrics.jsonl", "resumed.jsonl", "tokens.jsonl", PROBLEMS, TRACE_INDEX}
 _OTHER_FOLDERS = {"checkpoints", "superseded", TOKEN_STATS}
 _MAX_FILES = 20_000
 _BATCH = 500  # lines between two looks of others at the list
@@ -37,6 +38,12 @@ class ListedTrace(NamedTuple):
     sample: int | None
     summary: TraceSummary
     error: str | None = None
+    problem: int | None = None  # its number in an evaluation
+
+    @property
+    def key(self) -> tuple[Path, str, int, int]:
+        """Return the identity of an evaluation's trace: folder, setting, problem, sample."""
+        return self.file.parent, self.place, self.problem or 0, self.sample or 0
 
 
 class _FileState(NamedTuple):
@@ -45,6 +52,15 @@ class _FileState(NamedTuple):
     read: int  # bytes
     lines: int
     inode: int
+
+
+class _ProblemLine(NamedTuple):
+    """A problem of an evaluation: the beginnings of its texts, and its place in the file."""
+
+    prompt: str
+    answer: str
+    begin: int
+    end: int
 
 
 class TraceIndex:
@@ -59,12 +75,13 @@ class TraceIndex:
         self.by_name: dict[str, ListedTrace] = {}
         self.tokens: dict[tuple[Path, str, int, int], tuple[int, int]] = {}  # of evaluations
         self.damaged: dict[str, int] = {}  # lines by file
+        self.unreadable: dict[str, str] = {}  # reasons by file or folder
         self.version = 0
         self.is_complete = False  # every file was read once
         self.is_gone = False
         self._files: dict[Path, _FileState] = {}
         self._labels: dict[Path, tuple[str, str]] = {}
-        self._problems: dict[Path, dict[int, tuple[str, str]]] = {}
+        self._problems: dict[Path, dict[int, _ProblemLine]] = {}
         self._lock = threading.RLock()  # of the rows
         self._reading = threading.Lock()  # one refresh at a time
 
@@ -73,14 +90,21 @@ class TraceIndex:
         if not self._reading.acquire(blocking=False):
             return
         try:
-            if not self.root.exists():
-                self.is_gone = True
+            self.is_gone = not exists(self.root)
+            if self.is_gone:
                 return
-            self.is_gone = False
+            unreadable: dict[str, str] = {}
             if self.root.is_dir() and not self._files:
-                self._read_written_index()
-            for file in trace_files(self.root):
-                self._read_file(file)
+                with suppress(OSError):  # the files themselves are read
+                    self._read_written_index()
+            for file in trace_files(self.root, lambda error: _note(unreadable, error)):
+                try:
+                    self._read_file(file)
+                except FileNotFoundError:
+                    continue  # it went meanwhile
+                except OSError as error:
+                    _note(unreadable, error)
+            self.unreadable = unreadable
             self.is_complete = True
         finally:
             self._reading.release()
@@ -129,22 +153,24 @@ class TraceIndex:
             return None
 
     def _read_file(self, file: Path) -> None:
-        try:
-            stat = file.stat()
-            state = self._files.get(file)
-            if state is not None and (state.inode != stat.st_ino or stat.st_size < state.read):
+        """Read what is new in a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        stat = file.stat()
+        state = self._files.get(file)
+        if state is not None and (state.inode != stat.st_ino or stat.st_size < state.read):
+            self._forget(file)
+            state = None
+        state = state or _FileState(0, 0, stat.st_ino)
+        if file.suffix == ".parquet":
+            if state.read != stat.st_size:
                 self._forget(file)
-                state = None
-            state = state or _FileState(0, 0, stat.st_ino)
-            if file.suffix == ".parquet":
-                if state.read != stat.st_size:
-                    self._forget(file)
-                    self._read_parquet(file)
-                    self._files[file] = _FileState(stat.st_size, 0, stat.st_ino)
-            elif stat.st_size > state.read:
-                self._files[file] = self._read_lines(file, state)
-        except OSError:
-            return  # it went meanwhile; the next refresh sees
+                self._read_parquet(file)
+                self._files[file] = _FileState(stat.st_size, 0, stat.st_ino)
+        elif stat.st_size > state.read:
+            self._files[file] = self._read_lines(file, state)
 
     def _read_lines(self, file: Path, state: _FileState) -> _FileState:
         read, number = state.read, state.lines
@@ -174,6 +200,7 @@ class TraceIndex:
                     rows = []
         self._add(rows)
         if is_evaluation:
+            self._drop_repeated(file)
             self._read_tokens(file.parent / "tokens.jsonl")
         return _FileState(read, number, state.inode)
 
@@ -196,7 +223,8 @@ class TraceIndex:
     ) -> ListedTrace:
         record = Record.from_json(values)
         last = record.outcomes[-1] if record.outcomes else None
-        prompt, answer = self._problem(file.parent, record.key.problem)
+        line = self._problem_line(file.parent, record.key.problem)
+        prompt, answer = (line.prompt, line.answer) if line else ("", "")
         stop = "error" if last is None else "budget" if last.out_of_budget else "completed"
         summary = TraceSummary(
             prompt=prompt or f"problem {record.key.problem}",
@@ -209,22 +237,25 @@ class TraceIndex:
         )
         name = f"{self._labels_of(file)[0]}:{number}"
         setting, sample = record.key.setting, record.key.sample
-        return ListedTrace(name, file, begin, end, setting, sample, summary, record.error)
+        return ListedTrace(
+            name, file, begin, end, setting, sample, summary, record.error, record.key.problem
+        )
 
-    def _problem(self, folder: Path, number: int) -> tuple[str, str]:
+    def _problem_line(self, folder: Path, number: int) -> _ProblemLine | None:
         if folder not in self._problems:
-            found = {}
-            path = folder / "problems.jsonl"
-            for line in path.read_bytes().splitlines() if path.is_file() else ():
+            found: dict[int, _ProblemLine] = {}
+            path, end = folder / PROBLEMS, 0
+            is_there = path.is_file() and is_inside(path, self.root)
+            for line in path.read_bytes().splitlines(keepends=True) if is_there else ():
+                begin, end = end, end + len(line)
                 try:
                     values = json.loads(line)
-                    index = get_count(values, "problem")
                     texts = get_text(values, "prompt")[:160], get_text(values, "answer")[:60]
+                    found[get_count(values, "problem")] = _ProblemLine(*texts, begin, end)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-                found[index] = texts
             self._problems[folder] = found
-        return self._problems[folder].get(number, ("", ""))
+        return self._problems[folder].get(number)
 
     def _read_tokens(self, path: Path) -> None:
         """Find the sampled tokens of an evaluation's traces."""
@@ -266,6 +297,16 @@ class TraceIndex:
             self.by_name |= {row.name: row for row in rows}
             self.version += 1
 
+    def _drop_repeated(self, file: Path) -> None:
+        """Keep the last line of each trace of an evaluation, as its results do."""
+        last = {row.key: row.name for row in self.rows if row.file == file}
+        if len(last) == sum(row.file == file for row in self.rows):
+            return
+        with self._lock:
+            self.rows = [row for row in self.rows if row.file != file or last[row.key] == row.name]
+            self.by_name = {row.name: row for row in self.rows}
+            self.version += 1
+
     def _forget(self, file: Path) -> None:
         with self._lock:
             self.rows = [row for row in self.rows if row.file != file]
@@ -291,6 +332,18 @@ class TraceIndex:
         with self._lock:
             return list(self.rows)
 
+    def problem_texts(self, row: ListedTrace) -> tuple[str, str | None]:
+        """Return the whole prompt of a trace of an evaluation, and its gold answer if stored."""
+        line = self._problem_line(row.file.parent, row.problem or 0)
+        if line is None:
+            return row.summary.prompt, None
+        path = row.file.parent / PROBLEMS
+        try:
+            values = read_part(path, line.begin, line.end, self.root, PROBLEMS)
+            return get_text(values, "prompt"), get_text(values, "answer")
+        except (TraceFileError, KeyError, ValueError):
+            return line.prompt, line.answer
+
     def read_line(self, row: ListedTrace) -> Any:
         """Return the values of a row's line.
 
@@ -306,12 +359,21 @@ def read_part(file: Path, begin: int, end: int, root: Path, name: str) -> Any:
     Raises:
         TraceFileError: the file has gone, leads outside, or holds no JSON there.
     """
+    return parse_json(read_bytes(file, begin, end, root, name), name, TraceFileError)
+
+
+def read_bytes(file: Path, begin: int, end: int, root: Path, name: str) -> bytes:
+    """Return the bytes of a file inside ``root`` between two places.
+
+    Raises:
+        TraceFileError: the file has gone, or leads outside.
+    """
     try:
         if not is_inside(file, root):
             raise TraceFileError(f"{name} leads out of the folder")
         with file.open("rb") as lines:
             lines.seek(begin)
-            return parse_json(lines.read(end - begin), name, TraceFileError)
+            return lines.read(end - begin)
     except OSError as error:
         raise TraceFileError(f"{name} cannot be read any more: {error.strerror}") from None
 
@@ -322,13 +384,28 @@ def is_inside(file: Path, root: Path) -> bool:
     return real == home or home in real.parents
 
 
-def trace_files(root: Path) -> Iterator[Path]:
-    """Yield the files of traces in a folder, in order of their names; or the file itself."""
+def exists(path: Path) -> bool:
+    """Return whether a path exists, as far as it can be seen."""
+    try:
+        return path.exists()
+    except OSError:  # a folder above it may not be entered
+        return False
+
+
+def _note(unreadable: dict[str, str], error: OSError) -> None:
+    unreadable[str(error.filename)] = error.strerror or str(error)
+
+
+def trace_files(root: Path, failed: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Yield the files of traces in a folder, in order of their names; or the file itself.
+
+    ``failed`` gets the error of each folder that cannot be read.
+    """
     if root.is_file():
         yield root
         return
     found = 0
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=failed):
         folders[:] = sorted(name for name in folders if name not in _OTHER_FOLDERS)
         for name in sorted(names):
             if not name.endswith((".jsonl", ".parquet")) or name in _OTHER_FILES:

@@ -81,7 +81,7 @@ def _sample(row: ListedTrace, view: TraceView, has_settings: bool) -> Any:
         name = f"{setting} · {problem}" if has_settings else problem
     answer = None
     if view.answer is not None:
-        answer = safe_text(_sampled_text(view, *view.answer))
+        answer = safe_text(view.sampled_text(*view.answer))
     failure = row.error or trace.error
     return EvalSample(
         id=safe_text(name, lines=False),
@@ -105,12 +105,6 @@ def _sample(row: ListedTrace, view: TraceView, has_settings: bool) -> Any:
         if failure is None
         else EvalError(message=safe_text(failure), traceback="", traceback_ansi=""),
     )
-
-
-def _sampled_text(view: TraceView, begin: int, end: int) -> str:
-    """Return the text of sampled tokens, by their places in the trace."""
-    ids = [i for chunk in view.trace.chunks for i in chunk.output_ids]
-    return "".join(view.texts(ids[begin:end]))
 
 
 def _messages(view: TraceView) -> Iterator[Any]:

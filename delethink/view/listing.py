@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from delethink.errors import ConfigError, did_you_mean
-from delethink.view.index import ListedTrace, TraceIndex, is_inside
+from delethink.view.index import ListedTrace, TraceIndex
+from delethink.view.search import TextSearch
 
 _KEYS: dict[str, Callable[[ListedTrace], Any]] = {
     "step": lambda row: (row.place.isdecimal(), int(row.place) if row.place.isdecimal() else 0,
@@ -22,7 +21,6 @@ _KEYS: dict[str, Callable[[ListedTrace], Any]] = {
     "length": lambda row: row.summary.length,
 }  # fmt: skip
 PAGE_ROWS = 100
-_MAX_SEARCHED_BYTES = 2**31  # of a search in whole traces
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class ListQuery:
     reward: str = ""  # "high": at least 1; "low": less; "none": without
     group: str = ""
     offset: int = 0
+    rows: int = PAGE_ROWS  # of a page
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, str]) -> ListQuery:
@@ -47,8 +46,10 @@ class ListQuery:
         sort, offset = values.get("sort", "step"), values.get("offset", "0")
         if sort not in _KEYS:
             raise ConfigError(f"unknown order {sort!r}.{did_you_mean(sort, _KEYS)}")
-        if not offset.isdecimal() or len(offset) > 12:
-            raise ConfigError(f"offset must be a whole number, got {offset!r:.40}")
+        rows = values.get("rows", str(PAGE_ROWS))
+        for name, number in (("offset", offset), ("rows", rows)):
+            if not number.isdecimal() or len(number) > 12:
+                raise ConfigError(f"{name} must be a whole number, got {number!r:.40}")
         return cls(
             sort,
             values.get("desc") == "1",
@@ -57,16 +58,19 @@ class ListQuery:
             values.get("reward", ""),
             values.get("group", ""),
             int(offset),
+            max(1, min(PAGE_ROWS, int(rows))),
         )
 
 
-def matching_rows(index: TraceIndex, query: ListQuery) -> list[ListedTrace]:
-    """Return the rows of a query, in its order."""
-    rows = [row for row in index.snapshot() if _fits(row, query)]
+def matching_rows(
+    index: TraceIndex, query: ListQuery, search: TextSearch
+) -> tuple[list[ListedTrace], str]:
+    """Return the rows of a query, in its order, and a note on what was not searched."""
+    rows, note = [row for row in index.snapshot() if _fits(row, query)], ""
     if query.text:
-        rows = _search(index, rows, query.text)
+        rows, note = search.matching(rows, query.text)
     rows.sort(key=_KEYS[query.sort], reverse=query.descending)
-    return rows
+    return rows, note
 
 
 def _fits(row: ListedTrace, query: ListQuery) -> bool:
@@ -80,43 +84,6 @@ def _fits(row: ListedTrace, query: ListQuery) -> bool:
     if summary.reward is None:
         return query.reward == "none"
     return query.reward == ("high" if summary.reward >= 1 else "low")
-
-
-def _search(index: TraceIndex, rows: Sequence[ListedTrace], text: str) -> list[ListedTrace]:
-    """Return the rows with a text in their list entry, or in problem, answer or decoded trace."""
-    low = text.lower()
-    needle = json.dumps(text)[1:-1].encode()
-    found, by_file = set(), {}  # type: ignore[var-annotated]
-    for row in rows:
-        shown = f"{row.summary.prompt}\n{row.summary.answer}\n{row.place}\n{row.name}".lower()
-        if low in shown:
-            found.add(row.name)
-        elif row.sample is None and row.file.suffix == ".jsonl":
-            by_file.setdefault(row.file, []).append(row)
-    budget = _MAX_SEARCHED_BYTES
-    for file, own in by_file.items():
-        try:
-            if not is_inside(file, index.root) or budget < 0:
-                continue
-            with (
-                file.open("rb") as opened,
-                mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
-            ):
-                budget -= len(data)
-                found |= {row.name for row in own if _is_in_texts(data, row, needle, text)}
-        except (OSError, ValueError):  # gone, or empty
-            continue
-    return [row for row in rows if row.name in found]
-
-
-def _is_in_texts(data: mmap.mmap, row: ListedTrace, needle: bytes, text: str) -> bool:
-    if data.find(needle, row.begin, row.end) < 0:
-        return False
-    try:  # token ids and names of fields are no text
-        values = json.loads(data[row.begin : row.end])
-        return any(text in str(values.get(key) or "") for key in ("prompt", "answer", "text"))
-    except (ValueError, AttributeError, RecursionError):
-        return False
 
 
 def row_values(row: ListedTrace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -21,26 +22,18 @@ from delethink.errors import ConfigError, UserError
 from delethink.output import safe_text
 from delethink.redaction import json_text
 from delethink.trace_html import (
-    LEGEND,
     TracePart,
     TraceView,
-    facts_html,
-    html_text,
-    map_svg,
+    card_html,
+    head_html,
     part_html,
     shading_html,
     trace_parts,
 )
 from delethink.view.export import export_html
-from delethink.view.index import TraceIndex, is_inside
-from delethink.view.listing import (
-    PAGE_ROWS,
-    ListQuery,
-    grouped,
-    matching_rows,
-    row_values,
-    sorted_groups,
-)
+from delethink.view.index import ListedTrace, TraceIndex, is_inside
+from delethink.view.listing import ListQuery, grouped, matching_rows, row_values, sorted_groups
+from delethink.view.search import TextSearch
 from delethink.view.traces import TraceOpener
 
 LOOPBACK = "127.0.0.1"
@@ -48,6 +41,7 @@ _ASSETS = {
     "base.js": "text/javascript",
     "viewer.js": "text/javascript",
     "list.js": "text/javascript",
+    "group.js": "text/javascript",
     "trace.js": "text/javascript",
     "viewer.css": "text/css",
     "trace.css": "text/css",
@@ -84,8 +78,7 @@ class OpenTrace:
         view = self.view
         shading = shading_html(view, group) if view.shades else ""
         return {
-            "head": f"<h1>{html_text(view.title)}</h1>{facts_html(view)}{LEGEND}{map_svg(view)}"
-            f"{shading}",
+            "head": f"{head_html(view)}{shading}",
             "pages": [
                 {"weight": sum(part.weight for part in page), "chunk": page[0].index + 1}
                 for page in self.pages
@@ -110,59 +103,78 @@ class OpenTrace:
         return None
 
 
+class RefusedError(Exception):
+    """An answer that the viewer does not give, with the status of HTTP and the reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 class Viewer:
     """The answers of the viewer, for one folder or file."""
 
     def __init__(self, index: TraceIndex, opener: TraceOpener, token: str) -> None:
         self.index, self.opener, self.token = index, opener, token
+        self.search = TextSearch(index, opener)
         self._open: OrderedDict[str, OpenTrace] = OrderedDict()
         self._lock = threading.Lock()
         self._refreshed = 0.0
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        routes = [
-            Route("/{token}/", self.page),
-            Route("/{token}/report", self.report),
-            Route("/{token}/api/state", self.state),
-            Route("/{token}/api/list", self.list),
-            Route("/{token}/api/trace", self.trace),
-            Route("/{token}/api/page", self.trace_page),
-            Route("/{token}/api/export", self.export),
-            Route("/{token}/{asset}", self.asset),
-        ]
+        answers: dict[str, Callable[[Request], Response]] = {
+            "": lambda _: _asset("index.html", "text/html"),
+            "report": self.report,
+            "api/state": self.state,
+            "api/list": self.list,
+            "api/trace": self.trace,
+            "api/card": self.card,
+            "api/page": self.trace_page,
+            "api/export": self.export,
+            "{asset}": self.asset,
+        }
+        routes = [Route(f"/{{token}}/{path}", self._guarded(own)) for path, own in answers.items()]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"])
         return Starlette(routes=routes, middleware=[hosts])
 
-    # Plain functions run in threads, so that reading files holds up nobody.
+    def _guarded(self, answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        """Return the answer for those who know the token, and each refusal in words.
 
-    def page(self, request: Request) -> Response:
-        """Return the page."""
-        return self._checked(request) or _asset("index.html", "text/html")
+        Plain functions run in threads, so that reading files holds up nobody.
+        """
+
+        def guarded(request: Request) -> Response:
+            try:
+                given = request.path_params["token"]
+                if not secrets.compare_digest(given.encode(), self.token.encode()):
+                    advice = "open the address that delethink view has printed: it holds a token"
+                    raise RefusedError(403, advice)
+                return answer(request)
+            except RefusedError as error:
+                return _failure(error.status, str(error))
+
+        return guarded
 
     def asset(self, request: Request) -> Response:
         """Return a script or style sheet."""
-        refused = self._checked(request)
         name = request.path_params["asset"]
-        if refused is None and name in _ASSETS:
-            return _asset(name, _ASSETS[name])
-        return refused or _failure(404, "there is no such page")
+        if name not in _ASSETS:
+            raise RefusedError(404, "there is no such page")
+        return _asset(name, _ASSETS[name])
 
     def report(self, request: Request) -> Response:
         """Return the report of a run."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
         file = self.index.root / "report.html"
         if not file.is_file() or not is_inside(file, self.index.root):
-            return _failure(404, "there is no report.html yet")
-        return HTMLResponse(file.read_bytes(), headers=_headers(_REPORT_POLICY))
+            raise RefusedError(404, "there is no report.html yet")
+        try:
+            return HTMLResponse(file.read_bytes(), headers=_headers(_REPORT_POLICY))
+        except OSError as error:
+            raise RefusedError(410, f"report.html cannot be read: {error.strerror}") from None
 
     def state(self, request: Request) -> Response:
         """Return the numbers that change while a run goes on."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
         self._refresh()
         index = self.index
         return _json(
@@ -170,6 +182,7 @@ class Viewer:
                 "version": index.version,
                 "traces": len(index.rows),
                 "damaged": sum(index.damaged.values()),
+                "unreadable": sorted(index.unreadable),
                 "complete": index.is_complete,
                 "gone": index.is_gone,
                 "name": index.root.absolute().name,
@@ -180,86 +193,73 @@ class Viewer:
 
     def list(self, request: Request) -> Response:
         """Return a page of the list."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
         try:
             query = ListQuery.from_parameters(request.query_params)
         except ConfigError as error:
-            return _failure(400, str(error))
-        rows = matching_rows(self.index, query)
-        here = slice(query.offset, query.offset + PAGE_ROWS)
+            raise RefusedError(400, str(error)) from None
+        rows, note = matching_rows(self.index, query, self.search)
+        here = slice(query.offset, query.offset + query.rows)
         if request.query_params.get("by") == "problem":
             groups = sorted_groups(grouped(rows), query)
             found = {"total": len(groups), "groups": groups[here]}
         else:
             found = {"total": len(rows), "rows": [row_values(row) for row in rows[here]]}
-        return _json({**found, "offset": query.offset, "page": PAGE_ROWS})
+        return _json({**found, "offset": query.offset, "page": query.rows, "note": note})
 
     def trace(self, request: Request) -> Response:
-        """Return the head of a trace, and the names of its neighbours in the list."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
-        found = self._opened(request)
-        if isinstance(found, Response):
-            return found
+        """Return the head of a trace, and the weights of its pages."""
+        row = self._row(request)
         group = request.query_params.get("pane", "0")
-        return _json(found.head(f"shade-{group if group.isalnum() else 0}"))
+        found = self._opened(row).head(f"shade-{group if group.isalnum() else 0}")
+        return _json({**found, "group": row.summary.group})
+
+    def card(self, request: Request) -> Response:
+        """Return a trace in short: verdict and map."""
+        # Not kept open: an overview has more traces than those that are open at once.
+        return HTMLResponse(card_html(self._view(self._row(request))), headers=_headers())
 
     def trace_page(self, request: Request) -> Response:
         """Return a page of a trace, as HTML."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
-        found = self._opened(request)
-        if isinstance(found, Response):
-            return found
+        found = self._opened(self._row(request))
         number = request.query_params.get("n", "")
         if not number.isdecimal() or int(number[:9]) >= len(found.pages):
-            return _failure(404, "the trace has no such page")
+            raise RefusedError(404, "the trace has no such page")
         return HTMLResponse(found.page(int(number[:9])), headers=_headers())
 
     def export(self, request: Request) -> Response:
         """Return traces as a static page to save."""
-        refused = self._checked(request)
-        if refused is not None:
-            return refused
         names = request.query_params.getlist("name")[:_MAX_EXPORTED]
         rows = [row for name in names if (row := self.index.find(name)) is not None]
         if not rows:
-            return _failure(404, "there is no such trace any more")
-        try:
-            body = export_html([self.opener.open(row) for row in rows])
-        except UserError as error:
-            return _failure(410, str(error))
+            raise RefusedError(404, "there is no such trace any more")
+        body = export_html([self._view(row) for row in rows])
         headers = _headers() | {"Content-Disposition": 'attachment; filename="trace.html"'}
         return HTMLResponse(body, headers=headers)
 
-    def _opened(self, request: Request) -> OpenTrace | Response:
+    def _row(self, request: Request) -> ListedTrace:
         name = request.query_params.get("name", "")
         row = self.index.find(name)
         if row is None:
-            return _failure(404, f"there is no trace {name!r:.200}; the run may have gone on")
+            raise RefusedError(404, f"there is no trace {name!r:.200}; the run may have gone on")
+        return row
+
+    def _view(self, row: ListedTrace) -> TraceView:
+        try:
+            return self.opener.open(row)
+        except UserError as error:
+            raise RefusedError(410, str(error)) from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise RefusedError(410, f"{row.name}: {error!r}") from None
+
+    def _opened(self, row: ListedTrace) -> OpenTrace:
         with self._lock:
             key = f"{row.name} {row.begin} {row.end}"
             if key not in self._open:
-                try:
-                    self._open[key] = OpenTrace(self.opener.open(row))
-                except (UserError, KeyError, ValueError, TypeError) as error:
-                    text = str(error) if isinstance(error, UserError) else f"{name}: {error!r}"
-                    return _failure(410, text)
+                self._open[key] = OpenTrace(self._view(row))
                 while len(self._open) > _MAX_OPEN_TRACES:
                     self._open.popitem(last=False)
             self._open.move_to_end(key)
             return self._open[key]
-
-    def _checked(self, request: Request) -> Response | None:
-        """Return a refusal if the address does not hold the token."""
-        given = request.path_params["token"]
-        if secrets.compare_digest(given.encode(), self.token.encode()):
-            return None
-        return _failure(403, "open the address that delethink view has printed: it holds a token")
 
     def _refresh(self) -> None:
         if time.monotonic() - self._refreshed > _REFRESH_INTERVAL_S:

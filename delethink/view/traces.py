@@ -19,7 +19,9 @@ from delethink.json_io import (
     parse_json,
     read_json,
 )
-from delethink.trace_html import TokenTexts, TraceView, answer_place, token_texts
+from delethink.scoring.answer import answer_span
+from delethink.tokens import as_list
+from delethink.trace_html import TokenTexts, TraceView, Verdict, answer_place, token_texts
 from delethink.trace_index import TOKEN_STATS
 from delethink.trace_io import TraceRecord, read_traces
 from delethink.types import END_OF_THINKING, Chunk, ChunkRole, StopReason, Trace, TraceStop
@@ -42,6 +44,7 @@ class TraceOpener:
         self.index = index
         self._tokenizer = tokenizer
         self._texts: dict[str | None, tuple[TokenTexts, str]] = {}  # by model: texts, advice
+        self._decoders: dict[str | None, tuple[Any, str]] = {}  # by model: tokenizer, advice
 
     def open(self, row: ListedTrace) -> TraceView:
         """Return a trace with everything to show about it.
@@ -65,15 +68,26 @@ class TraceOpener:
         """Return the texts of tokens, and advice where there is no tokenizer."""
         model = self._tokenizer or model_of(folder, setting)
         if model not in self._texts:
-            self._texts[model] = _load_texts(model)
+            tokenizer, advice = self.tokenizer(folder, setting)
+            self._texts[model] = token_texts(tokenizer), advice
         return self._texts[model]
+
+    def tokenizer(self, folder: Path, setting: str | None = None) -> tuple[Any, str]:
+        """Return what decodes tokens, or ``None`` and advice."""
+        model = self._tokenizer or model_of(folder, setting)
+        if model not in self._decoders:
+            self._decoders[model] = _load_tokenizer(model)
+        return self._decoders[model]
 
     def _open_record(
         self, row: ListedTrace, record: TraceRecord, values: Mapping[str, Any]
     ) -> TraceView:
         trace, problem = record.trace, record.problem
-        home = self._home(row.file)
+        home = self.home(row.file)
         texts, advice = self.texts(home)
+        config, mark = _config_of(home), _mark_of_run(home)
+        place = None if advice else answer_place(trace, texts, mark)
+        said = _said(trace, texts, place, record.text if advice else None, mark)
         parts = {f"reward {name}": value for name, value in record.rewards.items()}
         facts = {
             "step": row.place,
@@ -83,7 +97,6 @@ class TraceOpener:
             "stop": trace.stop.value,
             "chunks": len(trace.thinking),
             "sampled tokens": f"{trace.length:,}",
-            "gold answer": problem.answer[:200],
         }
         if not _is_step(row):
             facts["file"] = facts.pop("step")
@@ -101,12 +114,14 @@ class TraceOpener:
             title=row.name,
             facts=facts,
             notes=notes,
-            answer=None if advice else answer_place(trace, texts, _mark_of_run(home)),
+            answer=place,
+            verdict=_verdict(record, said, config),
+            context_size=_context_size(config),
             values=_stored_values(trace, _token_stats(row, trace, self.index.root)),
             workers=[chunk.worker for chunk in trace.chunks],
         )
 
-    def _home(self, file: Path) -> Path:
+    def home(self, file: Path) -> Path:
         """Return the folder of the run of a file, inside the root."""
         for folder in file.parents:
             if not is_inside(folder, self.index.root):
@@ -118,34 +133,47 @@ class TraceOpener:
     def _open_evaluated(self, row: ListedTrace) -> TraceView:
         folder = row.file.parent
         record = self.index.read_line(row)
-        key = (folder, row.place, int(record["problem"]), int(row.sample or 0))
         texts, advice = self.texts(folder, row.place)
         outcomes = record["outcomes"]
         facts = {
             "setting": row.place,
             "problem": record["problem"],
             "sample": row.sample,
-            "score": row.summary.reward,
             "stop": row.summary.stop,
             "chunks": row.summary.chunks,
-            "thinking tokens": f"{row.summary.length:,}",
-            "gold answer": row.summary.answer or "not stored",
+            "sampled tokens": f"{row.summary.length:,}",
             "right by budget": ", ".join(
                 f"{o['budget']:,} {'✓' if o['score'] else '✕'}" for o in outcomes
             ),
         }
-        notes = {"problem": row.summary.prompt, "error": row.error or ""}
+        if outcomes and outcomes[-1].get("forced"):
+            facts["answer"] = "forced when the budget was spent"
+        prompt, gold = self.index.problem_texts(row)
+        vote = outcomes[-1].get("vote") if outcomes else None
+        notes = {"problem": prompt, "error": row.error or ""}
         notes["tokens are shown by their ids"] = advice
-        part = self.index.tokens.get(key)
+        part = self.index.tokens.get(row.key)
         if part is None:
             notes["no tokens"] = "the evaluation has not stored the tokens of this trace"
+            verdict = Verdict(gold, vote, row.summary.reward, "score")
             chunk = Chunk((), (), (), StopReason.ERROR, error=row.error)
-            return TraceView(Trace((), (chunk,), TraceStop.ERROR), texts, row.name, facts, notes)
+            trace = Trace((), (chunk,), TraceStop.ERROR)
+            return TraceView(trace, texts, row.name, facts, notes, verdict=verdict)
         values = read_part(folder / "tokens.jsonl", *part, self.index.root, row.name)
         setting, mark = _setting(folder, row.place)
         trace = _evaluated_trace(values, setting.spec, row)
-        answer = None if advice else answer_place(trace, texts, mark)
-        return TraceView(trace, texts, row.name, facts, notes, answer)
+        place = None if advice else answer_place(trace, texts, mark)
+        said = _said(trace, texts, place, None, mark) or vote
+        return TraceView(
+            trace,
+            texts,
+            row.name,
+            facts,
+            notes,
+            place,
+            verdict=Verdict(gold, said, row.summary.reward, "score"),
+            context_size=setting.spec.context_size,
+        )
 
 
 def _is_step(row: ListedTrace) -> bool:
@@ -196,6 +224,54 @@ def _numbers(column: Any, count: int) -> list[float]:
     if not isinstance(column, list) or len(column) != count:
         return []
     return column if all(isinstance(number, (int, float)) for number in column) else []
+
+
+def _said(
+    trace: Trace,
+    texts: TokenTexts,
+    place: tuple[int, int] | None,
+    text: str | None,
+    mark: str | None,
+) -> str | None:
+    """Return the model's answer: from its tokens, or from the stored text of the trace."""
+    if place is not None:
+        ids = [i for chunk in trace.chunks for i in as_list(chunk.output_ids)]
+        return "".join(texts(ids[slice(*place)])).strip()
+    span = None if text is None else answer_span(text, mark)
+    return None if span is None or text is None else text[slice(*span)]
+
+
+def _verdict(record: TraceRecord, said: str | None, config: Mapping[str, Any]) -> Verdict:
+    """Return the verdict of the reward for right or wrong: the named one, else the first."""
+    name = _section(config, "evaluation").get("reward")
+    if name not in record.rewards:
+        name = next(iter(record.rewards), None)
+    score = record.reward if name is None else record.rewards[name]
+    return Verdict(record.problem.answer, said, score, name or "reward")
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    """Return the configuration of a run; empty if it cannot be read."""
+    try:
+        from delethink.yaml_io import YAML_ERRORS, load_yaml
+    except DelethinkError:  # no YAML here
+        return {}
+    try:
+        text = (folder / "config.yaml").read_text("utf-8")
+        return as_mapping(load_yaml(text), "config.yaml")
+    except (OSError, *YAML_ERRORS):
+        return {}
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _context_size(config: Mapping[str, Any]) -> int | None:
+    """Return C of a run, if its configuration says it."""
+    size = _section(config, "thinking").get("context_size")
+    return size if isinstance(size, int) else None
 
 
 def _mark_of_run(folder: Path) -> str | None:
@@ -267,14 +343,10 @@ def model_of(folder: Path, setting: str | None = None) -> str | None:
             models = [str(one["model"]) for one in get_list(values, "settings")]
             fitting = [m for m in models if setting is None or setting.startswith(f"{m} |")]
             return fitting[0] if fitting else None
-        if (folder / "config.yaml").is_file():
-            import yaml
-
-            text = (folder / "config.yaml").read_text("utf-8")
-            return str(as_mapping(yaml.safe_load(text), "config.yaml")["model"])
-    except (DelethinkError, KeyError, ValueError, TypeError, OSError, ImportError):
+    except (DelethinkError, KeyError, ValueError, TypeError):
         return None
-    return None
+    model = _config_of(folder).get("model")
+    return model if isinstance(model, str) else None
 
 
 class _FastTokenizer:
@@ -289,18 +361,15 @@ class _FastTokenizer:
         return str(self._inner.decode(ids, skip_special_tokens=False))
 
 
-def _load_texts(model: str | None) -> tuple[TokenTexts, str]:
-    """Return the texts of a model's tokens, or their ids and the reason."""
+def _load_tokenizer(model: str | None) -> tuple[Any, str]:
+    """Return what decodes a model's tokens, or ``None`` and the reason."""
     if model is None:
-        return token_texts(None), "the folder names no model: pass --tokenizer NAME"
+        return None, "the folder names no model: pass --tokenizer NAME"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # looking at a trace asks no server
     try:
         from delethink.engines.loading import load_tokenizer, locate
 
         file = Path(locate(model, "tokenizer")) / "tokenizer.json"
-        if file.is_file():
-            return token_texts(_FastTokenizer(file)), ""
-        return token_texts(load_tokenizer(model)), ""
+        return _FastTokenizer(file) if file.is_file() else load_tokenizer(model), ""
     except Exception as error:  # a tokenizer of any library, for a file of anybody
-        reason = f"the tokenizer of {model} cannot be loaded ({error}): pass --tokenizer NAME"
-        return token_texts(None), reason
+        return None, f"the tokenizer of {model} cannot be loaded ({error}): pass --tokenizer NAME"

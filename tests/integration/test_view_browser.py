@@ -139,6 +139,55 @@ def test_everything_is_done_by_keys(opened: Page) -> None:
     rows_are(page, 1)
 
 
+def test_all_traces_of_a_problem_stand_beside_each_other(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "config.yaml").write_text("model: toy\n")
+    write(tmp_path, 1, [record("first", n % 2, 2000 + n) for n in range(20)])
+    write(tmp_path, 2, [record("second", 1.0, 100)])
+    with running_viewer(tmp_path) as address:
+        opened = Page(browser)
+        page = opened.page
+        page.goto(address)
+        rows_are(page, 21)
+        page.keyboard.press("o")
+        page.wait_for_selector("#group .card")
+        assert page.locator(".card").count() == 16
+        assert page.inner_text("#group .count >> nth=0").endswith("16 of 20 traces · mean reward 0.5")
+        page.keyboard.press("End")
+        until(page, "document.querySelectorAll('.card svg').length === 16")
+        assert opened.number_of_nodes() < 8_000
+        verdicts = page.locator(".card .verdict b").all_inner_texts()
+        assert verdicts == ["✓ right"] * 10 + ["✕ wrong"] * 6
+        page.keyboard.press("]")
+        until(page, "document.querySelectorAll('.card').length === 4")
+        page.keyboard.press("[")
+        until(page, "document.querySelectorAll('.card').length === 16")
+        page.keyboard.press("j")
+        page.keyboard.press("m")
+        page.wait_for_selector(".card.marked >> text=2.")
+        page.keyboard.press("j")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('#traces.two .verdict').length === 2")
+        page.keyboard.press("o")
+        page.wait_for_selector(".card.current >> text=3.")
+        page.keyboard.press("b")
+        until(page, "document.querySelectorAll('#traces.two .verdict').length === 2")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".card.current")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#list:not([hidden])")
+        assert opened.faults == []
+        page.close()
+
+
+def test_a_row_of_the_map_leads_to_its_chunk(opened: Page, address: str) -> None:
+    page = opened.page
+    page.goto(f"{address}#trace?name=traces/step_000001.jsonl:2")
+    page.wait_for_selector(".map g[data-chunk='3']")
+    page.locator(".map g[data-chunk='3']").click(position={"x": 300, "y": 5})
+    until(page, "document.querySelector('#chunk-3').getBoundingClientRect().top < 120")
+
+
 def test_an_address_leads_to_a_trace_and_a_chunk_of_it(opened: Page, address: str) -> None:
     page = opened.page
     page.goto(f"{address}#trace?name=traces/step_000001.jsonl:2")
@@ -207,7 +256,7 @@ def test_a_run_that_goes_on_is_followed(browser: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("place", ["list", "trace"])
+@pytest.mark.parametrize("place", ["list", "group", "trace"])
 def test_pages_fit_their_width_and_pass_axe(
     browser: Any, address: str, tmp_path: Path, place: str, width: int, scheme: str
 ) -> None:
@@ -216,6 +265,11 @@ def test_pages_fit_their_width_and_pass_axe(
     if place == "list":
         page.goto(address)
         page.wait_for_selector("#table tbody tr")
+    elif place == "group":
+        page.goto(address)
+        page.wait_for_selector("#table tbody tr")
+        page.keyboard.press("o")
+        until(page, "document.querySelectorAll('.card svg').length === 2")
     else:
         page.goto(f"{address}#trace?name=traces/step_000001.jsonl:2")
         page.wait_for_selector(".trace .boundary")

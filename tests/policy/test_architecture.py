@@ -47,12 +47,15 @@ ARROWS: dict[str, set[str]] = {
     "report_process": set(),
     "trace_index": {"errors", "json_io", "redaction"},
     "trace_map": NOUNS | {"tokens"},
-    "trace_html": NOUNS | SHOWN | {"scoring", "tokens", "trace_map"},
+    "trace_svg": NOUNS | {"trace_map"},
+    "trace_html": NOUNS | SHOWN | {"scoring", "tokens", "trace_map", "trace_svg"},
     "testing": ROLLOUT,
     "scoring": ROLLOUT | {"registry"},
     "rewards": NOUNS | {"scoring"},
     "envs": ROLLOUT | {"engines", "registry", "scoring", "tasks", "trace_html", "trace_io"},
-    "config": CHUNKS | {"json_io", "redaction", "registry", "thinking_marks", "yaml_io"},
+    "config_faults": {"errors", "json_io"},
+    "config": CHUNKS
+    | {"config_faults", "json_io", "redaction", "registry", "thinking_marks", "yaml_io"},
     "cost": CHUNKS | SETTINGS | SHOWN | {"json_io"},  # calibration reads the recipe of a run
     "engines": ROLLOUT | SETTINGS,
     "evaluation.metrics": NOUNS,
@@ -68,7 +71,8 @@ ARROWS: dict[str, set[str]] = {
     "serve": ROLLOUT | SETTINGS | {"", "engines"},
     "view": ROLLOUT
     | SHOWN
-    | {"engines", "evaluation", "trace_html", "trace_index", "trace_io", "trace_map"},
+    | {"engines", "evaluation", "scoring", "trace_html", "trace_index", "trace_io", "trace_map"}
+    | {"yaml_io"},
     "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
     "": ROLLOUT,  # the public names, in delethink/__init__.py
 }
@@ -77,6 +81,7 @@ ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards", "integrations"}
 # Load without any extra, because tests, environments and laptops use them alone.
 CORE = {"", *ROLLOUT, "registry", "cost", "trace_io", "testing", "tasks", "scoring", "output"}
 CORE |= {"envs", "rewards", "evaluation.metrics", "trace_html", "trace_index", "trace_map"}
+CORE |= {"trace_svg"}
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "__pycache__" not in file.parts) + sorted(
     file for link in ("envs", "rewards") for file in (PACKAGE / link).rglob("*.py")

@@ -39,7 +39,7 @@ MAY_WRITE_JSON = {
     "evaluation/records.py": "an error text",
     "envs/presets.py": "a gold answer, in memory",
     "rewards/reasoning_gym.py": "a key of a cache, in memory",
-    "view/listing.py": "a search pattern, in memory",
+    "view/search.py": "a search pattern, in memory",
     "scoring/": "messages between processes",
     "serve/sending.py": "answers to clients, in which texts of the model stay as they are",
 }

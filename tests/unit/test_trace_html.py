@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -17,7 +18,9 @@ from delethink.carryover import Carryover, Full, Nothing, SinkWindow, Tail
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.trace_html import (
     TraceView,
+    Verdict,
     answer_place,
+    card_html,
     html_text,
     page_html,
     token_texts,
@@ -25,6 +28,7 @@ from delethink.trace_html import (
     trace_parts,
 )
 from delethink.trace_map import UNKNOWN, map_trace, match_tokens
+from delethink.trace_svg import map_bars, map_svg
 from delethink.types import ChunkRole, StopReason, TraceStop
 from delethink.view.terminal import print_trace, trace_lines
 
@@ -175,6 +179,83 @@ def test_a_page_names_boundary_origin_policy_version_worker_and_answer() -> None
     assert page.count('answer" title') == 2  # the tokens 4 and 2
 
 
+@pytest.mark.parametrize(
+    ("verdict", "texts"),
+    [
+        (Verdict("42", "42", 1.0, "exact"), ["✓ right", "exact 1", "<code>42</code>"]),
+        (Verdict("42", "41", 0.0, "exact"), ["✕ wrong", "exact 0", "<code>41</code>"]),
+        (Verdict("42", "41", 0.5, "exact"), ["◐ partly right", "exact 0.5"]),
+        (Verdict(None, None), ["? not scored", "<dd>none</dd>", "<dd>not known</dd>"]),
+        (Verdict("x" * 300, "1", 0.0), [f"<code>{'x' * 200}…</code>"]),
+    ],
+    ids=["right", "wrong", "partly", "unknown", "long"],
+)
+def test_the_own_answer_stands_beside_the_gold_answer(verdict: Verdict, texts: list[str]) -> None:
+    trace = sampled(ChunkSpec(8, 4, 3, head_size=0), ["abcdefgh", "ijkl", "m."])
+    for page in (
+        trace_html(drawn(trace, verdict=verdict)),
+        card_html(drawn(trace, verdict=verdict)),
+    ):
+        for text in texts:
+            assert text in page, text
+
+
+def test_a_trace_out_of_budget_says_why_it_has_no_answer() -> None:
+    trace = sampled(ChunkSpec(8, 4, 2, head_size=0), ["abcdefgh", "ijkl"])
+    page = trace_html(drawn(trace, verdict=Verdict("1", None, 0.0)))
+    assert "none: the budget was used up" in page
+
+
+def test_a_heading_says_why_a_chunk_stopped() -> None:
+    query = ids("q")
+    trace = Trace(
+        query,
+        (
+            Chunk(query, ids("abcdefgh"), (), StopReason.LENGTH),
+            Chunk(query + ids("efgh"), ids("ij"), (), StopReason.LENGTH, 4),
+            Chunk(query + ids("ghij"), ids("k."), (), StopReason.EOS, 4),
+        ),
+        TraceStop.COMPLETED,
+    )
+    page = trace_html(drawn(trace, context_size=8))
+    assert "stopped: the context of 8 tokens is full (length)" in page
+    assert "stopped early, at 6 of 8 tokens (length)" in page
+    assert "ended by the model (eos)" in page
+    assert trace_html(drawn(trace)).count("stopped for a context reset (length)") == 2
+
+
+def bars(trace: Trace) -> list[list[tuple[int, int, str]]]:
+    return [list(map_bars(one)) for one in map_trace(trace)]
+
+
+def test_the_map_tells_carried_from_new_and_dropped_from_kept() -> None:
+    trace = sampled(ChunkSpec(6, 3, 3, head_size=1), ["abcdef", "ghi", "jk."])
+    assert bars(trace) == [
+        [(0, 1, "new"), (1, 4, "new lost"), (4, 6, "new")],
+        [(0, 1, "carried"), (4, 6, "carried lost"), (6, 7, "new lost"), (7, 9, "new")],
+        [(0, 1, "carried"), (7, 9, "carried"), (9, 12, "new")],
+    ]
+    page = trace_html(drawn(trace))
+    assert page.count('<path class="cut"') == 2
+    assert "<title>chunk 2: 3 carried + 3 new tokens, 3 dropped at the next reset</title>" in page
+    for text in ("carried over", "new", "pale: dropped at the next reset", "✂ context reset"):
+        assert re.search(f'<span class="key key-[a-z]+">{text}</span>', page)
+    assert 'key-place' not in page  # no answer
+
+
+def test_a_map_of_many_contexts_has_few_rows_and_says_so() -> None:
+    chunks, carried = [], ()
+    for number in range(100):
+        chunks.append(Chunk((1, *carried), (number, 7), (), StopReason.LENGTH, len(carried)))
+        carried = (7,)
+    trace = Trace((1,), tuple(chunks), TraceStop.BUDGET)
+    drawing = map_svg(map_trace(trace), trace.length, most=40, height=130)
+    assert drawing.count("<g data-chunk") <= 41
+    assert 'data-chunk="100"' in drawing
+    assert "map of 100 contexts, of which 34 are drawn" in drawing
+    assert drawing.count("<li>") == 2
+
+
 def test_shades_follow_the_logprobs_and_stored_values() -> None:
     chunk = Chunk(ids("q"), ids("abc"), (-0.01, -1.0, -9.0), StopReason.EOS)
     trace = Trace(ids("q"), (chunk,), TraceStop.COMPLETED)
@@ -206,6 +287,7 @@ ATTACKS = [
 ]
 TAGS = {
     *("article", "h1", "h2", "h3", "small", "dl", "div", "dt", "dd", "p", "span", "svg", "rect"),
+    *("code", "g", "title", "ol", "li"),
     *("pre", "i", "b", "fieldset", "legend", "label", "input", "details", "summary", "path"),
 }
 
@@ -220,6 +302,7 @@ def hostile(attack: str) -> TraceView:
         facts={attack: attack},
         notes={attack: attack},
         workers=[attack],
+        verdict=Verdict(attack, attack, 0.5, attack),
         answer=answer_place(trace, token_texts(Letters())),
     )
 

@@ -15,6 +15,8 @@ from delethink.evaluation.settings import SamplingPlan, make_settings
 from delethink.trace_html import token_texts
 from delethink.types import TraceStop
 from delethink.view.index import TraceIndex
+from delethink.view.listing import ListQuery, matching_rows
+from delethink.view.search import TextSearch
 from delethink.view.traces import TraceOpener
 
 
@@ -65,10 +67,85 @@ def test_every_shown_chunk_has_the_prompt_it_was_sampled_from(
             assert len(chunk.logprobs) == len(chunk.output_ids)
             shown += 1
         assert view.notes["problem"].startswith("question")
-        assert view.facts["gold answer"] == "1"
+        assert view.verdict is not None
+        assert view.verdict.gold == "1"
         if view.trace.stop is TraceStop.COMPLETED:
             assert view.answer is not None
+            assert view.verdict.said in ("0", "1")
+            assert view.verdict.word == ("right" if view.verdict.said == "1" else "wrong")
     assert shown > 40
+
+
+def searched(path: Path, text: str) -> tuple[list[str], str]:
+    index = TraceIndex(path)
+    index.refresh()
+    search = TextSearch(index, TraceOpener(index))
+    rows, note = matching_rows(index, ListQuery(text=text), search)
+    again, _ = matching_rows(index, ListQuery(text=text), search)  # from what was kept
+    assert again == rows
+    return [row.name for row in rows], note
+
+
+def test_a_search_reads_problems_and_what_the_model_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TraceOpener, "tokenizer", lambda *_: (LetterTokenizer(), ""))
+    evaluated(tmp_path / "out")
+    index = TraceIndex(tmp_path / "out")
+    index.refresh()
+    views = {row.name: TraceOpener(index).open(row) for row in index.rows if row.error is None}
+    ones = [n for n, v in views.items() if "</think>1" in v.sampled_text(0, v.trace.length)]
+    assert 3 < len(ones) < len(views)
+    found, note = searched(tmp_path / "out", "</THINK>1")
+    assert sorted(found) == sorted(ones)
+    assert note == ""
+    assert len(searched(tmp_path / "out", "question 3")[0]) == 2 * 3
+    assert searched(tmp_path / "out", "output_ids")[0] == []
+
+
+def test_a_search_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    evaluated(tmp_path / "out")
+    found, note = searched(tmp_path / "out", "</think>1")
+    assert found == []
+    assert "texts of tokens were not searched" in note
+    assert "--tokenizer NAME" in note
+
+
+def test_a_long_problem_is_shown_and_searched_whole(tmp_path: Path) -> None:
+    evaluated(tmp_path / "out")
+    file = tmp_path / "out/problems.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[2]["prompt"] = "é" * 500 + "Needle"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(searched(tmp_path / "out", "needle")[0]) == 2 * 3
+    index = TraceIndex(tmp_path / "out")
+    index.refresh()
+    row = next(row for row in index.rows if row.problem == 2)
+    assert TraceOpener(index).open(row).notes["problem"].endswith("Needle")
+
+
+def test_of_a_trace_that_was_sampled_again_the_last_line_is_listed(tmp_path: Path) -> None:
+    evaluated(tmp_path / "out")
+    file = tmp_path / "out/traces.jsonl"
+    first = json.loads(file.read_text().splitlines()[0])
+    index = TraceIndex(tmp_path / "out")
+    index.refresh()
+    with file.open("a") as lines:
+        lines.write(json.dumps({**first, "error": "second try"}) + "\n")
+    index.refresh()
+    assert len(index.rows) == 2 * 6 * 3
+    key = index.rows[-1].key
+    assert [row.error for row in index.rows if row.key == key] == ["second try"]
+
+
+def test_problems_that_are_a_link_out_are_not_read(tmp_path: Path) -> None:
+    evaluated(tmp_path / "out")
+    file = tmp_path / "out/problems.jsonl"
+    file.rename(tmp_path / "secret.jsonl")
+    file.symlink_to(tmp_path / "secret.jsonl")
+    index = TraceIndex(tmp_path / "out")
+    index.refresh()
+    assert not any("question" in row.summary.prompt for row in index.rows)
 
 
 def test_without_stored_tokens_the_rows_stay_and_a_note_says_why(tmp_path: Path) -> None:

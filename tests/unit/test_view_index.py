@@ -13,8 +13,9 @@ from delethink.errors import ConfigError, TraceFileError
 from delethink.trace_index import TRACE_INDEX, index_lines, without_files
 from delethink.trace_io import TraceRecord, write_traces
 from delethink.types import StopReason, TraceStop
-from delethink.view.index import TraceIndex, read_part, trace_files
+from delethink.view.index import ListedTrace, TraceIndex, read_part, trace_files
 from delethink.view.listing import ListQuery, grouped, matching_rows, sorted_groups
+from delethink.view.search import TextSearch
 from delethink.view.traces import TraceOpener
 
 
@@ -36,8 +37,12 @@ def refreshed(root: Path) -> TraceIndex:
     return index
 
 
+def found(index: TraceIndex, **query: Any) -> tuple[list[ListedTrace], str]:
+    return matching_rows(index, ListQuery(**query), TextSearch(index, TraceOpener(index)))
+
+
 def names(index: TraceIndex, **query: Any) -> list[str]:
-    return [row.name for row in matching_rows(index, ListQuery(**query))]
+    return [row.name for row in found(index, **query)[0]]
 
 
 @pytest.fixture
@@ -86,8 +91,63 @@ def test_a_search_reads_texts_and_no_token_ids(run: Path) -> None:
     assert names(index, text="output_ids") == []
 
 
+def test_a_search_knows_no_case_and_reads_texts_outside_ascii(run: Path) -> None:
+    with (run / "traces/step_000010.jsonl").open("a") as file:
+        file.write(json.dumps(record(text='a "Große" Zahl').to_json(), ensure_ascii=False) + "\n")
+    index = refreshed(run)
+    assert names(index, text="fROG") == ["traces/step_000002.jsonl:1"]
+    assert names(index, text='"große" zahl') == ["traces/step_000010.jsonl:2"]
+
+
+def test_traces_without_a_text_are_searched_in_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Letters:
+        def decode(self, ids: Any) -> str:
+            return "".join(chr(ord("a") + i) for i in ids)
+
+    monkeypatch.setattr(TraceOpener, "tokenizer", lambda *_: (Letters(), ""))
+    values = [record(tokens=tokens).to_json() | {"text": None} for tokens in (3, 9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    assert names(refreshed(tmp_path / "a.jsonl"), text="CDE") == ["a.jsonl:2"]
+
+
+def test_parquet_is_searched(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    write_traces(tmp_path / "a.parquet", [record(text="x"), record(text="say Frog")])
+    assert names(refreshed(tmp_path / "a.parquet"), text="frog") == ["a.parquet:2"]
+
+
+def test_a_search_that_takes_too_long_says_what_it_has_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delethink.view.search._MAX_SEARCH_S", -1.0)
+    rows, note = found(refreshed(run), text="Frog")
+    assert rows == []
+    assert "searched the texts of 1 of 4 traces" in note
+
+
+def test_what_cannot_be_read_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root, as in containers, may read everything; so the refusal is made here.
+    refused, open_file = run / "traces/step_000002.jsonl", Path.open
+
+    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == refused:
+            raise PermissionError(13, "Permission denied", str(self))
+        return open_file(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    index = refreshed(run)
+    assert index.unreadable == {str(refused): "Permission denied"}
+    assert len(index.rows) == 3
+    monkeypatch.undo()
+    index.refresh()
+    assert not index.unreadable
+    assert len(index.rows) == 4
+
+
 def test_groups_have_a_best_and_a_worst_trace(run: Path) -> None:
-    first, second = grouped(matching_rows(refreshed(run), ListQuery()))
+    first, second = grouped(found(refreshed(run))[0])
     assert (first["problem"], first["traces"], first["reward"]) == ("1+1", 2, 0.5)
     assert (first["best"], first["worst"]) == (
         "traces/step_000001.jsonl:2",
@@ -98,7 +158,7 @@ def test_groups_have_a_best_and_a_worst_trace(run: Path) -> None:
 
 def test_groups_are_sorted_by_their_means(run: Path) -> None:
     (run / "traces/step_000011.jsonl").write_text(line(prompt="best", tokens=2))
-    rows = matching_rows(refreshed(run), ListQuery())
+    rows = found(refreshed(run))[0]
 
     def problems(sort: str, descending: bool = False) -> list[str]:
         query = ListQuery(sort=sort, descending=descending)

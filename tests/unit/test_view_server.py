@@ -135,11 +135,31 @@ def test_a_trace_is_served_in_bounded_pages_without_live_texts(client: Any) -> N
     shown = "".join([head["head"], *pages])
     assert max(page.count("<i ") for page in pages) <= 1200
     assert shown.count("<i ") == 5 * 900 + 4 * 2
-    assert shown.count("context reset") == 4
+    assert shown.count("context reset</b>") == 4
     for live in ("<script", "\x1b", "\u202e"):
         assert live not in shown
     assert "&lt;script&gt;" in shown
     assert client.get(f"/{TOKEN}/api/page", params={"name": name, "n": 99}).status_code == 404
+
+
+def test_a_card_has_verdict_and_map_without_live_texts(client: Any) -> None:
+    name = "traces/step_000001.jsonl:2"
+    page = client.get(f"/{TOKEN}/api/card", params={"name": name}).text
+    assert "✕ wrong" in page
+    assert page.count("<g data-chunk") == 5
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in page  # the gold answer
+    assert "<script" not in page
+    assert client.get(f"/{TOKEN}/api/card", params={"name": "none:1"}).status_code == 404
+
+
+def test_a_list_of_a_problem_has_as_many_rows_as_asked(client: Any) -> None:
+    whole = client.get(f"/{TOKEN}/api/list").json()
+    part = client.get(f"/{TOKEN}/api/list?rows=1&offset=1").json()
+    assert (part["page"], part["total"]) == (1, 2)
+    assert part["rows"] == whole["rows"][1:]
+    group = whole["rows"][0]["group"]
+    assert client.get(f"/{TOKEN}/api/list", params={"group": group}).json()["total"] == 1
+    assert client.get(f"/{TOKEN}/api/list?rows=x").status_code == 400
 
 
 def test_an_export_holds_the_chosen_traces_and_no_script(client: Any) -> None:
@@ -147,6 +167,7 @@ def test_an_export_holds_the_chosen_traces_and_no_script(client: Any) -> None:
     answer = client.get(f"/{TOKEN}/api/export", params=names)
     assert "attachment" in answer.headers["content-disposition"]
     assert answer.text.count('<article class="trace">') == 2
+    assert answer.text.count('<li class="card">') == 2
     assert "<script" not in answer.text
 
 

@@ -1,5 +1,5 @@
 // The list of traces: sorted, filtered and searched by the server, a page at a time.
-import { ask, go } from "./base.js";
+import { ask, button, element, go, link, shown } from "./base.js";
 
 const COLUMNS = [
   ["step", "step", ""],
@@ -20,15 +20,7 @@ const GROUP_COLUMNS = [
 ];
 const SEARCH_DELAY_MS = 250;
 
-const shown = (value) =>
-  typeof value === "number" ? value.toLocaleString("en", { maximumFractionDigits: 3 }) : value ?? "none";
-
-function cell(kind, content, className) {
-  const made = document.createElement(kind);
-  if (className) made.className = className;
-  made.append(content);
-  return made;
-}
+export const groupHref = (group) => `#group?${new URLSearchParams({ group })}`;
 
 export class List {
   constructor(byId) {
@@ -79,6 +71,7 @@ export class List {
     this.byId("by").checked = parameters.get("by") === "problem";
     this.byId("clear").hidden = ![...parameters.keys()].some((key) => key !== "sort" && key !== "desc");
     await this.reload();
+    this.byId("table").tBodies[0].rows[this.current]?.scrollIntoView({ block: "nearest" });
   }
 
   async reload() {
@@ -100,6 +93,7 @@ export class List {
     this.byId("count").textContent = found.total
       ? `${(found.offset + 1).toLocaleString("en")}–${last.toLocaleString("en")} of ${found.total.toLocaleString("en")} ${what}`
       : `no ${what} to show`;
+    if (found.note) this.byId("count").append(` · ${found.note}`);
     this.byId("previous").disabled = found.offset === 0;
     this.byId("next").disabled = last >= found.total;
     const columns = grouped ? GROUP_COLUMNS : COLUMNS;
@@ -113,14 +107,14 @@ export class List {
     const line = document.createElement("tr");
     const sort = this.parameters.get("sort") || "step";
     const down = this.parameters.get("desc") === "1";
-    for (const [key, text, className] of columns) {
+    const ofEvaluation = this.rows.some((row) => row.sample != null);
+    for (const [key, name, className] of columns) {
+      const text = key === "step" && ofEvaluation ? "setting · sample" : name;
       let content = text;
-      const head = cell("th", "", className);
+      const head = element("th", className);
       head.scope = "col";
       if (key) {
-        content = cell("button", text + (key === sort ? (down ? " ↓" : " ↑") : ""));
-        content.type = "button";
-        content.addEventListener("click", () =>
+        content = button(text + (key === sort ? (down ? " ↓" : " ↑") : ""), () =>
           this.change({ sort: key, desc: key === sort && !down ? "1" : "", offset: 0 }),
         );
         head.setAttribute("aria-sort", key !== sort ? "none" : down ? "descending" : "ascending");
@@ -144,16 +138,15 @@ export class List {
 
   row(row, index) {
     const href = this.href(row.name);
-    const link = cell("a", row.sample === null ? row.step : `${row.step} · ${row.sample}`);
-    link.href = href;
+    const step = row.sample === null ? row.step : `${row.step} · ${row.sample}`;
     const good = row.reward === null ? "" : row.reward >= 1 ? " right" : " wrong";
     const line = this.line(index, href, [
-      cell("td", link),
-      cell("td", row.problem, "text"),
-      cell("td", shown(row.reward), `number${good}`),
-      cell("td", row.stop),
-      cell("td", shown(row.chunks), "number"),
-      cell("td", shown(row.length), "number"),
+      element("td", "", link(step, href)),
+      element("td", "text", row.problem),
+      element("td", `number${good}`, shown(row.reward)),
+      element("td", "", row.stop),
+      element("td", "number", shown(row.chunks)),
+      element("td", "number", shown(row.length)),
     ]);
     line.classList.toggle("marked", row.name === this.marked);
     line.title = row.error || "";
@@ -161,24 +154,17 @@ export class List {
   }
 
   group(group, index) {
-    const parameters = new URLSearchParams({ group: group.group, sort: "reward", desc: "1" });
-    const href = `#list?${parameters}`;
-    const link = cell("a", group.step);
-    link.href = href;
-    const one = (name, reward) => {
-      if (!name) return "none";
-      const made = cell("a", shown(reward));
-      made.href = `#trace?${new URLSearchParams({ name })}`;
-      return made;
-    };
+    const href = groupHref(group.group);
+    const one = (name, reward) =>
+      name ? link(shown(reward), `#trace?${new URLSearchParams({ name })}`) : "none";
     return this.line(index, href, [
-      cell("td", link),
-      cell("td", group.problem, "text"),
-      cell("td", shown(group.traces), "number"),
-      cell("td", shown(group.reward), "number"),
-      cell("td", one(group.best, group.best_reward), "number"),
-      cell("td", one(group.worst, group.worst_reward), "number"),
-      cell("td", shown(Math.round(group.length)), "number"),
+      element("td", "", link(group.step, href)),
+      element("td", "text", group.problem),
+      element("td", "number", shown(group.traces)),
+      element("td", "number", shown(group.reward)),
+      element("td", "number", one(group.best, group.best_reward)),
+      element("td", "number", one(group.worst, group.worst_reward)),
+      element("td", "number", shown(Math.round(group.length))),
     ]);
   }
 
@@ -192,10 +178,6 @@ export class List {
   neighbour(name, step) {
     const index = this.names.indexOf(name);
     return index < 0 ? undefined : this.names[index + step];
-  }
-
-  back() {
-    location.hash = this.last || "#list";
   }
 
   move(step) {
@@ -214,10 +196,15 @@ export class List {
     this.change({ offset });
   }
 
-  pair() {
-    const row = this.rows[this.current];
-    const own = row.best ? row : null;
-    if (own && own.best !== own.worst) go("trace", { name: own.best, with: own.worst });
+  mark(name) {
+    this.marked = this.marked === name ? null : name;
+  }
+
+  // The best and the worst trace of a problem, side by side.
+  async pair(group) {
+    const found = await (await ask("api/list", { by: "problem", group })).json();
+    const { best, worst } = found.groups[0] || {};
+    if (best && best !== worst) go("trace", { name: best, with: worst });
   }
 
   key(event) {
@@ -234,10 +221,11 @@ export class List {
       },
       "[": () => this.turn(-1),
       "]": () => this.turn(1),
-      b: () => row && this.pair(),
+      b: () => row && this.pair(row.group),
+      o: () => row && go("group", { group: row.group }),
       m: () => {
         if (!row?.name) return;
-        this.marked = this.marked === row.name ? null : row.name;
+        this.mark(row.name);
         this.draw();
       },
     };

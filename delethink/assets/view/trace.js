@@ -1,6 +1,7 @@
 // One or two traces. Only the pages near the window are in the document; the others are empty boxes
 // of their last known height, so that a trace of any length has a bounded number of nodes.
-import { ask, go } from "./base.js";
+import { ask, button, element, exportHref, go, link } from "./base.js";
+import { groupHref } from "./list.js";
 
 const PIXELS_PER_TOKEN = 0.9; // of a page that was not shown yet
 const MARGIN = "600px";
@@ -20,8 +21,12 @@ class Pane {
   async load() {
     const parameters = { name: this.name, pane: this.number };
     this.found = await (await ask("api/trace", parameters)).json();
-    const head = document.createElement("div");
+    const head = element("div");
     head.innerHTML = this.found.head; // escaped by the server, and without scripts
+    head.querySelector(".map").addEventListener("click", (event) => {
+      const row = event.target.closest("[data-chunk]");
+      if (row) this.goto(Number(row.dataset.chunk));
+    });
     const tools = this.tools();
     this.boxes = this.found.pages.map(({ weight }, index) => {
       const box = document.createElement("div");
@@ -35,24 +40,16 @@ class Pane {
   }
 
   tools() {
-    const tools = document.createElement("div");
-    tools.className = "tools";
-    const button = (text, action) => {
-      const made = document.createElement("button");
-      made.type = "button";
-      made.textContent = text;
-      made.addEventListener("click", action);
-      tools.append(made);
-    };
-    button("← list", () => history.length > 1 && document.dispatchEvent(new CustomEvent("back")));
-    button("next chunk", () => this.step(1));
-    button("previous chunk", () => this.step(-1));
-    if (this.found.answer_page !== null) button("answer", () => this.answer());
-    const save = document.createElement("a");
-    save.textContent = "save as a page";
-    save.href = `api/export?${new URLSearchParams({ name: this.name })}`;
-    tools.append(save);
-    return tools;
+    return element(
+      "div",
+      "tools",
+      button("← back", () => document.dispatchEvent(new CustomEvent("back"))),
+      button("next chunk", () => this.step(1)),
+      button("previous chunk", () => this.step(-1)),
+      ...(this.found.answer_page === null ? [] : [button("answer", () => this.answer())]),
+      link("all traces of the problem", groupHref(this.found.group)),
+      link("save as a page", exportHref([this.name])),
+    );
   }
 
   intersect(entries) {
@@ -112,7 +109,11 @@ class Pane {
       for (const head of box.querySelectorAll("h2[id^=chunk-]"))
         if (head.getBoundingClientRect().top <= top) here = Number(head.id.slice(6));
     }
-    const wanted = Math.max(1, Math.min(this.found.chunks, here + by));
+    await this.goto(Math.max(1, Math.min(this.found.chunks, here + by)));
+  }
+
+  async goto(wanted) {
+    const heads = this.found.pages.map(({ chunk }) => chunk);
     // The heading of a chunk is on the last page that begins before it, or on a page of its own.
     let page = heads.findIndex((chunk) => chunk >= wanted);
     if (page < 0) page = heads.length;
@@ -144,7 +145,12 @@ export class Traces {
     this.home = home;
     this.list = list;
     this.panes = [];
-    document.addEventListener("back", () => list.back());
+    this.before = "#list";
+    document.addEventListener("back", () => this.back());
+  }
+
+  back() {
+    location.hash = this.before;
   }
 
   clear() {
@@ -177,6 +183,7 @@ export class Traces {
       p: () => this.panes[0]?.step(-1),
       a: () => each((pane) => pane.answer()),
       s: () => each((pane) => pane.shade()),
+      o: () => this.panes[0]?.found && go("group", { group: this.panes[0].found.group }),
       x: () => this.home.querySelector('a[href^="api/export"]')?.click(),
     };
     if (!actions[event.key]) return false;
