@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from delethink.errors import PolicyError
-from delethink.tokens import Logprobs, TokenIds, all_finite, as_logprobs, as_token_ids
+from delethink.tokens import (
+    Logprobs,
+    TokenIds,
+    all_finite,
+    as_logprobs,
+    as_token_ids,
+    joined,
+    logprob_array,
+)
 from delethink.types import StopReason
 
 
@@ -77,6 +85,17 @@ class Completion:
                 f"the policy returned {len(self.token_ids)} tokens and {len(self.logprobs)} "
                 "log-probs; each token needs one log-prob"
             )
+
+
+def join_completions(pieces: Sequence[Completion]) -> Completion:
+    """Return the pieces of a chunk as one completion, with the stop reason of the last."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return replace(
+        pieces[-1],
+        token_ids=joined(piece.token_ids for piece in pieces),
+        logprobs=logprob_array([value for piece in pieces for value in piece.logprobs]),
+    )
 
 
 class Policy(Protocol):

@@ -376,13 +376,6 @@ def _add_listening(add: Any) -> None:
         help="time between comments in a silent stream (default 5)",
     )
     add(
-        "--stream-tokens",
-        default="32",
-        metavar="TOKENS",
-        help="tokens of a piece of a stream where the engine gives whole chunks, as vLLM in Ray "
-        "workers does; 0 streams a chunk at a time (default 32)",
-    )
-    add(
         "--reasoning-field",
         choices=("both", "reasoning", "reasoning_content"),
         default="both",
@@ -393,6 +386,7 @@ def _add_listening(add: Any) -> None:
         action="store_true",
         help="print a line for each request, without its texts",
     )
+    add("--debug", action="store_true", help="log the lines of code of a failure too")
 
 
 def add_cost_options(command: argparse.ArgumentParser) -> None:

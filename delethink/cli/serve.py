@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +97,6 @@ def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSetti
         chat_template_kwargs=parse_values(arguments.chat_template_kwargs),
         end_of_thinking=check_mark_setting(arguments.end_of_thinking),
         query_tokens=size(arguments.query_tokens, "--query-tokens"),
-        segment_tokens=size(arguments.stream_tokens, "--stream-tokens", 0),
     )
     return source, settings
 
@@ -104,7 +105,9 @@ def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSe
     from delethink.serve.start import listen, open_service, serve_forever
 
     def say(line: str) -> None:
-        echo(line, stderr=True)
+        # A full disk or a closed terminal takes no line, and the server goes on without.
+        with contextlib.suppress(OSError, ValueError):
+            echo(line, stderr=True)
 
     log = say if arguments.log_requests else lambda line: None
     sock = listen(arguments.host, arguments.port)
@@ -113,19 +116,19 @@ def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSe
             host, port = sock.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             address = f"http://{host}:{port}/v1"
-            greet = partial(_greet, address, settings.model_name, bool(settings.api_keys))
+            greet = partial(_greet, say, address, settings.model_name, bool(settings.api_keys))
             serve_forever(service, sock, greet)
     finally:
         sock.close()
     return 0
 
 
-def _greet(address: str, name: str, has_keys: bool) -> None:
+def _greet(say: Callable[[str], None], address: str, name: str, has_keys: bool) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if has_keys else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    echo(f"serving {name} at {address}", stderr=True)  # standard output may be a pipe, and wait
+    say(f"serving {name} at {address}")  # standard output may be a pipe, and wait
     curl = f"  curl {address}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-    echo(curl, stderr=True)
+    say(curl)
 
 
 def _spec(arguments: argparse.Namespace) -> ChunkSpec:

@@ -9,12 +9,12 @@ retries, health checks, restarts and weight updates. Either class is then regist
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from delethink.config import EngineConfig
-from delethink.policy import Completion, Policy, Sampling
+from delethink.policy import Completion, Policy, Sampling, TokenListener
 from delethink.types import TokenIds
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class Engine(Policy, Protocol):
 
     Attributes:
         max_model_tokens: longest sequence (prompt and new tokens) of the engine.
+
+    An engine with the attribute ``computes_elsewhere`` set leaves the event loop of its caller free
+    while it samples. The others get a thread of their own where it matters.
     """
 
     max_model_tokens: int
@@ -172,8 +175,31 @@ class Worker(Protocol):
         """Shut the engine down; the pool kills the actor afterwards."""
 
 
+class StreamingWorker(Worker, Protocol):
+    """A worker that gives tokens out while it samples; optional."""
+
+    def stream(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> AsyncIterator[Completion]:
+        """Sample a chunk as ``generate`` does, in pieces.
+
+        Yields:
+            The tokens since the piece before. The stop reason of the last piece is the chunk's, and
+            that of the others is ``length``.
+        """
+
+
 class WorkerHandle(Worker, Protocol):
     """A running worker as the pool holds it, from one start to the next."""
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """Sample a chunk as ``generate`` does, and pass on its tokens; see ``StreamingPolicy``."""
 
     def kill(self) -> None:
         """End the worker and its engine at once, whatever they do."""

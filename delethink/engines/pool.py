@@ -30,7 +30,7 @@ from delethink.errors import (
     WorkersLostError,
 )
 from delethink.output import get_logger
-from delethink.policy import Completion, Sampling, SchedulingHint
+from delethink.policy import Completion, Sampling, SchedulingHint, TokenListener
 from delethink.types import TokenIds
 
 _logger = get_logger(__name__)
@@ -88,12 +88,20 @@ class WorkerPool:
         return self._scheduler.num_waiting
 
     async def generate(
-        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        listener: TokenListener | None = None,
     ) -> Completion:
         """Sample a chunk on any worker; see ``Policy.generate``.
 
+        A listener gets tokens while they are sampled, and the chunk is then not repeated after a
+        fault: its caller goes on after the tokens that it has.
+
         Raises:
-            PolicyError: ``max_attempts`` attempts failed; the text is the last one's error.
+            PolicyError: ``max_attempts`` attempts failed, or one with tokens that a listener has;
+                the text is the last one's error.
             DeadlineError: a worker had the chunk for longer than ``chunk_timeout``.
             WorkersLostError: no worker is left.
         """
@@ -106,6 +114,7 @@ class WorkerPool:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             task=cast("asyncio.Task[Any]", asyncio.current_task()),
+            listener=listener,
         )
         self._chunks.add(chunk)
         try:
@@ -156,7 +165,10 @@ class WorkerPool:
         assert handle is not None
         try:
             request = chunk.prompt_ids, chunk.max_new_tokens, chunk.sampling
-            completion = await handle.generate(*request)
+            if chunk.listener is None:
+                completion = await handle.generate(*request)
+            else:
+                completion = await handle.stream(*request, chunk.pass_on)
         except UserError:
             raise
         except Exception as error:  # a worker can fail in any way
@@ -179,8 +191,10 @@ class WorkerPool:
     def _count_attempt(self, chunk: PendingChunk, error: _RetryError) -> None:
         """Count a failed attempt, and raise ``PolicyError`` after the last one."""
         chunk.attempts += 1
-        if chunk.attempts < self._config.max_attempts:
+        if chunk.attempts < self._config.max_attempts or chunk.is_heard:
             self.faults.chunks_rescheduled += 1
+            if chunk.is_heard:
+                raise PolicyError(str(error)) from None
             return
         self.faults.chunks_failed += 1
         suffix = f" (attempt {chunk.attempts}, the last)" if chunk.attempts > 1 else ""

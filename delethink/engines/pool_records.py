@@ -11,7 +11,8 @@ from typing import Any
 
 from delethink.engines.base import EngineCounts, WorkerHandle, WorkerState
 from delethink.engines.scheduler import Request
-from delethink.policy import Sampling
+from delethink.policy import Sampling, TokenListener
+from delethink.tokens import Logprobs
 from delethink.types import TokenIds
 
 _PACE_WINDOW_CHUNKS = 32  # smoothing window for the pace of a worker
@@ -25,11 +26,19 @@ class PendingChunk(Request):
     max_new_tokens: int
     sampling: Sampling
     task: asyncio.Task[Any]  # the caller's
+    listener: TokenListener | None = None  # of a streamed chunk
+    is_heard: bool = False  # the caller has tokens of it
     attempts: int = 0
     assigned: asyncio.Future[None] = field(init=False)  # done once a worker has the chunk
     worker: WorkerRecord | None = None  # None unless in flight
     started: float = 0.0  # time of the assignment to the worker
     interruption: Exception | None = None
+
+    def pass_on(self, token_ids: TokenIds, logprobs: Logprobs) -> None:
+        """Give tokens to the caller."""
+        assert self.listener is not None
+        self.is_heard = True
+        self.listener(token_ids, logprobs)
 
     def interrupt(self, error: Exception) -> None:
         """End the present attempt with an error, in the way of ``asyncio.timeout``."""

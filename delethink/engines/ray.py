@@ -36,8 +36,8 @@ from delethink.errors import (
     PolicyError,
     WeightSyncError,
 )
-from delethink.policy import Completion, Sampling
-from delethink.tokens import token_array
+from delethink.policy import Completion, Sampling, TokenListener, join_completions
+from delethink.tokens import Logprobs, token_array
 from delethink.types import TokenIds
 
 try:
@@ -78,6 +78,7 @@ class RayPool:
     """
 
     worker_class: ClassVar[type[Worker]]
+    computes_elsewhere = True
 
     def __init__(
         self,
@@ -185,14 +186,58 @@ class RayPool:
             ConfigError: the request is longer than ``max_model_tokens``, or invalid for the engine.
             Exception: as ``WorkerPool.generate``.
         """
+        return await self._submit(prompt_ids, max_new_tokens, sampling)
+
+    def _submit(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        listener: TokenListener | None = None,
+    ) -> asyncio.Future[Completion]:
         needed = len(prompt_ids) + max_new_tokens
         if self._thread.is_open and needed > self.max_model_tokens:
             raise ConfigError(
                 f"a request of {needed} tokens, prompt and new ones together, is longer than "
                 f"max_model_tokens={self.max_model_tokens}"
             )
-        call = self._thread.submit(self._pool.generate(prompt_ids, max_new_tokens, sampling))
-        return await asyncio.wrap_future(call)
+        sampled = self._pool.generate(prompt_ids, max_new_tokens, sampling, listener)
+        return asyncio.wrap_future(self._thread.submit(sampled))
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        """Sample a chunk on any worker, and pass on its tokens; see ``StreamingPolicy``.
+
+        A worker class without ``stream`` gives all tokens at the end of the chunk.
+
+        Raises:
+            PolicyError: as ``generate``, or a worker failed after tokens that were passed on.
+            Exception: as ``generate``.
+        """
+        if not hasattr(self.worker_class, "stream"):
+            completion = await self.generate(prompt_ids, max_new_tokens, sampling)
+            on_tokens(completion.token_ids, completion.logprobs)
+            return completion
+        loop = asyncio.get_running_loop()
+
+        def receive(token_ids: TokenIds, logprobs: Logprobs) -> None:
+            if call.done():  # the caller has left
+                return
+            try:
+                on_tokens(token_ids, logprobs)
+            except asyncio.CancelledError:
+                call.cancel()
+
+        def listen(token_ids: TokenIds, logprobs: Logprobs) -> None:
+            loop.call_soon_threadsafe(receive, token_ids, logprobs)
+
+        call = self._submit(prompt_ids, max_new_tokens, sampling, listen)
+        return await call
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Load new weights into all workers; see ``Engine`` and ``WorkerPool.update_weights``."""
@@ -328,6 +373,31 @@ class _RayWorkerHandle:
             if ray.is_initialized():
                 ray.cancel(call)
             raise
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
+        call = self.actor.stream.options(num_returns="streaming").remote(
+            token_array(prompt_ids), max_new_tokens, dataclasses.replace(sampling, hint=None)
+        )
+        pieces = list[Completion]()
+        try:
+            async for piece in call:
+                pieces.append(await piece)
+                on_tokens(pieces[-1].token_ids, pieces[-1].logprobs)
+        except ray.exceptions.RayError as error:
+            raise cause(error) from None
+        except asyncio.CancelledError:
+            if ray.is_initialized():
+                ray.cancel(call)
+            raise
+        if not pieces:
+            raise PolicyError("ended a stream without a piece")
+        return join_completions(pieces)
 
     async def health(self) -> EngineCounts:
         return await _result(self.actor.health.remote())

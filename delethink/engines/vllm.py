@@ -8,12 +8,15 @@ have vLLM.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
+import math
 import os
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +25,13 @@ from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.loading import split_revision
 from delethink.engines.ray import RayPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
-from delethink.policy import Completion, Sampling
+from delethink.policy import Completion, Sampling, join_completions
 from delethink.tokens import as_list, logprob_array, token_array
 from delethink.types import StopReason, TokenIds
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
+_PIECE_S = 0.05  # between two pieces of a stream, which people read without a stutter
+_PIECE_SHARE_S = 0.002  # the same for each stream of a worker: a piece costs the driver a call
 _LOWEST_TEMPERATURE = 0.01  # vLLM uses this value for anything between 0 and this
 _VERIFIED_UPDATES = 2  # since the start of a worker: the initial weights and the first update
 _LOG_BYTES = 65_536  # end of the logs, searched for the last error
@@ -51,6 +56,7 @@ class VllmWorker:
         self._refused = ""  # reason to sample nothing before the next weights
         self._request_ids = itertools.count(1)
         self._in_flight: set[str] = set()  # ids of requests
+        self._num_streams = 0
 
     async def start(self) -> WorkerState:
         """Start the engine, and sample one token to warm up.
@@ -88,6 +94,40 @@ class VllmWorker:
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
         """Sample a chunk; see ``Worker.generate``."""
+        async with aclosing(self._sample(prompt_ids, max_new_tokens, sampling)) as pieces:
+            return [piece async for piece in pieces][-1]
+
+    async def stream(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> AsyncIterator[Completion]:
+        """Sample a chunk in pieces; see ``StreamingWorker``.
+
+        The first piece comes with its first token, and the others after a while each, as a piece
+        costs the driver as much as a chunk.
+        """
+        now = asyncio.get_running_loop().time
+        held, given_at = list[Completion](), -math.inf
+        pieces = self._sample(prompt_ids, max_new_tokens, sampling, in_pieces=True)
+        self._num_streams += 1
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    held.append(piece)
+                    is_last = piece.stop is not StopReason.LENGTH
+                    pause_s = max(_PIECE_S, _PIECE_SHARE_S * self._num_streams)
+                    if is_last or now() - given_at >= pause_s:
+                        given_at = now()
+                        yield join_completions(held)
+                        held = []
+                if held:
+                    yield join_completions(held)
+        finally:
+            self._num_streams -= 1
+
+    async def _sample(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling, in_pieces: bool = False
+    ) -> AsyncGenerator[Completion, None]:
+        """Yield a chunk whole, or each of its tokens as soon as it is there."""
         temperature = sampling.temperature
         if temperature < 0 or 0 < temperature < _LOWEST_TEMPERATURE:
             raise ConfigError(
@@ -95,7 +135,7 @@ class VllmWorker:
             )
         if self._refused:
             raise PolicyError(f"takes no requests since an update of weights {self._refused}")
-        params = _sampling_params(max_new_tokens, sampling, self._spec.eos_ids)
+        params = _sampling_params(max_new_tokens, sampling, self._spec.eos_ids, in_pieces)
         request_id = str(next(self._request_ids))
         self._in_flight.add(request_id)
         try:
@@ -103,18 +143,21 @@ class VllmWorker:
                 {"prompt_token_ids": as_list(prompt_ids)}, params, request_id
             ):
                 last = output.outputs[0]
+                reason = last.finish_reason or "length"
+                if reason not in _STOP:
+                    raise PolicyError(f"ended a request with {reason!r}: {_last_error()}")
+                yield Completion(
+                    token_array(array("q", last.token_ids)),
+                    logprob_array(array("d", last.logprobs.logprobs)),
+                    _STOP[reason],
+                    self._version,
+                )
+        except PolicyError:
+            raise
         except Exception as error:
             raise self._explain(error) from None
         finally:
             self._in_flight.discard(request_id)
-        if last.finish_reason not in _STOP:
-            raise PolicyError(f"ended a request with {last.finish_reason!r}: {_last_error()}")
-        return Completion(
-            token_array(array("q", last.token_ids)),
-            logprob_array(array("d", last.logprobs.logprobs)),
-            _STOP[last.finish_reason],
-            self._version,
-        )
 
     async def health(self) -> EngineCounts:
         """Return the counters of the engine; raise ``ConnectionError`` if its process is dead."""
@@ -226,7 +269,9 @@ class VllmPool(RayPool):
         return VllmWeightSender(transfer, actor, num_ranks, local_device())
 
 
-def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds) -> Any:
+def _sampling_params(
+    max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds, in_pieces: bool = False
+) -> Any:
     """Return parameters for the model's own distribution at a temperature, cut if asked."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -243,7 +288,7 @@ def _sampling_params(max_new_tokens: int, sampling: Sampling, eos_ids: TokenIds)
         logprobs=0,  # the log-prob of the sampled token alone
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if in_pieces else RequestOutputKind.FINAL_ONLY,
     )
 
 

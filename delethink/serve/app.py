@@ -192,9 +192,11 @@ class Routes:
         return _json({"prompt": str(self._service.model.tokenizer.decode(list(ids)))})
 
     async def health(self, request: Request) -> Response:
-        """Answer ``/health``: 200, or 503 if the server behind this one does not answer."""
+        """Answer ``/health``: 200, or 503 if the engine or the server behind cannot sample."""
         healthy = await self._service.is_healthy()
-        state = "ok" if healthy else "the server behind this one does not answer"
+        state = "ok" if healthy else "the engine has no worker"
+        if not healthy and self._service.upstream is not None:
+            state = "the server behind this one does not answer"
         return _json({"status": state}, 200 if healthy else 503)
 
     async def version(self, request: Request) -> Response:

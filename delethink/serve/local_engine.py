@@ -24,14 +24,10 @@ class EngineThread:
     Args:
         engine: samples in the thread.
         eos_ids: tokens that end a chunk.
-
-    Attributes:
-        streams: the engine gives tokens out while it samples.
     """
 
     def __init__(self, engine: Policy, eos_ids: Collection[int]) -> None:
         self._engine, self._eos_ids = engine, eos_ids
-        self.streams = hasattr(engine, "stream")
         self._gate: asyncio.Event | None = None  # of the calls that wait to enter the engine
         self._num_waiting = 0
         self._expected = 0  # callers with a full chunk, who will ask for the next one

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from delethink.errors import DelethinkError
+from delethink.output import get_logger
 from delethink.policy import Policy
+from delethink.serve.api_errors import as_api_error
 from delethink.serve.events import SampledText
 from delethink.serve.jobs import Admission, ChoiceEvent, ClientIdentity, Job, JobBoard, Place
 from delethink.serve.metrics import ServerMetrics
@@ -16,6 +20,8 @@ from delethink.serve.plan import Planner, RequestPlan, TracePlan
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingModel, think
 from delethink.serve.upstream import UpstreamServer
+
+_logger = get_logger(__name__)
 
 
 class ThinkingService:
@@ -27,6 +33,7 @@ class ThinkingService:
         upstream: the server that samples, which then also takes fields of clients.
         log: called with one line for each finished request, without its texts.
         stream_policy: samples streamed requests, where the model's own policy gives whole chunks.
+        engine_is_healthy: tells of an engine of this server.
     """
 
     def __init__(
@@ -36,32 +43,37 @@ class ThinkingService:
         upstream: UpstreamServer | None = None,
         log: Callable[[str], None] = lambda line: None,
         stream_policy: Policy | None = None,
+        engine_is_healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self.log, self._stream_policy = log, stream_policy
+        self._engine_is_healthy = engine_is_healthy
         self.settings, self.model, self.upstream = settings, model, upstream
         self.planner = Planner(settings, model, upstream is not None)
         self.admission = Admission(settings.max_traces, settings.max_queue)
         self.board = JobBoard(settings.reattach_s, settings.keep_result_s)
         self.metrics = ServerMetrics(settings.model_name, self.admission, self.board)
 
-    def start(self, plan: RequestPlan, identity: ClientIdentity) -> Job:
-        """Start the job of a plan, or return the one that a retry asks for.
+    def start(self, plan: RequestPlan, identity: ClientIdentity, name: str = "a request") -> Job:
+        """Start the job of a plan, named in the log, or return the one that a retry asks for.
 
         Raises:
             ApiError: the queue is full, or an ``Idempotency-Key`` was used otherwise.
         """
-        return self.board.find_or_start(identity, partial(self._begin, plan))
+        return self.board.find_or_start(identity, partial(self._begin, plan, name))
 
-    def _begin(self, plan: RequestPlan, job: Job) -> Coroutine[Any, Any, None]:
+    def _begin(self, plan: RequestPlan, name: str, job: Job) -> Coroutine[Any, Any, None]:
         places = self.admission.reserve(len(plan.traces))
         job.on_end += [place.free for place in places]
-        return self._run(plan, job, places)
+        return self._run(plan, name, job, places)
 
-    async def _run(self, plan: RequestPlan, job: Job, places: list[Place]) -> None:
+    async def _run(self, plan: RequestPlan, name: str, job: Job, places: list[Place]) -> None:
         """Sample all traces of a request; the first error ends the others."""
+        where = "" if self.upstream is None else f" at {self.upstream.base_url}"
         numbered = enumerate(zip(plan.traces, places, strict=True))
         tasks = [
-            asyncio.ensure_future(self._trace(plan, index, trace, place, job))
+            asyncio.ensure_future(
+                self._trace(plan, index, trace, place, job, f"{name}.{index}{where}")
+            )
             for index, (trace, place) in numbered
         ]
         try:
@@ -75,7 +87,19 @@ class ThinkingService:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _trace(
-        self, plan: RequestPlan, index: int, trace: TracePlan, place: Place, job: Job
+        self, plan: RequestPlan, index: int, trace: TracePlan, place: Place, job: Job, name: str
+    ) -> None:
+        try:
+            await self._sample(plan, index, trace, place, job, name)
+        except Exception as error:
+            if as_api_error(error).status >= 500:
+                is_bug = not isinstance(error, (DelethinkError, TimeoutError))
+                has_lines = is_bug or _logger.isEnabledFor(logging.DEBUG)
+                _logger.warning("%s failed: %s", name, error, exc_info=has_lines)
+            raise
+
+    async def _sample(
+        self, plan: RequestPlan, index: int, trace: TracePlan, place: Place, job: Job, name: str
     ) -> None:
         policies = self._policies(plan)
         async with self.admission.turn(place):
@@ -90,6 +114,7 @@ class ThinkingService:
                 limits=trace.limits,
                 rule=trace.rule,
                 answer_policy=policies[1],
+                name=name,
             )
             limit_s = trace.limits.thinking_time_s
             whole_s = None if limit_s is None else limit_s + self.settings.answer_time_s
@@ -141,7 +166,9 @@ class ThinkingService:
 
     async def is_healthy(self) -> bool:
         """Return whether the engine, or the server behind this one, can sample."""
-        return self.upstream is None or await self.upstream.is_healthy()
+        if self.upstream is None:
+            return self._engine_is_healthy()
+        return await self.upstream.is_healthy()
 
     async def close(self) -> None:
         """Cancel all traces, and close the connections."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ from delethink.engines.factory import make_engine
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
 from delethink.engines.openai_models import list_models
 from delethink.errors import ConfigError, ModelError
-from delethink.policy import Policy, Sampling
+from delethink.policy import Policy
 from delethink.serve.local_engine import EngineThread
-from delethink.serve.segments import SegmentedPolicy
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel
@@ -29,6 +30,7 @@ from delethink.thinking_marks import AUTO
 from delethink.tokenization import bind_marks, bind_template, message_ids
 
 _GRACE_S = 5  # for open streams, when the server closes
+_TELLING_S = 5  # for the error that the others are told
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,14 @@ class ModelSource:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     end_of_thinking: str | None = AUTO
     query_tokens: int = 4096  # longest query for which an engine makes room
-    segment_tokens: int = 32  # of a stream from an engine of whole chunks; 0: a chunk at a time
+
+
+@dataclass(frozen=True)
+class _Opened:
+    model: ThinkingModel
+    upstream: UpstreamServer | None = None
+    stream_policy: Policy | None = None  # if it is not that of the model
+    is_healthy: Callable[[], bool] = lambda: True  # of the engine
 
 
 @contextmanager
@@ -72,7 +81,8 @@ def open_service(
         opened = _open_engine(source, settings, say)
     else:
         opened = _open_upstream(source, settings, say)
-    with opened as (model, upstream):
+    with opened as made:
+        model = made.model
         spec = settings.spec.bind(model.tokenizer)
         limits = ThinkingLimits(settings.answer_tokens)
         _check_window(model, spec, limits)
@@ -84,15 +94,7 @@ def open_service(
         if has_variable(template_source(model.tokenizer) or "", "tools"):
             say("the chat template knows tools; requests with tools are refused")
         own = replace(settings, spec=spec)
-        yield ThinkingService(own, model, upstream, log, _stream_policy(source, model))
-
-
-def _stream_policy(source: ModelSource, model: ThinkingModel) -> Policy | None:
-    """Return the policy of streamed requests, if the engine itself streams nothing."""
-    thread = model.policy
-    if isinstance(thread, EngineThread) and not thread.streams and source.segment_tokens:
-        return SegmentedPolicy(thread, source.segment_tokens)
-    return None
+        yield ThinkingService(own, model, made.upstream, log, made.stream_policy, made.is_healthy)
 
 
 def _check_window(model: ThinkingModel, spec: ChunkSpec, limits: ThinkingLimits) -> None:
@@ -135,7 +137,7 @@ def _open_tokenizer(source: ModelSource, model: str) -> Any:
 @contextmanager
 def _open_engine(
     source: ModelSource, settings: ServeSettings, say: Callable[[str], None]
-) -> Iterator[tuple[ThinkingModel, UpstreamServer | None]]:
+) -> Iterator[_Opened]:
     """Open an engine of this machine or its Ray cluster."""
     if source.model is None:
         raise ConfigError("name a model with -m, or a server with --base-url")
@@ -158,9 +160,25 @@ def _open_engine(
         is_trained=False,
     )
     with contextlib.closing(engine):
-        thread = EngineThread(engine, ends)
-        with contextlib.closing(thread):
-            yield replace(planned, policy=thread, max_model_tokens=engine.max_model_tokens), None
+        own = replace(planned, max_model_tokens=engine.max_model_tokens)
+        if getattr(engine, "computes_elsewhere", False):
+            model = replace(own, policy=_WholeChunks(engine))
+            yield _Opened(model, stream_policy=engine, is_healthy=partial(_has_workers, engine))
+            return
+        with contextlib.closing(EngineThread(engine, ends)) as thread:
+            yield _Opened(replace(own, policy=thread))
+
+
+class _WholeChunks:
+    """Policy that asks an engine for whole chunks where nobody reads along, which costs less."""
+
+    def __init__(self, engine: Policy) -> None:
+        self.generate = engine.generate
+
+
+def _has_workers(engine: Any) -> bool:
+    workers = getattr(engine, "workers", None)
+    return workers is None or any(worker.in_service for worker in workers)
 
 
 class _NoPolicy:
@@ -172,7 +190,7 @@ class _NoPolicy:
 @contextmanager
 def _open_upstream(
     source: ModelSource, settings: ServeSettings, say: Callable[[str], None]
-) -> Iterator[tuple[ThinkingModel, UpstreamServer | None]]:
+) -> Iterator[_Opened]:
     """Connect to the server behind this one, and see that it completes token ids or text."""
     assert source.base_url is not None
     name = source.model or _tokenizer_name(source)
@@ -195,14 +213,13 @@ def _open_upstream(
         retries=source.retries,
         timeout_s=source.timeout_s,
         announce=say,
-        # A few tokens sampled at the first use of each option would delay a client.
-        checks_options=False,
+        checks_options=False,  # at their first use, as that would delay a client
     )
     known = [size for size in (window, server.max_model_tokens) if size is not None]
     model = ThinkingModel(server, tokenizer, min(known, default=None), eos_ids=ends)
     _check_window(model, settings.spec.bind(tokenizer), ThinkingLimits(settings.answer_tokens))
     asyncio.run(_negotiate(server, model))
-    yield model, server
+    yield _Opened(model, server)
 
 
 def _ends_and_window(
@@ -218,7 +235,7 @@ def _ends_and_window(
 
 async def _negotiate(server: UpstreamServer, model: ThinkingModel) -> None:
     try:
-        await server.negotiate(model.mark_ids or (0,), Sampling(0.0))
+        await server.say_limits(model.mark_ids or (0,))
     finally:
         await server.disconnect()
 
@@ -287,7 +304,11 @@ def drop_deaf_clients(sock: socket.socket, after_s: float) -> None:
 def serve_forever(
     service: ThinkingService, sock: socket.socket, on_listening: Callable[[], None]
 ) -> None:
-    """Answer requests until the process is asked to end."""
+    """Answer requests until the process is asked to end, by SIGINT, SIGTERM or SIGHUP.
+
+    Then nobody new is let in. Traces have a few seconds to end, and the clients of the others are
+    told an error.
+    """
     import uvicorn
 
     from delethink.serve.app import make_app
@@ -300,6 +321,11 @@ def serve_forever(
             if self.started:
                 on_listening()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            telling = asyncio.ensure_future(_close_later(service))
+            await super().shutdown(sockets)
+            telling.cancel()
+
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -308,6 +334,26 @@ def serve_forever(
         ws="none",
         lifespan="on",
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=_GRACE_S + _TELLING_S,
     )
-    Server(config).run(sockets=[sock])
+    with _hang_up_ends_it():
+        Server(config).run(sockets=[sock])
+
+
+async def _close_later(service: ThinkingService) -> None:
+    await asyncio.sleep(_GRACE_S)
+    await service.close()
+
+
+@contextmanager
+def _hang_up_ends_it() -> Iterator[None]:
+    """Treat the end of the terminal as SIGTERM, unless ``nohup`` has it ignored."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up is None or signal.getsignal(hang_up) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(hang_up, signal.SIG_DFL)

@@ -14,7 +14,7 @@ from typing import Any
 
 from delethink.engines.base import EngineCounts, WorkerState
 from delethink.errors import WeightSyncError
-from delethink.policy import Completion, Sampling
+from delethink.policy import Completion, Sampling, TokenListener
 from delethink.types import StopReason, TokenIds
 
 EOS = 1
@@ -65,15 +65,25 @@ class FakeWorker:
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
+        return await self.stream(prompt_ids, max_new_tokens, sampling, lambda *_: None)
+
+    async def stream(
+        self,
+        prompt_ids: TokenIds,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_tokens: TokenListener,
+    ) -> Completion:
         self.started += 1
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             tokens, stop = sampled(prompt_ids, max_new_tokens, sampling)
-            for _ in tokens:
+            for token in tokens:
                 await asyncio.sleep(self.seconds_per_token)
                 await self._wait_while_stopped()
                 self.tokens += 1
+                on_tokens((token,), (-0.5,))
             if (error := self.raises(prompt_ids)) is not None:
                 raise error
         finally:

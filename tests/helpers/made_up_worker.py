@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+from collections.abc import AsyncIterator
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.ray import RayPool
@@ -36,6 +37,12 @@ class MadeUpWorker:
         tokens = tuple(prompt_ids[-1:]) * max_new_tokens
         logprobs = (-0.5,) * max_new_tokens
         return Completion(tokens, logprobs, StopReason.LENGTH, self._version)
+
+    async def stream(
+        self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
+    ) -> AsyncIterator[Completion]:
+        for _ in range(max_new_tokens):
+            yield await self.generate(prompt_ids, 1, sampling)
 
     async def health(self) -> EngineCounts:
         return EngineCounts(steps=next(self._steps), tokens=self._cancelled)

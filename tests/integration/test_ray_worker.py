@@ -23,7 +23,8 @@ from delethink.config import EngineConfig
 from delethink.errors import ConfigError, PolicyError
 from delethink.policy import Completion, Sampling
 from delethink.rollout import run_rollouts
-from delethink.types import Trace, TraceStop
+from delethink.tokens import Logprobs
+from delethink.types import TokenIds, Trace, TraceStop
 
 ray = pytest.importorskip("ray")
 
@@ -113,6 +114,51 @@ def test_a_cancelled_chunk_is_cancelled_in_its_worker(pool: RayPool) -> None:
         return pool.workers[0].counts.tokens
 
     wait_until(lambda: cancelled() == 3)
+
+
+def test_a_stream_comes_in_pieces_and_can_be_cancelled(pool: RayPool) -> None:
+    async def read(sampling: Sampling, enough: int) -> tuple[list[TokenIds], Completion | None]:
+        pieces, full = list[TokenIds](), asyncio.Event()
+
+        def listen(ids: TokenIds, logprobs: Logprobs) -> None:
+            assert len(ids) == len(logprobs)
+            pieces.append(ids)
+            if len(pieces) == enough:
+                full.set()
+            if len(pieces) > 50:
+                raise asyncio.CancelledError
+
+        call = asyncio.ensure_future(pool.stream((5, 9), 100, sampling, listen))
+        waiting = asyncio.ensure_future(full.wait())
+        await asyncio.wait({call, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        call.cancel()
+        waiting.cancel()
+        try:
+            return pieces, await call
+        except asyncio.CancelledError:
+            return pieces, None
+
+    async def short() -> tuple[list[TokenIds], Completion]:
+        pieces = list[TokenIds]()
+        done = await pool.stream((5, 9), 7, QUICK, lambda ids, _: pieces.append(ids))
+        return pieces, done
+
+    pieces, done = asyncio.run(short())
+    assert [tuple(piece) for piece in pieces] == [(9,)] * 7
+    assert (tuple(done.token_ids), tuple(done.logprobs)) == ((9,) * 7, (-0.5,) * 7)
+    assert done.worker == "worker 0"
+    pieces, left = asyncio.run(read(QUICK, 3))  # its task is cancelled
+    assert (len(pieces), left) == (3, None)
+    wait_until(lambda: not pool.workers[0].chunks)
+    pieces, left = asyncio.run(read(QUICK, 1000))  # its listener raises
+    assert (len(pieces), left) == (51, None)
+    wait_until(lambda: not pool.workers[0].chunks)
+
+    def cancelled() -> int:
+        pool.take_metrics()
+        return pool.workers[0].counts.tokens
+
+    wait_until(lambda: cancelled() == 2)
 
 
 def test_a_caller_that_is_gone_harms_nobody(pool: RayPool) -> None:

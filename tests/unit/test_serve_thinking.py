@@ -40,7 +40,6 @@ from delethink.serve.events import (
 )
 from delethink.serve.loops import LoopRule
 from delethink.serve.reader import ReadingRule
-from delethink.serve.segments import SegmentedPolicy
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel, think
 from delethink.thinking_marks import ThinkingMarks
 from delethink.tokenization import reward_text
@@ -154,26 +153,6 @@ def test_a_greedy_trace_has_the_tokens_of_the_rollout(
     if not whole.endswith("\ufffd") and not reward_text(TOKENIZER, answer).endswith("\ufffd"):
         assert text == reward_text(TOKENIZER, (*thinking, *forced, *answer))
         assert "\ufffd" not in text or "\ufffd" in whole + reward_text(TOKENIZER, answer)
-
-
-@settings(max_examples=25)
-@given(reasoners, specs, st.integers(1, 20))
-def test_segments_make_the_same_trace(policy: MadeUpReasoner, spec: ChunkSpec, tokens: int) -> None:
-    limits = ThinkingLimits(30)
-    whole = play(model_of(policy), spec, limits=limits)
-    segmented = play(model_of(SegmentedPolicy(policy, tokens)), spec, limits=limits)
-    assert segmented.end == whole.end
-    assert (segmented.thinking, segmented.answer) == (whole.thinking, whole.answer)
-    assert segmented.logprobs == whole.logprobs
-    assert segmented.text == whole.text
-
-
-def test_a_chunk_with_a_seed_is_asked_for_at_once() -> None:
-    policy = ScriptedPolicy([tuple(range(40, 60))])
-    segmented, heard = SegmentedPolicy(policy, 4), list[int]()
-    call = segmented.stream(QUERY, 20, Sampling(1.0, seed=1), lambda ids, _: heard.extend(ids))
-    assert asyncio.run(call).token_ids == tuple(heard)
-    assert policy.calls == [(QUERY, 20)]
 
 
 @settings(max_examples=30)

@@ -84,6 +84,50 @@ def test_traces_do_not_depend_on_the_number_of_workers() -> None:
     assert alone == undisturbed()
 
 
+def test_a_stream_gives_its_tokens_as_they_come_and_is_not_repeated_after_a_fault() -> None:
+    async def scenario(pool: WorkerPool) -> list[list[int]]:
+        heard = list[list[int]]()
+        for faulty in (False, True):
+            so_far = list[int]()
+
+            def listen(ids: TokenIds, _: object, so_far: list[int] = so_far) -> None:
+                so_far.extend(ids)
+                if len(so_far) == 5 and faulty:  # noqa: B023  # used in this round alone
+                    worker = next(w for w in pool.workers if w.chunks)
+                    assert isinstance(worker.handle, FakeWorker)
+                    worker.handle.dead = True
+
+            heard.append(so_far)
+            call = pool.generate((5,), 30, Sampling(seed=3), listen)
+            if faulty:
+                with pytest.raises(PolicyError, match=r"worker \d .*is dead"):
+                    await call
+            else:
+                assert list((await call).token_ids) == so_far
+        assert pool.faults.chunks_rescheduled == 1
+        (again,) = await sample(pool, 3)  # the other worker serves on
+        assert list(again.token_ids) == heard[0]
+        return heard
+
+    whole, part = run(FakeCluster(2), scenario)
+    assert part == whole[:5]
+
+
+def test_a_stream_without_a_token_yet_goes_to_another_worker() -> None:
+    async def scenario(pool: WorkerPool) -> None:
+        heard = list[int]()
+        call = pool.generate((5,), 30, Sampling(seed=3), lambda ids, _: heard.extend(ids))
+        task = asyncio.ensure_future(call)
+        while not any(worker.chunks for worker in pool.workers):
+            await asyncio.sleep(0.001)
+        worker = next(w for w in pool.workers if w.chunks)
+        assert isinstance(worker.handle, FakeWorker)
+        worker.handle.dead = True
+        assert list((await task).token_ids) == heard
+
+    run(FakeCluster(2), scenario)
+
+
 Fault = Callable[[FakeWorker], None]
 
 
