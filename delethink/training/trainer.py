@@ -307,13 +307,16 @@ def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | No
     trainer.save_weights(FINAL_CHECKPOINT)
 
 
-def _write_tensorboard(trainer: RunTrainer, folder: Path) -> None:
-    """Write the event files to ``folder``; by default they would lie among the checkpoints."""
+def _write_tensorboard(trainer: RunTrainer, folder: Path, step: int) -> None:
+    """Write the event files to ``folder``; by default they would lie among the checkpoints.
+
+    Earlier files may hold steps after ``step``, which run again; TensorBoard then leaves them out.
+    """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     trainer.remove_callback(TensorBoardCallback)
-    writer = SummaryWriter(log_dir=str(folder))
+    writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
     trainer.add_callback(TensorBoardCallback(writer))
 
 
@@ -328,7 +331,7 @@ def _fit(
     base_dtype: torch.dtype,
 ) -> None:
     """Run the optimizer steps on the main rank, and plot the curves even if they fail."""
-    recipe = state.recipe
+    recipe, done = state.recipe, checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         state.load_state_dict(checkpoint.run_state)
 
@@ -364,8 +367,8 @@ def _fit(
         callbacks=[state.weights.gathered, state],
     )
     if "tensorboard" in recipe.training.report_to:
-        _write_tensorboard(trainer, state.directory.path / TENSORBOARD)
-    state.progress.start_steps(recipe.training.max_steps, checkpoint.step if checkpoint else 0)
+        _write_tensorboard(trainer, state.directory.path / TENSORBOARD, done)
+    state.progress.start_steps(recipe.training.max_steps, done)
     try:
         fit_ranks(trainer, ranks, checkpoint)
     finally:

@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from delethink.training import progress as module
 from delethink.training.progress import TrainingProgress
@@ -29,6 +30,7 @@ def test_an_evaluation_has_a_bar_beside_that_of_the_steps() -> None:
         on_end()
     assert "evaluating held-out" in file.getvalue()
     assert "evaluating after RL" in file.getvalue()
+    assert "0:00:00 left" in Text.from_ansi(file.getvalue()).plain, "the time of a long step moves"
 
 
 def test_a_long_evaluation_says_how_long_it_takes_and_how_to_skip_it(
