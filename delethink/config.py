@@ -658,9 +658,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = load_yaml(text)
     except YAML_ERRORS as error:
-        raise ConfigError(f"the recipe {path} cannot be used as YAML: {yaml_fault(error)}") from None
+        raise ConfigError(
+            f"the recipe {path} cannot be used as YAML: {yaml_fault(error)}"
+        ) from None
     if values is None:
-        raise ConfigError(f"the recipe {path} is empty; docs/guide shows recipes to begin with")
+        raise ConfigError(
+            f"the recipe {path} is empty; begin with a copy of recipes/quickstart/recipe.yaml"
+        )
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} must be a mapping of keys to values")
     return values

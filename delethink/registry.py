@@ -265,10 +265,10 @@ def _import_path(kind: str, path: str) -> Any:
         loaded = import_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(_import_reason(kind, path, module, error)) from error
     try:
-        return getattr(loaded, attribute)
+        found = getattr(loaded, attribute)
     except AttributeError:
         own = [name for name in vars(loaded) if not name.startswith("_")]
         file = getattr(loaded, "__file__", None) or "no file"
@@ -276,6 +276,11 @@ def _import_path(kind: str, path: str) -> Any:
             f"the {kind} {path!r}: {module} ({file}) has no {attribute!r}."
             f"{_nearest(attribute, own)}"
         ) from None
+    if not callable(found):
+        raise ConfigError(
+            f"the {kind} {path!r} must be a function or a class, and it is a {type(found).__name__}"
+        )
+    return found
 
 
 def _nearest(name: str, allowed: Collection[str]) -> str:
@@ -284,7 +289,7 @@ def _nearest(name: str, allowed: Collection[str]) -> str:
     return hint if len(allowed) <= _MAX_LISTED_NAMES or "Did you" in hint else ""
 
 
-def _import_reason(kind: str, path: str, module: str, error: Exception) -> str:
+def _import_reason(kind: str, path: str, module: str, error: BaseException) -> str:
     """Return why a user's module cannot be imported: absent, or with a fault in its own lines."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None and f"{module}.".startswith(f"{missing}."):

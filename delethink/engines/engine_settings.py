@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from delethink.config import EngineConfig
-from delethink.engines.factory import choose_engine
+from delethink.engines.factory import choose_engine, engine_class
 from delethink.errors import ConfigError
 
 # Settings of "transformers", the engine without workers.
@@ -32,8 +32,10 @@ def check_engine_settings(
         sends_weights: says whether an evaluation sends weights to the engines, as of an adapter.
 
     Raises:
-        ConfigError: a setting has no effect; the text names it.
+        ConfigError: a setting has no effect; the text names it. Or a user's engine is none.
     """
+    if ":" in config.name:
+        engine_class(config.name)
     fields = type(config).model_fields
     given = [key for key in fields if getattr(config, key) != fields[key].default]
     for key, reason in _without_effect(config, trains):

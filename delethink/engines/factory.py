@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from delethink.config import EngineConfig
 from delethink.engines.base import Engine
-from delethink.errors import MissingExtraError
+from delethink.errors import ConfigError, MissingExtraError
 from delethink.registry import resolve
 
 if TYPE_CHECKING:
@@ -32,6 +32,22 @@ def choose_engine(name: str) -> str:
     return name
 
 
+def engine_class(name: str) -> type[Engine]:
+    """Return the class of an engine.
+
+    Raises:
+        ConfigError: the name is unknown, or its object is no engine.
+        MissingExtraError: a package of the engine is not installed.
+    """
+    found: type[Engine] = resolve("delethink.engines", choose_engine(name))
+    if not hasattr(found, "create"):
+        raise ConfigError(
+            f"the engine {name!r} must be a class with a method create, as Engine in "
+            f"delethink.engines.base has; it is a {type(found).__name__}"
+        )
+    return found
+
+
 def make_engine(
     config: EngineConfig,
     model_path: str,
@@ -43,8 +59,7 @@ def make_engine(
     is_trained: bool = True,
 ) -> Engine:
     """Make an engine with the weights of a model; see ``Engine.create``."""
-    engine_class: type[Engine] = resolve("delethink.engines", choose_engine(config.name))
-    return engine_class.create(
+    return engine_class(config.name).create(
         config,
         model_path,
         model,

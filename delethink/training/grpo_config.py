@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,7 @@ def adapter_parameters(
     """Return the number of parameters of the adapters, counted without memory for the model.
 
     Raises:
-        ConfigError: the model has no layers of these names.
+        ConfigError: the model has no layers of these names, or they cannot have adapters.
     """
     import peft
     import torch
@@ -122,17 +124,32 @@ def adapter_parameters(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        layers = dict(model.named_modules())
+        fault = _fault_of_targets(config.target_modules, layers)
         try:
-            adapted = peft.get_peft_model(model, lora(config))
-        except ValueError as error:
-            names = {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-            reason = str(error).split(".")[0]
-            raise ConfigError(
-                f"training.lora.target_modules={config.target_modules}: {reason}; linear layers "
-                f"of this model: {', '.join(sorted(names))}; or all-linear"
-            ) from None
+            if fault is None:
+                adapted = peft.get_peft_model(model, lora(config))
+        except Exception as error:  # PEFT raises many types
+            fault = f"cannot have adapters ({' '.join(str(error).split())[:200]})"
+    if fault is not None:
+        linear = {n for n, module in layers.items() if isinstance(module, torch.nn.Linear)}
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        raise ConfigError(
+            f"training.lora.target_modules={config.target_modules} {fault}; linear layers of this "
+            f"model: {', '.join(names)}; or all-linear"
+        )
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def _fault_of_targets(targets: str | list[str], layers: Collection[str]) -> str | None:
+    """Return the fault of names of layers, or ``None``; a text is a regular expression."""
+    if not targets:
+        return "names no layer"
+    if isinstance(targets, str):
+        try:
+            found = [name for name in layers if re.fullmatch(targets, name)]
+        except re.error as error:
+            return f"is no regular expression ({error})"
+        return None if found or targets == "all-linear" else "matches no layer as a whole"
+    missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+    return f"names {', '.join(missing)}, which is no layer of the model" if missing else None

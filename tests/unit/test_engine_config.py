@@ -44,7 +44,7 @@ def recipe_path(tmp_path: Path) -> Path:
         (["num_engine=2"], "unknown key 'engine.num_engine'. Did you mean 'num_engines'?"),
         (["num_engines=0"], "'engine.num_engines' is 0"),
         (["heartbeat_timeout=0"], "'engine.heartbeat_timeout' is 0"),
-        (["name=vlm"], "unknown engine 'vlm'; known: auto, transformers, vllm"),
+        (["name=vlm"], "unknown engine 'vlm'. Did you mean 'vllm'?"),
     ],
 )
 def test_impossible_settings_are_refused(

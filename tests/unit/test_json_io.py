@@ -456,9 +456,9 @@ BAD_RECIPES = {
     "repeated key": ("name: a\nmodel: b\nname: c\n", "line 3 has the key 'name' a second time"),
     "no date": ("name: 2024-13-45\n", "month must be in 1..12"),
     "long": ("a: '" + "x" * 2**20 + "'", "more than 1,048,576 characters"),
-    "object": ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-    "NUL": ("a: \0\n", "special characters are not allowed"),
-    "empty": ("", "must be a mapping"),
+    "object": ("a: !!python/object/apply:os.getcwd []\n", "is not allowed"),
+    "NUL": ("a: \0\n", "which YAML does not allow"),
+    "empty": ("", "is empty"),
     "unknown key": ("? [a]\n: 1\n", "cannot be used as YAML"),
     "key of another type": ("1: 2\n", "."),
 }
