@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -181,10 +182,13 @@ async def _sample_chunk(
     except DeadlineError as error:
         stop, reason = StopReason.ABORT, str(error)
     except Exception as error:  # an engine may raise anything
-        _logger.warning("a chunk failed", exc_info=True)
         stop = StopReason.ERROR
         reason = f"{type(error).__name__}: {error}" if str(error) else repr(error)
         reason = safe_text(reason)
+        # An engine says what failed; after anything else, the lines of code are the only trace.
+        has_lines = not isinstance(error, PolicyError) or _logger.isEnabledFor(logging.DEBUG)
+        text = "chunk %d of a trace failed: %s"
+        _logger.warning(text, state.num_chunks + 1, reason, exc_info=has_lines)
     chunk = Chunk(
         prompt_ids=prompt_ids,
         output_ids=output_ids,

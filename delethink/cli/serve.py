@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -109,6 +110,8 @@ def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSe
         with contextlib.suppress(OSError, ValueError):
             echo(line, stderr=True)
 
+    if arguments.debug:
+        logging.getLogger("delethink").setLevel(logging.DEBUG)
     log = say if arguments.log_requests else lambda line: None
     sock = listen(arguments.host, arguments.port)
     try:

@@ -36,7 +36,12 @@ from delethink.engines.openai_dialect import (
     to_completion,
 )
 from delethink.engines.openai_models import addresses, choose_model, list_models
-from delethink.engines.openai_probe import NO_ROUTE, find_dialect, ignored_options
+from delethink.engines.openai_probe import (
+    NO_ROUTE,
+    SampleTokens,
+    find_dialect,
+    ignored_options,
+)
 from delethink.errors import ConfigError, PolicyError
 from delethink.output import get_logger, safe_text
 from delethink.policy import Completion, Sampling, TokenListener
@@ -252,17 +257,21 @@ class OpenAIServer:
     ) -> None:
         """Refuse options that the server ignores, and say which others it does not heed."""
         assert self._checked is not None
+        if sampling.temperature:
+            sample = self._sampler(dialect, prompt_ids)
+            for limit in await ignored_options(sample, sampling):
+                self._say(limit, is_limit=True)
+        self._checked.add(_options_of(sampling))
 
+    def _sampler(self, dialect: Dialect, prompt_ids: TokenIds) -> SampleTokens:
+        """Return a function that samples tokens, to see the effect of options."""
         short_ids = prompt_ids[:2]  # after little text a model is less sure of the next token
 
         async def sample(number: int, other: Sampling) -> tuple[int, ...]:
             done = await self._complete(dialect, short_ids, number, other)
             return tuple(map(int, done.token_ids))
 
-        if sampling.temperature:
-            for limit in await ignored_options(sample, sampling):
-                self._say(limit, is_limit=True)
-        self._checked.add(_options_of(sampling))
+        return sample
 
     def _say(self, text: str, *, is_limit: bool) -> None:
         """Print or log a line about the server."""

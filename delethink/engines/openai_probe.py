@@ -306,46 +306,56 @@ SampleTokens = Callable[[int, Sampling], Awaitable[tuple[int, ...]]]
 async def ignored_options(sample: SampleTokens, used: Sampling) -> list[str]:
     """Check by their effect that a server heeds the options in use, and return its limits.
 
-    A hot request with the strictest cut must give the greedy tokens, and without a cut others.
-
     Raises:
         ConfigError: the server ignores top-p, top-k or min-p.
     """
+    limits, ignored = await unheeded_options(sample, used)
+    if ignored:
+        option = f"--{ignored[0].replace('_', '-')}"
+        raise ConfigError(
+            f"the server ignores {option}: with the strictest value a hot request does not give "
+            f"the most probable tokens. Leave out {option}, or use a vLLM server"
+        )
+    return limits
+
+
+async def unheeded_options(sample: SampleTokens, used: Sampling) -> tuple[list[str], list[str]]:
+    """Return the limits of a server, and those of the cuts in use that have no effect.
+
+    A hot request with the strictest cut must give the greedy tokens, and without a cut others.
+    """
     if not used.temperature:
-        return []
+        return [], []
     try:
         greedy = await sample(_COMPARED_TOKENS, Sampling(0.0))
         hot, one = await _sample_hot(sample)
         other = await sample(_COMPARED_TOKENS, replace(hot, seed=2))
         again = one if used.seed is None else await sample(_COMPARED_TOKENS, hot)
     except (PolicyError, RefusedError):
-        return ["whether it heeds temperature and seed is not known"]
+        return ["whether it heeds temperature and seed is not known"], []
     if one == greedy and other == greedy:
-        return [
-            f"its answers at temperature 0 and {hot.temperature:g} are the same, so whether it "
-            "heeds sampling options is not known"
-        ]
-    for name, strictest in _STRICTEST.items():
-        if getattr(used, name) != getattr(Sampling(), name):
-            await _check_heeded(sample, name, replace(hot, **strictest))
+        text = f"its answers at temperature 0 and {hot.temperature:g} are the same"
+        return [f"{text}, so whether it heeds sampling options is not known"], []
+    ignored = [
+        name
+        for name, strictest in _STRICTEST.items()
+        if getattr(used, name) != getattr(Sampling(), name)
+        and not await _is_heeded(sample, replace(hot, **strictest))
+    ]
     if one == other:
-        return ["its answers do not depend on the seed, or they are cached"]
+        return ["its answers do not depend on the seed, or they are cached"], ignored
     if one != again:
-        return ["the same seed gives other answers, so an evaluation cannot be repeated"]
-    return []
+        return ["the same seed gives other answers, so nothing can be repeated"], ignored
+    return [], ignored
 
 
-async def _check_heeded(sample: SampleTokens, name: str, strictest: Sampling) -> None:
-    """Raise a ``ConfigError`` if a hot request with the strictest cut is not greedy."""
+async def _is_heeded(sample: SampleTokens, strictest: Sampling) -> bool:
+    """Return whether a hot request with the strictest cut is greedy."""
     for _ in range(_ATTEMPTS):  # near-ties may differ with the batch
         greedy = await sample(_COMPARED_TOKENS, Sampling(0.0))
         if greedy == await sample(_COMPARED_TOKENS, strictest):
-            return
-    option = f"--{name.replace('_', '-')}"
-    raise ConfigError(
-        f"the server ignores {option}: with the strictest value a hot request does not give the "
-        f"most probable tokens. Leave out {option}, or use a vLLM server"
-    )
+            return True
+    return False
 
 
 async def _sample_hot(sample: SampleTokens) -> tuple[Sampling, tuple[int, ...]]:

@@ -148,6 +148,7 @@ async def think(
     limits: ThinkingLimits | None = None,
     rule: ReadingRule | None = None,
     answer_policy: Policy | None = None,
+    name: str = "a trace",
 ) -> AsyncGenerator[ThinkingEvent, None]:
     """Sample one trace and yield its events.
 
@@ -160,6 +161,7 @@ async def think(
         rule: stop strings and loops; marks and end tokens are those of the model by default.
         answer_policy: samples the answer, in a request of its own. By default an answer continues
             the chunk that it began in.
+        name: of the trace, in the log.
 
     Yields:
         The events; the last one is ``TraceEnded``.
@@ -177,7 +179,8 @@ async def think(
     model.check_query(ids, spec, limits)
     rule = rule or model.rule
     queue: asyncio.Queue[ThinkingEvent | None] = asyncio.Queue()
-    trace = _TraceRun(model, spec, ids, sampling, limits, rule, answer_policy, queue.put_nowait)
+    emit = queue.put_nowait
+    trace = _TraceRun(model, spec, ids, sampling, limits, rule, answer_policy, emit, name)
     task = asyncio.ensure_future(trace.run())
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
@@ -204,11 +207,13 @@ class _TraceRun:
     rule: ReadingRule
     answer_policy: Policy | None
     emit: Callable[[ThinkingEvent], None]
+    name: str
     usage: TraceUsage = field(init=False)
     reason: EndReason | None = None  # of the end of thinking
     finished: bool = False  # the answer ended, or a stop string was found
     answer_limit: int = 0  # tokens of the answer, set when it begins
     deadline: float | None = None  # of thinking, on the event loop's clock
+    failure: PolicyError | None = None  # of the last chunk
 
     def __post_init__(self) -> None:
         self.reader = self.model.reader(self.rule)
@@ -246,6 +251,8 @@ class _TraceRun:
         while self.reason is None:
             policy = _ChunkPolicy(self, state)
             chunk, state = await sample_next(policy, state, self.sampling)
+            if self.failure is not None:
+                raise self.failure
             if self.reason is None and state.stop is not None and state.stop.is_failure:
                 raise PolicyError(chunk.error or f"the trace ended: {state.stop.value}")
             self._count_chunk(chunk.role)
@@ -368,13 +375,17 @@ class _ChunkPolicy:
     async def generate(
         self, prompt_ids: TokenIds, max_new_tokens: int, sampling: Sampling
     ) -> Completion:
-        """Sample the chunk as far as the trace needs it."""
+        """Sample the chunk as far as the trace needs it, and keep a failure for ``think``."""
         run = self._run
-        if self._state.role is ChunkRole.CARRYOVER:
-            completion = await run.model.policy.generate(prompt_ids, max_new_tokens, sampling)
-            run.count_written(len(completion.token_ids))
-            return completion
-        return Completion(*await run.sample_chunk(self._state, max_new_tokens, sampling))
+        try:
+            if self._state.role is ChunkRole.CARRYOVER:
+                completion = await run.model.policy.generate(prompt_ids, max_new_tokens, sampling)
+                run.count_written(len(completion.token_ids))
+                return completion
+            return Completion(*await run.sample_chunk(self._state, max_new_tokens, sampling))
+        except PolicyError as error:
+            run.failure = error
+            return Completion((), (), StopReason.ERROR)
 
 
 class _Reading:
@@ -469,7 +480,8 @@ class _Reading:
             except PolicyError as error:
                 if len(self._ids) == count:
                     raise
-                _logger.warning("a chunk goes on after %d tokens: %s", len(self._ids), error)
+                text = "%s goes on after %d tokens of its chunk: %s"
+                _logger.warning(text, self._run.name, len(self._ids), error)
 
     async def _sample_whole(
         self, policy: Policy, sampling: Sampling, state: ThinkingState

@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import openai
 
 from delethink.engines.openai import OpenAIServer
 from delethink.engines.openai_dialect import CompletionRequest, Dialect
-from delethink.errors import ConfigError
+from delethink.engines.openai_probe import unheeded_options
+from delethink.errors import ConfigError, PolicyError
 from delethink.policy import Completion, Sampling, TokenListener
 from delethink.serve.api_errors import ApiError
 from delethink.tokens import Logprobs, TokenIds
@@ -66,6 +68,26 @@ class UpstreamServer(OpenAIServer):
         for name, value in self._fields.items():
             request.body.setdefault(name, value)  # what makes the chunks exact stays
         return request
+
+    async def say_limits(self, prompt_ids: TokenIds) -> None:
+        """Sample a few tokens, and say which sampling options have no effect.
+
+        Raises:
+            ConfigError, PolicyError: the server cannot complete the prompt at all.
+        """
+        dialect = await self.negotiate(prompt_ids)
+        used = Sampling(1.0, 1, top_p=0.9)
+        if dialect.extends:  # else the line about the dialect says that these are missing
+            used = replace(used, top_k=20, min_p=0.05)
+        try:
+            limits, ignored = await unheeded_options(self._sampler(dialect, prompt_ids), used)
+        except (ConfigError, PolicyError):  # it answered before, and will be asked again
+            limits, ignored = ["which sampling options it heeds is not known"], []
+        if ignored:
+            names = " and ".join(ignored)
+            limits = [f"it ignores {names}, so requests are sampled as if without", *limits]
+        for limit in limits:
+            self._say(limit, is_limit=True)
 
     async def is_healthy(self) -> bool:
         """Return whether the server answers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ pytest.importorskip("transformers")
 import openai
 from fake_upstream import FakeUpstream, fake_upstream
 from made_up_reasoner import EOS, MARK_IDS, TOKENIZER, MadeUpReasoner
+from openai_servers import ModelServer, fail, listening
 from served import serving
 
 from delethink import ChunkSpec, Sampling, run_rollout
 from delethink.cli.main import main
+from delethink.engines.loading import load_tokenizer
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
+from delethink.serve.start import ModelSource, open_service
 from delethink.serve.thinking import ThinkingModel
 from delethink.serve.upstream import UpstreamServer
 from delethink.tokenization import message_ids
@@ -205,3 +209,71 @@ def test_a_server_that_cannot_be_used_is_a_sentence(
     lines = capsys.readouterr().err.strip().splitlines()
     assert text in lines[-1], lines
     assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("habits", "said"),
+    [
+        ({}, None),
+        ({"heeds": ("temperature", "top_p", "seed")}, "it ignores top_k and min_p"),
+        ({"heeds": ("temperature", "top_p", "top_k", "min_p")}, "the same seed gives other"),
+        ({"takes_fields": False, "strips": False}, "it has no top-k and min-p"),
+        ({"refuses_heat": True}, "whether it heeds temperature and seed is not known"),
+    ],
+    ids=["all heeded", "cuts", "seed", "no fields", "no heat"],
+)
+def test_options_without_effect_are_said_at_the_start_and_refuse_nothing(
+    habits: dict[str, Any], said: str | None
+) -> None:
+    given = dict(habits)
+    refuses_heat = given.pop("refuses_heat", False)
+    served = ModelServer(tokenizer=load_tokenizer("toy"), script="10:01</think>1<eos>", **given)
+    served.hot, served.adds_bos, served.returns = (6, 14), 0, "token_ids"
+    sound, lines = served.handle, list[str]()
+
+    def handle(handler: Any, asked: dict[str, Any]) -> None:
+        if refuses_heat and asked["temperature"] > 1:
+            fail(400, b"temperature is at most 1")(handler)
+        else:
+            sound(handler, asked)
+
+    served.handle = handle  # type: ignore[method-assign]
+    settings = ServeSettings("toy", ChunkSpec(60, 30, 2), 16)
+    listed = {"data": [{"id": "m", "max_model_len": 400}]}
+    with listening(served, listed, key=None) as model:
+        source = ModelSource("toy", base_url=model.url, retries=0)
+        with open_service(source, settings, lines.append):
+            pass
+    about_options = [line for line in lines if "ignore" in line or "top" in line or "seed" in line]
+    assert len(about_options) == (said is not None), lines
+    assert said is None or said in about_options[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_failed_request_is_one_line_of_the_log(
+    stream: bool, debug: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG" if debug else "WARNING", "delethink")
+    with fake_upstream() as upstream, in_front_of(upstream) as url:
+        upstream.faults = [500] * 3
+        with pytest.raises(openai.APIError):
+            ask(url, stream=stream)
+        address = upstream.url
+    records = [record for record in caplog.records if record.name.startswith("delethink.")]
+    (record,) = [record for record in records if record.levelname == "WARNING"]
+    trace, _, rest = record.getMessage().partition(" failed: ")
+    assert re.fullmatch(rf"chatcmpl-[0-9a-f]{{32}}\.0 at {re.escape(address)}", trace)
+    assert "HTTP 500" in rest
+    assert ("Traceback" in (record.exc_text or "")) is debug
+
+
+def test_a_stream_that_goes_on_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with fake_upstream() as upstream, in_front_of(upstream) as url:
+        upstream.faults = ["half"]
+        ask(url, stream=True)
+        address = upstream.url
+    (text,) = [r.getMessage() for r in caplog.records if r.name.startswith("delethink.")]
+    assert re.match(rf"chatcmpl-\w+\.0 at {re.escape(address)} goes on after \d+ tokens", text), (
+        text
+    )
