@@ -38,6 +38,7 @@ from delethink.serve.sending import (
     encode_json,
 )
 from delethink.serve.service import ThinkingService
+from delethink.serve.tools import ToolChat
 from delethink.serve.wire import ResponseWriter
 
 _logger = get_logger(__name__)
@@ -116,7 +117,11 @@ class Routes:
         if self._service.upstream is not None and any(kwargs.get(s) is False for s in _SWITCHES):
             self._service.planner.check_model(body.model)
             return ForwardedResponse(self._service, value)
-        return self._answer(request, raw, body, "chatcmpl")
+        tools = None
+        if body.tools and self._service.tool_reader is not None:
+            self._service.planner.check_model(body.model)
+            tools = await self._service.tool_reader.render(value)
+        return self._answer(request, raw, body, "chatcmpl", tools)
 
     async def complete(self, request: Request) -> Any:
         """Answer ``/v1/completions``."""
@@ -140,11 +145,18 @@ class Routes:
             service, job, writer, identity, is_stream=plan.is_stream, include_usage=True
         )
 
-    def _answer(self, request: Request, raw: bytes, body: GenerationBody, prefix: str) -> Any:
+    def _answer(
+        self,
+        request: Request,
+        raw: bytes,
+        body: GenerationBody,
+        prefix: str,
+        tools: ToolChat | None = None,
+    ) -> Any:
         service = self._service
         planner = service.planner
         plan = (
-            planner.chat(body) if isinstance(body, ChatBody) else planner.completion(body)  # type: ignore[arg-type]  # the only other body
+            planner.chat(body, tools) if isinstance(body, ChatBody) else planner.completion(body)  # type: ignore[arg-type]  # the only other body
         )
         identity = _identity(request, raw)
         request_id = f"{prefix}-{uuid.uuid4().hex}"

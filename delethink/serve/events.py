@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from delethink.tokens import Logprobs, TokenIds
 
@@ -52,6 +54,7 @@ class BoundaryCrossed:
     chunk: int  # chunks of thinking before the boundary
     carried_tokens: int  # of the context after the boundary
     reencoded_tokens: int  # prompt of the next chunk: the query and the carried tokens
+    is_nudge: bool = False  # after a loop, whose repeats are not carried
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class ThinkingEnded:
 
     reason: EndReason
     mark: str  # the mark, written by the model or for it; empty after ``EndReason.STOP``
+
+
+@dataclass(frozen=True)
+class ToolsCalled:
+    """The calls of tools in the answer, which is over; comes for requests with tools alone."""
+
+    content: str  # of the answer besides the calls
+    calls: tuple[Mapping[str, Any], ...]  # in OpenAI's form
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class TraceUsage:
     reencoded_tokens: int = 0  # prompts of the later chunks and of a separate answer
     chunks: int = 0  # of thinking
     boundaries: int = 0
+    nudges: int = 0  # boundaries after a loop
 
     @property
     def completion_tokens(self) -> int:
@@ -90,4 +102,4 @@ class TraceEnded:
     stop_string: str | None = None  # the one that ended the trace
 
 
-ThinkingEvent = SampledText | BoundaryCrossed | ThinkingEnded | TraceEnded
+ThinkingEvent = SampledText | BoundaryCrossed | ThinkingEnded | ToolsCalled | TraceEnded

@@ -30,7 +30,8 @@ from delethink.serve.schema import (
 )
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel
-from delethink.tokenization import message_ids
+from delethink.serve.tools import NEEDED_OPTIONS, ToolChat
+from delethink.tokenization import encode, message_ids
 from delethink.tokens import TokenIds
 
 _CARRYOVERS = "delethink.carryovers"
@@ -65,6 +66,7 @@ class RequestPlan:
     wants_token_ids: bool
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields for the upstream server
     answer_extra: Mapping[str, Any] = field(default_factory=dict)  # of the answer alone
+    tools: ToolChat | None = None  # calls of tools are read in the answer
 
     @property
     def prompt_tokens(self) -> int:
@@ -100,15 +102,32 @@ class Planner:
                 "model_not_found",
             )
 
-    def chat(self, body: ChatBody) -> RequestPlan:
-        """Return the plan of a chat completion.
+    def chat(self, body: ChatBody, tools: ToolChat | None = None) -> RequestPlan:
+        """Return the plan of a chat completion, which the server behind renders if it has tools.
 
         Raises:
             ApiError: a field is out of the limits, or the query is too long.
         """
-        kwargs = self._template_kwargs(body)
-        query = self.chat_query(body.messages, kwargs)
-        return self._plan(body, [query], body.include_reasoning is not False)
+        if body.tools and tools is None:
+            raise ApiError(400, self._no_tools(), "tools")
+        if tools is not None:
+            query = tools.query_ids
+        else:
+            query = self.chat_query(body.messages, self._template_kwargs(body))
+        plan = self._plan(body, [query], body.include_reasoning is not False)
+        return replace(plan, tools=tools)
+
+    def _no_tools(self) -> str:
+        if not self.has_upstream:
+            return (
+                "the field 'tools' is not supported with engines of this server: put it in front "
+                f"of a vLLM server (--base-url) that has {NEEDED_OPTIONS}, or leave it out"
+            )
+        return (
+            "the field 'tools' is not supported by the server behind this one: start vLLM with "
+            f"{NEEDED_OPTIONS}, or send chat_template_kwargs={{'enable_thinking': false}}, which "
+            "passes the request through without thinking in chunks"
+        )
 
     def completion(self, body: CompletionBody) -> RequestPlan:
         """Return the plan of a completion.
@@ -278,10 +297,22 @@ class Planner:
         options, loop = body.delethink or TraceOptions(), self.settings.loop
         if (asked := body.repetition_detection) is not None:
             loop = LoopRule(asked.max_pattern_size, asked.min_pattern_size, asked.min_count)
+        nudge = None
+        if (options.on_loop or self.settings.on_loop) == "nudge":
+            loop = loop or LoopRule()
+            nudge = encode(self.model.tokenizer, self.settings.nudge)
+        elif options.on_loop == "end":
+            loop = loop or LoopRule()
         everywhere = options.stop_in_thinking
         if everywhere is None:  # the text of a plain completion is one
             everywhere = not isinstance(body, ChatBody)
-        return replace(self.model.rule, stops=body.stops, stops_in_thinking=everywhere, loop=loop)
+        return replace(
+            self.model.rule,
+            stops=body.stops,
+            stops_in_thinking=everywhere,
+            loop=loop,
+            nudge_ids=nudge,
+        )
 
     def _sampling(self, body: GenerationBody, index: int) -> Sampling:
         """Return the sampling parameters of a choice; choices of one seed differ."""

@@ -52,6 +52,12 @@ def chat_body(body: ResponsesBody) -> ChatBody:
                 "whole conversation in 'input'",
                 name,
             )
+    if (body.model_extra or {}).get("tools"):
+        raise ApiError(
+            400,
+            "the field 'tools' is read in chats alone: send it to /v1/chat/completions",
+            "tools",
+        )
     include = body.include or []
     for name in include:
         if name not in _INCLUDED:

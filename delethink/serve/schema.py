@@ -90,6 +90,7 @@ class TraceOptions(_Body):
     carryover: str | dict[str, Any] | None = None
     answer_tokens: int | None = Field(None, ge=1)
     stop_in_thinking: bool | None = None
+    on_loop: Literal["end", "nudge"] | None = None
 
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -137,6 +138,8 @@ class ChatBody(GenerationBody):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     include_reasoning: bool | None = None

@@ -13,12 +13,13 @@ from delethink.errors import DelethinkError
 from delethink.output import get_logger
 from delethink.policy import Policy
 from delethink.serve.api_errors import as_api_error
-from delethink.serve.events import SampledText
+from delethink.serve.events import Phase, SampledText, ToolsCalled, TraceEnded
 from delethink.serve.jobs import Admission, ChoiceEvent, ClientIdentity, Job, JobBoard, Place
 from delethink.serve.metrics import ServerMetrics
 from delethink.serve.plan import Planner, RequestPlan, TracePlan
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingModel, think
+from delethink.serve.tools import ToolChat, ToolReader
 from delethink.serve.upstream import UpstreamServer
 
 _logger = get_logger(__name__)
@@ -34,6 +35,7 @@ class ThinkingService:
         log: called with one line for each finished request, without its texts.
         stream_policy: samples streamed requests, where the model's own policy gives whole chunks.
         engine_is_healthy: tells of an engine of this server.
+        tool_reader: reads calls of tools in answers, where the upstream can.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class ThinkingService:
         log: Callable[[str], None] = lambda line: None,
         stream_policy: Policy | None = None,
         engine_is_healthy: Callable[[], bool] = lambda: True,
+        tool_reader: ToolReader | None = None,
     ) -> None:
         self.log, self._stream_policy = log, stream_policy
-        self._engine_is_healthy = engine_is_healthy
+        self._engine_is_healthy, self.tool_reader = engine_is_healthy, tool_reader
         self.settings, self.model, self.upstream = settings, model, upstream
         self.planner = Planner(settings, model, upstream is not None)
         self.admission = Admission(settings.max_traces, settings.max_queue)
@@ -105,7 +108,7 @@ class ThinkingService:
         async with self.admission.turn(place):
             now = asyncio.get_running_loop().time
             started = last = now()
-            has_begun = False
+            has_begun, answer_ids = False, list[int]()
             events = think(
                 self.model if policies[0] is None else self._asking(policies[0]),
                 trace.spec,
@@ -124,9 +127,18 @@ class ThinkingService:
                         histogram = self.metrics.gap_s if has_begun else self.metrics.first_token_s
                         histogram.observe(now() - last)
                         last, has_begun = now(), True
+                    if isinstance(event, SampledText) and event.phase is Phase.ANSWER:
+                        answer_ids += event.token_ids
+                    if isinstance(event, TraceEnded) and plan.tools is not None:
+                        job.publish(index, await self._read_tools(plan.tools, answer_ids))
                     self.metrics.count(ChoiceEvent(index, event))
                     job.publish(index, event)
             self.metrics.whole_s.observe(now() - started)
+
+    async def _read_tools(self, chat: ToolChat, answer_ids: list[int]) -> ToolsCalled:
+        if not answer_ids or self.tool_reader is None:
+            return ToolsCalled("", ())
+        return await self.tool_reader.read(chat, tuple(answer_ids))
 
     def _policies(self, plan: RequestPlan) -> tuple[Policy | None, Policy | None]:
         """Return the policies of thinking and answer, where a request has its own fields."""

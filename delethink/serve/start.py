@@ -25,6 +25,7 @@ from delethink.serve.local_engine import EngineThread
 from delethink.serve.service import ThinkingService
 from delethink.serve.settings import ServeSettings
 from delethink.serve.thinking import ThinkingLimits, ThinkingModel
+from delethink.serve.tools import NEEDED_OPTIONS, ToolReader
 from delethink.serve.upstream import UpstreamServer
 from delethink.thinking_marks import AUTO
 from delethink.tokenization import bind_marks, bind_template, message_ids
@@ -57,6 +58,7 @@ class _Opened:
     upstream: UpstreamServer | None = None
     stream_policy: Policy | None = None  # if it is not that of the model
     is_healthy: Callable[[], bool] = lambda: True  # of the engine
+    tool_reader: ToolReader | None = None
 
 
 @contextmanager
@@ -92,9 +94,25 @@ def open_service(
                 f"{model.marks.end} is assumed (--end-of-thinking names another)"
             )
         if has_variable(template_source(model.tokenizer) or "", "tools"):
-            say("the chat template knows tools; requests with tools are refused")
+            if made.tool_reader is not None:
+                say("requests may have tools: the server behind reads the calls in answers")
+            elif made.upstream is None:
+                say("the chat template knows tools; requests with tools are refused")
+            else:
+                say(
+                    "the chat template knows tools; requests with tools are refused, as the "
+                    f"server behind lacks {NEEDED_OPTIONS}"
+                )
         own = replace(settings, spec=spec)
-        yield ThinkingService(own, model, made.upstream, log, made.stream_policy, made.is_healthy)
+        yield ThinkingService(
+            own,
+            model,
+            made.upstream,
+            log,
+            made.stream_policy,
+            made.is_healthy,
+            made.tool_reader,
+        )
 
 
 def _check_window(model: ThinkingModel, spec: ChunkSpec, limits: ThinkingLimits) -> None:
@@ -218,8 +236,7 @@ def _open_upstream(
     known = [size for size in (window, server.max_model_tokens) if size is not None]
     model = ThinkingModel(server, tokenizer, min(known, default=None), eos_ids=ends)
     _check_window(model, settings.spec.bind(tokenizer), ThinkingLimits(settings.answer_tokens))
-    asyncio.run(_negotiate(server, model))
-    yield _Opened(model, server)
+    yield _Opened(model, server, tool_reader=asyncio.run(_negotiate(server, model)))
 
 
 def _ends_and_window(
@@ -233,9 +250,12 @@ def _ends_and_window(
     return eos_ids(shell, tokenizer), longest_sequence(shell)
 
 
-async def _negotiate(server: UpstreamServer, model: ThinkingModel) -> None:
+async def _negotiate(server: UpstreamServer, model: ThinkingModel) -> ToolReader | None:
+    """Say what the server behind cannot do, and return the reader of calls if it has one."""
+    reader = ToolReader(server, model)
     try:
         await server.say_limits(model.mark_ids or (0,))
+        return reader if await reader.is_supported() else None
     finally:
         await server.disconnect()
 

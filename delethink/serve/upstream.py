@@ -89,6 +89,22 @@ class UpstreamServer(OpenAIServer):
         for limit in limits:
             self._say(limit, is_limit=True)
 
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Ask the server at a path below its address, and return its JSON.
+
+        Raises:
+            ApiError: the server does not answer, or refuses; the text is its own.
+        """
+        try:
+            return await self._client().post(path, cast_to=object, body=dict(body))
+        except openai.APIStatusError as error:
+            told = error.body if isinstance(error.body, dict) else {}
+            status = error.status_code if error.status_code in (400, 404, 429) else 502
+            message = f"the server behind this one refused: {told.get('message') or error}"
+            raise ApiError(status, message) from None
+        except (openai.APIError, ValueError) as error:
+            raise ApiError(502, f"the server behind this one failed: {error}") from None
+
     async def is_healthy(self) -> bool:
         """Return whether the server answers."""
         client = self._client().with_options(max_retries=0, timeout=_HEALTH_TIME_S)

@@ -12,6 +12,7 @@ from delethink.serve.events import (
     SampledText,
     ThinkingEnded,
     ThinkingEvent,
+    ToolsCalled,
     TraceEnded,
     TraceUsage,
 )
@@ -67,6 +68,8 @@ class _Choice:
     counts: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(Phase, 0))
     ended: TraceEnded | None = None
     has_begun: bool = False  # its first piece was sent
+    held: list[str] = field(default_factory=list)  # text of an answer that may hold calls
+    calls: tuple[Mapping[str, Any], ...] = ()  # of tools
 
 
 class ResponseWriter:
@@ -101,8 +104,11 @@ class ResponseWriter:
             if not shown and not (len(ids) and self._gives_tokens):
                 continue
             pieces.append(self._text_piece(index, phase, shown, ids, logprobs))
+        if isinstance(event, ToolsCalled) and event.calls:
+            calls = [{"index": i, **call} for i, call in enumerate(event.calls)]
+            pieces.append(self._piece(index, {"tool_calls": calls}))
         if choice.ended is not None and isinstance(event, TraceEnded):
-            pieces.append(self._last_piece(index, choice.ended))
+            pieces.append(self._last_piece(index, choice))
         return pieces
 
     @property
@@ -116,10 +122,17 @@ class ResponseWriter:
         if isinstance(event, SampledText):
             text = choice.tidy.push(event.phase, event.text) if is_chat else event.text
             choice.counts[event.phase] += len(event.token_ids)
+            if self._plan.tools is not None and event.phase is Phase.ANSWER:
+                choice.held.append(text)
+                text = ""
             added.append((event.phase, text, event.token_ids, event.logprobs))
         elif isinstance(event, ThinkingEnded):
             text = choice.tidy.end_thinking() if is_chat else event.mark
             added.append((Phase.THINKING, text, (), ()))
+        elif isinstance(event, ToolsCalled):
+            choice.calls = event.calls
+            text = event.content if event.calls else "".join(choice.held)
+            added.append((Phase.ANSWER, text, (), ()))
         elif isinstance(event, TraceEnded):
             if is_chat and (text := choice.tidy.end_thinking()):
                 added.append((Phase.THINKING, text, (), ()))
@@ -145,11 +158,13 @@ class ResponseWriter:
         names = self._settings.reasoning_fields if phase is Phase.THINKING else ("content",)
         return self._piece(index, dict.fromkeys(names, text) if text else {}, text, **more)
 
-    def _last_piece(self, index: int, ended: TraceEnded) -> dict[str, Any]:
+    def _last_piece(self, index: int, choice: _Choice) -> dict[str, Any]:
+        ended = choice.ended
+        assert ended is not None
         return self._piece(
             index,
             {},
-            finish_reason=_finish_reason(ended),
+            finish_reason=_finish_reason(choice),
             stop_reason=ended.stop_string,
             delethink=_block(ended),
         )
@@ -202,6 +217,8 @@ class ResponseWriter:
             message: dict[str, Any] = {"role": "assistant", "content": answer}
             if plan.wants_reasoning:
                 message |= dict.fromkeys(self._settings.reasoning_fields, thinking)
+            if choice.calls:
+                message["tool_calls"] = list(choice.calls)
             result["message"] = message
         else:
             result["text"] = thinking + answer
@@ -211,7 +228,7 @@ class ResponseWriter:
         if plan.wants_token_ids:
             result["token_ids"] = choice.token_ids
             result["prompt_token_ids"] = list(plan.traces[index].query_ids)
-        result["finish_reason"] = _finish_reason(choice.ended)
+        result["finish_reason"] = _finish_reason(choice)
         result["stop_reason"] = choice.ended.stop_string
         result["delethink"] = _block(choice.ended)
         return result
@@ -252,8 +269,11 @@ class ResponseWriter:
         return {"content": entries}
 
 
-def _finish_reason(ended: TraceEnded) -> str:
-    return "length" if ended.is_cut else "stop"
+def _finish_reason(choice: _Choice) -> str:
+    assert choice.ended is not None
+    if choice.ended.is_cut:
+        return "length"
+    return "tool_calls" if choice.calls else "stop"
 
 
 def _block(ended: TraceEnded) -> dict[str, Any]:
