@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,13 +101,14 @@ def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSetti
     return source, settings
 
 
+def say(line: str) -> None:
+    """Print a line about the server, unless a full disk or a closed terminal takes none."""
+    with contextlib.suppress(OSError, ValueError):
+        echo(line, stderr=True)
+
+
 def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSettings) -> int:
     from delethink.serve.start import listen, open_service, serve_forever
-
-    def say(line: str) -> None:
-        # A full disk or a closed terminal takes no line, and the server goes on without.
-        with contextlib.suppress(OSError, ValueError):
-            echo(line, stderr=True)
 
     if arguments.debug:
         logging.getLogger("delethink").setLevel(logging.DEBUG)
@@ -119,14 +119,14 @@ def _serve(arguments: argparse.Namespace, source: ModelSource, settings: ServeSe
             host, port = sock.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             address = f"http://{host}:{port}/v1"
-            greet = partial(_greet, say, address, settings.model_name, bool(settings.api_keys))
+            greet = partial(_greet, address, settings.model_name, bool(settings.api_keys))
             serve_forever(service, sock, greet)
     finally:
         sock.close()
     return 0
 
 
-def _greet(say: Callable[[str], None], address: str, name: str, has_keys: bool) -> None:
+def _greet(address: str, name: str, has_keys: bool) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if has_keys else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     say(f"serving {name} at {address}")  # standard output may be a pipe, and wait

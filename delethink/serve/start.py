@@ -93,10 +93,10 @@ def open_service(
                 f"neither the chat template nor the tokens show the end of thinking; "
                 f"{model.marks.end} is assumed (--end-of-thinking names another)"
             )
-        if has_variable(template_source(model.tokenizer) or "", "tools"):
-            if made.tool_reader is not None:
-                say("requests may have tools: the server behind reads the calls in answers")
-            elif made.upstream is None:
+        if made.tool_reader is not None:
+            say("requests may have tools: the server behind reads the calls in answers")
+        elif has_variable(template_source(model.tokenizer) or "", "tools"):
+            if made.upstream is None:
                 say("the chat template knows tools; requests with tools are refused")
             else:
                 say(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,9 @@ from serve_chaos import ANSWERED, BAD_KINDS, GOOD_KINDS, LEFT, PROMPTS, TOLD, Sc
 from served import service_of
 
 from delethink import ChunkSpec, ScriptedPolicy
+from delethink.cli.serve import say
+from delethink.errors import PolicyError
+from delethink.output import echo
 
 pytestmark = pytest.mark.integration
 
@@ -80,7 +85,8 @@ def test_more_requests_at_once_than_the_queue_takes(requests: int) -> None:
         check_quiet(made)
 
 
-def test_a_client_that_reads_nothing_is_left_with_its_connection() -> None:
+@pytest.mark.parametrize("reads", [False, True], ids=["nothing", "a byte at a time"])
+def test_a_client_that_reads_too_slowly_is_left_with_its_connection(reads: bool) -> None:
     letters = tuple(TOKENIZER("a")["input_ids"]) * 60_000
     ids = (*letters, *TOKENIZER(MARK)["input_ids"], *TOKENIZER("c")["input_ids"], EOS)
     spec = ChunkSpec(70_000, 0, 1)
@@ -96,7 +102,39 @@ def test_a_client_that_reads_nothing_is_left_with_its_connection() -> None:
         deadline = time.monotonic() + 60
         while not made.service.board._tasks and time.monotonic() < deadline:
             time.sleep(0.01)
+        deaf.settimeout(0.05)
+        while reads and any(made.left_over().values()) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # in the end the server resets the connection
+                deaf.recv(1)
+            time.sleep(0.05)
         assert not any(made.settle().values()), made.left_over()
+
+
+def test_a_log_that_takes_no_line_keeps_nobody_from_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FullDisk:
+        """A file of a full disk; ``/dev/full`` itself cannot be closed after a write."""
+
+        encoding = "utf-8"
+
+        def write(self, text: str) -> int:
+            with Path("/dev/full").open("wb", buffering=0) as full:
+                return full.write(text.encode())
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr("sys.stderr", FullDisk())
+    with pytest.raises(OSError, match="No space left"):
+        echo("a line", stderr=True)
+    made = Scene(serve_chaos.FakeUpstream())
+    ids = (*TOKENIZER(f"a{MARK}c")["input_ids"], EOS)
+    policy = ScriptedPolicy([PolicyError("fails"), *[ids] * 3], EOS)
+    made.service = service_of(policy, ChunkSpec(60, 0, 1), log=say)
+    with serve_chaos.listening_app(made.app()) as url:
+        made.host, made.port = "127.0.0.1", int(url.rpartition(":")[2])
+        outcomes = [asyncio.run(ask(made, "x", stream=bool(i % 2)))[0] for i in range(4)]
+    assert outcomes == [TOLD, ANSWERED, ANSWERED, ANSWERED]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
