@@ -38,6 +38,7 @@ from delethink.engines.loading import digest, find_adapter
 from delethink.errors import ConfigError, did_you_mean
 from delethink.evaluation.models import (
     ModelOpener,
+    check_local_model,
     local_models,
     marks_of_model,
     needed_context,
@@ -113,6 +114,9 @@ def _evaluate(
     progress = EvaluationProgress(stderr=arguments.json)
     open_model = _opener(arguments, engine, longest, progress.print)
     found = {model: marks_of_model(model, **_tokenizer_options(arguments)) for model in models}
+    if arguments.base_url is None:
+        for model in models[1:]:  # before the first is sampled
+            check_local_model(model, **_tokenizer_options(arguments))
     evaluation = Evaluation(
         problems,
         settings,
