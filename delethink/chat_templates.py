@@ -141,9 +141,15 @@ def apply_template(
         advice = "use another template, or other messages"
         if "system" in roles:
             advice = "leave out the task's system message, or use another template"
+        line = getattr(error, "lineno", None)  # of a fault in the template's own text
+        if line is not None:
+            raise ModelError(
+                f"the tokenizer's chat template is no Jinja: line {line}: {reason.rstrip('.')}; "
+                "correct its chat_template.jinja, or use another template"
+            ) from error
         raise ModelError(
-            f"the tokenizer's chat template fails on messages of the roles {roles}: {reason}; "
-            f"{advice}"
+            f"the tokenizer's chat template fails on messages of the roles {roles}: "
+            f"{reason.rstrip('.')}; {advice}"
         ) from error
 
 

@@ -156,6 +156,10 @@ def output_path(path: str | os.PathLike[str]) -> Path:
     """
     folder = os.environ.get(VARIABLE, "").strip()
     resolved = Path(folder).expanduser() / Path(path).expanduser()
+    if "\0" in str(resolved):
+        raise ConfigError(
+            f"the output path {str(resolved)!r:.80} has a NUL character: leave it out"
+        )
     if _RAY_TEMPORARY <= set(resolved.absolute().parts):
         raise ConfigError(
             f"the results would go to {resolved} in the job's working directory, which Ray deletes "

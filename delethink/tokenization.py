@@ -67,7 +67,12 @@ def message_ids(
         return ids[: -_adds_end(tokenizer, text, ids) or None]  # the model would begin after it
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     encoded = apply_template(tokenizer, messages, chat_template_kwargs, options)
-    return tuple(encoded["input_ids"])
+    if not (ids := tuple(encoded["input_ids"])):
+        raise ModelError(
+            "the tokenizer's chat template writes nothing for a question: correct its "
+            "chat_template.jinja, or use another template"
+        )
+    return ids
 
 
 def encode(tokenizer: Tokenizer, text: str) -> TokenIds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import io
 import math
@@ -23,6 +24,8 @@ from delethink.types import Problem
 SourceRow = dict[str, Any]
 RatedProblem = tuple[Problem, float | None]  # with its measured pass rate
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")  # of files; .gz may follow all but Parquet
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
+_HUB_TIMEOUT_S = 10.0
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -47,10 +50,22 @@ def read_rows(
         return _read_file(path)
     if path.is_dir():
         return [row for file in _files(path, split, config, files) for row in _read_file(file)]
-    is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    is_path = not _HUB_NAME.fullmatch(dataset) or dataset.startswith(".")
     if is_path or kind_of_file(path) in SUFFIXES:
-        raise ConfigError(f"the data set {path} does not exist: no such file or folder")
+        raise ConfigError(
+            f"the data set {path} does not exist: no such file or folder.{_near_file(path)}"
+        )
     return _fetch(dataset, split, config, files)
+
+
+def _near_file(path: Path) -> str:
+    """Return a question for the data file with the nearest name in the same folder, if any."""
+    try:
+        present = [each.name for each in path.parent.iterdir() if kind_of_file(each) in SUFFIXES]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, present, n=1)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def _files(folder: Path, split: str, config: str | None, pattern: str | None) -> list[Path]:
@@ -165,7 +180,8 @@ def _read_parquet(file: Path) -> list[SourceRow]:
     try:
         rows: list[SourceRow] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not Parquet: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{file} is not Parquet ({reason}): write or download it again") from None
     return rows
 
 
@@ -175,6 +191,7 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
     except ImportError:
         raise MissingExtraError("datasets", "tasks") from None
     try:
+        _look_up(dataset)
         if files is None:
             loaded = datasets.load_dataset(dataset, config, split=split)
         else:
@@ -192,6 +209,22 @@ def _fetch(dataset: str, split: str, config: str | None, files: str | None) -> l
             "task.args.dataset=FOLDER, or in delethink eval --task-arg dataset=FOLDER. A private "
             "data set needs hf auth login"
         ) from None
+
+
+def _look_up(dataset: str) -> None:
+    """Ask the hub once for a data set that the caches lack, instead of with five retries.
+
+    Raises:
+        Exception: of the hub's client: there is none, or there is no connection.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    caches = (Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
+    names = (dataset.replace("/", "___"), f"datasets--{dataset.replace('/', '--')}")
+    is_cached = any((cache / name).is_dir() for cache in caches for name in names)
+    if not constants.HF_HUB_OFFLINE and not is_cached:
+        HfApi().dataset_info(dataset, timeout=_HUB_TIMEOUT_S)
 
 
 @dataclass(frozen=True)

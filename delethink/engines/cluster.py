@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import socket
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -17,6 +19,10 @@ try:
 except ImportError:  # RayPool raises MissingExtraError
     ray = None
 
+_ADDRESS = "RAY_ADDRESS"
+_ANSWER_TIMEOUT_S = 10.0
+_MAX_REASON_CHARACTERS = 300
+
 
 def connect(num_cpus: int) -> bool:
     """Join the running Ray cluster, or start one with ``num_cpus`` on this machine.
@@ -25,10 +31,12 @@ def connect(num_cpus: int) -> bool:
         ``True`` if this call made the connection; the caller then has to end the connection.
 
     Raises:
-        ConfigError: the cluster does not answer.
+        ConfigError: the cluster does not answer, or Ray does not start.
     """
     if ray.is_initialized():
         return False
+    address = os.environ.get(_ADDRESS, "").strip()
+    check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with contextlib.ExitStack() as stack:
@@ -40,9 +48,51 @@ def connect(num_cpus: int) -> bool:
                     ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)
             except ValueError:  # Ray refuses num_cpus for a running cluster
                 ray.init(**quiet)
-    except ConnectionError as error:
-        raise ConfigError(f"cannot join the Ray cluster: {error}") from None
+    except Exception as error:  # Ray raises many types, even Exception itself
+        reason = textwrap.shorten(str(error) or repr(error), _MAX_REASON_CHARACTERS)
+        if address not in ("", "local") or isinstance(error, ConnectionError):
+            raise ConfigError(
+                f"cannot join the Ray cluster {address or 'of this machine'} ({reason}): start it, "
+                f"correct {_ADDRESS}, or unset it to start Ray on this machine"
+            ) from error
+        raise ConfigError(f"cannot start Ray on this machine: {_advice(reason)}") from error
     return True
+
+
+def check_address(address: str) -> None:
+    """Refuse an address of a cluster at which nothing listens; Ray itself tries for minutes.
+
+    Raises:
+        ConfigError: the address has another form, or does not answer.
+    """
+    if address in ("", "local", "auto"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isdecimal() and "/" not in host):
+        raise ConfigError(
+            f"{_ADDRESS}={address!r:.80} is no address of a Ray cluster, such as 10.0.0.1:6379 or "
+            "auto: correct it, or unset it to start Ray on this machine"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot join the Ray cluster: nothing answers at {_ADDRESS}={address} ({error}); "
+            "start it with ray start --head, correct the address, or unset it to start Ray on this "
+            "machine"
+        ) from None
+
+
+def _advice(reason: str) -> str:
+    """Return a reason of Ray not to start, with advice."""
+    if "timed out" in reason:
+        return (
+            f"it did not answer in time ({reason}): the machine may be busy or short of memory; "
+            "end other programs and try again"
+        )
+    if "AF_UNIX" in reason or "path" in reason.lower() or "directory" in reason.lower():
+        return f"its folder cannot be used ({reason}): set RAY_TMPDIR to a short writable path"
+    return f"{reason}; end other Ray processes with ray stop, and try again"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.engines.adapters import ADAPTER_SETTINGS, Adapter, merge
 from delethink.engines.generation_settings import savable_settings, settings_of_config
+from delethink.engines.loading_faults import check_files, check_kind, load_error
 from delethink.engines.weight_files import WEIGHT_FILES, check_report, check_values, weight_files
 from delethink.errors import ConfigError, MissingExtraError, ModelError
 from delethink.json_io import read_json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
 _HUB_TIMEOUT_S = 10.0
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _logger = get_logger(__name__)
 _SHIPPED_TOY = Path(__file__).parent.parent / "assets" / "toy_reasoner"
@@ -55,10 +57,20 @@ def locate(model: str, part: str = "model") -> str:
     name, revision = split_revision(model)
     if revision == "":
         raise ModelError(f"the model {model!r} names no revision after @; write ID@REVISION or ID")
+    if path.is_file():
+        raise ModelError(
+            f"the model {model} is a file: name the folder with config.json, safetensors weights "
+            f"and a tokenizer{'; GGUF cannot be loaded' if path.suffix == '.gguf' else ''}"
+        )
     if _is_path(name):
         raise ModelError(
             f"the model folder {path} does not exist; give a folder with config.json, safetensors "
             f"weights and a tokenizer, a Hugging Face id, or {TOY!r} for the shipped reasoner"
+        )
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(
+            f"there is no folder {model!r}, and it is no Hugging Face id, which has the form "
+            "OWNER/NAME of letters, digits, '-', '_' and '.': correct the name"
         )
     return model
 
@@ -426,7 +438,7 @@ def _fetch(model: str) -> Path:
                 get_checkpoint_shard_files(name, index, revision=revision)
         return Path(config).parent
     except Exception as error:  # the hub and its client raise many types
-        raise _load_error("weights", model, error) from error
+        raise load_error("weights", model, error, {}) from error
 
 
 def digest(model: str) -> str | None:
@@ -443,7 +455,7 @@ def digest(model: str) -> str | None:
         hasher.update((digest(adapter.base) or adapter.base).encode())
         files = [adapter.weights()]
     else:
-        files = sorted(Path(locate(model)).glob("*.safetensors"))
+        files = [f for f in sorted(Path(locate(model)).glob("*.safetensors")) if f.is_file()]
     for file in files:
         size = file.stat().st_size
         hasher.update(f"{file.name} {size} ".encode())
@@ -461,6 +473,7 @@ def load_shell(model: str, trust_remote_code: bool = False) -> Any:
         ModelError: they cannot be loaded.
     """
     config = _load("AutoConfig", "configuration", model, trust_remote_code)
+    check_kind(config, model)
     settings, _, file = _generation_settings(model)
     has_own = file == "generation_config.json"  # it is optional
     return SimpleNamespace(config=config, generation_config=settings if has_own else None)
@@ -571,18 +584,17 @@ def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options
 
     source = find_source(model, "tokenizer" if part == "tokenizer" else "model")
     name, revision = split_revision(source)
+    if (folder := Path(source)).is_dir():
+        check_files(folder, part)
     if revision is not None:
         options["revision"] = revision  # of its code too, where that is in the same repository
     cls = getattr(transformers, loader)
     try:
         return cls.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a checkpoint can be broken in any way
-        raise _load_error(part, model, error) from error
-
-
-def _load_error(part: str, model: str, error: Exception) -> ModelError:
-    first = (str(error).strip() or repr(error)).splitlines()[0]
-    return ModelError(f"cannot load the {part} of {model}: {first}")
+        file = _file(source, "config.json")
+        config = {} if file is None else read_json(file, ModelError)
+        raise load_error(part, model, error, config) from error
 
 
 def _require_transformers() -> None:

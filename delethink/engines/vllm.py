@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
+from delethink.engines.engine_faults import explain_start
 from delethink.engines.loading import split_revision
 from delethink.engines.ray import RayPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
@@ -81,7 +82,8 @@ class VllmWorker:
             ):
                 pass
         except Exception as error:
-            raise RuntimeError(_last_error() or str(error)) from error
+            text = explain_start(_last_error() or str(error), self._spec.config)
+            raise RuntimeError(text) from error
         self._counter.counts = EngineCounts()
         vllm_config = self._engine.vllm_config
         return WorkerState(

@@ -16,6 +16,7 @@ from delethink.json_io import read_json
 
 WEIGHT_FILES = _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LFS_MARK = b"version https://git-lfs"
 _NAMES_SHOWN = 3  # tensors named in an error text
 _NAME_LENGTH = 100  # characters shown of a name
 
@@ -111,6 +112,12 @@ def _nonfinite(file: Path, size: int, changed_ns: int) -> tuple[str, ...]:
             names = weights.keys()
             return tuple(name for name in names if not has_finite_values(weights.get_tensor(name)))
     except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as content:
+            if content.read(len(_LFS_MARK)) == _LFS_MARK:
+                raise ModelError(
+                    f"{file} stands for weights in Git LFS that are not there: run git lfs pull "
+                    "where it was cloned, or download the checkpoint again"
+                ) from None
         raise ModelError(
             f"{file} ({size} bytes) cannot be read as safetensors: {error}; download or copy the "
             "checkpoint again"
@@ -135,7 +142,8 @@ def has_finite_values(tensor: Any) -> bool:
 def _pickle_hint(folder: Path) -> str:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not pickles:
-        return f": expected is {_WEIGHTS}, or {_INDEX} with its shards"
+        gguf = "; GGUF cannot be loaded" if any(folder.glob("*.gguf")) else ""
+        return f": expected is {_WEIGHTS}, or {_INDEX} with its shards{gguf}"
     return (
         f": {listed(pickles)} cannot be used, because a pickle can run any code. If you trust its "
         f"source, convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}, "

@@ -11,7 +11,13 @@ from delethink.carryover import Boundary, Carryover
 from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig
 from delethink.engines.factory import choose_engine, make_engine
-from delethink.engines.loading import eos_ids, load_shell, load_tokenizer, longest_sequence
+from delethink.engines.loading import (
+    check_checkpoint,
+    eos_ids,
+    load_shell,
+    load_tokenizer,
+    longest_sequence,
+)
 from delethink.errors import ConfigError, MissingExtraError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.policy import Policy
@@ -66,6 +72,19 @@ def marks_of_model(
 ) -> ThinkingMarks:
     """Return the marks of thinking of a model; the arguments are those of ``open_tokenizer``."""
     return marks_of(open_tokenizer(model, trust_remote_code, chat_template_kwargs, end_of_thinking))
+
+
+def check_local_model(model: str, trust_remote_code: bool = False, **options: Any) -> None:
+    """Check the files of a model without loading its weights, before another one is sampled.
+
+    ``options`` are further arguments of ``open_tokenizer``.
+
+    Raises:
+        ModelError: its weights, settings and tokenizer do not fit together.
+    """
+    tokenizer = open_tokenizer(model, trust_remote_code, **options)
+    eos_ids(load_shell(model, trust_remote_code), tokenizer)
+    check_checkpoint(model, trust_remote_code)
 
 
 def local_models(
