@@ -15,7 +15,7 @@ KEY = "a-key-for-this-test-alone"
 
 
 @contextmanager
-def vllm_server(folder: Path) -> Iterator[str]:
+def vllm_server(folder: Path, *options: str) -> Iterator[str]:
     """Runs the server with its log in a folder, and gives its address."""
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -25,6 +25,6 @@ def vllm_server(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", locate("toy"), "--served-model-name", "toy", "--dtype", "float32"]
     command += ["--enforce-eager", "--api-key", KEY]
-    command += ["--no-enable-chunked-prefill", "--max-num-seqs", "64"]
+    command += ["--no-enable-chunked-prefill", "--max-num-seqs", "64", *options]
     with started(command, environment, folder) as address:
         yield f"{address}/v1"
