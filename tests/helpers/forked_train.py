@@ -2,8 +2,9 @@
 
 A program of its own: it reads one JSON object a line, ``{"args", "log", "die_at",
 "largest_file"}``, and answers with the child's exit code (minus the signal) when it has ended. A
-child with ``die_at = {"path": part, "count": n, "delay": seconds}`` kills itself with SIGKILL that
-long after its n-th opening of a file for writing whose path has that part. With ``largest_file``,
+child with ``die_at = {"path": part, "count": n, "delay": seconds}`` kills itself with SIGKILL, or
+the signal ``sign``, that long after its n-th opening of a file for writing whose path has that
+part. With ``largest_file``,
 the system refuses to write more bytes than that into any file.
 """
 
@@ -58,7 +59,7 @@ def run(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def die_at(path: str, count: int, delay: float) -> None:
+def die_at(path: str, count: int, delay: float, sign: int = signal.SIGKILL) -> None:
     seen = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -67,9 +68,9 @@ def die_at(path: str, count: int, delay: float) -> None:
             return
         seen += 1
         if seen == count and not delay:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sign)
         elif seen == count:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(delay, os.kill, (os.getpid(), sign)).start()
 
     sys.addaudithook(hook)
 
