@@ -275,7 +275,7 @@ def odd_columns(folder: Path) -> dict[str, Any]:
         (lambda f: good(f, answer_key="x|y"), "task.args.answer_key in a recipe, --task-arg"),
         (
             lambda f: odd_columns(f),
-            "with a usual name (problem, prompt, question, messages), only: asked, result.",
+            "(problem, prompt, question, messages), only: asked, result.",
         ),
         (lambda f: odd_columns(f), "--task-arg problem_key=NAME in eval"),
         (lambda f: good(f, template="Solve."), "must contain {problem}"),
