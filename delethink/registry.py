@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
@@ -221,7 +222,16 @@ def make_task(
     if ":" not in name and kind_of_file(path := Path(name).expanduser()) in DATA_SUFFIXES:
         shared = {} if heldout_share is None else {"heldout_share": heldout_share}
         name, args = "dataset", {"dataset": str(path), **shared, **args}
+    elif files := _data_files(name):
+        raise ConfigError(f"unknown task {name!r}. Did you mean {files[0]!r}?")
     return make("delethink.tasks", {"name": name, "args": dict(args)}, seed=seed)
+
+
+def _data_files(name: str) -> list[str]:
+    """Return the data files with the stem ``name`` in the working directory, if it is no task."""
+    if name in names("delethink.tasks") or not re.fullmatch(r"[\w-]+", name):
+        return []
+    return [name + suffix for suffix in DATA_SUFFIXES if Path(name + suffix).is_file()]
 
 
 def _check_arguments(

@@ -34,6 +34,7 @@ from delethink.types import Chunk, ChunkRole, Problem, StopReason, Trace, TraceS
 
 TRACE_VERSION = 1
 _SUFFIXES = (".jsonl", ".parquet")
+_SHOWN_NAMES = 5  # in the message about a record of something else
 _JSON_COLUMNS = ("before", "metadata", "rewards", "reward_errors")  # no fixed schema
 
 
@@ -96,6 +97,9 @@ class TraceRecord:
         if not isinstance(values, Mapping):
             raise TraceFileError(f"a record of a trace must be a mapping, got {shorten(values)}")
         version = values.get("version")
+        if version is None and "chunks" not in values:
+            names = ", ".join(map(shorten, list(values)[:_SHOWN_NAMES])) or "none"
+            raise TraceFileError(f"this is no trace: it has no 'chunks', but {names}")
         if type(version) is not int or version != TRACE_VERSION:
             raise TraceFileError(
                 f"the trace has version {shorten(version)}; this delethink reads version "

@@ -37,6 +37,19 @@ def sizes(text: str, option: str, minimum: int = 1) -> list[int]:
     return [size(part, option, minimum) for part in text.split(",")]
 
 
+def check_model_name(model: str) -> None:
+    """Refuse a number as the name of a model: -m is no carryover size.
+
+    Raises:
+        ConfigError: the name is a number of tokens.
+    """
+    if re.fullmatch(r"[\d.,]+[kKmM]?", model):
+        raise ConfigError(
+            f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
+            "carryover size"
+        )
+
+
 def parse_head_size(text: str | None) -> Any:
     """Return the size of the head; ``None`` lets ``ChunkSpec`` choose."""
     return None if text is None else size(text, "--head-size", 0)

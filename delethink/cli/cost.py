@@ -6,13 +6,12 @@ import argparse
 import dataclasses
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.arguments import parse_carryover, parse_head_size, size
+from delethink.cli.arguments import check_model_name, parse_carryover, parse_head_size, size
 from delethink.cost import paper
 from delethink.cost.calibrate import (
     Fit,
@@ -148,11 +147,8 @@ def _fit_text(found: Fit, device: Accelerator) -> str:
 
 def _shape(arguments: argparse.Namespace, default: str = paper.MODEL) -> ModelShape:
     model = arguments.model
-    if model is not None and re.fullmatch(r"[\d.,]+[kKmM]?", model):
-        raise ConfigError(
-            f"-m is the model, got the number {model!r}: write --carryover-size {model} for the "
-            "carryover size"
-        )
+    if model is not None:
+        check_model_name(model)
     if model is not None and os.path.isdir(model):  # false for figures longer than a path may be
         model = base_model(model)  # of a LoRA adapter
     return model_shape(default if model is None else model)

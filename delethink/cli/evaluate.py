@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from delethink.cli import compare
 from delethink.cli.arguments import (
+    check_model_name,
     parse_boundary,
     parse_carryover,
     parse_head_size,
@@ -32,7 +33,7 @@ from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
-from delethink.engines.engine_settings import check_engine_settings
+from delethink.engines.engine_settings import check_address, check_engine_settings
 from delethink.engines.factory import choose_engine
 from delethink.engines.loading import digest, find_adapter
 from delethink.errors import ConfigError, did_you_mean
@@ -47,7 +48,7 @@ from delethink.evaluation.models import (
 )
 from delethink.evaluation.results import AnalysisSettings, Results
 from delethink.evaluation.run import Evaluation, ProblemSet, evaluate, load_problems
-from delethink.evaluation.settings import SamplingPlan, Setting
+from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.output import echo_json, output_path
 from delethink.redaction import register_secret, register_url
 from delethink.scoring.rollouts import mark_setting
@@ -105,13 +106,18 @@ def _evaluate(
 
     models = _models(arguments)
     plan = _plan(arguments)
+    progress = EvaluationProgress(stderr=arguments.json)
+    source = "engine" if arguments.base_url is None else "server"
+    progress.print(
+        f"{problems.name}: {len(problems.problems)} problems, {plan.samples} samples each; loading "
+        f"tokenizer and {source}"
+    )
     settings = [s for model in models for s in _settings(arguments, model, problems, plan)]
 
     def longest(model: str, tokenizer: Tokenizer) -> int:
         own = [setting for setting in settings if setting.model == model]
         return needed_context(own, problems.problems, plan, tokenizer)
 
-    progress = EvaluationProgress(stderr=arguments.json)
     open_model = _opener(arguments, engine, longest, progress.print)
     found = {model: marks_of_model(model, **_tokenizer_options(arguments)) for model in models}
     if arguments.base_url is None:
@@ -221,7 +227,10 @@ def _check(arguments: argparse.Namespace) -> None:
     accelerator(arguments.gpu)
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
-    _modes(arguments)
+    if arguments.base_url is not None:
+        check_address(arguments.base_url)
+    # Impossible sizes end here; the policies are bound to a tokenizer later.
+    make_settings(_models(arguments), _modes(arguments), **_sizes(arguments))
 
 
 def _engine(arguments: argparse.Namespace) -> EngineConfig:
@@ -249,22 +258,29 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
 def _settings(
     arguments: argparse.Namespace, model: str, problems: ProblemSet, plan: SamplingPlan
 ) -> list[Setting]:
-    carried = arguments.carryover_size
     return settings_for_model(
         model,
         _modes(arguments),
-        sizes(arguments.context_size, "-C"),
-        problems.problems,
-        plan,
-        carryover_sizes=sizes(carried, "--carryover-size", 0) if carried else (),
-        max_chunks=sizes(arguments.max_chunks, "--max-chunks"),
-        head_size=parse_head_size(arguments.head_size),
-        head_outside=arguments.head_outside,
-        carryover=parse_carryover(arguments.carryover),
-        boundary=parse_boundary(arguments.boundary),
+        problems=problems.problems,
+        plan=plan,
         cap_longcot=arguments.cap_longcot,
+        **_sizes(arguments),
         **_tokenizer_options(arguments),
     )
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``make_settings`` about sizes and policies."""
+    carried = arguments.carryover_size
+    return {
+        "context_sizes": sizes(arguments.context_size, "-C"),
+        "carryover_sizes": sizes(carried, "--carryover-size", 0) if carried else (),
+        "max_chunks": sizes(arguments.max_chunks, "--max-chunks"),
+        "head_size": parse_head_size(arguments.head_size),
+        "head_outside": arguments.head_outside,
+        "carryover": parse_carryover(arguments.carryover),
+        "boundary": parse_boundary(arguments.boundary),
+    }
 
 
 def _tokenizer_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -282,6 +298,8 @@ def _models(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"-m must name models, separated by commas: got {arguments.model}")
     if len(set(models)) < len(models):
         raise ConfigError(f"-m names a model twice: {', '.join(models)}")
+    for name in models:
+        check_model_name(name)
     return models
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import signal
@@ -19,6 +20,9 @@ from delethink import __version__
 from delethink.cli import options
 from delethink.errors import DelethinkError, UserError
 from delethink.output import echo, guard_process, safe_text
+
+# Arguments of the task ``dataset``, which are options of ``delethink tasks`` alone.
+_DATA_SET_ARGUMENTS = ("problem_key", "answer_key", "template", "system", "dataset")
 
 
 class _Command(NamedTuple):
@@ -137,10 +141,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.argv = list(argv[1:])
     values = getattr(arguments, "values", None)
     if unknown := [x for x in late if values is None or "=" not in x or x.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(_unknown_arguments(unknown, arguments.actions))
     if values is not None:
         values.extend(late)
     return arguments
+
+
+def _unknown_arguments(unknown: Sequence[str], actions: Sequence[argparse.Action]) -> str:
+    """Return a sentence about arguments that a command does not take, with the nearest option."""
+    known = {name: action for action in actions for name in action.option_strings}
+    advice = ""
+    if (name := unknown[0].partition("=")[0]).startswith("--"):
+        key = name.removeprefix("--").replace("-", "_")
+        if "--task-arg" in known and key in _DATA_SET_ARGUMENTS:
+            advice = f" Write --task-arg {key}=…"
+        elif name in ("--budget", "--budgets"):
+            advice = " Budgets follow from -C, --carryover-size and --max-chunks."
+        elif near := difflib.get_close_matches(name, known, n=1):
+            advice = f" Did you mean {near[0]}?"
+    return f"unknown arguments: {' '.join(unknown)}.{advice}"
 
 
 class _Parser(argparse.ArgumentParser):

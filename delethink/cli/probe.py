@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delethink.chunking import ChunkSpec
-from delethink.cli.arguments import parse_carryover, parse_head_size, parse_pairs, size, sizes
+from delethink.cli.arguments import (
+    check_model_name,
+    parse_carryover,
+    parse_head_size,
+    parse_pairs,
+    size,
+    sizes,
+)
 from delethink.cli.effects import SERVER_OPTIONS, refuse_given
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
-from delethink.engines.engine_settings import check_engine_settings
+from delethink.engines.engine_settings import check_address, check_engine_settings
 from delethink.engines.loading import find_adapter
-from delethink.errors import ConfigError, RunDirectoryError
+from delethink.errors import ConfigError, RunDirectoryError, TraceFileError
 from delethink.evaluation.run import load_problems
 from delethink.output import echo, echo_json, output_path
 from delethink.redaction import register_secret, register_url
@@ -37,11 +44,20 @@ def run(arguments: argparse.Namespace) -> int:
     require_packages("eval", "torch", "transformers", "scipy", "matplotlib")
     if (arguments.traces is None) == (arguments.task is None):
         raise ConfigError("a probe needs traces: pass either --traces PATH or --task NAME")
+    if arguments.traces is not None and not arguments.traces.exists():
+        raise TraceFileError(
+            f"there are no traces at {arguments.traces}: name a file of traces, a run or an "
+            "evaluation"
+        )
     register_secret(os.environ.get(arguments.api_key_env))
     register_url(arguments.base_url or "")
     arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
+    check_model_name(arguments.model)
+    if arguments.base_url is not None:
+        check_address(arguments.base_url)
     engine = _engine(arguments)
     specs = _specs(arguments)
+    _check_budget(arguments, specs[0].context_size)
     name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
     output = output_path(arguments.output or Path("probes") / name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -105,6 +121,15 @@ def _specs(arguments: argparse.Namespace) -> list[ChunkSpec]:
         ChunkSpec(context, m, _MAX_CHUNKS, head, carryover=policy)
         for m in sorted(set(carryover_sizes))
     ]
+
+
+def _check_budget(arguments: argparse.Namespace, context_size: int) -> None:
+    """Refuse a budget of sampled traces that ends before the first boundary."""
+    if arguments.traces is None and size(arguments.budget, "--budget") <= context_size:
+        raise ConfigError(
+            f"--budget {arguments.budget} ends within the first context of -C {context_size}, so "
+            "there is no boundary to probe: raise --budget or lower -C"
+        )
 
 
 def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from delethink.config import EngineConfig
 from delethink.engines.factory import choose_engine, engine_class
 from delethink.errors import ConfigError
+from delethink.output import safe_text
 
 # Settings of "transformers", the engine without workers.
 IN_PROCESS = frozenset({"name", "dtype", "max_batch_size", "max_model_tokens", "rollout_timeout"})
@@ -19,6 +20,19 @@ TRAINING_ONLY = frozenset(
     {"rollout_timeout", "sleep", "verify_weights", "weight_sync_timeout", "weight_transfer"}
 )
 _ON_GPUS, _ON_CPUS = "gpu_memory_utilization", "kv_cache_gib"  # of vLLM's cache
+
+
+def check_address(base_url: str) -> None:
+    """Refuse an address that names no protocol, before anything is loaded.
+
+    Raises:
+        ConfigError: the address begins with neither http:// nor https://.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--base-url must start with http:// or https://, got {safe_text(base_url)!r}; for "
+            "example http://127.0.0.1:8000/v1"
+        )
 
 
 def check_engine_settings(

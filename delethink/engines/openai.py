@@ -22,6 +22,7 @@ from typing import Any
 
 import openai
 
+from delethink.engines.engine_settings import check_address
 from delethink.engines.openai_dialect import (
     SHOWN_CHARACTERS,
     Answer,
@@ -104,11 +105,7 @@ class OpenAIServer:
         register_secret(api_key)
         register_url(base_url)
         self._api_key, self._retries = api_key, retries
-        if not base_url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"--base-url must start with http:// or https://, got {safe_text(base_url)!r}; for "
-                "example http://127.0.0.1:8000/v1"
-            )
+        check_address(base_url)
         self.dialect: Dialect | None = None
         self._announce, self._said = announce, set[str]()
         self._failure: PolicyError | None = None  # of the last search for the dialect
@@ -365,7 +362,8 @@ class OpenAIServer:
             models = list_models(self.base_url, open_client)
         except (openai.APIConnectionError, UnicodeError) as error:
             raise ConfigError(
-                f"the server at {self._address} cannot be reached: {self._describe(error)}"
+                f"the server at {self._address} cannot be reached: {self._describe(error)}. Start "
+                "it, or correct --base-url"
             ) from None
         except _KEY_ERRORS as error:
             raise self._refusal(error, error.status_code) from None

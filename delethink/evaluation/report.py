@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from delethink.errors import ConfigError, RunDirectoryError
@@ -121,6 +128,7 @@ class EvaluationProgress:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}", markup=False),
+                TimeElapsedColumn(),  # moves before the first trace ends
                 TimeRemainingColumn(),
                 console=self.console,
             )

@@ -50,6 +50,8 @@ def read_evaluation(path: Path, label: str | None = None) -> StoredEvaluation:
     Raises:
         RunDirectoryError: the folder holds no evaluation, or one that cannot be read.
     """
+    if not path.exists():
+        raise RunDirectoryError(f"there is no folder {path}")
     if not (path / _SETTINGS).is_file():
         raise RunDirectoryError(f"{path} holds no evaluation (no {_SETTINGS})")
     try:
