@@ -70,11 +70,13 @@ class Place:
 
 
 def read_sizes(reduced: bool = False) -> dict[str, Any]:
-    """Return the sizes of the study; the reduced one has fewer steps, problems and samples."""
+    """Return the sizes of the study; the reduced one has less of everything."""
     sizes: dict[str, Any] = read_json(HERE / "sizes.json", ConfigError)
     smaller = sizes.pop("reduced")
     if reduced:
         sizes["training"]["max_steps"] = smaller.pop("max_steps")
+        kept = smaller.pop("families")
+        sizes["families"] = {name: sizes["families"][name] for name in kept}
         sizes |= smaller
     return sizes
 

@@ -1,207 +1,354 @@
-"""Tables and figures of the study, from its results alone."""
+"""Tables of the study, from its results alone, as lines of Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from cells import METHODS, Cell
-from inference import MARGIN, ClaimTest, claim_verdict, combined_bootstrap, correct
+from claims import (
+    Analysis,
+    Results,
+    Scores,
+    ablations_of,
+    as_scores,
+    compression,
+    cost_values,
+    families_of,
+    names_of,
+    scores_of,
+    training_budget,
+)
+from inference import ClaimTest, combined_bootstrap, correct
+from learning import learning_curves
 
-from delethink.chunking import ChunkSpec
+NOT_RUN = "Not run yet."
+Lines = list[str]
 
-Results = Mapping[str, Mapping[str, Any]]
-Scores = npt.NDArray[np.float64]
-
-
-def training_budget(cell: Cell) -> int:
-    """Return the training budget of a cell's family, in tokens."""
-    return ChunkSpec(**cell.settings["thinking"]).budget
-
-
-def scores_of(
-    cells: Mapping[str, Cell], results: Results, stem: str, way: str, budget: int | None = None
-) -> Scores | None:
-    """Return scores [seeds, problems, samples] of the cells ``stem-s*``; ``None`` if any is absent.
-
-    ``budget`` is in tokens; by default the largest.
-    """
-    names = [name for name in cells if name.rpartition("-s")[0] == stem]
-    if not names or not all(name in results for name in names):
-        return None
-    found = []
-    for name in names:
-        by_budget = results[name]["values"]["ways"][way]["scores"]
-        own = by_budget[str(budget or max(map(int, by_budget)))]
-        found.append([[float(sign) for sign in problem] for problem in zip(*own, strict=True)])
-    return np.array(found)
+PAPER = {
+    1: "R1-Distill 1.5B, AIME'25: LongCoT 23.6 %, Delethink 29.5 % (its budget is not stated)",
+    2: "AIME'25 at about 24K tokens: Delethink-24K 31 %, LongCoT-24K 30.4 %, LongCoT-8K 28.0 %",
+    3: "AIME'25 from 24K to 128K tokens: Delethink-24K 31 → 34.7 %, LongCoT-24K 30.4 → 30.4 %",
+    4: "17 times fewer FLOPs at 1M tokens; at 24K 8,500 against 6,000 tokens/s per GPU",
+    5: "24K → 96K in 150 steps, AIME'24 at 96K: 44.5 → 49.3 %; mean length 21.8K → 37.2K",
+    6: "C = 8K and 4K alike, 2K lower; m from 1K to 7K alike without RL; the rest is not there",
+    7: "crosswords of 14 x 14, GPT-OSS-120B: LongCoT 61.7, Delethink 31.3; of 7 x 7: no loss",
+    8: "LongCoT-24K with Delethink gains about 4 points on AIME'25; the authors agree",
+}
+CLAIMS = {
+    1: "The base already thinks in chunks",
+    2: "Delethink-RL matches LongCoT-RL, and beats that of budget C",
+    3: "Delethink-RL goes on improving beyond its budget",
+    4: "Compute is linear, memory constant",
+    5: "A few steps reach a budget four times larger",
+    6: "C and m matter little",
+    7: "A state larger than m breaks the method",
+    8: "LongCoT-RL gains as much from thinking in chunks",
+}
 
 
-def make_tests(cells: Mapping[str, Cell], results: Results) -> list[ClaimTest]:
-    """Return the tests of claims 1, 2, 3 and 8 with results."""
-    families = dict.fromkeys(str(cell.settings["family"]) for cell in cells.values())
-    return [test for family in families for test in _tests_of(family, cells, results)]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
+    """Return the lines of a table; a sentence if it has no rows."""
+    if not rows:
+        return [NOT_RUN]
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def _tests_of(family: str, cells: Mapping[str, Cell], results: Results) -> Iterator[ClaimTest]:
-    def scores(stem: str, way: str, budget: int | None = None) -> Scores | None:
-        return scores_of(cells, results, f"{family}-{stem}", way, budget)
+def finished_line(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return how many cells of each tier are finished."""
+    parts = []
+    for tier in ("A", "B"):
+        own = [name for name, cell in cells.items() if cell.tier == tier]
+        parts.append(f"{sum(n in results for n in own)} of {len(own)} cells of tier {tier}")
+    return [f"Finished: {', '.join(parts)}."]
 
-    budget = training_budget(next(c for c in cells.values() if c.name == f"{family}-probe"))
-    trained = scores("eval-delethink", "delethink")
-    pairs = [
-        (1, "Delethink matches LongCoT", scores("eval-base", "delethink"), "eval-base", -MARGIN),
-        (2, "Delethink-RL matches LongCoT-RL", trained, "eval-longcot", -MARGIN),
-        (2, "Delethink-RL beats LongCoT-RL of budget C", trained, "eval-longcot-short", 0.0),
+
+def summary_table(analysis: Analysis) -> Lines:
+    """Return the table of all claims: the paper's number, ours and the verdict."""
+    rows = [
+        [
+            str(claim),
+            CLAIMS[claim],
+            PAPER[claim],
+            _ours(claim, analysis) or "not run yet",
+            analysis.verdicts[claim] or "not run yet",
+        ]
+        for claim in CLAIMS
     ]
-    terms: list[tuple[int, str, float, list[tuple[float, Scores | None]]]] = [
-        (claim, name, bound, [(1.0, first), (-1.0, scores(second, "longcot"))])
-        for claim, name, first, second, bound in pairs
-    ]
-    beyond = [
-        (sign * weight, scores(f"beyond-{way}", way, at))
-        for sign, way in ((1.0, "delethink"), (-1.0, "longcot"))
-        for weight, at in ((1.0, None), (-1.0, budget))
-    ]
-    terms.append((3, "Delethink-RL gains more beyond its budget", 0.0, beyond))
-    doubt = [(1.0, scores("eval-longcot", "delethink")), (-1.0, trained)]
-    terms.append((8, "LongCoT-RL in chunks matches Delethink-RL", -MARGIN, doubt))
-    for claim, name, bound, parts in terms:
-        given = [(weight, values) for weight, values in parts if values is not None]
-        if len(given) == len(parts):
-            yield ClaimTest(claim, f"{family}: {name}", combined_bootstrap(given), bound)
+    return table(["claim", "", "the paper", "here", "verdict"], rows)
 
 
-def claims_table(tests: Sequence[ClaimTest]) -> list[str]:
-    """Return the lines of the table of all tests, and the verdicts of whole claims."""
+def _ours(claim: int, analysis: Analysis) -> str:
+    """Return the numbers of a claim in a few words; empty if there is none."""
+    if claim == 4:
+        found = [s for s in analysis.slopes if s.method == "delethink"]
+        return "; ".join(
+            f"{family}: slopes "
+            + ", ".join(
+                f"{figure.partition('_')[0]} {min(v):.2f} to {max(v):.2f}"
+                for figure in ("seconds", "flops", "peak_bytes")
+                for v in [[s.value for s in found if (s.family, s.figure) == (family, figure)]]
+            )
+            for family in dict.fromkeys(s.family for s in found)
+        )
+    tests = [test for tests in analysis.tests.values() for test in tests]
+    own = [t for t in tests if t.claim == claim and t.counts]
+    return "; ".join(
+        f"{t.name} by {t.result.value:+.3f}" if claim in (3, 5) else f"{t.name}: {_interval(t)}"
+        for t in own
+    )
+
+
+def _interval(test: ClaimTest) -> str:
+    low, high = test.result.interval()
+    return f"{test.result.value:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def claims_table(tests: Sequence[ClaimTest]) -> Lines:
+    """Return the lines of the table of all tests of a tier."""
     corrected = correct(tests)
-    lines = [
-        "| claim | test | difference (95 % interval) | above | p, corrected | verdict | needs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for test in tests:
-        low, high = test.result.interval()
         verdict = test.verdict(corrected)
         needed = test.deciding_problems(2 * len(tests)) if verdict == "not decided" else None
-        lines.append(
-            f"| {test.claim} | {test.name} | {test.result.value:+.3f} ({low:+.3f} to {high:+.3f}) "
-            f"| {test.bound:+.2f} | {corrected[f'{test.name}, above']:.4f} | {verdict} "
-            f"| {f'{needed:,} problems' if needed else ''} |"
+        p = corrected[f"{test.name}, above"]
+        rows.append(
+            [
+                str(test.claim),
+                test.name,
+                _interval(test),
+                f"{test.bound:+.2f}",
+                f"{p:.4f}",
+                verdict,
+                f"{needed:,} problems" if needed else "",
+            ]
         )
-    lines.append("")
-    for claim in sorted({test.claim for test in tests}):
-        verdicts = [test.verdict(corrected) for test in tests if test.claim == claim]
-        lines.append(f"- Claim {claim}: {claim_verdict(verdicts)}.")
-    return lines
+    head = ["claim", "test", "difference (95 % interval)", "above", "p, corrected", "verdict"]
+    return table([*head, "would decide"], rows)
 
 
-def accuracy_table(cells: Mapping[str, Cell], results: Results) -> list[str]:
+def accuracy_table(cells: Mapping[str, Cell], results: Results) -> Lines:
     """Return the lines of the table of accuracies at the training budget, by seed."""
-    lines = ["| cells | way | accuracy by seed | mean |", "| --- | --- | --- | --- |"]
+    rows = []
     stems = dict.fromkeys(n.rpartition("-s")[0] for n in cells if "-eval-" in n)
     for stem in stems:
         for way in ("delethink", "longcot"):
             scores = scores_of(cells, results, stem, way)
             if scores is not None:
                 seeds = ", ".join(f"{value:.3f}" for value in scores.mean((1, 2)))
-                lines.append(f"| {stem} | {way} | {seeds} | {scores.mean():.3f} |")
-    return lines
+                length = _mean_length(cells, results, stem, way)
+                rows.append([stem, way, seeds, f"{scores.mean():.3f}", f"{length:.0f}"])
+    return table(["cells", "way", "accuracy by seed", "mean", "thinking tokens"], rows)
 
 
-def probe_table(cells: Mapping[str, Cell], results: Results) -> list[str]:
+def _mean_length(cells: Mapping[str, Cell], results: Results, stem: str, way: str) -> float:
+    """Return the mean thinking length of the cells of all seeds, at the largest budget."""
+    rows = [results[n]["values"]["ways"][way]["rows"] for n in names_of(cells, stem)]
+    largest = [max(own, key=lambda row: row["budget"]) for own in rows]
+    return float(np.mean([row["thinking_tokens"]["value"] for row in largest]))
+
+
+def probe_table(cells: Mapping[str, Cell], results: Results) -> Lines:
     """Return the lines of the table of the loss after a reset, in nats per token."""
-    lines = [
-        "| cell | context | loss, nats (95 % interval) | traces |",
-        "| --- | --- | --- | --- |",
-    ]
+    contexts = {"carried": "own carryover", "none": "no carryover", "other": "another trace's"}
+    rows = []
     for name in (n for n, cell in cells.items() if cell.kind == "probe" and n in results):
         for line in results[name]["values"]["nats"]:
             gap = line["gap"]
-            lines.append(
-                f"| {name} | {line['condition']} | {gap['mean']:.4f} ({gap['low']:.4f} to "
-                f"{gap['high']:.4f}) | {gap['traces']} |"
-            )
-    return lines
+            context = contexts.get(line["condition"], line["condition"])
+            loss = f"{gap['mean']:.4f} ({gap['low']:.4f} to {gap['high']:.4f})"
+            rows.append([str(cells[name].settings["family"]), context, loss, str(gap["traces"])])
+    return table(["family", "context", "loss, nats (95 % interval)", "traces"], rows)
 
 
-def plot_beyond(cells: Mapping[str, Cell], results: Results, path: Path) -> bool:
-    """Plot accuracy against the budget, in multiples of that of training; ``False`` if empty."""
-    from matplotlib.figure import Figure
+def grid_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of the base over C and m, against LongCoT."""
+    rows = []
+    for name in (n for n, cell in cells.items() if cell.kind == "grid" and n in results):
+        ways = results[name]["values"]["ways"]
+        longcot = _grid_scores(ways["longcot"])
+        family = str(cells[name].settings["family"])
+        rows.append([family, "LongCoT", *_grid_budget(ways["longcot"]), f"{longcot.mean():.3f}"])
+        rows[-1].append("")
+        for way, found in ways.items():
+            if way != "longcot":
+                scores = _grid_scores(found)
+                result = combined_bootstrap([(1.0, scores), (-1.0, longcot)], 2000)
+                low, high = result.interval()
+                sizes = way.removeprefix("delethink ").removesuffix(" head=0")
+                gain = f"{result.value:+.3f} ({low:+.3f} to {high:+.3f})"
+                rows.append([family, sizes, *_grid_budget(found), f"{scores.mean():.3f}", gain])
+    return table(
+        ["family", "way", "budget", "accuracy", "against LongCoT (95 % interval)"],
+        rows,
+    )
 
-    families = list(dict.fromkeys(str(cell.settings["family"]) for cell in cells.values()))
-    figure = Figure(figsize=(4.6 * len(families), 3.6), layout="constrained")
-    is_drawn = False
-    panels = figure.subplots(1, len(families), squeeze=False)[0]
-    for axes, family in zip(panels, families, strict=True):
-        axes.set(title=family, xlabel="budget / training budget", ylabel="accuracy", xscale="log")
-        for i, way in enumerate(("delethink", "longcot")):
-            stem = f"{family}-beyond-{way}"
-            name = next(name for name in cells if name.rpartition("-s")[0] == stem)
-            if scores_of(cells, results, stem, way) is None:
+
+def _grid_scores(found: Mapping[str, Any]) -> Scores:
+    (lines,) = found["scores"].values()
+    return np.array([as_scores(lines)])
+
+
+def _grid_budget(found: Mapping[str, Any]) -> Lines:
+    return [f"{int(budget):,}" for budget in found["scores"]]
+
+
+def beyond_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of accuracy against budget: sequential and parallel."""
+    rows = []
+    for family in families_of(cells):
+        unit = training_budget(cells[f"{family}-probe"])
+        for method in ("delethink", "longcot"):
+            names = names_of(cells, f"{family}-beyond-{method}")
+            if not names or not all(name in results for name in names):
                 continue
-            is_drawn, unit = True, training_budget(cells[name])
-            budgets = sorted(map(int, results[name]["values"]["ways"][way]["scores"]))
-            means = [scores_of(cells, results, stem, way, b) for b in budgets]
-            by_seed = np.array([scores.mean((1, 2)) for scores in means if scores is not None])
-            x = np.array(budgets) / unit
-            axes.plot(x, by_seed.mean(1), marker=".", color=f"C{i}", label=f"{way}-RL")
-            axes.plot(x, by_seed, color=f"C{i}", alpha=0.3, linewidth=0.8)
-        axes.grid(alpha=0.3)
-        axes.legend() if axes.lines else None
-    if is_drawn:
-        figure.savefig(path, dpi=120)
-    return is_drawn
+            by_seed = [results[name]["values"]["ways"][method]["rows"] for name in names]
+            for same in zip(*by_seed, strict=True):
+                budget = f"{same[0]['budget'] / unit:.1f} x {unit}"
+                figures = [f"{_mean(same, 'pass_at', '1'):.3f}"]
+                k = max(map(int, same[0]["pass_at"]))
+                figures += [f"{_mean(same, key, str(k)):.3f}" for key in ("pass_at", "maj_at")]
+                rows.append([family, f"{method}-RL", budget, *figures, str(k)])
+    head = ["family", "model", "budget, tokens", "accuracy", "pass@k", "maj@k", "k"]
+    return table(head, rows)
 
 
-def plot_training(cells: Mapping[str, Cell], results: Results, path: Path) -> bool:
-    """Plot the reward of training against sampled tokens; ``False`` if there is no run."""
-    from matplotlib.figure import Figure
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, k: str) -> float:
+    """Return the mean of pass@k or maj@k over seeds; a vote of one is one sample."""
+    values = [row[key].get(k, row["pass_at"].get(k)) for row in rows]
+    return float(np.mean([value["value"] for value in values]))
 
-    runs = [cell for cell in cells.values() if cell.kind == "train" and cell.name in results]
-    families = list(dict.fromkeys(str(cell.settings["family"]) for cell in runs))
-    if not families:
-        return False
-    figure = Figure(figsize=(4.6 * len(families), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(families), squeeze=False)[0]
-    for axes, family in zip(panels, families, strict=True):
-        axes.set(title=family, xlabel="sampled tokens", ylabel="reward, mean of a step")
-        for cell in (run for run in runs if run.settings["family"] == family):
-            values, method = results[cell.name]["values"], cell.settings["method"]
-            curve = np.array(values["curve"], float)
-            tokens = np.cumsum(curve[:, values["columns"].index("sampled_tokens")])
-            is_first = cell.settings["seed"] == min(r.settings["seed"] for r in runs)
-            axes.plot(
-                tokens,
-                curve[:, values["columns"].index("reward")],
-                color=f"C{METHODS.index(method)}",
-                alpha=0.7,
-                label=method if is_first else None,
+
+def learning_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of trainings: first and last reward, and their price."""
+    rows = []
+    for family in families_of(cells):
+        for method in METHODS:
+            names = names_of(cells, f"{family}-train-{method}")
+            if not names or not all(name in results for name in names):
+                continue
+            curves = [learning_curves(cells, results, name) for name in names]
+            first = np.mean([curve["reward"][:3].mean() for curve in curves])
+            last = np.mean([curve["reward"][-3:].mean() for curve in curves])
+            tokens, flops, seconds = (
+                np.mean([curve[key][-1] for curve in curves])
+                for key in ("tokens", "flops", "seconds")
             )
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    return True
+            price = "" if np.isnan(seconds) else f"{seconds:.0f}"
+            row = [f"{first:.3f}", f"{last:.3f}", f"{tokens:,.0f}", f"{flops / 1e12:.2f}", price]
+            rows.append([family, method, *row])
+    head = ["family", "method", "reward, first 3 steps", "last 3", "tokens", "TFLOPs", "seconds"]
+    return table(head, rows)
 
 
-def draw(cells: Mapping[str, Cell], results: Results, folder: Path) -> None:
-    """Write ``tables.md``, ``beyond.png`` and ``training.png`` from the results there are.
+def slopes_table(analysis: Analysis) -> Lines:
+    """Return the lines of the table of the slopes of claim 4."""
+    words = {"seconds": "seconds", "flops": "FLOPs", "peak_bytes": "peak memory"}
+    rows = [
+        [
+            slope.family,
+            slope.phase,
+            words[slope.figure],
+            slope.method,
+            f"{slope.value:.3f} ({slope.low:.3f} to {slope.high:.3f})",
+            slope.verdict if slope.method == "delethink" else "",
+        ]
+        for slope in sorted(analysis.slopes, key=lambda s: (s.family, s.phase, s.figure, s.method))
+    ]
+    return table(["family", "work", "figure", "method", "slope (99 % interval)", "verdict"], rows)
 
-    Raises:
-        OSError: a file cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tests = make_tests(cells, results)
-    parts = {
-        "Claims": claims_table(tests) if tests else ["No test has all its results yet."],
-        "Accuracy at the training budget": accuracy_table(cells, results),
-        "Loss at a reset": probe_table(cells, results),
-    }
-    text = "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in parts.items())
-    finished = f"{len(results)} of {len(cells)} cells are finished."
-    (folder / "tables.md").write_text(f"# Results\n\n{finished}\n\n{text}\n", "utf-8")
-    plot_beyond(cells, results, folder / "beyond.png")
-    plot_training(cells, results, folder / "training.png")
-    print(f"{finished} Written: {folder / 'tables.md'}")
+
+def ratios_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of LongCoT over Delethink, measured and by the cost model."""
+    rows = []
+    for name in (n for n, cell in cells.items() if cell.kind == "cost" and n in results):
+        settings = cells[name].settings
+        family = str(settings["family"])
+        for phase in ("sampling", "training"):
+            figures = ("seconds", "flops", "predicted_flops", "peak_bytes", "cache_bytes")
+            ratios = {
+                figure: np.divide(
+                    *(
+                        cost_values(results, family, method, phase, figure).mean(1)
+                        for method in ("longcot", "delethink")
+                    )
+                )
+                for figure in figures
+            }
+            for i, multiple in enumerate(settings["cost"]["multiples"]):
+                values = [f"{ratios[figure][i]:.2f}" for figure in figures]
+                values[-1] = values[-1] if phase == "sampling" else ""
+                rows.append([family, phase, f"{multiple} C", *values])
+    head = ["family", "work", "n", "seconds", "FLOPs", "cost model's FLOPs", "peak memory"]
+    return table([*head, "cost model's cache"], rows)
+
+
+def longer_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of claim 5."""
+    rows = []
+    family = _tier_b_family(cells)
+    for when in ("before", "after"):
+        stem = f"{family}-own-{when}"
+        scores = scores_of(cells, results, stem, "delethink")
+        if scores is not None:
+            seeds = ", ".join(f"{value:.3f}" for value in scores.mean((1, 2)))
+            length = _mean_length(cells, results, stem, "delethink")
+            rows.append([when, seeds, f"{scores.mean():.3f}", f"{length:,.0f}"])
+    return table(["", "accuracy by seed", "mean", "mean thinking tokens"], rows)
+
+
+def ablations_table(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return the lines of the table of claims 6 and 7: accuracies of all ablations."""
+    family, rows = _tier_b_family(cells), []
+    stems = {"default": f"{family}-eval-delethink"}
+    stems |= {name: f"{family}-own-{name}" for name in ablations_of(cells)}
+    stems["m9, base"] = f"{family}-own-m9-base"
+    for name, stem in stems.items():
+        scores = scores_of(cells, results, stem, "delethink")
+        if scores is not None:
+            seeds = ", ".join(f"{value:.3f}" for value in scores.mean((1, 2)))
+            length = _mean_length(cells, results, stem, "delethink")
+            rows.append([name, seeds, f"{scores.mean():.3f}", f"{length:.0f}"])
+    has_ablations = any(not row[0].startswith("default") for row in rows)
+    head = ["change", "accuracy by seed", "mean", "thinking tokens"]
+    return table(head, rows if has_ablations else [])
+
+
+def compression_line(cells: Mapping[str, Cell], results: Results) -> Lines:
+    """Return what RL makes of half a state."""
+    found = compression(cells, results)
+    if found is None:
+        return [NOT_RUN]
+    return [
+        f"With m = 9, on {found.result.problems} problems of 7 and more steps, RL changes the "
+        f"accuracy by {_interval(found)}."
+    ]
+
+
+def _tier_b_family(cells: Mapping[str, Cell]) -> str:
+    return next((str(c.settings["family"]) for c in cells.values() if c.tier == "B"), "")
+
+
+def make_tables(cells: Mapping[str, Cell], results: Results) -> Iterator[tuple[str, Lines]]:
+    """Yield the name and the lines of every table."""
+    yield "finished", finished_line(cells, results)
+    analysis = Analysis(cells, results)
+    yield "summary", summary_table(analysis)
+    for tier, tests in analysis.tests.items():
+        yield f"tests {tier}", claims_table(tests)
+    yield "slopes", slopes_table(analysis)
+    for make in (
+        accuracy_table,
+        probe_table,
+        grid_table,
+        learning_table,
+        beyond_table,
+        ratios_table,
+        longer_table,
+        ablations_table,
+        compression_line,
+    ):
+        name = make.__name__.removesuffix("_table").removesuffix("_line")
+        yield name, make(cells, results)

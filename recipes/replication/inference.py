@@ -88,19 +88,35 @@ def combined_bootstrap(
     rng = np.random.default_rng(seed)
     strata = np.arange(num_seeds)[:, np.newaxis, np.newaxis]
     draws = np.zeros(resamples)
+    # Terms with one sample of each problem need no draw of samples, so they are one sum.
+    single = sum((w * v[:, :, 0].mean(0) for w, v in scores if v.shape[2] == 1), start=np.zeros(1))
+    single = np.broadcast_to(single, num_problems)
+    several = [(weight, values) for weight, values in scores if values.shape[2] > 1]
     for i in range(resamples):
         drawn = rng.integers(num_problems, size=num_problems)
-        for weight, values in scores:
-            if values.shape[2] == 1:
-                draws[i] += weight * values[:, drawn, 0].mean()
-            else:
-                # One draw of as many samples as there are, for each drawn problem and seed.
-                picked = rng.integers(
-                    values.shape[2], size=(num_seeds, num_problems, values.shape[2])
-                )
-                draws[i] += weight * values[strata, drawn[None, :, None], picked].mean()
+        draws[i] = single[drawn].mean()
+        for weight, values in several:
+            # One draw of as many samples as there are, for each drawn problem and seed.
+            picked = rng.integers(values.shape[2], size=(num_seeds, num_problems, values.shape[2]))
+            draws[i] += weight * values[strata, drawn[None, :, None], picked].mean()
     value = sum(weight * float(values.mean()) for weight, values in scores)
     return Resampled(value, draws, num_problems)
+
+
+def prediction_interval(scores: Any, level: float = 0.99) -> tuple[float, float]:
+    """Return the interval of the mean score if the same problems are sampled anew.
+
+    Args:
+        scores: 0 or 1 [problems, samples]; the new run has as many samples.
+        level: least probability that the new mean lies inside.
+    """
+    values = np.asarray(scores, float)
+    mean = float(values.mean())
+    # The variance within problems is unknown with one sample each; it is at most that of all.
+    half = float(norm.isf((1 - level) / 2)) * math.sqrt(2 * mean * (1 - mean) / values.size)
+    # At least one score, as a mean is a multiple of it.
+    half = max(half, 1 / values.size)
+    return mean - half, mean + half
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -121,6 +137,7 @@ class ClaimTest:
     name: str  # unique over all claims and families
     result: Resampled
     bound: float
+    counts: bool = True  # for the verdict of the claim
 
     @property
     def p_values(self) -> dict[str, float]:

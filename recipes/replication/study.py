@@ -3,6 +3,7 @@
     python recipes/replication/study.py list
     python recipes/replication/study.py run hitting-eval-base-s0
     python recipes/replication/study.py run hitting-eval-base-s0 --again   # compare the digits
+    python recipes/replication/study.py run hitting-eval-base-s0 --again --seed 7
     python recipes/replication/study.py run --tier A --jobs 2       # or --tier B
     python recipes/replication/study.py run --reduced --jobs 2
     python recipes/replication/study.py draw
@@ -24,10 +25,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cells import (
     MAKING,
     TIERS,
@@ -50,18 +53,24 @@ MAX_PIECES = 6  # tries of one cell in a run of a tier
 NOT_FINISHED = 3  # exit code of a cell that needs another piece
 
 
-def run_cell(cell: Cell, place: Place, again: bool = False) -> int:
+def run_cell(cell: Cell, place: Place, again: bool = False, seed: int | None = None) -> int:
     """Run one cell, and return the exit code.
+
+    Args:
+        cell: the cell.
+        place: folders of the study.
+        again: run a finished cell once more and compare, instead of skipping it.
+        seed: with ``again``, another seed of sampling.
 
     Raises:
         UserError: the cell cannot run.
         OSError: a file cannot be written.
     """
     with locked(place.work / f"{cell.name}.lock", f"the cell {cell.name}"):
-        return _run_locked(cell, place, again)
+        return _run_locked(cell, place, again, seed)
 
 
-def _run_locked(cell: Cell, place: Place, again: bool) -> int:
+def _run_locked(cell: Cell, place: Place, again: bool, seed: int | None) -> int:
     result = read_result(cell, place)
     if result is not None and not again:
         print(f"{cell.name} is finished")
@@ -76,7 +85,7 @@ def _run_locked(cell: Cell, place: Place, again: bool) -> int:
 
     started = time.monotonic()
     if result is not None:
-        return _compare(cell, place, result)
+        return _compare(cell, place, result, seed)
     values = work_on(cell, place)
     if values is None:
         print(f"{cell.name} is not finished: run it again")
@@ -95,10 +104,18 @@ def _be_quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _compare(cell: Cell, place: Place, result: Mapping[str, Any]) -> int:
-    """Run a finished cell once more, and tell whether its values are the same."""
+def _compare(cell: Cell, place: Place, result: Mapping[str, Any], seed: int | None) -> int:
+    """Run a finished cell once more, and tell whether its values are the same.
+
+    With another sampling ``seed``, tell whether its accuracies are within the prediction interval.
+    """
     from work import work_on
 
+    if seed is not None:
+        if "ways" not in result["values"]:
+            raise ConfigError(f"{cell.name} evaluates nothing: leave --seed out")
+        changed = {**cell.settings, "seed": seed}
+        cell = replace(cell, name=f"{cell.name}-seed{seed}", settings=changed)
     if cell.kind in MAKING and not place.folder(cell.name).is_dir():
         aside = place  # the weights were not kept: make them where other cells look for them
     else:
@@ -113,9 +130,27 @@ def _compare(cell: Cell, place: Place, result: Mapping[str, Any]) -> int:
         return NOT_FINISHED
     if aside is not place:
         shutil.rmtree(aside.folder(cell.name), ignore_errors=True)
+    if seed is not None:
+        return _judge(values["ways"], result["values"]["ways"], seed)
     is_same = _fixed(json.loads(json.dumps(values))) == _fixed(result["values"])
     print(f"{cell.name}: {'the same values' if is_same else 'other values than the result'}")
     return 0 if is_same else 1
+
+
+def _judge(ways: Mapping[str, Any], before: Mapping[str, Any], seed: int) -> int:
+    """Print the accuracies with another seed; return 0 if all are as predicted."""
+    from claims import as_scores
+    from inference import prediction_interval
+
+    is_inside = True
+    for way, found in ways.items():
+        for budget, lines in found["scores"].items():
+            new = float(np.mean(as_scores(lines)))
+            low, high = prediction_interval(as_scores(before[way]["scores"][budget]))
+            is_inside = is_inside and low <= new <= high
+            words = "inside" if low <= new <= high else "outside"
+            print(f"{way}, budget {budget}, seed {seed}: {new:.3f}, {words} {low:.3f}..{high:.3f}")
+    return 0 if is_inside else 1
 
 
 def _fixed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -236,6 +271,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--tier", choices=TIERS, help="run all cells of a tier")
     run.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1)")
     run.add_argument("--again", action="store_true", help="rerun a finished cell and compare")
+    run.add_argument("--seed", type=int, help="with --again: another seed of sampling")
     for command in commands.choices.values():
         command.add_argument("--reduced", action="store_true", help="the smaller study")
     arguments = parser.parse_args(argv)
@@ -243,6 +279,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         is_whole = arguments.tier is not None or (arguments.reduced and arguments.cell is None)
         if (arguments.cell is None) != is_whole or (arguments.again and is_whole):
             parser.error("run takes the name of a cell, or --tier, or --reduced alone")
+        if arguments.seed is not None and not arguments.again:
+            parser.error("--seed needs --again: a result has the seed of its cell")
         if arguments.jobs < 1:
             parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     return arguments
@@ -258,16 +296,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "list":
             show(cells, place)
         elif arguments.command == "draw":
-            from drawing import draw
+            from page import PAGE, draw
 
-            draw(cells, check_results(cells, place), place.results)
+            results = check_results(cells, place)
+            draw(cells, results, place.results, None if arguments.reduced else PAGE)
         elif arguments.cell is None:
             signal.signal(signal.SIGTERM, _interrupt)
             return Driver(place, extra).run(cells, arguments.jobs, arguments.tier or "A")
         else:
             find_cell(cells, arguments.cell)
             _be_quiet()
-            return run_cell(find_cell(cells, arguments.cell), place, arguments.again)
+            return run_cell(
+                find_cell(cells, arguments.cell), place, arguments.again, arguments.seed
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

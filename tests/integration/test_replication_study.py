@@ -66,6 +66,8 @@ def test_an_evaluation_rerun_has_the_same_digits(cells, place, capsys) -> None:
         assert [len(sample) for sample in way["scores"]["24"]] == [4]
     assert study.run_cell(cell, place, again=True) == 0
     assert "the same values" in capsys.readouterr().out
+    assert study.run_cell(cell, place, again=True, seed=7) == 0
+    assert "longcot, budget 24, seed 7: 0.000, inside" in capsys.readouterr().out
     assert study.run_cell(cell, place) == 0
     assert "is finished" in capsys.readouterr().out
 

@@ -9,15 +9,15 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes" / "replication"))
 
 import cells as cells_module
-import drawing
+import locking
 import study
 
+from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError
 
 pytest.importorskip("reasoning_gym")
@@ -50,7 +50,7 @@ def test_the_protocol_names_the_sizes_that_are_run() -> None:
     assert f"Version {sizes['protocol']}." in text
     budgets = {cells_module.families.FAMILIES[name]: 0 for name in sizes["families"]}
     for name, own in sizes["families"].items():
-        spec = drawing.ChunkSpec(**own["thinking"])
+        spec = ChunkSpec(**own["thinking"])
         budgets[cells_module.families.FAMILIES[name]] = spec.budget
         for numbers in (
             f"{spec.context_size}, {spec.carryover_size}, {spec.head_size}",
@@ -60,7 +60,7 @@ def test_the_protocol_names_the_sizes_that_are_run() -> None:
             f"{own['max_chunks_beyond'][-1]}, {10 * spec.budget:,}",
         ):
             assert numbers in text
-        beyond = drawing.ChunkSpec(**own["thinking"] | {"max_chunks": own["max_chunks_beyond"][-1]})
+        beyond = ChunkSpec(**own["thinking"] | {"max_chunks": own["max_chunks_beyond"][-1]})
         assert beyond.budget == 10 * spec.budget
         assert own["max_chunks_beyond"][0] == spec.max_chunks
     assert set(budgets.values()) == {378}
@@ -73,6 +73,29 @@ def test_the_reduced_study_is_smaller_and_kept_apart() -> None:
     assert reduced["problems"] < whole["problems"]
     assert set(whole) == set(reduced)
     assert cells_module.Place.of(True).results != cells_module.Place.of(False).results
+
+
+def test_the_protocol_names_the_sizes_of_tier_b() -> None:
+    text, sizes = (FOLDER / "PROTOCOL.md").read_text("utf-8"), cells_module.read_sizes()
+    default = sizes["families"]["hitting"]["thinking"]
+    for name, changes in sizes["tier_b"]["ablations"].items():
+        assert f"`{name}`" in text
+        thinking = {k: v for k, v in changes.get("thinking", {}).items() if k != "carryover"}
+        budget = ChunkSpec(**default | thinking).budget
+        assert budget == (405 if name == "m9" else 378)
+    longer = sizes["tier_b"]["longer"]
+    assert ChunkSpec(**default | {"max_chunks": longer["max_chunks"]}).budget == 4 * 378
+    assert "{}\u2013{} steps".format(*longer["steps"]) in re.sub(r"\s+", " ", text)
+
+
+def test_a_tier_has_the_cells_it_needs_and_no_others() -> None:
+    cells = all_cells()
+    tiers = {tier: cells_module.cells_of_tier(cells, tier) for tier in cells_module.TIERS}
+    assert {cell.tier for cell in tiers["A"].values()} == {"A"}
+    borrowed = [name for name, cell in tiers["B"].items() if cell.tier == "A"]
+    assert borrowed == ["hitting-base", *(f"hitting-train-delethink-s{seed}" for seed in range(3))]
+    for cells_of_tier in tiers.values():
+        assert all(set(cell.needs) <= set(cells_of_tier) for cell in cells_of_tier.values())
 
 
 def test_an_unknown_cell_is_one_sentence(place, capsys) -> None:
@@ -99,6 +122,30 @@ def test_a_result_of_an_older_version_is_refused_by_every_command(place, capsys)
         assert "families (0 there, 1 here)" in capsys.readouterr().err
 
 
+def test_code_changed_under_a_result_is_refused_unless_only_words_changed(place, monkeypatch):
+    cell = all_cells()["hitting-base"]
+    cells_module.write_result(cell, place, {"weights": "x"}, 1.0)
+    source = (FOLDER / "families.py").read_text("utf-8")
+    digest = cells_module._code_digest
+    assert digest(source.replace("Return the cells of a ring", "Give")) == digest(source)
+    changed = {"families.py": digest(source.replace("RULE, RING_CELLS, STOP = 45", "R, C, S = 4"))}
+    monkeypatch.setattr(cells_module, "code_digests", lambda: changed)
+    with pytest.raises(ConfigError, match=r"other code: families.py, make_base.py, make_toy.py"):
+        cells_module.read_result(cell, place)
+
+
+def test_a_second_driver_and_a_second_run_of_a_cell_are_refused(place, capsys) -> None:
+    words = f"is running already, as process {os.getpid()}"
+    with locking.locked(place.work / "driver.lock", "the study"):
+        assert study.main(["run", "--tier", "A"]) == 2
+        assert words in capsys.readouterr().err
+    with locking.locked(place.work / "life-base.lock", "the cell"):
+        assert study.main(["run", "life-base"]) == 2
+        assert words in capsys.readouterr().err
+    with locking.locked(place.work / "driver.lock", "the study"):
+        pass  # it is free again
+
+
 def test_a_full_disk_is_one_sentence_and_loses_no_result(place, capsys, monkeypatch) -> None:
     cell = all_cells()["hitting-base"]
     cells_module.write_result(cell, place, {"weights": "first"}, 1.0)
@@ -121,57 +168,6 @@ def test_a_file_of_no_cell_is_refused(place) -> None:
     place.file("other").write_text("{}", "utf-8")
     with pytest.raises(ConfigError, match="the result of no cell"):
         cells_module.check_results(all_cells(), place)
-
-
-def made_up_results(cells: dict, accuracy: dict[str, float]) -> dict:
-    """Return results with scores drawn at the accuracy of each kind of cell and way."""
-    rng, found = np.random.default_rng(0), {}
-    for name, cell in cells.items():
-        if cell.kind in ("eval", "eval-base", "beyond"):
-            method = cell.settings.get("method", "base")
-            budgets = (378, 3780) if cell.kind == "beyond" else (378,)
-            ways = [method] if cell.kind == "beyond" else ["delethink", "longcot"]
-            scores = {
-                way: {
-                    str(budget): ["".join(map(str, row)) for row in rng.binomial(1, p, (1, 300))]
-                    for budget in budgets
-                    for p in [accuracy.get(f"{method}/{way}/{budget}", accuracy[method])]
-                }
-                for way in ways
-            }
-            found[name] = {"values": {"ways": {w: {"scores": s} for w, s in scores.items()}}}
-    return found
-
-
-def test_tables_and_figures_come_from_the_results_alone(tmp_path: Path) -> None:
-    cells = all_cells()
-    accuracy = {
-        "base": 0.5,
-        "delethink": 0.9,
-        "longcot": 0.9,
-        "longcot-short": 0.6,
-        "longcot/delethink/378": 0.5,
-        "delethink/delethink/3780": 0.95,
-        "longcot/longcot/3780": 0.7,
-    }
-    results = made_up_results(cells, accuracy)
-    drawing.draw(cells, results, tmp_path)
-    text = (tmp_path / "tables.md").read_text("utf-8")
-    assert "- Claim 3: holds." in text
-    assert "- Claim 8: does not hold." in text
-    assert (tmp_path / "beyond.png").stat().st_size > 1000
-    assert not (tmp_path / "training.png").exists()  # no training is among these results
-
-
-def test_a_test_without_all_its_cells_is_left_out() -> None:
-    cells = all_cells()
-    accuracy = {"base": 0.5, "delethink": 0.9, "longcot": 0.9, "longcot-short": 0.6}
-    results = made_up_results(cells, accuracy)
-    del results["life-eval-longcot-s1"]
-    names = [test.name for test in drawing.make_tests(cells, results)]
-    assert "life: Delethink-RL matches LongCoT-RL" not in names
-    assert "hitting: Delethink-RL matches LongCoT-RL" in names
-    assert drawing.make_tests(cells, {}) == []
 
 
 class FakeDriver(study.Driver):

@@ -58,6 +58,19 @@ def test_p_values_count_resamples() -> None:
     assert result.p_above(0.0) == pytest.approx(1 / 100)
 
 
+def test_another_sampling_of_the_same_problems_is_inside_the_prediction_interval() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        skill = rng.beta(0.5, 0.5, (300, 1))  # problems that differ: the interval is conservative
+        low, high = inference.prediction_interval(rng.binomial(1, skill))
+        inside += low <= rng.binomial(1, skill).mean() <= high
+    assert inside >= 0.99 * 400
+    low, high = inference.prediction_interval(rng.binomial(1, 0.5, (300, 1)))
+    assert not low <= 0.7 <= high
+    assert inference.prediction_interval(np.zeros((4, 1))) == (-0.25, 0.25)
+
+
 def test_shapes_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match="same seeds and problems"):
         inference.paired_bootstrap(np.zeros((3, 4, 1)), np.zeros((3, 5, 1)))
