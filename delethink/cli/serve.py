@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from delethink.serve.start import ModelSource
 
 _MIN_KEY_CHARACTERS = 8  # shorter ones are guessed
+_MAX_PORT = 65_535
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments before heavy imports, then serve until the process is asked to end."""
+    if not 0 <= arguments.port <= _MAX_PORT:
+        raise ConfigError(f"--port must be 0 (a free one) to {_MAX_PORT}, got {arguments.port}")
     source, settings = read_options(arguments)
     if not settings.api_keys and arguments.host not in _LOOPBACK and not arguments.no_keys:
         raise ConfigError(
