@@ -29,7 +29,7 @@ class MapBar(NamedTuple):
 
 
 class _Row(NamedTuple):
-    index: int  # of the chunk, from 0, written carryovers counted
+    place: int  # of the chunk, from 0, written carryovers counted
     map: ChunkMap
 
 
@@ -78,8 +78,8 @@ def map_svg(
 def map_key(total: int, has_answer: bool) -> str:
     """Return the explanation of the map."""
     return (
-        '<p class="legend">Each row is a context: all that the model sees beside the query, of the '
-        f"{total:,} tokens that it sampled. {_KEY}{_KEY_OF_ANSWER * has_answer}</p>"
+        '<p class="legend">Each row is all that the model sees at a time, beside the query, of the '
+        f"{total:,} tokens it sampled. {_KEY}{_KEY_OF_ANSWER * has_answer}</p>"
     )
 
 
@@ -100,7 +100,7 @@ def _row_svg(row: _Row, y: int, high: int, total: int) -> str:
         for bar in map_bars(one)
     )
     return (
-        f'<g data-chunk="{row.index + 1}"><title>{_row_text(one)}</title>'
+        f'<g data-chunk="{row.place + 1}"><title>{_row_text(one)}</title>'
         f'<rect class="row" x="0" y="{y}" width="{_WIDTH}" height="{high}"/>{bars}</g>'
     )
 

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from evaluation_fakes import GuessingPolicy, guessing_problems, opener
 
 from delethink import Chunk, Problem, Trace
 from delethink.cli.main import main
+from delethink.evaluation.run import Evaluation, evaluate
+from delethink.evaluation.settings import SamplingPlan, make_settings
 from delethink.trace_io import TraceRecord
 from delethink.types import StopReason, TraceStop
 
@@ -43,10 +46,33 @@ def test_inspect_reads_the_exported_log(tmp_path: Path) -> None:
     assert [message.role for message in sample.messages] == [
         "user",
         "assistant",
-        "system",
+        "user",  # Inspect moves messages of the system to the top
         "assistant",
     ]
-    assert sample.messages[2].content.startswith("context reset: 2 tokens carried over")
+    boundary = sample.messages[2]
+    assert boundary.content.startswith("✂ context reset: 3 tokens dropped, 2 carried over")
+    assert boundary.metadata == {"boundary": True, "carried": 2, "dropped": 3}
+    assert sample.messages[3].metadata["chunk"] == 2
+    assert [event.event for event in sample.events] == ["model", "info", "model"]
+    assert len(sample.events[2].input) == 2  # the query, and what was carried
+    assert sample.model_usage["toy"].output_tokens == 6
+    assert sample.scores["reward"].explanation == "completed, 2 chunks, 6 sampled tokens"
+
+
+def test_an_evaluation_has_a_mean_for_each_setting(tmp_path: Path) -> None:
+    log = pytest.importorskip("inspect_ai.log", reason="pip install -e '.[inspect]'")
+    settings = make_settings(["guess"], ["delethink", "longcot"], [20], [10], (4,), head_size=3)
+    plan = SamplingPlan(3, temperature=1.0, seed=5)
+    evaluation = Evaluation(guessing_problems(4), settings, plan)
+    evaluate(evaluation, opener(GuessingPolicy()), tmp_path / "ev")
+    out = tmp_path / "x.eval"
+    assert main(["view", str(tmp_path / "ev"), "--export", str(out)]) == 0
+    read = log.read_eval_log(str(out))
+    assert len(read.results.scores[0].metrics) == 2
+    assert len(read.samples) == 2 * 4 * 3
+    assert read.eval.config.epochs == 3
+    assert read.eval.dataset.samples == 2 * 4
+    assert read.samples[0].id.startswith("problem ")
 
 
 def test_without_inspect_the_command_to_install_it_is_said(
