@@ -36,6 +36,15 @@ def sizes() -> dict:
         own["base"] = {"updates": 8, "max_lines": 2}
         own["thinking"] |= {"context_size": 12, "carryover_size": 6, "max_chunks": 3}
         own |= {"max_chunks_beyond": [3, 6], "steps": [1, 2], "steps_beyond": [2, 4]}
+        own["grid"] = [[12, 0], [12, 9]]
+    sizes["grid"] |= {"problems": 3}
+    traces = {"sampling": 2, "training": 2}
+    sizes["cost"] = {"multiples": [1, 2], "fitted_from": 1, "repetitions": 1, "traces": traces}
+    tier_b = sizes["tier_b"]
+    ablations = {name: tier_b["ablations"][name] for name in ("state-block", "summary", "by-chunk")}
+    ablations["summary"]["thinking"]["carryover"]["args"]["max_tokens"] = 4
+    tier_b["ablations"] = ablations | {"m9": {"thinking": {"carryover_size": 3}}}
+    tier_b["longer"] = {"max_chunks": 6, "steps": [2, 4], "max_steps": 1, "problems": 4}
     return sizes
 
 
@@ -72,6 +81,15 @@ def test_an_evaluation_rerun_has_the_same_digits(cells, place, capsys) -> None:
     assert "is finished" in capsys.readouterr().out
 
 
+def test_the_grid_has_budgets_of_at_least_that_of_training(cells, place) -> None:
+    assert study.run_cell(cells["life-grid"], place) == 0
+    ways = values_of(place, "life-grid")["ways"]
+    budgets = {way: list(found["scores"]) for way, found in ways.items()}
+    expected = {"delethink C=12 m=0 head=0": ["24"], "delethink C=12 m=9 head=0": ["24"]}
+    assert budgets == expected | {"longcot": ["24"]}
+    assert [len(line) for line in ways["longcot"]["scores"]["24"]] == [3, 3]
+
+
 def test_the_probe_has_both_controls(cells, place) -> None:
     assert study.run_cell(cells["life-probe"], place) == 0
     conditions = {line["condition"] for line in values_of(place, "life-probe")["nats"]}
@@ -91,6 +109,49 @@ def test_a_method_trains_and_is_evaluated(cells, place, method: str) -> None:
         (way,) = values_of(place, name)["ways"].values()
         assert list(way["scores"]) == ["24", "42"]
         assert [len(sample) for sample in way["scores"]["42"]] == [3] * 4
+
+
+@pytest.mark.slow
+def test_cost_is_measured_in_pieces_and_counts_as_the_cost_model(cells, place, monkeypatch) -> None:
+    cell = cells["life-cost"]
+    with monkeypatch.context() as patch:
+        patch.setattr("work.PIECE_S", -1)
+        assert study.run_cell(cell, place) == study.NOT_FINISHED
+    assert study.run_cell(cell, place) == 0
+    rows = values_of(place, cell.name)["rows"]
+    assert len(rows) == 2 * 2 * 2 * 2  # methods, works, lengths; FLOPs and one round
+    for row in rows:
+        if "flops" in row:
+            assert row["flops"] == pytest.approx(row["predicted_flops"], rel=0.1)
+        else:
+            assert row["peak_bytes"] >= 0
+            assert row["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["state-block", "summary", "by-chunk"])
+def test_an_ablation_trains_and_is_evaluated_in_its_own_way(cells, place, name: str) -> None:
+    assert study.run_cell(cells["hitting-base"], place) == 0
+    assert study.run_cell(cells[f"hitting-ablate-{name}-s0"], place) == 0
+    assert study.run_cell(cells[f"hitting-own-{name}-s0"], place) == 0
+    (scores,) = values_of(place, f"hitting-own-{name}-s0")["ways"]["delethink"]["scores"].values()
+    assert [len(sample) for sample in scores] == [4]
+
+
+@pytest.mark.slow
+def test_a_trained_model_goes_on_to_a_larger_budget(cells, place) -> None:
+    for name in ("hitting-base", "hitting-train-delethink-s0", "hitting-continue-s0"):
+        assert study.run_cell(cells[name], place) == 0
+    first, second = (
+        values_of(place, f"hitting-{name}-s0")["weights"]
+        for name in ("train-delethink", "continue")
+    )
+    assert first != second
+    for when in ("before", "after"):
+        assert study.run_cell(cells[f"hitting-own-{when}-s0"], place) == 0
+        values = values_of(place, f"hitting-own-{when}-s0")
+        assert values["weights"] == (first if when == "before" else second)
+        assert list(values["ways"]["delethink"]["scores"]) == ["42"]  # 12 + 5 x 6 tokens
 
 
 def test_other_sizes_than_those_of_a_result_are_refused_by_name(cells, sizes, place) -> None:
