@@ -330,7 +330,17 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
         help="thinking tokens of a reasoning_effort, e.g. low=2k (repeatable; default: a sixteenth "
         "of the budget for minimal, a quarter for low, half for medium, all for high)",
     )
-    add("--end-loops", action="store_true", help="end thinking that repeats itself, and answer")
+    add(
+        "--on-loop",
+        choices=("end", "nudge"),
+        help="where the thinking repeats itself: end it and answer, or end the chunk and go on "
+        "from a carryover without the repeats (default: nothing)",
+    )
+    add(
+        "--nudge",
+        metavar="TEXT",
+        help="text carried past a loop; empty for none (default: a sentence)",
+    )
     add = command.add_argument_group("sampling, where a request names no value").add_argument
     add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
     add("--top-p", type=float, default=1.0, metavar="P", help="most probable tokens of mass P")

@@ -69,7 +69,7 @@ def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSetti
     spec, keys = _spec(arguments), _keys(arguments)
     set_up_process()
     from delethink.serve.loops import LoopRule
-    from delethink.serve.settings import ServeSettings
+    from delethink.serve.settings import NUDGE, ServeSettings
     from delethink.serve.start import ModelSource
 
     settings = ServeSettings(
@@ -78,7 +78,9 @@ def read_options(arguments: argparse.Namespace) -> tuple[ModelSource, ServeSetti
         answer_tokens=size(arguments.answer_tokens, "--answer-tokens"),
         sampling=_sampling(arguments),
         efforts=_efforts(arguments.effort),
-        loop=LoopRule() if arguments.end_loops else None,
+        loop=None if arguments.on_loop is None else LoopRule(),
+        on_loop=arguments.on_loop or "end",
+        nudge=NUDGE if arguments.nudge is None else arguments.nudge,
         max_traces=arguments.max_traces,
         max_queue=arguments.max_queue,
         max_body_bytes=size(arguments.max_body, "--max-body"),

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from delethink.errors import ConfigError
+from delethink.tokens import TokenIds
 
 _MAX_PATTERN_SIZE = 1024  # tokens; every token is compared with as many before it
 
@@ -41,9 +42,9 @@ class LoopDetector:
         self._last: deque[int] = deque(maxlen=rule.max_pattern_size)  # the newest first
         self._equal = [0] * rule.max_pattern_size  # tokens in a row that equal the one s before
 
-    def push(self, token: int) -> bool:
-        """Add a token and return whether a loop ends with it."""
-        equal, found = self._equal, False
+    def push(self, token: int) -> int:
+        """Add a token, and return the tokens of the pattern whose loop it completes, or 0."""
+        equal, found = self._equal, 0
         for distance, earlier in enumerate(self._last, start=1):
             count = equal[distance - 1] + 1 if earlier == token else 0
             equal[distance - 1] = count
@@ -51,6 +52,17 @@ class LoopDetector:
                 count >= distance * (self._rule.min_count - 1)
                 and distance >= self._rule.min_pattern_size
             ):
-                found = True
+                found = found or distance
         self._last.appendleft(token)
         return found
+
+
+def without_repeats(ids: TokenIds, pattern_tokens: int) -> TokenIds:
+    """Return tokens up to the first occurrence of the pattern that they end with."""
+    end = len(ids)
+    while end >= 2 * pattern_tokens:
+        last = ids[end - pattern_tokens : end]
+        if last != ids[end - 2 * pattern_tokens : end - pattern_tokens]:
+            break
+        end -= pattern_tokens
+    return ids[:end]

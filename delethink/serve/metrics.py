@@ -55,6 +55,7 @@ class ServerMetrics:
         )
         self._forced = self._counter("delethink_forced_ends", "Ends of thinking by force.")
         self._loops = self._counter("delethink_loops", "Traces ended because they repeated.")
+        self._nudges = self._counter("delethink_nudges", "Boundaries after a loop.")
         self._chunks = self._counter("delethink_chunks", "Chunks of thinking.")
         self._cancelled = self._counter("delethink_cancelled", "Traces cancelled by their clients.")
         self._chunks_of_trace = self._histogram(
@@ -90,6 +91,7 @@ class ServerMetrics:
         if isinstance(told, BoundaryCrossed):
             self._boundaries.inc()
             self._carried.inc(told.carried_tokens)
+            self._nudges.inc(told.is_nudge)
         elif isinstance(told, ThinkingEnded):
             self._count_end(told)
         elif isinstance(told, TraceEnded):

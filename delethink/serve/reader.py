@@ -22,6 +22,7 @@ class ReadingRule:
     stops: tuple[str, ...] = ()  # stop strings
     stops_in_thinking: bool = False  # stop strings end the thinking too
     loop: LoopRule | None = None  # ends thinking that repeats itself
+    nudge_ids: TokenIds | None = None  # carried past a loop, which then ends its chunk alone
 
 
 class TraceReader:
@@ -35,6 +36,7 @@ class TraceReader:
         phase: part of the trace that the next token belongs to.
         ended: reason for which no further token of this part is wanted, or ``None``.
         stop_string: the stop string found.
+        loop_tokens: of the pattern of the loop found.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], rule: ReadingRule) -> None:
@@ -42,6 +44,7 @@ class TraceReader:
         self._stream = TextStream(decode)
         self._held = ""  # text that may be the start of a mark or a stop string
         self._loop = None if rule.loop is None else LoopDetector(rule.loop)
+        self.loop_tokens = 0
         self.phase = Phase.THINKING
         self.ended: EndReason | None = None
         self.stop_string: str | None = None
@@ -63,7 +66,8 @@ class TraceReader:
             read += 1
             events += self._take(self._stream.push(self._with_text((token,))))
             if self.ended is None and phase is Phase.THINKING and self._loop is not None:
-                self.ended = EndReason.LOOP if self._loop.push(token) else None
+                self.loop_tokens = self._loop.push(token)
+                self.ended = EndReason.LOOP if self.loop_tokens else None
             if self.ended is not None or self.phase is not phase:
                 break
         return _with_tokens(events, phase, token_ids[:read], logprobs[:read]), read
@@ -107,6 +111,11 @@ class TraceReader:
             yield from self._take("")  # a token may hold the mark and more
         else:
             self.ended, self.stop_string, self._held = EndReason.STOP, needle, ""
+
+    def pass_loop(self) -> None:
+        """Read on after a loop, and look for the next one from here on."""
+        assert self._rule.loop is not None
+        self.ended, self._loop = None, LoopDetector(self._rule.loop)
 
     def force_end(self, reason: EndReason, mark: str) -> list[ReadEvent]:
         """End the thinking with a mark that the model did not write."""

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from delethink.chunking import ChunkSpec
 from delethink.errors import ConfigError
@@ -26,6 +26,8 @@ EFFORT_SHARES: Mapping[str, float] = {
     "xhigh": 1.0,
     "max": 1.0,
 }
+# Carried past a loop, as the last of the thinking that the next chunk sees.
+NUDGE = "\nThis repeats itself. Try another way.\n"
 REASONING_FIELDS = ("reasoning", "reasoning_content")
 
 
@@ -43,6 +45,8 @@ class ServeSettings:
     sampling: Sampling = Sampling()  # of requests that name no value
     efforts: Mapping[str, int] = field(default_factory=dict)  # thinking tokens, besides the shares
     loop: LoopRule | None = None  # of every request, unless it names its own
+    on_loop: Literal["end", "nudge"] = "end"  # the thinking, or the chunk alone
+    nudge: str = NUDGE
     max_traces: int = 64  # sampled at once
     max_queue: int = 256  # traces that wait
     max_choices: int = 16  # of a request

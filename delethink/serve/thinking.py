@@ -30,6 +30,7 @@ from delethink.serve.events import (
     TraceEnded,
     TraceUsage,
 )
+from delethink.serve.loops import without_repeats
 from delethink.serve.reader import ReadingRule, TraceReader
 from delethink.thinking_marks import ThinkingMarks, marks_of
 from delethink.tokenization import Tokenizer, encode, end_tokens, message_ids, reward_text
@@ -214,6 +215,7 @@ class _TraceRun:
     answer_limit: int = 0  # tokens of the answer, set when it begins
     deadline: float | None = None  # of thinking, on the event loop's clock
     failure: PolicyError | None = None  # of the last chunk
+    is_looping: bool = False  # the last chunk ended with a loop that the trace passes
 
     def __post_init__(self) -> None:
         self.reader = self.model.reader(self.rule)
@@ -249,7 +251,7 @@ class _TraceRun:
         if self.thinking_budget == 0:
             self.reason = EndReason.BUDGET
         while self.reason is None:
-            policy = _ChunkPolicy(self, state)
+            policy, before = _ChunkPolicy(self, state), state
             chunk, state = await sample_next(policy, state, self.sampling)
             if self.failure is not None:
                 raise self.failure
@@ -259,6 +261,8 @@ class _TraceRun:
             context = chunk.prompt_ids + chunk.output_ids
             if self.reason is None and state.stop is not None:
                 self.reason = EndReason.BUDGET
+            if self.is_looping and chunk.role is ChunkRole.THINKING:
+                state = self._nudged(before, chunk.output_ids, state)
             if self.reason is None and state.role is ChunkRole.THINKING:
                 self._cross(state)
         return context
@@ -267,15 +271,35 @@ class _TraceRun:
         if role is ChunkRole.THINKING:
             self.usage = replace(self.usage, chunks=self.usage.chunks + 1)
 
+    def _nudged(
+        self, before: ThinkingState, output_ids: TokenIds, after: ThinkingState
+    ) -> ThinkingState:
+        """Return the state after a chunk that ended with a loop.
+
+        The carryover is that of the context without the repeats, and ends with the nudge. It has no
+        more tokens than the carryover with the repeats, so that no bound is crossed.
+        """
+        size = self.reader.loop_tokens
+        if after.context is not None:  # the model writes the carryover
+            return replace(after, context=without_repeats(after.context, size))
+        head, tail = self.spec.carry(before.head, without_repeats(before.tail + output_ids, size))
+        head = head[: after.num_carried]
+        room = after.num_carried - len(head)
+        nudge = (self.rule.nudge_ids or ())[:room]
+        tail = tail[max(0, len(tail) - room + len(nudge)) :] + nudge
+        return replace(after, head=head, tail=tail)
+
     def _cross(self, state: ThinkingState) -> None:
         usage, prompt = self.usage, len(state.prompt_ids)
+        is_nudge, self.is_looping = self.is_looping, False
         self.usage = replace(
             usage,
             boundaries=usage.boundaries + 1,
+            nudges=usage.nudges + is_nudge,
             carried_tokens=usage.carried_tokens + state.num_carried,
             reencoded_tokens=usage.reencoded_tokens + prompt,
         )
-        self.emit(BoundaryCrossed(state.num_chunks, state.num_carried, prompt))
+        self.emit(BoundaryCrossed(state.num_chunks, state.num_carried, prompt, is_nudge))
 
     async def sample_chunk(
         self, state: ThinkingState, limit: int, sampling: Sampling
@@ -291,6 +315,9 @@ class _TraceRun:
             self.reason = EndReason.MARK
             if self.answer_policy is None:
                 self.finished = self.finished or reading.ended_by_eos
+        elif self.reader.ended is EndReason.LOOP and self._may_pass_loop(state):
+            self.reader.pass_loop()
+            self.is_looping, stop = True, StopReason.LENGTH
         elif self.reader.ended is not None:
             self.reason = self.reader.ended
             self.finished = self.reason is EndReason.STOP
@@ -301,6 +328,12 @@ class _TraceRun:
         if self.reason is not None:
             stop = StopReason.EOS if reading.token_ids else StopReason.ABORT
         return reading.token_ids, reading.logprobs, stop
+
+    def _may_pass_loop(self, state: ThinkingState) -> bool:
+        """Return whether another chunk may follow a chunk that ends with a loop."""
+        has_chunks = state.num_chunks + 1 < self.spec.max_chunks
+        has_tokens = self.num_thinking < self.thinking_budget
+        return self.rule.nudge_ids is not None and has_chunks and has_tokens
 
     def read(self, reading: _Reading, token_ids: TokenIds, logprobs: Logprobs) -> int:
         """Read sampled tokens, and return the number of those that belong to the trace."""

@@ -204,6 +204,8 @@ class ResponseWriter:
         block = dict(blocks[0])
         for name in _SUMMED:
             block[name] = sum(each[name] for each in blocks)
+        if nudges := sum(each.get("nudges", 0) for each in blocks):
+            block["nudges"] = nudges
         block["forced_end"] = any(each["forced_end"] for each in blocks)
         whole = self._envelope(choices, is_piece=False)
         return {**whole, "usage": self.usage(), "delethink": block}
@@ -283,4 +285,5 @@ def _block(ended: TraceEnded) -> dict[str, Any]:
         "stop_reason": ended.reason.value,
         "forced_end": ended.reason.is_forced,
         **{name: usage[name] for name in _SUMMED},
+        **({"nudges": usage["nudges"]} if usage["nudges"] else {}),
     }

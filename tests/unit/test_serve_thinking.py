@@ -29,7 +29,7 @@ from delethink import (
     TraceStop,
     run_rollout,
 )
-from delethink.carryover import Boundary, Summary
+from delethink.carryover import Boundary, Full, Nothing, SinkWindow, Summary, Tail
 from delethink.serve.events import (
     BoundaryCrossed,
     EndReason,
@@ -236,6 +236,61 @@ def test_a_loop_is_ended_and_answered() -> None:
         model_of(ScriptedPolicy([tuple(pattern)] * 3 + [(9, EOS)], EOS)), ChunkSpec(60, 0, 3)
     )
     assert plain.end.reason is EndReason.BUDGET
+
+
+def test_a_loop_ends_its_chunk_and_its_repeats_are_not_carried() -> None:
+    first, loop, nudge = (tuple(TOKENIZER(text)["input_ids"]) for text in ("xyz", "abc", "no"))
+    rest = (*TOKENIZER(f"d{MARK}e")["input_ids"], EOS)
+    policy = ScriptedPolicy([first + loop * 17, rest], EOS)
+    rule = ReadingRule((MARK,), {EOS}, loop=LoopRule(4, 1, 5), nudge_ids=nudge)
+    played = play(model_of(policy), ChunkSpec(60, 20, 3, 0), rule=rule)
+    carried = first + loop + nudge
+    assert policy.calls[1] == ((*QUERY, *carried), 60 - len(carried))
+    assert (played.text[Phase.THINKING], played.text[Phase.ANSWER]) == (f"xyz{'abc' * 5}d", "e")
+    usage = played.end.usage
+    assert played.end.reason is EndReason.MARK
+    assert (usage.chunks, usage.boundaries, usage.nudges) == (2, 1, 1)
+    assert usage.carried_tokens == len(carried)  # the nudge included
+    assert usage.reasoning_tokens == len(played.thinking) == len(first + loop * 5 + rest) - 2
+    assert played.only(BoundaryCrossed).is_nudge
+
+
+@pytest.mark.parametrize("nudge", [(), (9,) * 3, (9,) * 50], ids=len)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ChunkSpec(40, 20, 4),
+        ChunkSpec(40, 20, 4, 8, head_outside=True),
+        ChunkSpec(40, 20, 4, carryover=Tail()),
+        ChunkSpec(40, 20, 4, carryover=SinkWindow(4)),
+        ChunkSpec(40, 20, 4, carryover=Full()),
+        ChunkSpec(40, 0, 4, carryover=Nothing()),
+        ChunkSpec(40, 20, 4, carryover=Summary("?", "!", ".")).bind(TOKENIZER),
+    ],
+    ids=["head", "head outside", "tail", "sink", "full", "nothing", "summary"],
+)
+def test_a_nudge_keeps_every_limit_of_the_chunks(spec: ChunkSpec, nudge: TokenIds) -> None:
+    """A model that always repeats itself is nudged in all chunks but the last."""
+    policy = ScriptedPolicy(lambda prompt, limit: ((5, 6) * limit)[:limit])
+    rule = ReadingRule((MARK,), {EOS}, loop=LoopRule(4, 2, 5), nudge_ids=nudge)
+    played = play(model_of(policy), spec, rule=rule)
+    usage = played.end.usage
+    assert played.end.reason is EndReason.LOOP
+    assert (usage.chunks, usage.nudges, usage.boundaries) == (4, 3, 3)
+    assert len(played.thinking) == 4 * 10
+    *thinking, (prompt, _) = policy.calls
+    assert prompt[-len(MARK_IDS) :] == MARK_IDS
+    longest = len(QUERY) + spec.max_thinking_context
+    assert all(len(prompt) + limit <= longest for prompt, limit in thinking)
+
+
+def test_a_budget_ends_the_thinking_at_a_loop_too() -> None:
+    policy = ScriptedPolicy(lambda prompt, limit: ((5, 6) * limit)[:limit])
+    rule = ReadingRule((MARK,), {EOS}, loop=LoopRule(4, 2, 5), nudge_ids=())
+    limits = ThinkingLimits(thinking_tokens=20)
+    played = play(model_of(policy), ChunkSpec(40, 20, 9), rule=rule, limits=limits)
+    assert (len(played.thinking), played.end.usage.nudges) == (20, 1)
+    assert played.end.reason is EndReason.LOOP
 
 
 def test_a_written_carryover_is_sampled_and_is_no_text() -> None:
