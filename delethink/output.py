@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import unicodedata
 import warnings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 VARIABLE = "DELETHINK_OUTPUT"
+_LINE_INTERVAL_S = 10.0  # between lines about a wait, without a terminal
 _RAY_TEMPORARY = {"runtime_resources", "working_dir_files"}  # path parts of a Ray job's folder
 
 # Unicode categories of control characters and of invisible ones.
@@ -93,6 +95,52 @@ def open_console(*, stderr: bool = False) -> Console:
                 yield segment if control else Segment(safe_text(text), style)
 
     return SafeConsole(highlight=False, markup=False, emoji=False, stderr=stderr)
+
+
+class Waiting:
+    """Shows the purpose of a wait and its seconds so far, until ``stop``.
+
+    On a terminal the line changes every second; elsewhere a line follows every ten seconds.
+    """
+
+    def __init__(self, console: Console, text: str) -> None:
+        self._text, self._log = text, console.print
+        self._started = time.monotonic()
+        self._bars: Any = None
+        self._ended = threading.Event()
+        self.thread = threading.Thread(target=self._print_lines, daemon=True)
+        if not console.is_terminal:
+            self.thread.start()
+            return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=2,
+        )
+        self._bar = self._bars.add_task(safe_text(text, lines=False), total=None)
+        self._bars.start()
+
+    def change(self, text: str) -> None:
+        """Name another purpose; the seconds go on."""
+        self._text = text
+        if self._bars is not None:
+            self._bars.update(self._bar, description=safe_text(text, lines=False), refresh=True)
+
+    def stop(self) -> None:
+        """End the display. Safe to call twice."""
+        self._ended.set()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(_LINE_INTERVAL_S):
+            seconds = time.monotonic() - self._started
+            self._log(safe_text(f"{self._text}: {seconds:.0f} s so far"), soft_wrap=True)
 
 
 class _SafeRecords(logging.Filter):

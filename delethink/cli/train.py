@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from delethink.cli.process import require_packages, set_up_process
-from delethink.config import Recipe, load_recipe
+from delethink.output import Waiting, open_console
+
+if TYPE_CHECKING:
+    from delethink.config import Recipe
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the recipe before heavy imports, then train."""
+    waiting = Waiting(open_console(), "reading the recipe")
+    try:
+        return _run(arguments, waiting)
+    finally:
+        waiting.stop()
+
+
+def _run(arguments: argparse.Namespace, waiting: Waiting) -> int:
     recipe = read_recipe(arguments.recipe, arguments.values)
     packages = ("torch", "transformers", "trl", "datasets", "accelerate", "rich", "matplotlib")
     require_packages("train", *packages)
@@ -24,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     location = open_run(prepared.recipe)
     from delethink.training.progress import TrainingProgress
 
+    waiting.stop()
     progress = TrainingProgress()
     folder = location.directory.path
     if location.exists and location.directory.finished_step == recipe.training.max_steps:
@@ -35,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
             train_distributed(prepared, location, progress, set_up_process)
         else:
-            from delethink.training.trainer import train
+            from delethink.training.startup import train
 
             train(prepared, location, progress)
     except KeyboardInterrupt:
@@ -47,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_recipe(path: str, overrides: list[str]) -> Recipe:
     """Return the recipe of a file, or of a run directory to resume."""
+    from delethink.config import load_recipe
+
     if (folder := Path(path)).is_dir():
         from delethink.training.checkpointing import load_run
 

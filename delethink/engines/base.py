@@ -20,12 +20,17 @@ from delethink.types import TokenIds
 if TYPE_CHECKING:
     import torch
 
+    from delethink.engines.low_rank import LowRankChange
+
 
 class Engine(Policy, Protocol):
     """A policy with replaceable weights.
 
     Attributes:
         max_model_tokens: longest sequence (prompt and new tokens) of the engine.
+
+    An engine with the attribute ``shares_weights`` set samples from the trainer's own model: its
+    ``update_weights`` only counts.
 
     An engine with the attribute ``computes_elsewhere`` set leaves the event loop of its caller free
     while it samples. The others get a thread of their own where it matters.
@@ -80,6 +85,53 @@ class Engine(Policy, Protocol):
 
     def close(self) -> None:
         """Release everything, worker processes included. Safe to call twice."""
+
+
+class StartingEngine(Engine, Protocol):
+    """An engine that starts while the trainer's libraries load; optional."""
+
+    @classmethod
+    def connect_early(cls, config: EngineConfig) -> Any:
+        """Begin what needs the settings only; return it, with ``close`` if it is not used."""
+
+    @classmethod
+    def begin(
+        cls,
+        config: EngineConfig,
+        model_path: str,
+        shell: Any,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool,
+        seed: int,
+        connection: Any,
+    ) -> Self:
+        """Begin to make an engine for training, and return at once.
+
+        The arguments are those of ``create``. ``shell`` has ``config`` and ``generation_config`` of
+        the model, and ``connection`` is the result of ``connect_early``.
+        """
+
+    def wait(self) -> None:
+        """Wait until the engine can sample; raise as ``create``, and close it then."""
+
+
+class MergingEngine(Engine, Protocol):
+    """An engine that merges low-rank changes into base weights itself; optional."""
+
+    def merge_obstacle(self) -> str | None:
+        """Return why the engine needs whole weights after all, or ``None``."""
+
+    def merge_weights(self, changes: Mapping[str, LowRankChange], version: int) -> None:
+        """Load the weights of the last ``update_weights``, with low-rank changes added.
+
+        Args:
+            changes: the change of each adapted weight, under the name of the weight.
+            version: as ``update_weights``.
+
+        Raises:
+            WeightSyncError: as ``update_weights``.
+        """
 
 
 @dataclass(frozen=True)
@@ -173,6 +225,25 @@ class Worker(Protocol):
 
     async def stop(self) -> None:
         """Shut the engine down; the pool kills the actor afterwards."""
+
+
+class MergingWorker(Worker, Protocol):
+    """A worker that merges low-rank changes into base weights; optional."""
+
+    async def merge_weights(
+        self, base: list[Any], base_version: int, changes: Any, version: int
+    ) -> int:
+        """Load base weights with low-rank changes added, and return the version.
+
+        Args:
+            base: one awaitable of the argument of ``update_weights``, for a worker without them.
+            base_version: version of the base weights.
+            changes: ``low_rank.PackedChanges``.
+            version: number of the update.
+
+        Raises:
+            WeightSyncError: as ``update_weights``.
+        """
 
 
 class StreamingWorker(Worker, Protocol):

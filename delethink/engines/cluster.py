@@ -24,6 +24,46 @@ _ANSWER_TIMEOUT_S = 10.0
 _MAX_REASON_CHARACTERS = 300
 
 
+class EarlyConnection:
+    """Connects to a Ray cluster in a thread, while its owner loads something else.
+
+    The thread lives as long as the connection: the kernel ends the processes of a cluster that is
+    started here together with the thread that started them.
+    """
+
+    def __init__(self, num_cpus: int) -> None:
+        self._is_known, self._is_over = threading.Event(), threading.Event()
+        self._error: Exception | None = None
+        self._is_ours = False
+        threading.Thread(target=self._connect, args=(num_cpus,), daemon=True).start()
+
+    def _connect(self, num_cpus: int) -> None:
+        try:
+            self._is_ours = connect(num_cpus)
+        except Exception as error:  # raised again where the connection is needed
+            self._error = error
+        self._is_known.set()
+        self._is_over.wait()
+
+    def wait(self) -> None:
+        """Wait for the connection.
+
+        Raises:
+            ConfigError: as ``connect``.
+        """
+        self._is_known.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the connection, if this made it. Safe to call twice."""
+        self._is_known.wait()
+        if self._is_ours:
+            ray.shutdown()
+        self._is_ours = False
+        self._is_over.set()
+
+
 def connect(num_cpus: int) -> bool:
     """Join the running Ray cluster, or start one with ``num_cpus`` on this machine.
 
@@ -43,6 +83,8 @@ def connect(num_cpus: int) -> bool:
             if threading.current_thread() is threading.main_thread():
                 # Ray replaces the program's handler of SIGTERM by its own.
                 stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            # Ray's workers yield to all other processes by default, the trainer's too.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             try:
                 with _loopback():
                     ray.init(num_cpus=num_cpus, include_dashboard=False, **quiet)

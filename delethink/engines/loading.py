@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from delethink.tokenization import bind_template, end_tokens, keep_marks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_ASSISTED_GENERATION = "transformers.generation.candidate_generator"
 TOY = "toy"
 _DIGEST_BYTES = 2**20  # read by a digest at each end of a file
 _HUB_TIMEOUT_S = 10.0
@@ -578,10 +580,32 @@ def _from_config(model: PreTrainedModel, key: str) -> int:
     return int(value)
 
 
-def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
+def import_transformers() -> Any:
+    """Import transformers, and return it, without the scikit-learn that it would load.
+
+    That takes a third of the import, and serves assisted generation alone.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
     _require_transformers()
     import transformers
+    from transformers import utils
 
+    if _ASSISTED_GENERATION not in sys.modules:
+        is_available = utils.is_sklearn_available
+        utils.is_sklearn_available = lambda: False
+        try:
+            importlib.import_module(_ASSISTED_GENERATION)
+        except ImportError:  # another version of transformers
+            _logger.debug("there is no module %s", _ASSISTED_GENERATION)
+        finally:
+            utils.is_sklearn_available = is_available
+    return transformers
+
+
+def _load(loader: str, part: str, model: str, trust_remote_code: bool, **options: Any) -> Any:
+    transformers = import_transformers()
     source = find_source(model, "tokenizer" if part == "tokenizer" else "model")
     name, revision = split_revision(source)
     if (folder := Path(source)).is_dir():

@@ -22,11 +22,11 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from delethink.config import EngineConfig
 from delethink.engines.base import EngineCounts, Worker, WorkerHandle, WorkerSpec, WorkerState
-from delethink.engines.cluster import cause, connect
+from delethink.engines.cluster import EarlyConnection, cause
 from delethink.engines.pool import WorkerPool
 from delethink.engines.pool_records import FaultCounts, WorkerRecord
 from delethink.errors import (
@@ -48,6 +48,8 @@ except ImportError:  # the constructor raises MissingExtraError
 if TYPE_CHECKING:
     import torch
 
+    from delethink.engines.low_rank import LowRankChange
+
 T = TypeVar("T")
 
 _MAX_CALLS = 10_000  # concurrent calls of a worker; the pool's slots are the real limit
@@ -66,6 +68,8 @@ class RayPool:
         max_model_tokens: longest sequence; ``None`` takes the model's own limit.
         trust_remote_code: run code from the model's repository.
         seed: seed of the engines' own streams, for requests without a seed.
+        connection: a connection to Ray that was begun before; the pool takes it over.
+        wait: return once the workers have started; otherwise call the method ``wait`` later.
 
     Raises:
         MissingExtraError: Ray, or the engine's package on a worker, is not installed.
@@ -89,6 +93,8 @@ class RayPool:
         max_model_tokens: int | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        connection: EarlyConnection | None = None,
+        wait: bool = True,
     ) -> None:
         if ray is None:
             raise MissingExtraError("ray", "ray")
@@ -107,17 +113,67 @@ class RayPool:
         self._resources = {"num_cpus": cpus, "num_gpus": config.gpus_per_engine}
         self._placement_group: Any = None
         self._ray_metrics: dict[str, Any] = {}
+        self._base: tuple[Any, int] | None = None  # the last whole weights and their version
         self._pool = WorkerPool(self._launch, config)
         self._close_lock = threading.Lock()
         self._thread = _LoopThread()
-        self._owns_ray = connect(num_cpus=max(_num_cores(), math.ceil(cpus * config.num_engines)))
+        self._connection = connection or self.connect_early(config)
         try:
+            self._connection.wait()
             self._placement_group = _reserve(config, self._resources)
-            self._thread.run(self._pool.start())
+            self._start = self._thread.submit(self._pool.start())
+        except BaseException:
+            self.close()
+            raise
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all workers have started; see ``StartingEngine``."""
+        try:
+            self._start.result()
+        except concurrent.futures.CancelledError:
+            self.close()
+            raise PolicyError("the pool is closed") from None
         except BaseException:
             self.close()
             raise
         self.max_model_tokens = self._pool.max_model_tokens
+
+    @classmethod
+    def connect_early(cls, config: EngineConfig) -> EarlyConnection:
+        """Begin to connect to Ray; see ``StartingEngine``."""
+        if ray is None:
+            raise MissingExtraError("ray", "ray")
+        return EarlyConnection(
+            max(_num_cores(), math.ceil(cpus_per_engine(config) * config.num_engines))
+        )
+
+    @classmethod
+    def begin(
+        cls,
+        config: EngineConfig,
+        model_path: str,
+        shell: Any,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool,
+        seed: int,
+        connection: EarlyConnection,
+    ) -> Self:
+        """Begin to start the workers; see ``StartingEngine``."""
+        from delethink.engines.loading import engine_window, eos_ids, find_source
+
+        return cls(
+            find_source(model_path),
+            config,
+            eos_ids=eos_ids(shell, tokenizer),
+            max_model_tokens=engine_window(shell, config.max_model_tokens),
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            connection=connection,
+            wait=False,
+        )
 
     @classmethod
     def create(
@@ -248,6 +304,24 @@ class RayPool:
         else:
             copy = Snapshot(weights, local_device())
         self._thread.run(self._pool.update_weights(copy, version))
+        self._base = copy, version
+
+    def merge_obstacle(self) -> str | None:
+        """Return why the workers need whole weights; see ``MergingEngine``."""
+        if (transfer := self.config.weight_transfer) != "store":
+            return f"engine.weight_transfer={transfer} sends whole weights"
+        if not hasattr(self.worker_class, "merge_weights"):
+            return f"{self.worker_class.__name__} cannot merge them"
+        return None
+
+    def merge_weights(self, changes: Mapping[str, LowRankChange], version: int) -> None:
+        """Load base weights with low-rank changes into all workers; see ``MergingEngine``."""
+        from delethink.engines.low_rank import pack_changes
+
+        if self._base is None:
+            raise PolicyError("low-rank changes need base weights of an earlier update_weights")
+        update = _MergedWeights(*self._base, ray.put(pack_changes(changes)))
+        self._thread.run(self._pool.update_weights(update, version))
 
     def sleep(self) -> None:
         """Free the GPUs until the next request or update, if ``config.sleep`` is set."""
@@ -294,9 +368,7 @@ class RayPool:
             if self._placement_group is not None and ray.is_initialized():
                 ray.util.remove_placement_group(self._placement_group)
             self._placement_group = None
-            if self._owns_ray:
-                ray.shutdown()
-            self._owns_ray = False
+            self._connection.close()
 
     def make_sender(self, actor: Any) -> Any:
         """Make the path of weights from this process's GPU into one worker (nccl, ipc).
@@ -327,6 +399,14 @@ class RayPool:
         actor = remote.remote(spec)
         sender = None if self.config.weight_transfer == "store" else self.make_sender(actor)
         return _RayWorkerHandle(actor, self.config.startup_timeout, self._resources, sender)
+
+
+class _MergedWeights(NamedTuple):
+    """Base weights and their low-rank changes, in Ray's object store."""
+
+    base: Any
+    base_version: int
+    changes: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -405,6 +485,10 @@ class _RayWorkerHandle:
     async def update_weights(self, weights: Any, version: int) -> int:
         if (sender := self.sender) is not None:
             return await _run_in_thread(lambda: sender.send(weights, version))
+        if isinstance(weights, _MergedWeights):
+            base = [weights.base]  # in a list, Ray sends only the reference
+            arguments = base, weights.base_version, weights.changes, version
+            return await _result(self.actor.merge_weights.remote(*arguments))
         return await _result(self.actor.update_weights.remote(weights, version))
 
     async def sleep(self) -> None:

@@ -62,7 +62,7 @@ class TransformersEngine:
         is_trained: bool = False,
         max_model_tokens: int | None = None,
     ) -> None:
-        self.model, self._is_trained = model, is_trained
+        self.model, self.shares_weights = model, is_trained
         self.max_model_tokens = engine_window(model, max_model_tokens)
         self._eos_ids, self._pad_id = tuple(eos_ids), pad_id
         self._max_batch_size = max_batch_size
@@ -133,7 +133,7 @@ class TransformersEngine:
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Load weights, unless the trainer updates the model itself, and set the version."""
-        if not self._is_trained:
+        if not self.shares_weights:
             try:
                 self.model.load_state_dict(dict(weights))
             except RuntimeError as error:

@@ -19,16 +19,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.engine_faults import explain_start
-from delethink.engines.loading import split_revision
+from delethink.engines.loading import import_transformers, split_revision
 from delethink.engines.ray import RayPool
 from delethink.errors import ConfigError, MissingExtraError, PolicyError, WeightSyncError
 from delethink.policy import Completion, Sampling, join_completions
 from delethink.tokens import as_list, logprob_array, token_array
 from delethink.types import StopReason, TokenIds
+
+if TYPE_CHECKING:
+    from delethink.engines.weight_sync import WeightSlot
 
 _STOP = {"stop": StopReason.EOS, "length": StopReason.LENGTH, "abort": StopReason.ABORT}
 _PIECE_S = 0.05  # between two pieces of a stream, which people read without a stutter
@@ -57,6 +60,8 @@ class VllmWorker:
         self._refused = ""  # reason to sample nothing before the next weights
         self._request_ids = itertools.count(1)
         self._in_flight: set[str] = set()  # ids of requests
+        self._base_version: int | None = None  # of the whole weights that low-rank changes change
+        self._kept: tuple[int, list[WeightSlot]] | None = None  # file of the weights beneath them
         self._num_streams = 0
 
     async def start(self) -> WorkerState:
@@ -69,6 +74,7 @@ class VllmWorker:
         _set_environment(self._spec)
         gc.set_threshold(50_000)  # the defaults scan vLLM's many long-lived objects too often
         try:
+            import_transformers()
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
@@ -180,12 +186,47 @@ class VllmWorker:
         from delethink.engines.weight_sync import write
 
         await self._begin_update()
+        self._base_version = None
+        if self._kept is not None:
+            os.close(self._kept[0])
+            self._kept = None
         file, slots = write(weights)
         try:
-            path = f"/proc/{os.getpid()}/fd/{file}"
-            return await self._load("delethink_load", path, slots, version, self._verifies)
+            loaded = await self._load("delethink_load", _path(file), slots, version, self._verifies)
         finally:
             os.close(file)
+        self._base_version = version
+        return loaded
+
+    async def merge_weights(
+        self, base: list[Any], base_version: int, changes: Any, version: int
+    ) -> int:
+        """Load base weights with low-rank changes; see ``MergingWorker``."""
+        from delethink.engines.weight_sync import write
+
+        (whole,) = base
+        if self._base_version != base_version:  # since a restart
+            await self.update_weights(await whole, base_version)
+        await self._begin_update()
+        if self._kept is None:
+            self._kept = await self._keep(await whole, list(changes.scales))
+        file, slots = write(changes.matrices)
+        kept, own = (_path(self._kept[0]), self._kept[1]), (_path(file), slots)
+        try:
+            return await self._load(
+                "delethink_merge", kept, own, changes.scales, version, self._verifies
+            )
+        finally:
+            os.close(file)
+
+    async def _keep(self, base: Any, changed: list[str]) -> tuple[int, list[WeightSlot]]:
+        """Write the weights beneath low-rank changes into a file; return it and its slots."""
+        from delethink.engines.low_rank import narrow
+        from delethink.engines.weight_sync import write
+
+        shapes = {name: shape for name, (_, _, shape) in base.items()}
+        needed, *_ = await self._call_ranks("delethink_needed", shapes, changed)
+        return write(narrow({name: base[name] for name in needed}))
 
     async def prepare_transfer(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Get ready for weights by vLLM's own transfer (``VllmWeightSender``).
@@ -228,7 +269,7 @@ class VllmWorker:
         self._version, self._refused = int(versions[0]), ""
         return self._version
 
-    async def _call_ranks(self, method: str, *arguments: Any) -> list[int]:
+    async def _call_ranks(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of ``WorkerExtension`` in each rank of the engine."""
         answers = await self.call_engine("collective_rpc", method, args=arguments)
         for answer in answers:
@@ -269,6 +310,11 @@ class VllmPool(RayPool):
             raise MissingExtraError("vllm", "vllm") from error
         transfer, num_ranks = self.config.weight_transfer, self.config.tensor_parallel_size
         return VllmWeightSender(transfer, actor, num_ranks, local_device())
+
+
+def _path(file: int) -> str:
+    """Return the path of an open file for other processes."""
+    return f"/proc/{os.getpid()}/fd/{file}"
 
 
 def _sampling_params(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,29 @@ def pair_weights(model: torch.nn.Module, sent: Mapping[str, Columns]) -> list[Pa
     if unused:
         raise ValueError(f"the engine has no weight called {min(unused)!r}")
     return pairs
+
+
+def needed_together(
+    pairs: list[Pair], sent: Mapping[str, Columns], changed: Collection[str]
+) -> list[str]:
+    """Return the weights of all layers with a changed weight, as vLLM loads a layer whole.
+
+    Args:
+        pairs: result of ``pair_weights``.
+        sent: the weights of all layers, by name.
+        changed: names of changed weights.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if unknown := set(changed) - sent.keys():
+        raise ValueError(f"the engine has no weight called {min(unknown)!r}")
+    changed_parts = {id(sent[name]) for name in changed}
+    layers = {
+        id(pair.module) for pair in pairs if any(id(part) in changed_parts for part in pair.parts)
+    }
+    parts = {id(part) for pair in pairs if id(pair.module) in layers for part in pair.parts}
+    return [name for name, part in sent.items() if id(part) in parts]
 
 
 def check_weights(pairs: list[Pair]) -> None:

@@ -22,7 +22,8 @@ from delethink.engines.weight_check import Columns
 if TYPE_CHECKING:
     import numpy as np
 
-PackedWeights = Mapping[str, "tuple[np.ndarray, str, tuple[int, ...]]"]  # bytes, dtype, shape
+PackedWeight = tuple["np.ndarray", str, tuple[int, ...]]  # bytes, dtype, shape
+PackedWeights = Mapping[str, PackedWeight]
 WeightSlot = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, offset, size in bytes
 
 _ALIGNMENT_BYTES = 64  # a view of another dtype must start at a multiple of its item size

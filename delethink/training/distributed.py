@@ -157,7 +157,7 @@ def _run_rank(
             f"the main rank runs on another machine and finds no run directory "
             f"{path}: choose one on storage that all machines share with output=PATH"
         )
-    from delethink.training.trainer import train
+    from delethink.training.startup import train
 
     location = RunLocation(RunDirectory(path), exists, changed)
     train(prepare(recipe), location, QueuedProgress(events), ranks)
@@ -204,7 +204,8 @@ class QueuedProgress(TrainingProgress):
     """Sends the calls on the main rank to the driver, over a Ray queue of (method, arguments)."""
 
     def __init__(self, events: Any) -> None:
-        for method in ("log", "start_steps", "step", "stop_steps", "table"):
+        super().__init__()
+        for method in ("log", "wait", "end_wait", "start_steps", "step", "stop_steps", "table"):
             setattr(self, method, lambda *args, method=method: events.put((method, args)))
 
 

@@ -54,7 +54,7 @@ from delethink.tokenization import (
 )
 from delethink.training.checkpointing import run_path
 from delethink.training.export import stored_dtype
-from delethink.training.grpo_config import adapter_parameters
+from delethink.training.lora import adapter_parameters
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
 

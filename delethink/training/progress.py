@@ -21,7 +21,7 @@ from rich.table import Table
 
 from delethink.chunking import ChunkSpec
 from delethink.evaluation.heldout import HeldOutResult
-from delethink.output import open_console, safe_text
+from delethink.output import Waiting, open_console, safe_text
 from delethink.training.metrics import METRICS, find_metric
 from delethink.training.run_directory import RunDirectory
 
@@ -46,6 +46,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or open_console()
+        self._waiting: Waiting | None = None
         self._live: Progress | None = None
         self._bar: Any = None
 
@@ -53,8 +54,22 @@ class TrainingProgress:
         """Print a line."""
         self.console.print(safe_text(text, lines=False), soft_wrap=True)
 
+    def wait(self, text: str) -> None:
+        """Show what the run waits for, and for how long, until something else is shown."""
+        if self._waiting is None:
+            self._waiting = Waiting(self.console, text)
+        else:
+            self._waiting.change(text)
+
+    def end_wait(self) -> None:
+        """Stop showing what the run waits for."""
+        if self._waiting is not None:
+            self._waiting.stop()
+            self._waiting = None
+
     def start_steps(self, total: int, done: int = 0) -> None:
         """Show the progress bar of the optimizer steps."""
+        self.end_wait()
         if not self.console.is_terminal:
             return
         self._live = self._start_bars()
@@ -77,6 +92,7 @@ class TrainingProgress:
     @contextmanager
     def evaluating(self, setting: str, total: int) -> Iterator[Callable[[], None]]:
         """Show the progress of an evaluation; the function it gives counts a finished trace."""
+        self.end_wait()
         if not self.console.is_terminal:
             yield _PlainCount(self.log, setting, total)
             return

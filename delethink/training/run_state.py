@@ -30,7 +30,13 @@ from delethink.training.preflight import Inputs, Prepared
 from delethink.training.progress import TrainingProgress
 from delethink.training.rollouts import Batch, BatchSampler, Prefetch, PromptCursor
 from delethink.training.run_directory import RunDirectory
-from delethink.training.weights import GatherWeights, merged_state_dict
+from delethink.training.weights import (
+    GatherWeights,
+    has_adapters,
+    low_rank_changes,
+    merge_obstacle,
+    merged_state_dict,
+)
 from delethink.types import Problem, Trace
 
 Example = dict[str, Any]  # a row of the dataset: prompt, answer, index of the problem
@@ -49,12 +55,36 @@ class EngineWeights:
         self.engine, self._model, self._metrics = engine, model, metrics
         self.gathered = GatherWeights()  # of a sharded model; without a trainer before training
         self.version = -1  # weight updates in the engine's weights; -1: those it was made with
+        self._sends_changes = False  # of adapters alone, instead of whole weights
 
     @property
     def trained_version(self) -> int:
         """Number of weight updates in the trainer's weights."""
         trainer = self.gathered.trainer
         return 0 if trainer is None else int(trainer.state.global_step)
+
+    def choose_updates(self) -> str | None:
+        """Decide whether updates hold the adapters alone, once the model has them.
+
+        Returns:
+            A sentence for people; ``None`` without adapters, or if nothing has to be sent.
+        """
+        if not has_adapters(self._model) or getattr(self.engine, "shares_weights", False):
+            return None
+        whole = sum(t.nbytes for n, t in self._model.state_dict().items() if ".lora_" not in n)
+        text = f"weight updates: whole merged weights, {whole / 1e6:,.1f} MB"
+        if not hasattr(self.engine, "merge_weights"):
+            return f"{text}: the engine cannot merge adapters"
+        engine: Any = self.engine
+        if (obstacle := merge_obstacle(self._model) or engine.merge_obstacle()) is not None:
+            return f"{text}: {obstacle}"
+        self._sends_changes = True
+        changes = low_rank_changes(self._model).values()
+        size = sum(change.down.nbytes + change.up.nbytes for change in changes)
+        return (
+            f"weight updates: the adapters alone, {size / 1e6:,.1f} MB instead of "
+            f"{whole / 1e6:,.1f} MB of merged weights"
+        )
 
     def update(self) -> None:
         """Load the trainer's weights into the engine, unless they are there already.
@@ -65,8 +95,14 @@ class EngineWeights:
         if self.trained_version == self.version:
             return
         started = time.perf_counter()
-        weights = self.gathered.weights or merged_state_dict(self._model)
-        self.engine.update_weights(weights, self.trained_version)
+        engine: Any = self.engine
+        if self._sends_changes:
+            engine.merge_weights(low_rank_changes(self._model), self.trained_version)
+        elif getattr(engine, "shares_weights", False):
+            engine.update_weights({}, self.trained_version)
+        else:
+            weights = self.gathered.weights or merged_state_dict(self._model)
+            engine.update_weights(weights, self.trained_version)
         self.version = self.trained_version
         self._metrics.add_weight_update(time.perf_counter() - started)
 

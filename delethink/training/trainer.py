@@ -1,7 +1,7 @@
-"""A training run from a recipe to its table of results.
+"""A training run from its inputs to its table of results.
 
-``train`` is the whole way: read the inputs, run the preflight checks, resume from a checkpoint,
-start the engine, evaluate the base model, train, and evaluate the trained model.
+``run`` is the way from a started engine: load the model, resume from a checkpoint, evaluate the
+base model, train, and evaluate the trained model. ``delethink.training.startup`` comes before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
 from delethink.config import Recipe
+from delethink.engines.base import Engine
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import load_model, split_revision
-from delethink.errors import ConfigError, RunDirectoryError
-from delethink.redaction import register_settings
+from delethink.errors import RunDirectoryError
 from delethink.tasks import left_out_of
 from delethink.thinking_marks import marks_of
 from delethink.training.checkpointing import (
@@ -35,9 +35,10 @@ from delethink.training.checkpointing import (
 from delethink.training.data_parallel import RankGroup, trace_cost
 from delethink.training.export import eval_command, export_weights, stored_dtype, write_card
 from delethink.training.grpo import DelethinkTrainer
-from delethink.training.grpo_config import DelethinkConfig, lora, trl_config
+from delethink.training.grpo_config import DelethinkConfig, trl_config
+from delethink.training.lora import lora
 from delethink.training.metrics import forward_metrics, logger_values
-from delethink.training.preflight import Inputs, Prepared, read_inputs, run_checks
+from delethink.training.preflight import Inputs, Prepared
 from delethink.training.progress import TrainingProgress, plot_metrics
 from delethink.training.report import RunReport, kept_report
 from delethink.training.run_directory import TRAINED_SETTING, RunDirectory
@@ -45,46 +46,21 @@ from delethink.training.run_state import Example, ResultsTable, RunState, make_e
 from delethink.training.weights import GatherWeights, has_adapters, merged_state_dict
 
 
-def train(
+def run(
     prepared: Prepared,
+    inputs: Inputs,
+    finish_engine: Callable[[Callable[[], Engine]], Engine],
     location: RunLocation,
     progress: TrainingProgress,
     ranks: RankGroup | None = None,
 ) -> Path:
-    """Run a recipe, or resume its run, and return the run directory.
+    """Train, and return the run directory; see ``startup.train``.
 
-    This is the main rank of ``ranks``.
-
-    Raises:
-        UserError: a mistake of the user, found before the first rollout.
-        RolloutError, WeightSyncError: the run failed; the files written so far are complete.
+    ``finish_engine`` returns the engine, and calls its argument if none was begun.
     """
-    try:
-        return _train(prepared, location, progress, ranks or RankGroup())
-    except BaseException:
-        location.directory.discard_if_empty()
-        raise
-    finally:
-        prepared.close()
-        location.directory.release()
-
-
-def _train(
-    prepared: Prepared, location: RunLocation, progress: TrainingProgress, ranks: RankGroup
-) -> Path:
     recipe, directory = prepared.recipe, location.directory
-    register_settings(recipe.model_dump(mode="json"))  # a rank has not read the recipe itself
     set_seed(recipe.seed)
-    inputs = read_inputs(prepared)
-    progress.log(f"run directory: {directory.path}")
-    checks = run_checks(prepared, inputs, directory.path)
-    problems = [f"{c.name}: {c.found}; {c.advice}" for c in checks if c.status == "problem"]
-    if problems and recipe.preflight == "refuse":
-        raise ConfigError(f"preflight: {'; '.join(problems)}; preflight=warn starts the run anyway")
-    for check in checks:
-        if check.status != "ok":
-            progress.log(f"{check.status}: {check.name}: {check.found}; {check.advice}")
-
+    progress.wait("loading the model")
     model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
     settings = trl_config(recipe, inputs.spec, directory.checkpoints)
     sampling_model = _sampling_model(recipe, model, settings.device)
@@ -92,16 +68,20 @@ def _train(
     directory.write_marks(marks_of(inputs.tokenizer).end)
     _report_problems(prepared, inputs, directory, progress)
 
-    progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
-    engine = make_engine(
-        inputs.engine_config(recipe.engine),
-        recipe.model,
-        sampling_model,
-        inputs.tokenizer,
-        trust_remote_code=recipe.trust_remote_code,
-        seed=recipe.seed,
-        is_trained=sampling_model is model,
-    )
+    def make() -> Engine:
+        progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
+        return make_engine(
+            inputs.engine_config(recipe.engine),
+            recipe.model,
+            sampling_model,
+            inputs.tokenizer,
+            trust_remote_code=recipe.trust_remote_code,
+            seed=recipe.seed,
+            is_trained=sampling_model is model,
+        )
+
+    progress.wait("starting the engine")
+    engine = finish_engine(make)
     with closing(engine), kept_report(directory.path, progress.log) as report:
         state = RunState(prepared, inputs, directory, progress, engine, model)
         state.weights.update()  # before the first rollout, to find an incompatible engine now
@@ -109,7 +89,7 @@ def _train(
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()
         base_dtype = stored_dtype(inputs.shell.config)
-        _fit(state, table, report, settings, model, checkpoint, ranks, base_dtype)
+        _fit(state, table, report, settings, model, checkpoint, ranks or RankGroup(), base_dtype)
         table.add_row(TRAINED_SETTING, inputs.spec)
         trained = directory.checkpoints / FINAL_CHECKPOINT
         write_card(trained, recipe, inputs.spec, table.rows)
@@ -366,6 +346,8 @@ def _fit(
         final_dtype=base_dtype,
         callbacks=[state.weights.gathered, state],
     )
+    if (said := state.weights.choose_updates()) is not None:
+        state.progress.log(said)
     if "tensorboard" in recipe.training.report_to:
         _write_tensorboard(trainer, state.directory.path / TENSORBOARD, done)
     state.progress.start_steps(recipe.training.max_steps, done)

@@ -1,4 +1,7 @@
-"""Weights for the engine and for checkpoints: full and merged, with the names of the checkpoint."""
+"""Weights for the engine and for checkpoints: full and merged, with the names of the checkpoint.
+
+Low-rank adapters reach an engine merged, or as changes that the engine merges itself.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from delethink.engines.low_rank import LowRankChange
+
 
 def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the full state dict, with low-rank adapters merged into the weights they adapt.
 
     The model is unchanged. Merging in place and unmerging would round its weights at every update.
     """
-    state = model.state_dict()
-    adapted: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if _is_adapted(module)
-    }
+    state, adapted = model.state_dict(), _adapted_modules(model)
     if not adapted:
         return state
     weights = {
@@ -32,6 +34,49 @@ def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 merged += module.get_delta_weight(adapter).to(merged.dtype)
             weights[f"{name}.weight"] = merged
     return weights
+
+
+def low_rank_changes(model: torch.nn.Module) -> dict[str, LowRankChange]:
+    """Return the changes that the adapters make to weights, under the names of the checkpoint.
+
+    The tensors are the model's own. See ``merge_obstacle`` for adapters of other kinds.
+    """
+    changes = {}
+    for name, module in _adapted_modules(model).items():
+        (adapter,) = module.active_adapters
+        changes[f"{name}.weight"] = LowRankChange(
+            module.lora_A[adapter].weight.detach(),
+            module.lora_B[adapter].weight.detach(),
+            float(module.scaling[adapter]),
+        )
+    return changes
+
+
+def merge_obstacle(model: torch.nn.Module) -> str | None:
+    """Return why the trained parameters are more than low-rank changes of weights, or ``None``."""
+    from peft.tuners.lora import Linear
+
+    parameters, adapted = set[int](), _adapted_modules(model)
+    for name, module in adapted.items():
+        adapters = list(module.active_adapters)
+        if not isinstance(module, Linear) or len(adapters) != 1:
+            return f"{name} has another adapter than one of a linear layer"
+        (adapter,) = adapters
+        if module.fan_in_fan_out or module.lora_variant or module.lora_bias[adapter]:
+            return f"the adapter of {name} does more than add a product of two matrices"
+        parameters |= {id(m[adapter].weight) for m in (module.lora_A, module.lora_B)}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in parameters]
+    if others:
+        return f"{others[0]} is trained too"
+    beneath = {id(module.base_layer.weight) for module in adapted.values()}
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in beneath]
+    if len(names) > len(beneath):
+        return "an adapted layer shares its weight with another one"
+    return None
+
+
+def _adapted_modules(model: torch.nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if _is_adapted(module)}
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

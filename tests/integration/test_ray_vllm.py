@@ -6,6 +6,8 @@ Two workers are started once; the tests that damage them come last, in this orde
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import os
 import random
 import re
@@ -30,6 +32,7 @@ ray = pytest.importorskip("ray")
 need("vllm")
 torch = pytest.importorskip("torch")
 
+from delethink.engines.low_rank import LowRankChange  # noqa: E402
 from delethink.engines.vllm import VllmPool  # noqa: E402
 from delethink.engines.weight_check import Columns, Pair, is_loaded, pair_weights  # noqa: E402
 
@@ -258,6 +261,52 @@ def test_weights_that_do_not_fit_are_refused_by_every_worker(
     assert completion.policy_version == 8
 
 
+def changes_of(model: TinyModel) -> tuple[TinyModel, dict[str, LowRankChange]]:
+    """Return the model with changed weights, and the changes: of one part of a fused layer too."""
+    merged, changes = copy.deepcopy(model.model), {}
+    torch.manual_seed(0)
+    for name in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ):
+        weight = merged.get_parameter(name)
+        rows, columns = weight.shape
+        change = LowRankChange(torch.randn(2, columns), torch.randn(rows, 2), 0.5)
+        changes[name] = change
+        weight.data = change.added_to(weight.data)
+    return dataclasses.replace(model, model=merged), changes
+
+
+def test_low_rank_changes_give_the_merged_weights(
+    pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
+) -> None:
+    assert pool.merge_obstacle() is None
+    merged, changes = changes_of(tiny_models[1])
+    none = {name: change._replace(scale=0.0) for name, change in changes.items()}
+    pool.update_weights(merged.model.state_dict(), version=20)
+    whole = complete(pool, PROMPTS, 8, [GREEDY] * len(PROMPTS))
+    pool.update_weights(tiny_models[1].model.state_dict(), version=21)
+    for version, model, sent in ((22, merged, changes), (23, tiny_models[1], none)):
+        pool.merge_weights(sent, version)
+        before = [worker.completions for worker in pool.workers]
+        for prompt, completion in zip(
+            PROMPTS * 2, complete(pool, PROMPTS * 2, 8, [GREEDY] * 2 * len(PROMPTS)), strict=True
+        ):
+            assert_greedy(model, prompt, completion)
+            assert completion.policy_version == version
+        assert all(w.completions > b for w, b in zip(pool.workers, before, strict=True))
+    pool.merge_weights(changes, 24)
+    again = complete(pool, PROMPTS, 8, [GREEDY] * len(PROMPTS))
+    assert [list(c.logprobs) for c in again] == [list(c.logprobs) for c in whole]
+    name, change = changes.popitem()
+    misfit = {**changes, name: change._replace(down=change.down[:, 1:])}
+    with pytest.raises(WeightSyncError, match="and its change"):
+        pool.merge_weights(misfit, 25)
+    pool.update_weights(tiny_models[0].model.state_dict(), version=26)
+
+
 def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
     pool: VllmPool, tiny_models: tuple[TinyModel, TinyModel]
 ) -> None:
@@ -277,12 +326,13 @@ def test_the_chunks_of_a_killed_worker_are_sampled_by_others_and_it_comes_back(
     answers = asyncio.run(scenario())
     assert [answer.token_ids for answer in answers] == [c.token_ids for c in undisturbed]
     assert_gone(engine)
-    pool.update_weights(tiny_models[1].model.state_dict(), version=9)
+    merged, changes = changes_of(tiny_models[0])
+    pool.merge_weights(changes, version=27)  # the new worker loads their base first
     wait_until(lambda: victim.in_service)
     before = victim.completions
     for completion in complete(pool, [PROMPTS[0]] * 8, 8, [GREEDY] * 8):
-        assert_greedy(tiny_models[1], PROMPTS[0], completion)
-        assert completion.policy_version == 9
+        assert_greedy(merged, PROMPTS[0], completion)
+        assert completion.policy_version == 27
     assert victim.completions > before
     metrics = pool.take_metrics()
     assert metrics["engine/restarts"] == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Generator
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +127,42 @@ def test_a_worker_that_refuses_weights_samples_nothing_until_others_come(
         assert not worker._refused
 
     asyncio.run(update())
+
+
+def test_a_restarted_worker_loads_the_base_before_the_changes_and_the_others_do_not() -> None:
+    worker = make_worker()
+    torch = pytest.importorskip("torch")
+    from delethink.engines.low_rank import LowRankChange, pack_changes
+    from delethink.engines.weight_sync import pack
+
+    base = pack({"a": torch.ones(3, 2), "b": torch.ones(3)})
+    changes = pack_changes({"a": LowRankChange(torch.ones(1, 2), torch.ones(3, 1), 2.0)})
+    answers = {"delethink_load": [4], "delethink_needed": [["a"]]}
+
+    class Reference:
+        """Stands in for a reference to Ray's object store."""
+
+        def __await__(self) -> Generator[None, None, Any]:
+            yield
+            return base
+
+    async def rpc(method: str, args: tuple[Any, ...]) -> list[Any]:
+        worker._engine.calls.append((method, args))
+        return answers.get(method, [args[-2]])
+
+    async def update() -> None:
+        worker._engine.collective_rpc = rpc
+        assert await worker.merge_weights([Reference()], 4, changes, 5) == 5
+        assert await worker.merge_weights([Reference()], 4, changes, 6) == 6
+        assert worker._version == 6
+        await worker.update_weights(base, 4)  # whole weights: what lies beneath changes is new
+        assert await worker.merge_weights([Reference()], 4, changes, 7) == 7
+
+    asyncio.run(update())
+    calls = [method for method, _ in worker._engine.calls if method.startswith("delethink")]
+    needed = ["delethink_needed", "delethink_merge"]
+    assert calls == ["delethink_load", *needed, "delethink_merge", "delethink_load", *needed]
+    os.close(worker._kept[0])
 
 
 def test_requests_in_flight_are_aborted_before_an_update() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
+from delethink import output
 from delethink.training import progress as module
 from delethink.training.progress import TrainingProgress
 
@@ -57,3 +59,45 @@ def test_every_step_of_a_short_run_has_a_line() -> None:
             progress.step({"step": step}, total)
         numbers = [int(line.split()[1].split("/")[0]) for line in file.getvalue().splitlines()]
         assert numbers == lines
+
+
+def test_a_wait_on_a_terminal_shows_its_purpose_and_its_seconds() -> None:
+    progress, file = shown(is_terminal=True)
+    progress.wait("reading model")
+    wait_for(file, "0:00:01")  # it moves while nothing else happens
+    progress.wait("loading libraries")
+    assert "loading libraries" in file.getvalue()
+    with progress.evaluating("base", 1) as on_end:  # two displays at once would be refused
+        on_end()
+    assert progress._waiting is None
+    progress.end_wait()
+
+
+def test_a_long_wait_elsewhere_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_LINE_INTERVAL_S", 0.01)
+    progress, file = shown(is_terminal=False)
+    progress.wait("reading model")
+    wait_for(file, "reading model: 0 s so far")
+    progress.wait("loading libraries")
+    wait_for(file, "loading libraries: 0 s so far")
+    waiting = progress._waiting
+    progress.end_wait()
+    assert waiting is not None
+    waiting.thread.join(60)
+    count = file.getvalue().count("\n")
+    progress.log("next")
+    assert file.getvalue().count("\n") == count + 1, "no line follows the end"
+
+
+def test_a_short_wait_elsewhere_prints_nothing() -> None:
+    progress, file = shown(is_terminal=False)
+    progress.wait("reading model")
+    progress.start_steps(3)
+    assert not file.getvalue()
+
+
+def wait_for(file: io.StringIO, text: str) -> None:
+    end = time.monotonic() + 60
+    while text not in Text.from_ansi(file.getvalue()).plain:
+        assert time.monotonic() < end, file.getvalue()
+        time.sleep(0.01)

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from delethink.engines.weight_check import Columns, check_weights, is_loaded, pair_weights  # noqa: E402
+from delethink.engines.weight_check import (  # noqa: E402
+    Columns,
+    check_weights,
+    is_loaded,
+    needed_together,
+    pair_weights,
+)
 
 WIDTH = 40  # more than the columns that are compared
 
@@ -129,6 +135,24 @@ def test_each_rank_knows_its_share_and_every_change_of_it(data: st.DataObject, s
     resent = recorded({**sent, name: changed})
     stale = [sum(not is_loaded(pair) for pair in pair_weights(model, resent)) for model in models]
     assert max(stale) == 1
+
+
+def test_a_changed_weight_needs_its_whole_layer_and_no_other() -> None:
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "embed", "norm"]
+    sent = {f"layer.{name}.weight": random(4) for name in names}
+    sent["layer.norm.weight"] = torch.randn(WIDTH)
+    for part in "qkv":
+        sent[f"layer.{part}_proj.bias"] = torch.randn(4)
+    model = model_of({n: t for n, t in sent.items() if n.endswith("weight")}, 0, 1, 1)
+    fused: Any = model.layer["qkv_proj"]
+    fused.bias = torch.nn.Parameter(torch.cat([sent[f"layer.{p}_proj.bias"] for p in "qkv"]))
+    columns = recorded(sent)
+    pairs = pair_weights(model, columns)
+    needed = needed_together(pairs, columns, ["layer.q_proj.weight", "layer.down_proj.weight"])
+    attention = {f"layer.{part}_proj.{leaf}" for part in "qkv" for leaf in ("weight", "bias")}
+    assert set(needed) == attention | {"layer.down_proj.weight"}
+    with pytest.raises(ValueError, match=r"no weight called 'layer\.z\.weight'"):
+        needed_together(pairs, columns, ["layer.z.weight"])
 
 
 def test_a_checkpoint_that_is_fused_already() -> None:
