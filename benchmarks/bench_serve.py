@@ -1,11 +1,12 @@
 """Measures ``delethink serve``: chaos, engine steps, memory over the chunks, cost of a token.
 
-    python benchmarks/bench_serve.py --parts chaos,steps,memory,tokens
+    python benchmarks/bench_serve.py --parts chaos,steps,memory,tokens,first
 
 "chaos" counts what becomes of requests when the server behind fails and clients misbehave. "steps"
 compares the forward passes of traces through the server with those through the library. "memory" is
 the resident memory of server and engine after traces of 2 and of 60 chunks. "tokens" is processor
-time of the server for a token, with the socket left out, and the delay of the first token.
+time of the server for a token, with the socket left out, and the delay of the first token. "first"
+asks vLLM's own server, and this one with vLLM in a Ray worker, for the same streams.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from serve_chaos import ANSWERED, BAD_KINDS, GOOD_KINDS, LEFT, LOST, TOLD, WRONG
 from serve_command import serve_command  # noqa: E402
 from served import service_of, serving  # noqa: E402
 from tiny_models import make_qwen2  # noqa: E402
+from vllm_server import KEY, vllm_server  # noqa: E402
 
 from delethink import ChunkSpec, Completion, Sampling, StopReason, run_rollouts  # noqa: E402
 from delethink.engines.loading import load_tokenizer  # noqa: E402
@@ -253,6 +255,63 @@ def print_tokens(tokens: int = 4000) -> None:
     print(f"first token after the engine's: median {typical:.1f} ms, at most {most:.1f} ms of 50")
 
 
+# -- first token of vLLM ------------------------------------------------------------------------
+
+
+def print_first(streams: int = 8, rounds: int = 12) -> None:
+    """Print when the first token comes, alone and among others, and the pace of whole streams."""
+    options = ["-C", "90", "--carryover-size", "45", "--head-size", "0", "--max-chunks", "1"]
+    options += ["--answer-tokens", "20", "engine=vllm", "engine.dtype=float32"]
+    options += ["engine.kv_cache_gib=0.25"]
+    with tempfile.TemporaryDirectory() as folder:
+        with vllm_server(Path(folder)) as url:
+            own = asyncio.run(_first_tokens(url, streams, rounds))
+        with serve_command(Path(folder), "-m", "toy", *options) as (url, _):
+            ours = asyncio.run(_first_tokens(url, streams, rounds))
+    print("| server | first token alone | among others | tokens a second of all | longest gap |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, (alone, among, pace, gap) in (("vLLM's own", own), ("with chunks", ours)):
+        print(f"| {name} | {alone:.1f} ms | {among:.1f} ms | {pace:.0f} | {gap:.0f} ms |")
+
+
+async def _first_tokens(url: str, streams: int, rounds: int) -> tuple[float, float, float, float]:
+    """Return medians of the first token in ms, alone and among others, their pace and gap."""
+    async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as asking:
+
+        async def ask(number: int) -> tuple[float, float, int]:
+            began, first, last, gap, count = time.monotonic(), 0.0, 0.0, 0.0, 0
+            stream = await asking.chat.completions.create(
+                model="toy",
+                messages=[{"role": "user", "content": f"{number % 90 + 10}:010101010101"}],
+                temperature=0,
+                max_tokens=80,
+                stream=True,
+                extra_body={"return_token_ids": True},
+            )
+            async for piece in stream:
+                choice = piece.choices[0] if piece.choices else None
+                ids = getattr(choice, "token_ids", None) or []
+                if ids:
+                    now = time.monotonic()
+                    first, gap, last = first or now - began, max(gap, now - (last or now)), now
+                    count += len(ids)
+            return first * 1000, gap * 1000, count
+
+        for number in range(3):
+            await ask(number)
+        alone = [(await ask(number))[0] for number in range(3, 3 + rounds)]
+        among, gaps, tokens, spent = list[float](), list[float](), 0, 0.0
+        for number in range(rounds):
+            began = time.monotonic()
+            done = await asyncio.gather(*(ask(40 + number * streams + i) for i in range(streams)))
+            spent += time.monotonic() - began
+            among += [first for first, _, _ in done]
+            gaps += [gap for _, gap, _ in done]
+            tokens += sum(count for _, _, count in done)
+    middle = statistics.median
+    return middle(alone), middle(among), tokens / spent, middle(gaps)
+
+
 def _cpu_s(work: Callable[[], object]) -> float:
     """Return the least processor time of three runs."""
     times = []
@@ -294,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--parts", default="chaos,steps,memory,tokens")
+    parser.add_argument("--parts", default="chaos,steps,memory,tokens,first")
     parser.add_argument("--requests", type=int, default=1000, help="at once, in the chaos")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -303,6 +362,7 @@ def main() -> None:
         "steps": print_steps,
         "memory": print_memory,
         "tokens": print_tokens,
+        "first": print_first,
     }
     for part in arguments.parts.split(","):
         if part not in parts:
