@@ -25,10 +25,10 @@ _PATIENCE_S = 60
 def service_of(policy: Any, spec: ChunkSpec | None = None, **settings: Any) -> ThinkingService:
     """Returns a service over a policy with the tokenizer of the made-up reasoner."""
     window, tokenizer = settings.pop("window", 1000), settings.pop("tokenizer", TOKENIZER)
-    log = settings.pop("log", lambda line: None)
+    parts = {name: settings.pop(name) for name in ("log", "engine_is_healthy") if name in settings}
     given = {"answer_tokens": 40, "sampling": Sampling(0.0), **settings}
     own = ServeSettings("made-up", spec or ChunkSpec(30, 10, 5), **given)
-    return ThinkingService(own, ThinkingModel(policy, tokenizer, window, eos_ids=(EOS,)), log=log)
+    return ThinkingService(own, ThinkingModel(policy, tokenizer, window, eos_ids=(EOS,)), **parts)
 
 
 @contextmanager

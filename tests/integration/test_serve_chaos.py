@@ -7,8 +7,12 @@ import contextlib
 import resource
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,15 +21,17 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("transformers")
 
+import openai
 import serve_chaos
 from made_up_reasoner import EOS, MARK, TOKENIZER
 from serve_chaos import ANSWERED, BAD_KINDS, GOOD_KINDS, LEFT, PROMPTS, TOLD, Scene, ask, crowd
-from served import service_of
+from served import service_of, serving
 
 from delethink import ChunkSpec, ScriptedPolicy
 from delethink.cli.serve import say
-from delethink.errors import PolicyError
+from delethink.errors import PolicyError, WorkersLostError
 from delethink.output import echo
+from delethink.serve.start import _has_workers
 
 pytestmark = pytest.mark.integration
 
@@ -135,6 +141,27 @@ def test_a_log_that_takes_no_line_keeps_nobody_from_an_answer(
         made.host, made.port = "127.0.0.1", int(url.rpartition(":")[2])
         outcomes = [asyncio.run(ask(made, "x", stream=bool(i % 2)))[0] for i in range(4)]
     assert outcomes == [TOLD, ANSWERED, ANSWERED, ANSWERED]
+
+
+def test_health_tells_of_an_engine_whose_workers_are_all_lost() -> None:
+    workers = [SimpleNamespace(in_service=True), SimpleNamespace(in_service=False)]
+    alive = partial(_has_workers, SimpleNamespace(workers=workers))
+    policy = ScriptedPolicy([WorkersLostError("all 2 workers are lost")] * 2, EOS)
+    with serving(service_of(policy, engine_is_healthy=alive)) as url:
+        host = url.removesuffix("/v1")
+        with urllib.request.urlopen(f"{host}/health") as reply:
+            assert reply.status == 200
+        workers[0].in_service = False
+        with pytest.raises(urllib.error.HTTPError, match="503") as raised:
+            urllib.request.urlopen(f"{host}/health")
+        assert b"no worker" in raised.value.read()
+        raised.value.close()
+        asking = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="all 2 workers are lost") as told:
+            asking.chat.completions.create(
+                model="made-up", messages=[{"role": "user", "content": "x"}]
+            )
+        assert told.value.status_code == 503
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
