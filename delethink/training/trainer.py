@@ -84,6 +84,7 @@ def run(
     engine = finish_engine(make)
     with closing(engine), kept_report(directory.path, progress.log) as report:
         state = RunState(prepared, inputs, directory, progress, engine, model)
+        progress.wait("loading the weights into the engine")
         state.weights.update()  # before the first rollout, to find an incompatible engine now
         heldout = inputs.selected["heldout"].problems
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
@@ -329,6 +330,7 @@ def _fit(
         state.progress.step(line, recipe.training.max_steps)
         return line
 
+    state.progress.wait("preparing the trainer")
     trainer = make_trainer(
         recipe,
         ranks,
