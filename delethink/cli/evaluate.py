@@ -109,8 +109,8 @@ def _evaluate(
     progress = EvaluationProgress(stderr=arguments.json)
     source = "engine" if arguments.base_url is None else "server"
     progress.print(
-        f"{problems.name}: {len(problems.problems)} problems, {plan.samples} samples each; loading "
-        f"tokenizer and {source}"
+        f"{problems.name}: {len(problems.problems)} problems, each sampled {plan.samples} x; "
+        f"loading tokenizer and {source}"
     )
     settings = [s for model in models for s in _settings(arguments, model, problems, plan)]
 
