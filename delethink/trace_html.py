@@ -35,7 +35,7 @@ SHADES: dict[str, tuple[str, tuple[float, ...]]] = {
     "difference": ("|engine - trainer|", (0.001, 0.01, 0.05, 0.2)),
 }
 _MAX_SINGLE_TOKENS = 20_000  # of a whole page; a longer trace merges tokens of one shade
-_MAX_ANSWER_CHARACTERS = 200  # of answers beside each other; the whole is in the trace
+MAX_ANSWER_CHARACTERS = 200  # of answers beside each other; the whole is in the trace
 _CARD_ROWS, _CARD_HEIGHT = 40, 130  # of the map of a trace beside others
 _MARKS = {"kept": "✓", "dropped": "✕", "last": "■"}
 
@@ -335,8 +335,8 @@ def verdict_html(view: TraceView) -> str:
 
 
 def _answer_html(text: str) -> str:
-    cut = "…" * (len(text) > _MAX_ANSWER_CHARACTERS)
-    return f"<code>{html_text(text[:_MAX_ANSWER_CHARACTERS])}{cut}</code>"
+    cut = "…" * (len(text) > MAX_ANSWER_CHARACTERS)
+    return f"<code>{html_text(text[:MAX_ANSWER_CHARACTERS])}{cut}</code>"
 
 
 def head_html(view: TraceView) -> str:

@@ -388,6 +388,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
             title="episode",
             facts=facts,
             answer=answer_place(trace, texts, self.thinking_marks.end),
+            context_size=state.spec.context_size,
             is_open=state.stop is None,
         )
         return f"<style>{trace_style()}</style>{trace_html(view)}"

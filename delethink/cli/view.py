@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     index = TraceIndex(path)
     index.refresh()
-    rows = _chosen(index, arguments)
     _report_damage(index)
+    rows = _chosen(index, arguments)
     opener = TraceOpener(index, arguments.tokenizer)
     if arguments.export:
         return _export(rows, opener, Path(arguments.export).expanduser(), index)
@@ -78,7 +78,10 @@ def _no_traces(path: Path) -> str:
 
 def _report_damage(index: TraceIndex) -> None:
     for file, lines in index.damaged.items():
-        echo(f"{file}: skipped {lines} damaged lines, or of another version", stderr=True)
+        count = "one damaged line" if lines == 1 else f"{lines:,} damaged lines"
+        echo(f"{file}: skipped {count}, or of another version", stderr=True)
+    for file, reason in index.unreadable.items():
+        echo(f"{file} cannot be read: {reason}", stderr=True)
 
 
 def _export(rows: list[ListedTrace], opener: TraceOpener, file: Path, index: TraceIndex) -> int:
@@ -92,7 +95,7 @@ def _export(rows: list[ListedTrace], opener: TraceOpener, file: Path, index: Tra
         from delethink.view.export import write_page
 
         write_page(rows, opener, file)
-    echo(f"{file}: {len(rows)} traces")
+    echo(f"{file}: {len(rows):,} trace{'s' * (len(rows) != 1)}")
     return 0
 
 

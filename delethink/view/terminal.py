@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from delethink.output import open_console, safe_text
 from delethink.tokens import as_list
-from delethink.trace_html import TraceView
+from delethink.trace_html import MAX_ANSWER_CHARACTERS, TraceView, Verdict
 from delethink.trace_map import ChunkMap, Segment, origin_text
 from delethink.types import ChunkRole
 
@@ -30,6 +30,8 @@ def trace_lines(view: TraceView) -> Iterator[StyledLine]:
     """Yield the lines of a trace: facts, query, each context, and each boundary."""
     yield StyledLine(view.title, "bold")
     yield StyledLine("  ".join(f"{name} {value}" for name, value in view.facts.items()))
+    if view.verdict is not None:
+        yield _verdict_line(view.verdict)
     for name, text in view.notes.items():
         if text:
             yield StyledLine(f"{name}: {text}")
@@ -51,6 +53,15 @@ def trace_lines(view: TraceView) -> Iterator[StyledLine]:
                 "bold red",
             )
     yield StyledLine(f"\nend: {'not finished' if view.is_open else view.trace.stop.value}", "bold")
+
+
+def _verdict_line(verdict: Verdict) -> StyledLine:
+    said, gold = (
+        "none" if text is None else text[:MAX_ANSWER_CHARACTERS]
+        for text in (verdict.said, verdict.gold)
+    )
+    style = {"right": "bold green", "wrong": "bold red"}.get(verdict.word, "bold")
+    return StyledLine(f"{verdict.word}: the model's answer {said}, gold answer {gold}", style)
 
 
 def _heading(one: ChunkMap, total: int) -> str:

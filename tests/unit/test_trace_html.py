@@ -240,7 +240,7 @@ def test_the_map_tells_carried_from_new_and_dropped_from_kept() -> None:
     assert "<title>chunk 2: 3 carried + 3 new tokens, 3 dropped at the next reset</title>" in page
     for text in ("carried over", "new", "pale: dropped at the next reset", "✂ context reset"):
         assert re.search(f'<span class="key key-[a-z]+">{text}</span>', page)
-    assert 'key-place' not in page  # no answer
+    assert "key-place" not in page  # no answer
 
 
 def test_a_map_of_many_contexts_has_few_rows_and_says_so() -> None:
@@ -364,9 +364,15 @@ def test_the_toy_tokens_join_to_the_decoded_text() -> None:
 
 def test_terminal_lines_name_each_part() -> None:
     trace = sampled(ChunkSpec(8, 4, 3, head_size=0), ["abcdefgh", "ijkl", "m."])
-    text = "\n".join(line.text for line in trace_lines(drawn(trace, facts={"reward": 1.0})))
+    text = "\n".join(
+        line.text
+        for line in trace_lines(
+            drawn(trace, facts={"reward": 1.0}, verdict=Verdict("42", "41", 0.0))
+        )
+    )
     for part in (
         "reward 1.0",
+        "wrong: the model's answer 41, gold answer 42",
         "query, 1 tokens",
         "chunk 2 of 3: 4 carried + 4 new tokens, policy version 0, stop length",
         "+ new, 4 tokens, dropped at the next reset\nabcd",
