@@ -7,6 +7,7 @@ other log-probs than the trainer's.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _UNMERGEABLE = {
 # Named starts of the adapter's training that leave the base model as it is; PiSSA, OLoRA, CorDA
 # and LoftQ do not. The list is that of vLLM (lora/peft_helper.py).
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_SHOWN_CHARACTERS = 300  # of a reason
 _PREFIX = "base_model.model."  # of names in the files of PEFT
 
 
@@ -146,10 +148,9 @@ def merge(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     except ModelError:
         raise
     except Exception as error:  # PEFT raises many types, also for settings it does not know
-        first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(
             f"the adapter in {adapter.folder} cannot be merged into its base model {adapter.base}: "
-            f"{first}"
+            f"{_reason(error)}"
         ) from error
     for name, parameter in merged.named_parameters():
         if not has_finite_values(parameter.detach()):
@@ -159,6 +160,20 @@ def merge(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             )
     merged.requires_grad_(True)  # PEFT has frozen the base model
     return merged
+
+
+def _reason(error: Exception) -> str:
+    """Return why PEFT cannot merge an adapter, with advice."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    if absent := re.match(r"Target modules (.+?) not found", first):
+        return (
+            f"its target_modules name {absent[1]}, no layer of that model; name the model that it "
+            f"was trained on as base_model_name_or_path in {ADAPTER_SETTINGS}"
+        )
+    return (
+        f"PEFT cannot use a value in its {ADAPTER_SETTINGS} ({first[:_SHOWN_CHARACTERS]}); correct "
+        "it, or copy the adapter again"
+    )
 
 
 def _inject(base: PreTrainedModel, adapter: Adapter) -> Any:

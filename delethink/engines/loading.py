@@ -281,8 +281,9 @@ def _complete_tokenizer(
     The template is the adapter's own, else that of the base model.
 
     Raises:
-        ModelError: the tokenizer has more tokens than the base model.
+        ModelError: there is no base model, or the tokenizer has more tokens.
     """
+    find_source(model)  # names the adapter if there is no such base
 
     def load_base() -> Any:
         return _load("AutoTokenizer", "tokenizer", adapter.base, trust_remote_code)

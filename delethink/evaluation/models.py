@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 from delethink.carryover import Boundary, Carryover
 from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig
+from delethink.cost.memory import cache_bytes
+from delethink.cost.models import shape_of_config
 from delethink.engines.factory import choose_engine, make_engine
 from delethink.engines.loading import (
     check_checkpoint,
+    engine_window,
     eos_ids,
     load_shell,
     load_tokenizer,
     longest_sequence,
 )
-from delethink.errors import ConfigError, MissingExtraError
+from delethink.errors import ConfigError, MissingExtraError, ModelError
 from delethink.evaluation.settings import SamplingPlan, Setting, make_settings
 from delethink.policy import Policy
 from delethink.thinking_marks import AUTO, ThinkingMarks, marks_of
@@ -31,6 +34,7 @@ from delethink.tokenization import (
 )
 from delethink.types import Problem
 
+_BYTES_PER_GIB = 2**30
 _BATCH_SIZE = 128  # chunks sampled at once by the transformers engine, unless set by the user
 
 
@@ -87,6 +91,31 @@ def check_local_model(model: str, trust_remote_code: bool = False, **options: An
     check_checkpoint(model, trust_remote_code)
 
 
+def check_cache(engine: EngineConfig, model: str, trust_remote_code: bool = False) -> None:
+    """Check that the cache of vLLM on the CPU has room for a sequence, before vLLM starts.
+
+    Raises:
+        ConfigError: it has not, or the sequence exceeds the window; the text has both sizes.
+    """
+    longest = engine.max_model_tokens
+    if longest is None or engine.gpus_per_engine or choose_engine(engine.name) != "vllm":
+        return
+    shell = load_shell(model, trust_remote_code)
+    engine_window(shell, longest)
+    try:
+        shape = shape_of_config(shell.config.to_dict(), model)
+    except ModelError:  # a kind of model whose sizes are not known here
+        return
+    size = 4 if engine.engine_dtype == "float32" else 2
+    needed = float(cache_bytes(shape, longest, size, block=16)) / _BYTES_PER_GIB
+    if needed > engine.kv_cache_gib:
+        raise ConfigError(
+            f"a sequence of {longest} tokens needs {needed:.3g} GiB of KV cache, and "
+            f"engine.kv_cache_gib={engine.kv_cache_gib:g}: raise it, or lower the context size or "
+            "engine.max_model_tokens"
+        )
+
+
 def local_models(
     engine: EngineConfig | None = None,
     *,
@@ -117,6 +146,7 @@ def local_models(
         settings = config
         if longest is not None and config.max_model_tokens is None:
             settings = config.model_copy(update={"max_model_tokens": longest(model, tokenizer)})
+        check_cache(settings, model, trust_remote_code)
         opened = make_engine(
             settings,
             model,

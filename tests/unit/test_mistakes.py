@@ -95,6 +95,9 @@ MISTAKES = {
         ("cost", "--lengths", "l"), ("no UTF-8 text",), files={"l": b"\xff\xfe"}
     ),
     "keys": Mistake(("serve", "-m", "toy", "--keys-file", "no"), ("--keys-file no cannot be",)),
+    "port": Mistake(
+        ("serve", "-m", "toy", "--port", "99999"), ("--port must be 0 (a free one) to 65535",)
+    ),
     "no traces": Mistake(("view", "no"), ("no does not exist",)),
     "compare": Mistake(("eval", "compare", "a", "b"), ("there is no folder a",)),
 }
