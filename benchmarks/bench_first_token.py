@@ -105,6 +105,7 @@ def bare() -> None:
     import ray
 
     folder = str(HERE.parents[1] / "delethink" / "assets" / "toy_reasoner")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as ours: else others take its cores
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 
     class Engine:
@@ -201,11 +202,13 @@ def _drain(terminal: int, process: subprocess.Popen[bytes]) -> None:
 
 def commands(folder: Path) -> dict[str, tuple[list[str], bool]]:
     """Return the commands, and whether each is measured to its first token."""
-    train = ["-m", "delethink.cli.main", "train", str(RECIPE), f"output={folder / 'run'}"]
+    train = ["-m", "delethink.cli.main", "train", str(RECIPE)]
+    local = [f"output={folder / 'local'}", "engine=bench_first_token:ClockedEngine"]
+    pool = [f"output={folder / 'pool'}", "engine=bench_first_token:ClockedPool"]
     doctor = ["-m", "delethink.cli.main", "doctor", str(RECIPE)]
     return {
-        "train, in process": ([*train, "engine=bench_first_token:ClockedEngine"], True),
-        "train, vLLM": ([*train, "engine=bench_first_token:ClockedPool"], True),
+        "train, in process": ([*train, *local], True),
+        "train, vLLM": ([*train, *pool], True),
         "bare Ray and vLLM": ([str(HERE), "--bare"], True),
         "doctor": (doctor, False),
         "doctor, vLLM": ([*doctor, "engine=vllm"], False),
@@ -232,7 +235,7 @@ def main() -> None:
                 folder.mkdir(exist_ok=True)
                 measured = measure(command, folder, until_token)
                 found.setdefault(row, []).append(measured)
-                print(f"round {number + 1}: {row}: {measured.seconds:.1f} s", flush=True)
+                print(f"round {number + 1}: {row}: {measured}", flush=True)
     print(f"\n{'medians':<22}{'seconds':>9}{'longest silence, s':>20}")
     for row, values in found.items():
         seconds = statistics.median(value.seconds for value in values)
