@@ -220,22 +220,30 @@ class DatasetSpec:
         Raises:
             ConfigError: a data set, column or template is missing or invalid.
         """
+        return self._make({name: value for name, value in locals().items() if name != "self"})
+
+    def _make(self, arguments: dict[str, Any]) -> DatasetTask:
+        """Create the task from the arguments of a call."""
+        template, keys = arguments["template"], arguments["metadata_keys"]
         if isinstance(template, Mapping) and list(template.items()) == [("problem", None)]:
-            template = "{problem}"  # which YAML reads as a mapping
-        if isinstance(metadata_keys, str):
-            metadata_keys = [key.strip() for key in metadata_keys.split(",")]
-        arguments = locals()
+            arguments["template"] = template = "{problem}"  # which YAML reads as a mapping
+        if isinstance(keys, str):
+            arguments["metadata_keys"] = [key.strip() for key in keys.split(",")]
         _check_types(arguments)
         given = {f.name: arguments[f.name] for f in fields(self) if f.name in arguments}
         spec = replace(self, **{key: value for key, value in given.items() if value is not None})
         if template is not None:
             spec = replace(spec, conversation_template=str(template))
-        if reward is not None:
-            spec = replace(spec, rewards={reward: 1.0})
+        if arguments["reward"] is not None:
+            spec = replace(spec, rewards={arguments["reward"]: 1.0})
         spec._check()
         _refuse_splits_of_a_file(spec, arguments)
-        rates = PassRates.read(pass_rate_key, pass_rates, min_pass_rate, max_pass_rate)
-        return _build(spec, rates, eval_dataset, eval_split, seed)
+        rates = PassRates.read(
+            *(arguments[key] for key in ("pass_rate_key", "pass_rates")),
+            *(arguments[key] for key in ("min_pass_rate", "max_pass_rate")),
+        )
+        sources = (arguments[key] for key in ("eval_dataset", "eval_split", "seed"))
+        return _build(spec, rates, *sources)
 
     def _check(self) -> None:
         """Raise a ``ConfigError`` for a missing data set or an invalid template or share."""
