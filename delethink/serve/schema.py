@@ -57,7 +57,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
 }
 # Fields that no upstream can serve, as the traces are sampled as token ids.
-_NEVER = frozenset(("tools", "functions", "echo", "suffix", "best_of", "use_beam_search"))
+_NEVER = frozenset(
+    ("tools", "functions", "echo", "suffix", "best_of", "use_beam_search", "top_logprobs")
+)
 
 
 class _Body(BaseModel):

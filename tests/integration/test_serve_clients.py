@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import re
 import socket
 import subprocess
@@ -22,9 +20,9 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("torch")
 
 import openai
-import yaml
 from chat_tokenizers import make_chat_tokenizer
 from installed import need
+from lm_eval_task import run_lm_eval
 from serve_command import serve_command
 from served import service_of
 from tiny_models import make_qwen2
@@ -123,35 +121,10 @@ def test_lm_eval_scores_a_task_from_a_file(url: str, tmp_path: Path) -> None:
     said = [reward_text(tokenizer, t.output_ids).partition("</think>")[2] for t in traces]
     right = [text == problem.answer for text, problem in zip(said, PROBLEMS, strict=True)]
     rows = [{"question": p.prompt, "answer": p.answer} for p in PROBLEMS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "automaton",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 2000, "temperature": 0},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    (tmp_path / "automaton.yaml").write_text(yaml.safe_dump(task))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions"]
-    command += ["--tasks", "automaton", "--include_path", str(tmp_path), "--apply_chat_template"]
-    server = f"model=toy,base_url={url}/chat/completions,num_concurrent=4,max_retries=1"
-    command += ["--model_args", server, "--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"OPENAI_API_KEY": "any", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = (tmp_path / "out").rglob("results_*.json")
-    scored = json.loads(results.read_text())["results"]["automaton"]["exact_match,none"]
-    assert scored == pytest.approx(sum(right) / len(right))
+    scored = run_lm_eval(tmp_path, url, "toy", rows, {"num_concurrent": 4})
+    assert scored.exact_match == pytest.approx(sum(right) / len(right))
     assert sum(right) > 0
-    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    answered = [json.loads(line) for line in samples.read_text().splitlines()]
-    by_id = sorted(answered, key=lambda sample: sample["doc_id"])
-    assert [sample["resps"][0][0] for sample in by_id] == said
+    assert scored.responses == said
 
 
 TEMPLATE = (

@@ -501,3 +501,66 @@ def test_time_ends_thinking() -> None:
         reply = ask(url)
     assert reply.choices[0].message.content == "yes"
     assert reply.delethink["stop_reason"] == "time"
+
+
+_TURNS = [
+    {"role": "user", "content": "Say something."},
+    {"role": "assistant", "content": "ab", "reasoning_content": "cd"},
+    {"role": "user", "content": [{"type": "text", "text": "Go on."}]},
+]
+_QUIET = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "seed": 3, "stop": ["zzz"]}
+RECORDED: dict[str, dict[str, Any]] = {  # bodies as the clients send them
+    "ai sdk": {
+        **_QUIET,
+        "messages": [{"role": "system", "content": ""}, *_TURNS],
+        "max_tokens": 300,
+        "top_p": 0.9,
+        "reasoning_effort": "low",
+    },
+    "ai sdk stream": {
+        "messages": _TURNS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+    "langchain": {
+        **_QUIET,
+        "messages": [{"content": "", "role": "system"}, *_TURNS],
+        "stream": False,
+        "logprobs": True,
+        "max_completion_tokens": 60,
+        "n": 2,
+        "service_tier": "auto",
+        "store": False,
+    },
+    "inspect": {
+        **_QUIET,
+        "messages": _TURNS,
+        "logprobs": True,
+        "max_tokens": 600,
+        "n": 2,
+        "reasoning_effort": "low",
+    },
+}
+
+
+@pytest.mark.parametrize("body", RECORDED.values(), ids=RECORDED)
+def test_bodies_of_other_clients_are_understood(body: dict[str, Any]) -> None:
+    with serving(service_of(MadeUpReasoner(1, 3, 4), SPEC)) as url:
+        asked = urllib.request.Request(
+            f"{url}/chat/completions",
+            json.dumps({"model": "made-up", "temperature": 0, **body}).encode(),
+            {"Content-Type": "application/json", "Authorization": "Bearer any"},
+        )
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            said = response.read().decode()
+    if body.get("stream"):
+        pieces = [json.loads(line[6:]) for line in said.splitlines() if line[:7] == "data: {"]
+        assert said.endswith("data: [DONE]\n\n")
+        assert pieces[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+        return
+    reply = json.loads(said)
+    assert [choice["index"] for choice in reply["choices"]] == list(range(body.get("n", 1)))
+    for choice in reply["choices"]:
+        assert choice["message"]["content"]
+        assert choice["message"]["reasoning"]
+        assert bool(choice["logprobs"]) == bool(body.get("logprobs"))

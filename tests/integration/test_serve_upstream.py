@@ -277,3 +277,11 @@ def test_a_stream_that_goes_on_is_one_line_of_the_log(caplog: pytest.LogCaptureF
     assert re.match(rf"chatcmpl-\w+\.0 at {re.escape(address)} goes on after \d+ tokens", text), (
         text
     )
+
+
+def test_alternatives_of_tokens_are_refused_and_never_asked_for() -> None:
+    with fake_upstream() as upstream, in_front_of(upstream) as url:
+        with pytest.raises(openai.BadRequestError, match="'top_logprobs' is not supported"):
+            ask(url, logprobs=True, top_logprobs=2)
+        assert ask(url, logprobs=True, top_logprobs=0).choices[0].logprobs.content
+    assert all("top_logprobs" not in body for body in upstream.asked)
