@@ -14,7 +14,6 @@ import argparse
 import os
 import pty
 import select
-import signal
 import statistics
 import subprocess
 import sys
@@ -182,7 +181,7 @@ def measure(arguments: list[str], folder: Path, until_token: bool) -> Measured:
                 raise RuntimeError(f"{arguments} took too long:\n{tail.decode(errors='replace')}")
         return Measured(end - began, max(silence, end - shown))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a shell in the background has SIGINT ignored
         _drain(ours, process)
         os.close(ours)
 
