@@ -119,10 +119,7 @@ def _evaluate(
         return needed_context(own, problems.problems, plan, tokenizer)
 
     open_model = _opener(arguments, engine, longest, progress.print)
-    found = {model: marks_of_model(model, **_tokenizer_options(arguments)) for model in models}
-    if arguments.base_url is None:
-        for model in models[1:]:  # before the first is sampled
-            check_local_model(model, **_tokenizer_options(arguments))
+    found = _check_models(arguments, models)
     evaluation = Evaluation(
         problems,
         settings,
@@ -290,6 +287,15 @@ def _tokenizer_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "chat_template_kwargs": parse_values(arguments.chat_template_kwargs),
         "end_of_thinking": arguments.end_of_thinking,
     }
+
+
+def _check_models(arguments: argparse.Namespace, models: list[str]) -> dict[str, ThinkingMarks]:
+    """Return the marks of thinking of models, after a check of all before the first is sampled."""
+    options = _tokenizer_options(arguments)
+    if arguments.base_url is None:
+        for model in models[1:]:
+            check_local_model(model, **options)
+    return {model: marks_of_model(model, **options) for model in models}
 
 
 def _models(arguments: argparse.Namespace) -> list[str]:

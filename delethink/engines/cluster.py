@@ -76,7 +76,7 @@ def connect(num_cpus: int) -> bool:
     if ray.is_initialized():
         return False
     address = os.environ.get(_ADDRESS, "").strip()
-    check_address(address)
+    check_cluster_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with contextlib.ExitStack() as stack:
@@ -101,7 +101,7 @@ def connect(num_cpus: int) -> bool:
     return True
 
 
-def check_address(address: str) -> None:
+def check_cluster_address(address: str) -> None:
     """Refuse an address of a cluster at which nothing listens; Ray itself tries for minutes.
 
     Raises:

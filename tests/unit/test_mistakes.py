@@ -9,7 +9,7 @@ import pytest
 from mistakes import EVAL, RECIPE, Mistake, assert_refused, recipe, train
 
 from delethink.config import EngineConfig
-from delethink.engines.cluster import check_address
+from delethink.engines.cluster import check_cluster_address
 from delethink.engines.engine_faults import explain_start
 from delethink.errors import ConfigError
 
@@ -181,7 +181,7 @@ def test_reasons_of_vllm_name_settings_of_a_recipe(name: str) -> None:
 @pytest.mark.parametrize("address", ["nonsense", "10.0.0.1", "host:port", "ray://host", ":6379"])
 def test_an_address_of_another_form_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"is no address of a Ray cluster.*unset it"):
-        check_address(address)
+        check_cluster_address(address)
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
@@ -189,6 +189,6 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"nothing answers at RAY_ADDRESS={address}"):
-            check_address(address)
+            check_cluster_address(address)
         free.listen()
-        check_address(address)
+        check_cluster_address(address)
