@@ -89,7 +89,7 @@ _MAX_CHARACTER_TOKENS = 6
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedAnswer:
     """The model's own answer beside the gold answer, and its score."""
 
     gold: str | None  # ``None``: not known
@@ -118,7 +118,7 @@ class TraceView:
     # per chunk, a value for each sampled token; beside log-probs, what a run has stored
     values: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     workers: Sequence[str | None] = ()  # of each chunk
-    verdict: Verdict | None = None
+    verdict: JudgedAnswer | None = None
     context_size: int | None = None  # C, where it is known
     is_open: bool = False  # the last chunk is still being sampled
 

@@ -24,8 +24,10 @@ _SUFFIXES = (".html", ".eval")
 def run(arguments: argparse.Namespace) -> int:
     """Show traces in a browser or a terminal, or export them."""
     path = Path(arguments.path).expanduser()
-    if not path.exists():
+    if not os.access(path, os.F_OK):  # also where a folder above may not be entered
         raise ConfigError(f"{path} does not exist; name a run, an evaluation or a file of traces")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"{path} cannot be read: permission denied; view it as its owner")
     if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"{path} is no file of traces (.jsonl, .parquet) and no folder")
     if arguments.trace and not (arguments.text or arguments.export):

@@ -359,10 +359,10 @@ def read_part(file: Path, begin: int, end: int, root: Path, name: str) -> Any:
     Raises:
         TraceFileError: the file has gone, leads outside, or holds no JSON there.
     """
-    return parse_json(read_bytes(file, begin, end, root, name), name, TraceFileError)
+    return parse_json(read_slice(file, begin, end, root, name), name, TraceFileError)
 
 
-def read_bytes(file: Path, begin: int, end: int, root: Path, name: str) -> bytes:
+def read_slice(file: Path, begin: int, end: int, root: Path, name: str) -> bytes:
     """Return the bytes of a file inside ``root`` between two places.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delethink.errors import UserError
-from delethink.view.index import ListedTrace, TraceIndex, is_inside, read_bytes
+from delethink.view.index import ListedTrace, TraceIndex, is_inside, read_slice
 from delethink.view.traces import TraceOpener
 
 _MAX_SEARCH_S = 8.0  # after it the list shows what was found so far, and says so
@@ -162,7 +162,7 @@ class TextSearch:
         part = self.index.tokens.get(row.key)
         if part is None:
             return []
-        line = read_bytes(row.file.parent / "tokens.jsonl", *part, self.index.root, row.name)
+        line = read_slice(row.file.parent / "tokens.jsonl", *part, self.index.root, row.name)
         return [int(i) for output in _output_ids(line) for i in output]
 
     def _keep(self, name: str, text: str) -> None:

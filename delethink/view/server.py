@@ -103,7 +103,7 @@ class OpenTrace:
         return None
 
 
-class RefusedError(Exception):
+class ViewerError(Exception):
     """An answer that the viewer does not give, with the status of HTTP and the reason."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -149,9 +149,9 @@ class Viewer:
                 given = request.path_params["token"]
                 if not secrets.compare_digest(given.encode(), self.token.encode()):
                     advice = "open the address that delethink view has printed: it holds a token"
-                    raise RefusedError(403, advice)
+                    raise ViewerError(403, advice)
                 return answer(request)
-            except RefusedError as error:
+            except ViewerError as error:
                 return _failure(error.status, str(error))
 
         return guarded
@@ -160,18 +160,18 @@ class Viewer:
         """Return a script or style sheet."""
         name = request.path_params["asset"]
         if name not in _ASSETS:
-            raise RefusedError(404, "there is no such page")
+            raise ViewerError(404, "there is no such page")
         return _asset(name, _ASSETS[name])
 
     def report(self, request: Request) -> Response:
         """Return the report of a run."""
         file = self.index.root / "report.html"
         if not file.is_file() or not is_inside(file, self.index.root):
-            raise RefusedError(404, "there is no report.html yet")
+            raise ViewerError(404, "there is no report.html yet")
         try:
             return HTMLResponse(file.read_bytes(), headers=_headers(_REPORT_POLICY))
         except OSError as error:
-            raise RefusedError(410, f"report.html cannot be read: {error.strerror}") from None
+            raise ViewerError(410, f"report.html cannot be read: {error.strerror}") from None
 
     def state(self, request: Request) -> Response:
         """Return the numbers that change while a run goes on."""
@@ -196,7 +196,7 @@ class Viewer:
         try:
             query = ListQuery.from_parameters(request.query_params)
         except ConfigError as error:
-            raise RefusedError(400, str(error)) from None
+            raise ViewerError(400, str(error)) from None
         rows, note = matching_rows(self.index, query, self.search)
         here = slice(query.offset, query.offset + query.rows)
         if request.query_params.get("by") == "problem":
@@ -223,7 +223,7 @@ class Viewer:
         found = self._opened(self._row(request))
         number = request.query_params.get("n", "")
         if not number.isdecimal() or int(number[:9]) >= len(found.pages):
-            raise RefusedError(404, "the trace has no such page")
+            raise ViewerError(404, "the trace has no such page")
         return HTMLResponse(found.page(int(number[:9])), headers=_headers())
 
     def export(self, request: Request) -> Response:
@@ -231,7 +231,7 @@ class Viewer:
         names = request.query_params.getlist("name")[:_MAX_EXPORTED]
         rows = [row for name in names if (row := self.index.find(name)) is not None]
         if not rows:
-            raise RefusedError(404, "there is no such trace any more")
+            raise ViewerError(404, "there is no such trace any more")
         body = export_html([self._view(row) for row in rows])
         headers = _headers() | {"Content-Disposition": 'attachment; filename="trace.html"'}
         return HTMLResponse(body, headers=headers)
@@ -240,16 +240,16 @@ class Viewer:
         name = request.query_params.get("name", "")
         row = self.index.find(name)
         if row is None:
-            raise RefusedError(404, f"there is no trace {name!r:.200}; the run may have gone on")
+            raise ViewerError(404, f"there is no trace {name!r:.200}; the run may have gone on")
         return row
 
     def _view(self, row: ListedTrace) -> TraceView:
         try:
             return self.opener.open(row)
         except UserError as error:
-            raise RefusedError(410, str(error)) from None
+            raise ViewerError(410, str(error)) from None
         except (KeyError, ValueError, TypeError) as error:
-            raise RefusedError(410, f"{row.name}: {error!r}") from None
+            raise ViewerError(410, f"{row.name}: {error!r}") from None
 
     def _opened(self, row: ListedTrace) -> OpenTrace:
         with self._lock:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from delethink.output import open_console, safe_text
 from delethink.tokens import as_list
-from delethink.trace_html import MAX_ANSWER_CHARACTERS, TraceView, Verdict
+from delethink.trace_html import MAX_ANSWER_CHARACTERS, JudgedAnswer, TraceView
 from delethink.trace_map import ChunkMap, Segment, origin_text
 from delethink.types import ChunkRole
 
@@ -55,7 +55,7 @@ def trace_lines(view: TraceView) -> Iterator[StyledLine]:
     yield StyledLine(f"\nend: {'not finished' if view.is_open else view.trace.stop.value}", "bold")
 
 
-def _verdict_line(verdict: Verdict) -> StyledLine:
+def _verdict_line(verdict: JudgedAnswer) -> StyledLine:
     said, gold = (
         "none" if text is None else text[:MAX_ANSWER_CHARACTERS]
         for text in (verdict.said, verdict.gold)

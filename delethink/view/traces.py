@@ -21,7 +21,7 @@ from delethink.json_io import (
 )
 from delethink.scoring.answer import answer_span
 from delethink.tokens import as_list
-from delethink.trace_html import TokenTexts, TraceView, Verdict, answer_place, token_texts
+from delethink.trace_html import JudgedAnswer, TokenTexts, TraceView, answer_place, token_texts
 from delethink.trace_index import TOKEN_STATS
 from delethink.trace_io import TraceRecord, read_traces
 from delethink.types import END_OF_THINKING, Chunk, ChunkRole, StopReason, Trace, TraceStop
@@ -155,7 +155,7 @@ class TraceOpener:
         part = self.index.tokens.get(row.key)
         if part is None:
             notes["no tokens"] = "the evaluation has not stored the tokens of this trace"
-            verdict = Verdict(gold, vote, row.summary.reward, "score")
+            verdict = JudgedAnswer(gold, vote, row.summary.reward, "score")
             chunk = Chunk((), (), (), StopReason.ERROR, error=row.error)
             trace = Trace((), (chunk,), TraceStop.ERROR)
             return TraceView(trace, texts, row.name, facts, notes, verdict=verdict)
@@ -171,7 +171,7 @@ class TraceOpener:
             facts,
             notes,
             place,
-            verdict=Verdict(gold, said, row.summary.reward, "score"),
+            verdict=JudgedAnswer(gold, said, row.summary.reward, "score"),
             context_size=setting.spec.context_size,
         )
 
@@ -241,13 +241,13 @@ def _said(
     return None if span is None or text is None else text[slice(*span)]
 
 
-def _verdict(record: TraceRecord, said: str | None, config: Mapping[str, Any]) -> Verdict:
+def _verdict(record: TraceRecord, said: str | None, config: Mapping[str, Any]) -> JudgedAnswer:
     """Return the verdict of the reward for right or wrong: the named one, else the first."""
     name = _section(config, "evaluation").get("reward")
     if name not in record.rewards:
         name = next(iter(record.rewards), None)
     score = record.reward if name is None else record.rewards[name]
-    return Verdict(record.problem.answer, said, score, name or "reward")
+    return JudgedAnswer(record.problem.answer, said, score, name or "reward")
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

@@ -17,8 +17,8 @@ from delethink import Chunk, ChunkSpec, Sampling, ScriptedPolicy, Trace, run_rol
 from delethink.carryover import Carryover, Full, Nothing, SinkWindow, Tail
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.trace_html import (
+    JudgedAnswer,
     TraceView,
-    Verdict,
     answer_place,
     card_html,
     html_text,
@@ -182,15 +182,17 @@ def test_a_page_names_boundary_origin_policy_version_worker_and_answer() -> None
 @pytest.mark.parametrize(
     ("verdict", "texts"),
     [
-        (Verdict("42", "42", 1.0, "exact"), ["✓ right", "exact 1", "<code>42</code>"]),
-        (Verdict("42", "41", 0.0, "exact"), ["✕ wrong", "exact 0", "<code>41</code>"]),
-        (Verdict("42", "41", 0.5, "exact"), ["◐ partly right", "exact 0.5"]),
-        (Verdict(None, None), ["? not scored", "<dd>none</dd>", "<dd>not known</dd>"]),
-        (Verdict("x" * 300, "1", 0.0), [f"<code>{'x' * 200}…</code>"]),
+        (JudgedAnswer("42", "42", 1.0, "exact"), ["✓ right", "exact 1", "<code>42</code>"]),
+        (JudgedAnswer("42", "41", 0.0, "exact"), ["✕ wrong", "exact 0", "<code>41</code>"]),
+        (JudgedAnswer("42", "41", 0.5, "exact"), ["◐ partly right", "exact 0.5"]),
+        (JudgedAnswer(None, None), ["? not scored", "<dd>none</dd>", "<dd>not known</dd>"]),
+        (JudgedAnswer("x" * 300, "1", 0.0), [f"<code>{'x' * 200}…</code>"]),
     ],
     ids=["right", "wrong", "partly", "unknown", "long"],
 )
-def test_the_own_answer_stands_beside_the_gold_answer(verdict: Verdict, texts: list[str]) -> None:
+def test_the_own_answer_stands_beside_the_gold_answer(
+    verdict: JudgedAnswer, texts: list[str]
+) -> None:
     trace = sampled(ChunkSpec(8, 4, 3, head_size=0), ["abcdefgh", "ijkl", "m."])
     for page in (
         trace_html(drawn(trace, verdict=verdict)),
@@ -202,7 +204,7 @@ def test_the_own_answer_stands_beside_the_gold_answer(verdict: Verdict, texts: l
 
 def test_a_trace_out_of_budget_says_why_it_has_no_answer() -> None:
     trace = sampled(ChunkSpec(8, 4, 2, head_size=0), ["abcdefgh", "ijkl"])
-    page = trace_html(drawn(trace, verdict=Verdict("1", None, 0.0)))
+    page = trace_html(drawn(trace, verdict=JudgedAnswer("1", None, 0.0)))
     assert "none: the budget was used up" in page
 
 
@@ -302,7 +304,7 @@ def hostile(attack: str) -> TraceView:
         facts={attack: attack},
         notes={attack: attack},
         workers=[attack],
-        verdict=Verdict(attack, attack, 0.5, attack),
+        verdict=JudgedAnswer(attack, attack, 0.5, attack),
         answer=answer_place(trace, token_texts(Letters())),
     )
 
@@ -367,7 +369,7 @@ def test_terminal_lines_name_each_part() -> None:
     text = "\n".join(
         line.text
         for line in trace_lines(
-            drawn(trace, facts={"reward": 1.0}, verdict=Verdict("42", "41", 0.0))
+            drawn(trace, facts={"reward": 1.0}, verdict=JudgedAnswer("42", "41", 0.0))
         )
     )
     for part in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_export_writes_the_chosen_trace(run: Path, tmp_path: Path, capsys: Any) 
     name = "traces/step_000001.jsonl:2"
     assert main(["view", str(run), "--export", str(file), "--trace", name]) == 0
     assert "Chunk 5 of 5" in file.read_text()
-    assert "1 traces" in capsys.readouterr().out
+    assert "1 trace\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -275,3 +276,13 @@ def test_a_folder_without_traces_is_a_sentence(tmp_path: Path, capsys: Any) -> N
         assert "holds no traces" in capsys.readouterr().err
     assert main(["view", str(tmp_path / "absent")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence(
+    run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root, as in containers, may read everything; so the refusal is made here.
+    monkeypatch.setattr("os.access", lambda path, mode: mode == os.F_OK)
+    for more in ([], ["--text"]):
+        assert main(["view", str(run), *more]) == 2
+        assert "cannot be read: permission denied" in capsys.readouterr().err
