@@ -33,7 +33,7 @@ from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
-from delethink.engines.engine_settings import check_address, check_engine_settings
+from delethink.engines.engine_settings import check_base_url, check_engine_settings
 from delethink.engines.factory import choose_engine
 from delethink.engines.loading import digest, find_adapter
 from delethink.errors import ConfigError, did_you_mean
@@ -107,11 +107,7 @@ def _evaluate(
     models = _models(arguments)
     plan = _plan(arguments)
     progress = EvaluationProgress(stderr=arguments.json)
-    source = "engine" if arguments.base_url is None else "server"
-    progress.print(
-        f"{problems.name}: {len(problems.problems)} problems, each sampled {plan.samples} x; "
-        f"loading tokenizer and {source}"
-    )
+    progress.print(_begin_text(arguments, problems))
     settings = [s for model in models for s in _settings(arguments, model, problems, plan)]
 
     def longest(model: str, tokenizer: Tokenizer) -> int:
@@ -158,6 +154,15 @@ def _evaluate(
     for hint in _hints(results, found):
         progress.print(hint)
     return 0 if results.rows else 1
+
+
+def _begin_text(arguments: argparse.Namespace, problems: ProblemSet) -> str:
+    """Return the line that stands on the screen while tokenizer and engine load."""
+    source = "engine" if arguments.base_url is None else "server"
+    return (
+        f"{problems.name}: {len(problems.problems)} problems, each sampled {arguments.samples} x; "
+        f"loading tokenizer and {source}"
+    )
 
 
 def _report(
@@ -225,7 +230,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.cost_model is not None:
         model_shape(arguments.cost_model)
     if arguments.base_url is not None:
-        check_address(arguments.base_url)
+        check_base_url(arguments.base_url)
     # Impossible sizes end here; the policies are bound to a tokenizer later.
     make_settings(_models(arguments), _modes(arguments), **_sizes(arguments))
 

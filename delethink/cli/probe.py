@@ -22,7 +22,7 @@ from delethink.cli.arguments import (
 from delethink.cli.effects import SERVER_OPTIONS, refuse_given
 from delethink.cli.process import require_packages, set_up_process
 from delethink.config import EngineConfig, parse_engine, parse_values
-from delethink.engines.engine_settings import check_address, check_engine_settings
+from delethink.engines.engine_settings import check_base_url, check_engine_settings
 from delethink.engines.loading import find_adapter
 from delethink.errors import ConfigError, RunDirectoryError, TraceFileError
 from delethink.evaluation.run import load_problems
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
     check_model_name(arguments.model)
     if arguments.base_url is not None:
-        check_address(arguments.base_url)
+        check_base_url(arguments.base_url)
     engine = _engine(arguments)
     specs = _specs(arguments)
     _check_budget(arguments, specs[0].context_size)

@@ -22,7 +22,7 @@ TRAINING_ONLY = frozenset(
 _ON_GPUS, _ON_CPUS = "gpu_memory_utilization", "kv_cache_gib"  # of vLLM's cache
 
 
-def check_address(base_url: str) -> None:
+def check_base_url(base_url: str) -> None:
     """Refuse an address that names no protocol, before anything is loaded.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any
 
 import openai
 
-from delethink.engines.engine_settings import check_address
+from delethink.engines.engine_settings import check_base_url
 from delethink.engines.openai_dialect import (
     SHOWN_CHARACTERS,
     Answer,
@@ -105,7 +105,7 @@ class OpenAIServer:
         register_secret(api_key)
         register_url(base_url)
         self._api_key, self._retries = api_key, retries
-        check_address(base_url)
+        check_base_url(base_url)
         self.dialect: Dialect | None = None
         self._announce, self._said = announce, set[str]()
         self._failure: PolicyError | None = None  # of the last search for the dialect
