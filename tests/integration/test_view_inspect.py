@@ -50,8 +50,8 @@ def test_inspect_reads_the_exported_log(tmp_path: Path) -> None:
         "assistant",
     ]
     boundary = sample.messages[2]
-    assert boundary.content.startswith("✂ context reset: 3 tokens dropped, 2 carried over")
-    assert boundary.metadata == {"boundary": True, "carried": 2, "dropped": 3}
+    assert boundary.content.startswith("✂ context reset: 2 tokens dropped, 2 carried over")
+    assert boundary.metadata == {"boundary": True, "carried": 2, "dropped": 2}
     assert sample.messages[3].metadata["chunk"] == 2
     assert [event.event for event in sample.events] == ["model", "info", "model"]
     assert len(sample.events[2].input) == 2  # the query, and what was carried
