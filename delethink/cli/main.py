@@ -192,9 +192,15 @@ def _interrupt(*_: object) -> None:
     asyncio's own handler would wait for the current round of sampling. Curves, reports and engines
     may take seconds to close, so a line comes first; a print could meet another one half done.
     """
+    # An event loop that the interrupt leaves half made raises while it is destroyed.
+    sys.unraisablehook = _ignore
     with contextlib.suppress(OSError):
         os.write(2, b"\ninterrupted: closing files and engines\n")
     raise KeyboardInterrupt
+
+
+def _ignore(_: object) -> None:
+    """Print nothing about an exception that cannot be raised."""
 
 
 def _fail(text: str, code: int) -> int:

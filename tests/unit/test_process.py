@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from delethink.cli import main
+
 SET_UP = "from delethink.cli.process import set_up_process; set_up_process()"
 
 
@@ -38,3 +42,18 @@ def test_training_sets_its_process_up_before_it_loads_torch() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", RUN], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (7, "[]"), done.stderr
+
+
+def test_an_object_that_an_interrupt_leaves_half_made_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class HalfMade:
+        def __del__(self) -> None:
+            raise RuntimeError("cannot close what is not open")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    half_made = HalfMade()
+    with pytest.raises(KeyboardInterrupt):
+        main._interrupt()
+    del half_made
+    assert capfd.readouterr().err == "\ninterrupted: closing files and engines\n"
