@@ -101,7 +101,7 @@ def add_probe_options(command: argparse.ArgumentParser) -> None:
     add("--task", help="sample traces of this task or file of problems")
     _add_task_arguments(add)
     add("--num-problems", type=int, metavar="N", help="use the first N problems (default 64)")
-    add("--budget", default="8k", metavar="TOKENS", help="maximum length of a trace (default 8k)")
+    add("--budget", metavar="TOKENS", help="maximum length of a trace (default: twice -C)")
     add("--temperature", type=float, default=0.6, help="sampling temperature (default 0.6)")
     add("--seed", type=int, default=0, help="seed of problems and traces (default 0)")
     _add_engine(add)

@@ -44,11 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     require_packages("eval", "torch", "transformers", "scipy", "matplotlib")
     if (arguments.traces is None) == (arguments.task is None):
         raise ConfigError("a probe needs traces: pass either --traces PATH or --task NAME")
-    if arguments.traces is not None and not arguments.traces.exists():
-        raise TraceFileError(
-            f"there are no traces at {arguments.traces}: name a file of traces, a run or an "
-            "evaluation"
-        )
     register_secret(os.environ.get(arguments.api_key_env))
     register_url(arguments.base_url or "")
     arguments.end_of_thinking = check_mark_setting(arguments.end_of_thinking)
@@ -57,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_base_url(arguments.base_url)
     engine = _engine(arguments)
     specs = _specs(arguments)
-    _check_budget(arguments, specs[0].context_size)
+    _check_traces(arguments, specs[0].context_size)
     name = f"{Path(arguments.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
     output = output_path(arguments.output or Path("probes") / name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -123,9 +118,22 @@ def _specs(arguments: argparse.Namespace) -> list[ChunkSpec]:
     ]
 
 
-def _check_budget(arguments: argparse.Namespace, context_size: int) -> None:
-    """Refuse a budget of sampled traces that ends before the first boundary."""
-    if arguments.traces is None and size(arguments.budget, "--budget") <= context_size:
+def _budget(arguments: argparse.Namespace) -> int:
+    """Return the maximum length of a sampled trace."""
+    if arguments.budget is None:
+        return 2 * size(arguments.context_size, "-C")
+    return size(arguments.budget, "--budget")
+
+
+def _check_traces(arguments: argparse.Namespace, context_size: int) -> None:
+    """Refuse traces that are not there, or that would end before the first boundary."""
+    if arguments.traces is not None:
+        if not arguments.traces.exists():
+            raise TraceFileError(
+                f"there are no traces at {arguments.traces}: name a file of traces, a run or an "
+                "evaluation"
+            )
+    elif _budget(arguments) <= context_size:
         raise ConfigError(
             f"--budget {arguments.budget} ends within the first context of -C {context_size}, so "
             "there is no boundary to probe: raise --budget or lower -C"
@@ -135,7 +143,7 @@ def _check_budget(arguments: argparse.Namespace, context_size: int) -> None:
 def _sample(arguments: argparse.Namespace, engine: EngineConfig) -> list[Trace]:
     from delethink.evaluation.probe import sample_traces
 
-    budget = size(arguments.budget, "--budget")
+    budget = _budget(arguments)
     problems = load_problems(
         arguments.task,
         parse_pairs(arguments.task_arg, "--task-arg"),

@@ -166,9 +166,10 @@ def _reason(error: Exception) -> str:
     """Return why PEFT cannot merge an adapter, with advice."""
     first = (str(error).strip() or repr(error)).splitlines()[0]
     if absent := re.match(r"Target modules (.+?) not found", first):
+        names = sorted(re.findall(r"'([^']+)'", absent[1])) or [absent[1]]
         return (
-            f"its target_modules name {absent[1]}, no layer of that model; name the model that it "
-            f"was trained on as base_model_name_or_path in {ADAPTER_SETTINGS}"
+            f"its target_modules name {', '.join(names)}, no layer of that model; name the model "
+            f"that it was trained on as base_model_name_or_path in {ADAPTER_SETTINGS}"
         )
     return (
         f"PEFT cannot use a value in its {ADAPTER_SETTINGS} ({first[:_SHOWN_CHARACTERS]}); correct "

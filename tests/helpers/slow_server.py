@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
@@ -31,6 +32,7 @@ class Endless:
 
 def main() -> None:
     """Print the port, then serve."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup hands on that it is ignored
     service = service_of(Endless(), ChunkSpec(100_000, 50_000, 9), window=300_000)
     sock = start.listen("127.0.0.1", 0)
     port = sock.getsockname()[1]

@@ -101,7 +101,7 @@ def test_a_missing_base_is_one_sentence_of_each_command(
     edit_settings(folder, base_model_name_or_path="/no/such/model")
     more = {
         "eval": [*SMALL, "-o", str(tmp_path / "out")],
-        "probe": [*TASK, "-o", str(tmp_path / "out")],
+        "probe": [*TASK, "-C", "60", "-o", str(tmp_path / "out")],
     }
     code, printed = run(command, "-m", str(folder), *more.get(command, []))
     assert code == 2

@@ -100,7 +100,7 @@ def test_the_page_of_a_trained_length(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ("-m toy", "either --traces PATH or --task NAME"),
         ("-m toy --task automaton --traces x.jsonl", "either --traces PATH or --task NAME"),
-        ("-m toy --traces nowhere.jsonl -C 90", "cannot read nowhere.jsonl"),
+        ("-m toy --traces nowhere.jsonl -C 90", "there are no traces at nowhere.jsonl"),
         ("-m toy --traces empty -C 90", "holds no traces"),
         ("-m toy --traces other.jsonl -C 90", "the traces are of another model"),
         (

@@ -156,7 +156,7 @@ def test_a_tokenizer_is_given_by_name_or_folder(tokenizer: Any, tmp_path: Path) 
         ("/nowhere/at/all", "does not exist; give a folder"),
         (Path("tests"), "tests has no config.json or tokenizer_config.json, so no tokenizer can"),
         ("no-such/model", "A tokenizer is a folder, the Hugging Face id of a model"),
-        ("toy ", "A tokenizer is a folder, the Hugging Face id of a model"),
+        ("toy ", "it is no Hugging Face id, which has the form OWNER/NAME"),
     ],
 )
 def test_a_wrong_name_says_what_is_allowed(

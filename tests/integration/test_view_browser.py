@@ -124,6 +124,7 @@ def test_everything_is_done_by_keys(opened: Page) -> None:
     page.keyboard.press("?")
     assert page.locator("#help[open]").count() == 1
     page.keyboard.press("Escape")
+    until(page, "!document.querySelector('#help').open")
     page.keyboard.press("j")
     page.keyboard.press("m")
     page.keyboard.press("k")

@@ -336,7 +336,7 @@ def test_weights_are_whole_or_refused(
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"target_modules": ["c_attn"]}, "Target modules"),
+        ({"target_modules": ["c_attn"]}, "target_modules name c_attn, no layer of that model"),
         ({"target_modules": ["q_proj", "v_proj"]}, "down_proj.lora_A.weight"),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, "k_proj.lora_A.weight"),
         ({"r": 8}, "[4, 64] instead of [8, 64]"),
@@ -402,7 +402,7 @@ def test_another_architecture_is_a_sentence(tmp_path: Path, base: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(other)
     folder = save_adapter(tmp_path / "adapter", base)
     edit_settings(folder, base_model_name_or_path=str(other))
-    with pytest.raises(ModelError, match="Target modules"):
+    with pytest.raises(ModelError, match="name down_proj, q_proj, v_proj, no layer"):
         load_model(str(folder), "float32")
 
 

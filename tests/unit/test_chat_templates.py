@@ -169,7 +169,6 @@ def test_a_variable_without_effect_is_refused(template: Any, kwargs: Any, text: 
         ("{{ messages[0]['name'] + 'x' }}", "'dict object' has no attribute 'name'"),
         ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
         ("{{ unknown_function() }}", "'unknown_function' is undefined"),
-        ("{% if messages %}", "Unexpected end of template"),
         ({"tool_use": TURNS}, "multiple chat templates with no default"),
     ],
 )
@@ -181,6 +180,12 @@ def test_a_template_that_fails_is_a_sentence(template: Any, reason: str) -> None
     assert reason in str(caught.value)
     assert "leave out the task's system message" in str(caught.value)
     assert "system, user" in str(caught.value)
+
+
+def test_a_template_that_is_no_jinja_is_a_sentence() -> None:
+    tokenizer = make_chat_tokenizer("{% if messages %}")
+    with pytest.raises(ModelError, match="is no Jinja: line 1: Unexpected end of template"):
+        query_ids(tokenizer, Problem("1 + 1?", "2"))
 
 
 # -- every way in ----------------------------------------------------------------------------------

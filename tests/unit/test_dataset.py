@@ -330,6 +330,7 @@ def test_rows_of_the_hub_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(numbers(4))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: None)
     assert make_task("hmmt_2025", {}, 0).size("heldout") == 4
     assert asked == [(("MathArena/hmmt_feb_2025", None), {"split": "train"})]
 

@@ -112,8 +112,9 @@ def test_every_loader_asks_for_it(asked: list[tuple[str, str | None]]) -> None:
 def test_generation_settings_too(
     asked: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **options: "c")
-    assert load_shell("a/b@v2").config == "c"
+    config = transformers.Qwen2Config()
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **options: config)
+    assert load_shell("a/b@v2").config is config
     assert set(asked) == {("a/b", "v2")}
 
 

@@ -139,6 +139,7 @@ def test_the_engine_of_an_evaluation_has_room_for_its_settings(
         return SimpleNamespace(max_model_tokens=config.max_model_tokens, close=lambda: None)
 
     monkeypatch.setattr(models, "make_engine", make_engine)
+    monkeypatch.setattr(models, "check_cache", lambda *arguments: None)  # there is no model m
     monkeypatch.setattr(models, "load_tokenizer", lambda *arguments: tokenizer)
     problems = [Problem("12", "x"), Problem("12345", "x")]
     settings = [
