@@ -61,23 +61,30 @@ def check_kind(config: Any, model: str) -> None:
     Raises:
         ModelError: the model is one of these; the text names its type.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     text = config.get_text_config()
     kind = None
     if getattr(config, "is_encoder_decoder", False):
         kind = "reads a text and writes another one"
     elif getattr(text, "vocab_size", None) is None:
         kind = "has no vocabulary of tokens"
-    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        config, "is_decoder", False
-    ):
+    elif _is_encoder(config):
         kind = "is an encoder"
     if kind is not None:
         raise ModelError(
             f"{model} {kind} (model_type {config.model_type!r}), and thinking needs a model that "
             "continues a text: take a causal language model"
         )
+
+
+def _is_encoder(config: Any) -> bool:
+    """Return whether models of a configuration fill gaps in a text."""
+    named = getattr(config, "architectures", None) or ()
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+        return False  # without the import, which takes seconds
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not getattr(config, "is_decoder", False)
 
 
 def load_error(part: str, model: str, error: Exception, config: Mapping[str, Any]) -> ModelError:

@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     # adapters
     "layers of an adapter": model(
-        as_adapter(target_modules=["foo"]), "target_modules name {'foo'}, no layer of that model"
+        as_adapter(target_modules=["foo"]), "target_modules name foo, no layer of that model"
     ),
     "rank of an adapter": model(as_adapter(r=3), "do not fit adapter_config.json"),
     "kind of adapter": model(as_adapter(peft_type="FOO"), "only LORA"),
