@@ -296,6 +296,7 @@ def test_the_next_command_evaluates_the_trained_model(own: Path) -> None:
     said = (own / "said.txt").read_text()
     command = said.split("measure it: delethink ")[1].splitlines()[0]
     short = ["--num-problems", "2", "-n", "1", "-o", "measured", "--no-curves"]
+    short += ["engine=transformers"]  # vLLM would start once for each model and command
     done = subprocess.run(
         [sys.executable, "-m", "delethink.cli.main", *shlex.split(command), *short],
         cwd=own,
