@@ -269,7 +269,7 @@ VLLM_SERVER = (*SERVE[1:], "--port", "0", "engine=vllm")
 STARTS = {
     "cache": Mistake(
         ("serve", *VLLM_SERVER, "engine.kv_cache_gib=0.0001"),
-        ("tokens needs", "GiB of KV cache", "raise engine.kv_cache_gib"),
+        ("no memory is left for the KV cache", "raise engine.kv_cache_gib"),
     ),
     "cache beyond the memory": Mistake(
         (*VLLM, "engine.kv_cache_gib=90000"), ("engine.kv_cache_gib",)
