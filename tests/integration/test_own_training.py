@@ -32,7 +32,7 @@ need("trl", "peft", "tensorboard", "starlette")
 PAGE = "own_training.md"
 REAL = os.environ.get("DELETHINK_REAL_MODEL")
 LINES = command_lines(PAGE)
-NUM_PROBLEMS = 48
+NUM_PROBLEMS = 80
 WAIT_S = 7200  # for a command with a pretrained model on a busy machine
 pytestmark = pytest.mark.integration
 
