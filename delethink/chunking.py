@@ -9,7 +9,7 @@ for early boundaries.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -288,6 +288,20 @@ class ThinkingState:
             if self.boundary_after(output_ids[:count]):
                 return output_ids[:count], StopReason.LENGTH
         return output_ids, stop
+
+    def read_chunk(
+        self, token_ids: Sequence[int], eos_ids: Collection[int]
+    ) -> tuple[TokenIds, StopReason]:
+        """Return the chunk at the start of a client's tokens, and its stop reason.
+
+        It ends with the first token of ``eos_ids``, or at an early boundary; later tokens are
+        dropped. Without either it leads to a boundary, also where the chunk is not full.
+        """
+        ids = as_token_ids(token_ids)
+        end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+        if end is None:
+            return self.truncate(ids, StopReason.LENGTH)
+        return self.truncate(ids[: end + 1], StopReason.EOS)
 
     def check(self, output_ids: TokenIds, stop: StopReason) -> None:
         """Check whether a chunk can have been sampled from this state.

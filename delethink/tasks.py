@@ -11,9 +11,9 @@ attributes are optional:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from delethink.errors import ConfigError
 from delethink.types import Problem
@@ -114,3 +114,44 @@ def check_split(split: str) -> None:
     """Raise a ``ConfigError`` unless ``split`` is ``"train"`` or ``"heldout"``."""
     if split not in SPLITS:
         raise ConfigError(f"split must be 'train' or 'heldout', got {split!r}")
+
+
+def as_problem(value: Any, source: str) -> Problem:
+    """Return a problem from outside: a ``Problem``, or a mapping with its fields.
+
+    Args:
+        value: the problem.
+        source: what gave it, for the error text.
+
+    Raises:
+        ConfigError: it is no problem, or one of its parts has another type.
+    """
+    if isinstance(value, Mapping):
+        unknown = set(value) - {field.name for field in fields(Problem)}
+        if unknown or not {"prompt", "answer"} <= set(value):
+            raise ConfigError(
+                f"{source} needs a prompt and an answer, and may have metadata and before; got "
+                f"{sorted(map(str, value))}"
+            )
+        value = Problem(**value)
+    if not isinstance(value, Problem):
+        raise ConfigError(f"{source} must be a delethink.Problem, got {value!r:.80}")
+    prompt, answer, before = value.prompt, value.answer, value.before
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise ConfigError(
+            f"{source}: prompt and answer must be texts, got {prompt!r:.80} and {answer!r:.80}"
+        )
+    if not isinstance(value.metadata, Mapping):
+        raise ConfigError(f"{source}: metadata must be a mapping, got {value.metadata!r:.80}")
+    if not isinstance(before, Sequence) or not all(map(_is_message, before)):
+        raise ConfigError(
+            f"{source}: before must be messages such as {{'role': 'user', 'content': '...'}}, got "
+            f"{before!r:.80}"
+        )
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )

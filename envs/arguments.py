@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,6 +14,7 @@ import numpy as np
 
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ConfigError, ModelError, did_you_mean
+from delethink.tasks import as_problem
 from delethink.tokenization import Tokenizer, end_tokens, query_ids
 from delethink.tokens import token_array
 from delethink.types import Problem, TokenIds
@@ -132,38 +132,7 @@ def problem_from(options: Any) -> Problem | None:
             near = did_you_mean(str(name), ["problem"])
             raise ConfigError(f"reset has no option {name!r:.80}.{near}")
     problem = options.get("problem")
-    if isinstance(problem, Mapping):
-        unknown = set(problem) - {field.name for field in fields(Problem)}
-        if unknown or not {"prompt", "answer"} <= set(problem):
-            raise ConfigError(
-                "options['problem'] needs a prompt and an answer, and may have metadata and "
-                f"before; got {sorted(map(str, problem))}"
-            )
-        problem = Problem(**problem)
-    return None if problem is None else checked_problem(problem, "options['problem']")
-
-
-def checked_problem(problem: Any, source: str) -> Problem:
-    """Return the problem.
-
-    Raises:
-        ConfigError: it is no ``Problem``, or one of its parts has another type.
-    """
-    if not isinstance(problem, Problem):
-        raise ConfigError(f"{source} must be a delethink.Problem, got {problem!r:.80}")
-    prompt, answer, before = problem.prompt, problem.answer, problem.before
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise ConfigError(
-            f"{source}: prompt and answer must be texts, got {prompt!r:.80} and {answer!r:.80}"
-        )
-    if not isinstance(problem.metadata, Mapping):
-        raise ConfigError(f"{source}: metadata must be a mapping, got {problem.metadata!r:.80}")
-    if not isinstance(before, Sequence) or not all(map(_is_message, before)):
-        raise ConfigError(
-            f"{source}: before must be messages such as {{'role': 'user', 'content': '...'}}, got "
-            f"{before!r:.80}"
-        )
-    return problem
+    return None if problem is None else as_problem(problem, "options['problem']")
 
 
 def query_of(
@@ -196,9 +165,3 @@ def query_of(
             f"the query has the token {max(ids)}, outside the vocabulary of {vocabulary}"
         )
     return token_array(ids)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )

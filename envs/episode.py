@@ -22,7 +22,6 @@ from delethink.envs.arguments import (
     MAX_VOCABULARY,
     check_flag,
     check_number,
-    checked_problem,
     default_eos_ids,
     make_tokenizer,
     problem_from,
@@ -33,7 +32,7 @@ from delethink.envs.reward import EpisodeReward, RewardFunction
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.output import safe_text
 from delethink.registry import make
-from delethink.tasks import Task, check_split, rewards_of
+from delethink.tasks import Task, as_problem, check_split, rewards_of
 from delethink.thinking_marks import AUTO, ThinkingMarks, find_thinking_marks, marks_of
 from delethink.tokenization import (
     Tokenizer,
@@ -259,7 +258,7 @@ class EpisodeEnv(gymnasium.Env[Observation, Action]):
         problem = problem_from(options)
         if problem is None:
             drawn = self.task.problem(self.split, int(self.np_random.integers(2**31)))
-            problem = checked_problem(drawn, "the problem of the task of this environment")
+            problem = as_problem(drawn, "the problem of the task of this environment")
         self.problem = problem
         kwargs = self.chat_template_kwargs
         query = query_of(self.tokenizer, problem, self.vocabulary, kwargs)

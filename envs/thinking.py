@@ -14,7 +14,7 @@ from delethink.envs.spaces import Ids, TokenSequence, UnicodeText
 from delethink.errors import ActionError, ConfigError, did_you_mean
 from delethink.tokenization import encode, retokenized_at
 from delethink.tokens import token_array
-from delethink.types import StopReason, TokenIds, TraceStop
+from delethink.types import TokenIds, TraceStop
 
 _INTERFACES = ("tokens", "text")
 # Vocabulary and longest token of each tokenizer: a vocabulary of 262,144 takes a second to read.
@@ -102,11 +102,8 @@ class ThinkingEnv(EpisodeEnv[Any, Any]):
         """
         state = self._running_state()
         numbers = self._action_ids(action, state)
-        ids, ends = token_array(numbers), np.isin(numbers, list(self.eos_ids)).nonzero()[0]
-        if ends.size:
-            output_ids, stop = state.truncate(ids[: int(ends[0]) + 1], StopReason.EOS)
-        else:
-            output_ids, stop = state.truncate(ids, StopReason.LENGTH)
+        ids = token_array(numbers)
+        output_ids, stop = state.read_chunk(ids, self.eos_ids)
         if len(output_ids) > state.max_new_tokens:
             raise ActionError(
                 f"this chunk may have at most {state.max_new_tokens} tokens, got {len(output_ids)}"

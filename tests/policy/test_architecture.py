@@ -73,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
     | SHOWN
     | {"engines", "evaluation", "scoring", "trace_html", "trace_index", "trace_io", "trace_map"}
     | {"yaml_io"},
-    "integrations": ROLLOUT | SETTINGS | SCORING | {"trace_io"},
+    "integrations": ROLLOUT | SETTINGS | SCORING | {"engines", "trace_io"},
     "": ROLLOUT,  # the public names, in delethink/__init__.py
 }
 ARROWS["cli"] = {"", *ARROWS} - {"envs", "rewards", "integrations"}
