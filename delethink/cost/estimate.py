@@ -50,6 +50,7 @@ class Workload:
     steps: int = 1000  # training steps
     gpus: int = 8  # devices; sampling and training alternate on them
     parallel: int | None = None  # devices per engine; ``None``: as few as the model needs
+    sequences: int | None = None  # most traces that an engine samples at once; ``None``: as fit
     # forward passes of training beyond the first: recomputed activations, and log-probs under the
     # old weights
     extra_passes: float = 2.0
@@ -176,7 +177,15 @@ def estimate(
     context = longest_context(lengths.longest, workload.query, cut)
     largest = cache_bytes(shape, context, device.dtype_bytes)
     sampling = sampling_time(
-        shape, chunks, lengths.longest, share, room, device, efficiency, parallel
+        shape,
+        chunks,
+        lengths.longest,
+        share,
+        room,
+        device,
+        efficiency,
+        parallel,
+        workload.sequences,
     )
     fits = largest <= room
     flops = training_flops(shape, chunks, extra_passes=workload.extra_passes).mean(-1)

@@ -89,13 +89,34 @@ def training_bytes(
     ``tokens`` include padding, and ``dtype_bytes`` is the size of an activation. ``by_layer`` keeps
     only the input of each layer and recomputes the rest (gradient checkpointing).
     """
+    activations = activation_bytes(shape, tokens, dtype_bytes, by_layer=by_layer)
+    return np.asarray(16.0 * shape.parameters / devices + activations)
+
+
+def activation_bytes(
+    shape: ModelShape,
+    tokens: Numbers,
+    dtype_bytes: int = 2,
+    *,
+    by_layer: bool = True,
+    stream_bytes: int | None = None,
+) -> FloatArray:
+    """Return the peak memory of a pass over ``tokens`` without weights, in bytes.
+
+    ``stream_bytes`` is the size of a value between layers and around norms, if it differs: autocast
+    keeps them in float32, and beside them copies in its own type for the products.
+    """
     tokens, hidden = np.asarray(tokens, float), shape.hidden_size
+    stream = dtype_bytes if stream_bytes is None else stream_bytes
+    copies = 0 if stream_bytes is None else 2 * hidden * dtype_bytes
     layers = [
-        6 * hidden + layer.mixer.kept_numbers + 4 * layer.feed_forward.width
+        6 * hidden * stream
+        + copies
+        + (layer.mixer.kept_numbers + 4 * layer.feed_forward.width) * dtype_bytes
         for layer in shape.layers
     ]
-    kept = len(layers) * hidden + max(layers) if by_layer else sum(layers)
+    kept = len(layers) * hidden * stream + max(layers) if by_layer else sum(layers)
     passing = tokens * max(layer.feed_forward.width for layer in shape.layers)
     tile = np.minimum(tokens, _HEAD_TILE_TOKENS) * _HEAD_TILE_WORDS
-    activations = tokens * (kept + 4 * hidden) + np.maximum(passing, tile)
-    return np.asarray(16.0 * shape.parameters / devices + dtype_bytes * activations)
+    outer = 4 * hidden * stream
+    return np.asarray(tokens * (kept + outer) + dtype_bytes * np.maximum(passing, tile))

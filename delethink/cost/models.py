@@ -52,19 +52,29 @@ def model_shape(model: str) -> ModelShape:
         ModelError: the model is unknown, or its architecture or figures cannot be used.
         MissingExtraError: the model is on the Hub, and ``huggingface_hub`` is not installed.
     """
+    name, config = _find(model)
+    return shape_of_config(config, name)
+
+
+def config_of(model: str) -> Config:
+    """Return the config of a model; see ``model_shape``."""
+    return _find(model)[1]
+
+
+def _find(model: str) -> tuple[str, Config]:
+    """Return the name and the config of a model."""
     if "=" in model:
-        return shape_of_config(_parse_figures(model), "model by hand")
+        return "model by hand", _parse_figures(model)
     if model == "toy":
         toy = str(files("delethink").joinpath("assets/toy_reasoner/config.json"))
-        return shape_of_config(_read(Path(toy)), "the shipped toy reasoner")
+        return "the shipped toy reasoner", _read(Path(toy))
     bundled = _bundled()
     if model.lower() in bundled:
-        name, config = bundled[model.lower()]
-        return shape_of_config(config, name)
+        return bundled[model.lower()]
     path = Path(model)
     if os.path.exists(path):  # false for a text longer than a path may be
-        return shape_of_config(_read(path / "config.json" if path.is_dir() else path), path.name)
-    return shape_of_config(_download(model), model)
+        return path.name, _read(path / "config.json" if path.is_dir() else path)
+    return model, _download(model)
 
 
 def known_models() -> list[str]:

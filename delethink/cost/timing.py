@@ -67,12 +67,13 @@ def sampling_time(
     device: Accelerator,
     efficiency: Efficiency,
     parallel: int = 1,
+    sequences: int | None = None,
 ) -> SamplingTime:
     """Return the time for one engine to sample its traces, with ``room`` bytes for caches.
 
     Axis -2 of ``chunks`` holds the equally likely traces of a distribution, and ``longest`` is the
-    expected number of tokens of the longest trace. Communication between the ``parallel`` devices
-    of an engine is not counted.
+    expected number of tokens of the longest trace. An engine samples at most ``sequences`` of them
+    at once. Communication between the ``parallel`` devices of an engine is not counted.
     """
     size = device.dtype_bytes
     tokens = chunks.count * chunks.new
@@ -80,7 +81,8 @@ def sampling_time(
     context = chunks.prompt[..., None] + chunks.new[..., None] * _POINTS
     caches = cache_bytes(shape, context, size)
     per_trace = (tokens * caches.mean(-1)).sum(-1).mean(-1) / mean  # averaged over its tokens
-    concurrent = np.clip(np.floor(room / per_trace), 1, traces)
+    most = traces if sequences is None else np.minimum(traces, sequences)
+    concurrent = np.clip(np.floor(room / per_trace), 1, most)
     steps = decode_steps(mean, longest, traces, concurrent)
     batch = traces * mean / steps  # average traces per step
     weights = moved_weight_bytes(shape, batch, size) / batch

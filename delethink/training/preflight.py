@@ -55,6 +55,7 @@ from delethink.tokenization import (
 from delethink.training.checkpointing import run_path
 from delethink.training.export import stored_dtype
 from delethink.training.lora import adapter_parameters
+from delethink.training.preflight_check import BYTES_PER_GIB, WARNING_SHARE, Check, compare, gib
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
 
@@ -230,24 +231,13 @@ def read_inputs(prepared: Prepared) -> Inputs:
 
 # -- checks ------------------------------------------------------------------------------------
 
-_BYTES_PER_GIB = 2**30
-_LIBRARY_BYTES = 0.8 * _BYTES_PER_GIB  # memory of a process after importing the trainer
+_LIBRARY_BYTES = 0.8 * BYTES_PER_GIB  # memory of a process after importing the trainer
 # On the CPU, freed memory stays with the process (cli/process.py), and caches grow by copying. The
 # processes of the toy reasoner took up to twice the size of their activations and caches.
 _CPU_OVERHEAD_FACTOR = 2.0
 _MAX_BATCH_SIZE = 256  # chunks in a batch of the engine in this process
 _LOGIT_COPIES = 4  # float32 copies of a batch's logits while a token is drawn
 _BYTES_PER_SAMPLED_TOKEN, _BYTES_PER_PROMPT_TOKEN = 36, 7  # in traces/
-_WARNING_SHARE = 0.9  # warn above this share of the free memory or disk
-
-
-class Check(NamedTuple):
-    """Result of a check."""
-
-    name: str
-    status: Literal["ok", "warning", "problem", "not checked"]
-    found: str
-    advice: str = ""
 
 
 def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
@@ -395,15 +385,15 @@ def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Che
         # Weights and the state of Adam; there are no gradients while the engine samples.
         sampling = weight_bytes(shape, 12) + factor * _sampling_bytes(recipe, inputs, shape)
         needed = extra + max(trainer, sampling)
-        found = f"training takes {_gib(trainer)}, sampling in the same process {_gib(sampling)}"
+        found = f"training takes {gib(trainer)}, sampling in the same process {gib(sampling)}"
         advice = "lower training.forward_tokens or evaluation.num_problems, or use a smaller model"
-        return [_compare("memory", needed, memory, found, advice)]
+        return [compare("memory", needed, memory, found, advice)]
     # Every rank has a GPU of its own; on the CPU, the ranks share the memory.
     ranks = 1 if device else recipe.trainer.num_ranks
-    found = f"training takes {_gib(trainer)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+    found = f"training takes {gib(trainer)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
     advice = "lower training.forward_tokens, or use a smaller model"
     return [
-        _compare("memory", ranks * (trainer + extra), memory, found, advice),
+        compare("memory", ranks * (trainer + extra), memory, found, advice),
         _check_workers(recipe.engine, inputs, shape, device, ram),
     ]
 
@@ -417,19 +407,19 @@ def _check_workers(
     longest = engine.max_model_tokens or inputs.engine_context
     cache = float(cache_bytes(shape, longest, size, block=16))
     found = (
-        f"{engine.num_engines} workers with {_gib(weights)} of weights each; the cache of a "
-        f"sequence of {longest} takes {_gib(cache)}"
+        f"{engine.num_engines} workers with {gib(weights)} of weights each; the cache of a "
+        f"sequence of {longest} takes {gib(cache)}"
     )
     advice = "use fewer engines, a smaller model or a smaller context"
-    reserved = engine.kv_cache_gib * _BYTES_PER_GIB
+    reserved = engine.kv_cache_gib * BYTES_PER_GIB
     if engine.gpus_per_engine and device is not None:
         needed = (weights + cache) / engine.tensor_parallel_size / engine.gpu_memory_utilization
-        return _compare("engine", needed, device, found, advice)
+        return compare("engine", needed, device, found, advice)
     if cache > reserved:
         advice = f"raise engine.kv_cache_gib, or {advice}"
-        return Check("engine", "problem", f"{found}, of {_gib(reserved)}", advice)
+        return Check("engine", "problem", f"{found}, of {gib(reserved)}", advice)
     needed = engine.num_engines * (weights + reserved + _LIBRARY_BYTES)
-    return _compare("engine", needed, ram, found, advice)
+    return compare("engine", needed, ram, found, advice)
 
 
 def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, factor: float) -> float:
@@ -479,11 +469,11 @@ def _check_disk(recipe: Recipe, inputs: Inputs, shape: ModelShape, path: Path) -
     trace += inputs.max_prompt_tokens * _BYTES_PER_PROMPT_TOKEN
     traces = training.num_batches * training.traces_per_batch * trace
     found = (
-        f"checkpoints take {_gib(checkpoints)} ({_gib(one)} each, the trained model "
-        f"{_gib(final)}), traces at most {_gib(traces)}; "
-        f"{_gib(free)} are free at {path}"
+        f"checkpoints take {gib(checkpoints)} ({gib(one)} each, the trained model "
+        f"{gib(final)}), traces at most {gib(traces)}; "
+        f"{gib(free)} are free at {path}"
     )
-    if needed + traces <= _WARNING_SHARE * free:
+    if needed + traces <= WARNING_SHARE * free:
         return Check("disk", "ok", found)
     advice = (
         "free some space, choose another output=PATH, or keep fewer checkpoints: "
@@ -558,18 +548,3 @@ def _describe(score: Score) -> str:
     known = [f"{name} {value + 0.0:g}" for name, value in score.parts.items() if value is not None]
     total = "none" if score.total is None else f"{score.total:g}"
     return f"{total} ({', '.join(known)})"
-
-
-def _compare(name: str, needed: float, memory: Memory, found: str, advice: str) -> Check:
-    sizes = f"{_gib(memory.total)} {memory.name}, {_gib(memory.free)} of it free"
-    text = f"{_gib(needed)} of {sizes}: {found}"
-    if needed > memory.total:
-        return Check(name, "problem", text, advice)
-    if needed > _WARNING_SHARE * memory.free:
-        return Check(name, "warning", text, f"{advice}; or end other programs")
-    return Check(name, "ok", text)
-
-
-def _gib(size: float) -> str:
-    digits = 1 if size >= 0.1 * _BYTES_PER_GIB else 3
-    return f"{size / _BYTES_PER_GIB:.{digits}f} GiB"
