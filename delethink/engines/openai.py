@@ -5,7 +5,8 @@
 
 The first request finds the server's dialect (``openai_probe.py``) and says it in one line: whether
 token ids or text travel, and what is lost. Options that the server provably ignores are refused.
-Log-probs are not kept: all of them are 0, so the traces cannot be trained on.
+Log-probs are not kept: all of them are 0, so the traces cannot be trained on
+(``openai_logprobs.py`` keeps them).
 
 The ``openai`` client handles connections, timeouts, keys and retries. Its waits between retries
 grow to 8 seconds at most, and a ``Retry-After`` above two minutes is an error. A cancelled call
@@ -58,6 +59,7 @@ _CRASHES = {500, 501}
 _CRASH_RETRIES = 1
 _KEY_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError)
 _CONNECT_TIMEOUT_S = 20.0
+_HEALTH_TIMEOUT_S = 5.0
 _SHOWN_MALFORMED = 100  # characters of a malformed response
 _TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
@@ -213,6 +215,17 @@ class OpenAIServer:
                 if self._is_unchecked(used):
                     await self._check_options(self.dialect, prompt_ids, used)
         return self.dialect
+
+    async def is_healthy(self) -> bool:
+        """Return whether the server answers."""
+        client = self._client().with_options(max_retries=0, timeout=_HEALTH_TIMEOUT_S)
+        try:
+            await client.get("/models", cast_to=object)
+        except openai.APIStatusError as error:
+            return bool(error.status_code < 500)
+        except (openai.APIError, ConfigError, ValueError):
+            return False
+        return True
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""

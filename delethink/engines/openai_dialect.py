@@ -155,6 +155,8 @@ class Answer(NamedTuple):
     prompt_tokens: int | None
     sampled_tokens: int | None
     separates: bool = False  # the thinking came in a field of its own
+    logprobs: tuple[float, ...] | None = None  # of the sampled tokens
+    best_logprob: float | None = None  # of the most probable first token
 
     def exact_ids(self, dialect: Dialect) -> tuple[int, ...] | None:
         """Return the sampled tokens from the source that the dialect names."""
@@ -206,6 +208,7 @@ def read_answer(response: Any, end_of_thinking: str = END_OF_THINKING) -> Answer
         _count(usage.get("prompt_tokens")),
         _count(usage.get("completion_tokens")),
         thinking is not None,
+        *_read_logprobs(choice.get("logprobs")),
     )
 
 
@@ -246,6 +249,22 @@ def _logprob_ids(logprobs: Any) -> list[int] | None:
     if not all(str(token).startswith(_TOKEN_ID) for token in tokens):
         return None
     return [int(token.removeprefix(_TOKEN_ID)) for token in tokens]
+
+
+def _read_logprobs(logprobs: Any) -> tuple[tuple[float, ...] | None, float | None]:
+    """Return the log-probs of the sampled tokens, and of the most probable first token."""
+    if not isinstance(logprobs, Mapping):
+        return None, None
+    values, best = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
+    entries = logprobs.get("content")
+    if values is None and isinstance(entries, list):
+        values = [entry.get("logprob") for entry in entries if isinstance(entry, Mapping)]
+    if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+        return None, None
+    first = best[0] if isinstance(best, list) and best else None
+    listed = list(first.values()) if isinstance(first, Mapping) else []
+    known = [float(value) for value in listed if isinstance(value, int | float)]
+    return tuple(map(float, values)), max(known, default=None)
 
 
 def _as_ids(value: Any) -> tuple[int, ...] | None:

@@ -19,7 +19,6 @@ from delethink.policy import Completion, Sampling, TokenListener
 from delethink.serve.api_errors import ApiError
 from delethink.tokens import Logprobs, TokenIds
 
-_HEALTH_TIME_S = 5.0
 _PASSED_HEADERS = ("content-type", "retry-after")
 
 
@@ -104,17 +103,6 @@ class UpstreamServer(OpenAIServer):
             raise ApiError(status, message) from None
         except (openai.APIError, ValueError) as error:
             raise ApiError(502, f"the server behind this one failed: {error}") from None
-
-    async def is_healthy(self) -> bool:
-        """Return whether the server answers."""
-        client = self._client().with_options(max_retries=0, timeout=_HEALTH_TIME_S)
-        try:
-            await client.get("/models", cast_to=object)
-        except openai.APIStatusError as error:
-            return bool(error.status_code < 500)
-        except (openai.APIError, ConfigError, ValueError):
-            return False
-        return True
 
     @asynccontextmanager
     async def forward_chat(

@@ -16,19 +16,25 @@ STAMP = "installed"  # written last: the environment is whole
 INSTALL_TIMEOUT_S = 1800
 
 
-def peer_python(name: str, *requirements: str, editable: tuple[Path, ...] = (ROOT,)) -> Path:
+def peer_python(
+    name: str,
+    *requirements: str,
+    editable: tuple[Path, ...] = (ROOT,),
+    bare: tuple[str, ...] = (),
+) -> Path:
     """Return the interpreter of an environment, made at the first call and whenever it changes.
 
     Args:
         name: folder of the environment under ``.peers``.
         requirements: packages by name and version; a release of torch comes first and alone.
         editable: folders of projects that are installed in place, the library by default.
+        bare: packages that come last and without what they require, where that conflicts.
 
     Raises:
         AssertionError: pip failed, with the end of its output.
     """
     projects = [folder.resolve() for folder in editable]
-    wanted = [sys.version, *requirements, *map(str, projects)]
+    wanted = [sys.version, *requirements, *map(str, projects), *bare]
     wanted += [(folder / "pyproject.toml").read_text("utf-8") for folder in projects]
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     place = FOLDER / name
@@ -46,6 +52,8 @@ def peer_python(name: str, *requirements: str, editable: tuple[Path, ...] = (ROO
         if first:
             _install(python, *first)
         _install(python, *first, *rest, *(f"--editable={folder}" for folder in projects))
+        if bare:
+            _install(python, "--no-deps", *bare)
         stamp.write_text(digest, "utf-8")
     return python
 

@@ -53,6 +53,8 @@ def toy_server(model: Path) -> Iterator[str]:
             "prompt_token_ids": list(prompt),
             "finish_reason": "stop" if is_end else "length",
         }
+        if body.get("logprobs") is not None:
+            choice["logprobs"] = {"token_logprobs": list(done.logprobs)}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(done.token_ids)}
         return JSONResponse({"object": "text_completion", "choices": [choice], "usage": usage})
 
