@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delethink.chunking import ChunkSpec, start
+from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.errors import (
     ActionError,
     ConfigError,
@@ -204,12 +204,14 @@ class Episode:
         problem: the problem.
         state: position in the trace.
         chunks: the chunks so far, without log-probs.
+        open_ids: tokens of a chunk that ``extend`` has not completed yet.
     """
 
     def __init__(self, source: EpisodeSource, problem: Problem, query: TokenIds) -> None:
         self.source, self.problem = source, problem
         self.state = start(source.spec, query, source.max_model_tokens)
         self.chunks: list[Chunk] = []
+        self.open_ids: list[int] = []
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -241,22 +243,26 @@ class Episode:
         """Return the first position of ``prompt_ids`` that its text does not give back."""
         return retokenized_at(self.source.tokenizer, self.prompt_ids)
 
-    def add(self, token_ids: Sequence[int]) -> Chunk:
+    def add(self, token_ids: Sequence[int], ended: bool = False) -> Chunk:
         """Add a chunk of token ids, and return it.
 
         A token that ends an answer ends the trace. Any other chunk leads to a boundary, also where
         it is not full. Tokens after the end or after an early boundary are dropped.
 
+        Args:
+            token_ids: the sampled tokens.
+            ended: the model ended its answer, and its server left out the token that did.
+
         Raises:
             ActionError: the chunk is empty, too long or no list of known ids, or the trace has
                 ended.
         """
-        state = self.state
-        if state.stop is not None:
-            raise ActionError(
-                f"the trace has ended ({state.stop.value}) and takes no chunk; begin another one"
-            )
-        output_ids, stop = state.read_chunk(self._known(token_ids), self.source.eos_ids)
+        state = self._running_state()
+        ids, eos_ids = self._known(token_ids), self.source.eos_ids
+        if ended and eos_ids.isdisjoint(ids):
+            own = self.source.tokenizer.eos_token_id
+            ids = (*ids, own if own in eos_ids else min(eos_ids))
+        output_ids, stop = state.read_chunk(ids, eos_ids)
         if not 0 < len(output_ids) <= state.max_new_tokens:
             raise ActionError(
                 f"this chunk must have 1 to {state.max_new_tokens} tokens, got {len(output_ids)}"
@@ -279,15 +285,45 @@ class Episode:
 
         Args:
             text: the chunk. The text of the EOS token ends the trace.
-            ended: the model ended its answer, and its server left out the EOS token.
+            ended: see ``add``.
 
         Raises:
             ActionError: see ``add``. Text may be encoded as more tokens than were sampled.
         """
-        ids = encode(self.source.tokenizer, text)
-        if ended and not self.source.eos_ids.intersection(ids):
-            ids = (*ids, self.source.tokenizer.eos_token_id)
-        return self.add(ids)
+        return self.add(encode(self.source.tokenizer, text), ended)
+
+    def extend(self, token_ids: Sequence[int], ended: bool = False) -> Chunk | None:
+        """Add the tokens of a call to the open chunk, for loops that need several calls a chunk.
+
+        The next call continues ``prompt_ids + open_ids``. There must be no early boundary.
+
+        Returns:
+            The chunk, if it is full or the answer has ended; otherwise ``None``.
+
+        Raises:
+            ActionError: see ``add``.
+        """
+        full = self._running_state().max_new_tokens
+        ids = self._known(token_ids)
+        if not 0 < len(ids) <= full - len(self.open_ids):
+            raise ActionError(
+                f"this call must give 1 to {full - len(self.open_ids)} tokens, the room left in "
+                f"its chunk, got {len(ids)}"
+            )
+        sampled = [*self.open_ids, *ids]
+        if len(sampled) < full and not ended and self.source.eos_ids.isdisjoint(ids):
+            self.open_ids = sampled
+            return None
+        self.open_ids = []
+        return self.add(sampled, ended and len(sampled) < full)
+
+    def _running_state(self) -> ThinkingState:
+        if self.state.stop is not None:
+            raise ActionError(
+                f"the trace has ended ({self.state.stop.value}) and takes no chunk; begin another "
+                "one"
+            )
+        return self.state
 
     def _known(self, token_ids: Any) -> TokenIds:
         if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):

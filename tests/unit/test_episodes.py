@@ -12,10 +12,12 @@ from delethink.chunking import ChunkSpec
 from delethink.envs.automaton import AutomatonTask
 from delethink.envs.spaces import CharacterTokenizer
 from delethink.errors import ActionError, ConfigError, ModelError, QueryTooLongError
+from delethink.integrations.calls import check_call_size, largest_call
 from delethink.integrations.episodes import UNLIMITED, Episode, EpisodeSource
 from delethink.integrations.releases import check_release
 from delethink.policy import Completion, Sampling, ScriptedPolicy
 from delethink.registry import make, resolve
+from delethink.rollout import run_rollout
 from delethink.scoring.reward import Reward
 from delethink.scoring.rollouts import run_scored_rollouts
 from delethink.scoring.scorer import Scorer, ScoringRules
@@ -91,6 +93,47 @@ def test_chunks_and_rewards_are_those_of_a_rollout(name: str) -> None:
         stops.add(trace.stop)
     assert stops == {TraceStop.COMPLETED, TraceStop.BUDGET}
     source.close()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4, 12])
+def test_calls_of_one_size_give_the_same_chunks(max_tokens: int) -> None:
+    source = source_of()
+    assert largest_call(source.spec) == 12
+    for index in range(8):
+        problem = source.problem("train", index)
+        policy = random_policy(index, problem.answer)
+        running = run_rollout(policy, source.spec, query_ids(TOKENIZER, problem), Sampling())
+        trace = asyncio.run(running)
+        episode, calls = source.begin(problem), 0
+        for chunk in trace.chunks:
+            for start in range(0, len(chunk.output_ids), max_tokens):
+                assert episode.prompt_ids == list(chunk.prompt_ids)
+                assert episode.open_ids == list(chunk.output_ids[:start])
+                episode.extend(list(chunk.output_ids[start : start + max_tokens]))
+                calls += 1
+        assert same(episode.trace, trace)
+        assert calls >= len(trace.chunks)
+
+
+def test_a_call_beyond_its_chunk_is_refused() -> None:
+    episode = source_of().begin(TASK.problem("train", 0))
+    assert episode.extend([5] * 20) is None
+    with pytest.raises(ActionError, match=r"must give 1 to 4 tokens, .* got 5"):
+        episode.extend([5] * 5)
+    assert episode.extend([5], ended=True) == episode.chunks[0]
+    assert episode.stop is TraceStop.COMPLETED
+    with pytest.raises(ActionError, match=r"has ended \(completed\) and takes no chunk"):
+        episode.extend([5])
+
+
+def test_a_size_of_calls_that_passes_a_boundary_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"it must divide 12; set max_tokens=12"):
+        check_call_size(SPEC, 24)
+    with pytest.raises(ConfigError, match="'line_break' gives chunks of different sizes"):
+        check_call_size(SPECS["early boundary"].bind(TOKENIZER), 12)
+    for name in ("head and tail", "nothing carried"):
+        assert largest_call(SPECS[name]) == 12
+    check_call_size(SPECS["one chunk"], 30)
 
 
 def test_text_gives_the_same_chunk_and_may_end_without_the_token() -> None:
