@@ -46,14 +46,8 @@ class LogprobServer(OpenAIServer):
         on_tokens(done.token_ids, done.logprobs)
         return done
 
-    async def negotiate(self, prompt_ids: TokenIds, sampling: Sampling | None = None) -> Dialect:
-        """See ``OpenAIServer``.
-
-        Raises:
-            ConfigError: the server gives no token ids, no log-probs, or those of another
-                temperature.
-        """
-        dialect = await super().negotiate(prompt_ids, sampling)
+    async def _find_dialect(self, prompt_ids: TokenIds) -> Dialect:
+        dialect = await super()._find_dialect(prompt_ids)
         if not dialect.is_exact:
             raise ConfigError(
                 f"the server at {self._address} returns no token ids ({dialect}), so its answers "
@@ -70,7 +64,7 @@ class LogprobServer(OpenAIServer):
     ) -> None:
         if super()._is_unchecked(sampling):
             await super()._check_options(dialect, prompt_ids, sampling)
-        if sampling.temperature not in self._temperatures and dialect.is_exact:
+        if sampling.temperature not in self._temperatures:
             await self._check_temperature(dialect, prompt_ids, sampling)
             self._temperatures.add(sampling.temperature)
 
