@@ -28,6 +28,7 @@ try:
         Field,
         FiniteFloat,
         ValidationError,
+        ValidationInfo,
         field_validator,
         model_validator,
     )
@@ -338,13 +339,18 @@ class TrainerConfig(_Section):
     """Trainer processes (ranks), each with the model."""
 
     num_ranks: int = Field(1, ge=1)
-    """Trainer processes under Ray Train; 1 trains in the main process, without Ray Train."""
+    """Trainer processes under Ray Train; 1 without a reserved GPU trains in the main process."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """"ddp" keeps the whole model in every rank, "fsdp2" shards it over the ranks."""
     cpus_per_rank: float = Field(1.0, gt=0, allow_inf_nan=False)
     """CPUs reserved in Ray for each rank."""
     gpus_per_rank: int = Field(0, ge=0, le=1)
-    """GPUs reserved in Ray for each rank."""
+    """GPUs reserved in Ray for each rank; with 1, the engines get the other GPUs."""
+
+    @property
+    def uses_ray_train(self) -> bool:
+        """True if the ranks run under Ray Train instead of in the main process."""
+        return self.num_ranks > 1 or self.gpus_per_rank > 0
 
     @model_validator(mode="after")
     def _check_ranks(self) -> TrainerConfig:
@@ -355,12 +361,13 @@ class TrainerConfig(_Section):
                 "strategy=fsdp2 shards the model over ranks and needs trainer.num_ranks of 2 or "
                 "more, got num_ranks=1"
             )
-        for key in ("cpus_per_rank", "gpus_per_rank"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} applies to several ranks, and num_ranks=1 trains in the main process: "
-                    f"set trainer.num_ranks to 2 or more, or leave {key} out"
-                )
+        default = type(self).model_fields["cpus_per_rank"].default
+        if self.cpus_per_rank != default and not self.uses_ray_train:
+            raise ValueError(
+                "cpus_per_rank applies to ranks under Ray Train, and num_ranks=1 without a GPU "
+                "trains in the main process: set trainer.num_ranks to 2 or more or "
+                "trainer.gpus_per_rank to 1, or leave cpus_per_rank out"
+            )
         return self
 
 
@@ -401,6 +408,10 @@ class EngineConfig(_Section):
     one otherwise."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs (on CPUs: processes) of each engine."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """"separate" places engines anywhere in Ray; "colocated" gives each rank of the trainer an
+    engine of its own, on its GPU if it has one, with weights handed over in shared memory: all
+    sample, then all train."""
     node_placement: Literal["pack", "spread"] | None = None
     """Place workers on as few nodes as possible ("pack") or as many ("spread"); unset, as Ray
     does."""
@@ -423,7 +434,8 @@ class EngineConfig(_Section):
     chunks_per_engine: int | None = Field(None, ge=1)
     """Chunks held by a worker at a time; unset, a quarter more than its batch."""
     weight_transfer: WeightTransfer = "store"
-    """Path of new weights to the engines: Ray's object store, or vLLM's transfer between GPUs."""
+    """Path of new weights to the engines: Ray's object store ("store"), vLLM's transfer between
+    GPUs ("nccl"), or memory shared with the trainer ("ipc"; colocated engines always)."""
     weight_sync_timeout: float = Field(60.0, gt=0, allow_inf_nan=False)
     """Limit for loading new weights."""
     verify_weights: Literal["first", "every"] = "first"
@@ -478,6 +490,8 @@ class EngineConfig(_Section):
                 f"tensor_parallel_size={parallel} needs as many GPUs per engine, got "
                 f"gpus_per_engine={gpus:g}"
             )
+        if self.placement == "colocated":  # the recipe knows the GPUs
+            return self
         if self.sleep and not gpus:
             raise ValueError("sleep=true frees GPU memory and needs gpus_per_engine above 0")
         if self.weight_transfer != "store" and not gpus:
@@ -531,6 +545,14 @@ class Recipe(_Section):
         """Name of the reward for right or wrong; ``""`` if rewards are the task's."""
         return self.evaluation.reward or next(iter(self.rewards), "")
 
+    @field_validator("engine", mode="after")
+    @classmethod
+    def _give_ranks_engines(cls, engine: EngineConfig, info: ValidationInfo) -> EngineConfig:
+        trainer = info.data.get("trainer")  # missing if it is invalid itself
+        if engine.placement != "colocated" or trainer is None:
+            return engine
+        return _colocated(engine, trainer)
+
     @model_validator(mode="after")
     def _check_ranks(self) -> Recipe:
         if self.trainer.strategy == "fsdp2" and self.training.lora is not None:
@@ -547,10 +569,18 @@ class Recipe(_Section):
                 f"gradient_accumulation_steps) is not divisible by trainer.num_ranks={ranks}; "
                 f"{', '.join(map(str, sorted(near)))} ranks would fit"
             )
-        if self.engine.weight_transfer == "ipc" and ranks > 1:
+        colocated = self.engine.placement == "colocated"
+        if self.engine.weight_transfer == "ipc" and ranks > 1 and not colocated:
             raise ValueError(
                 f"engine.weight_transfer=ipc needs a single rank, got trainer.num_ranks={ranks}; "
-                "use engine.weight_transfer=nccl"
+                "use engine.weight_transfer=nccl, or engine.placement=colocated for an engine "
+                "beside each rank"
+            )
+        if colocated and self.training.max_staleness:
+            raise ValueError(
+                "engine.placement=colocated samples and trains in turn, and training.max_staleness="
+                f"{self.training.max_staleness} overlaps them: leave it out, or set "
+                "engine.placement=separate"
             )
         return self
 
@@ -576,6 +606,43 @@ class Recipe(_Section):
                 f"{did_you_mean(self.accuracy_reward, self.rewards)}"
             )
         return self
+
+
+def _colocated(engine: EngineConfig, trainer: TrainerConfig) -> EngineConfig:
+    """Return the settings of engines beside the ranks: as many, with their GPUs.
+
+    Raises:
+        ValueError: a given setting contradicts that.
+    """
+    ranks, gpus = trainer.num_ranks, trainer.gpus_per_rank
+    if engine.tensor_parallel_size > 1:
+        raise ValueError(
+            "placement=colocated gives each rank an engine on its one GPU, got "
+            f"tensor_parallel_size={engine.tensor_parallel_size}: leave it out, or set "
+            "placement=separate"
+        )
+    if engine.node_placement is not None:
+        raise ValueError(
+            f"placement=colocated puts engines on the nodes of their ranks, got node_placement="
+            f"{engine.node_placement}: leave it out"
+        )
+    if engine.sleep and not gpus:
+        raise ValueError("sleep=true frees GPU memory and needs trainer.gpus_per_rank=1")
+    settings: dict[str, tuple[Any, str]] = {
+        "num_engines": (ranks, f"trainer.num_ranks={ranks}"),
+        "gpus_per_engine": (float(gpus), f"trainer.gpus_per_rank={gpus}"),
+        "weight_transfer": ("ipc", "memory shared with the rank"),
+    }
+    for key, (value, reason) in settings.items():
+        given = getattr(engine, key)
+        if key in engine.model_fields_set and given != value:
+            raise ValueError(
+                f"placement=colocated takes {key}={value} ({reason}), got {given}: leave {key} out"
+            )
+    update: dict[str, Any] = {key: value for key, (value, _) in settings.items()}
+    if "sleep" not in engine.model_fields_set:
+        update["sleep"] = gpus > 0
+    return engine.model_copy(update=update)
 
 
 # Keys of earlier releases; the section "rollout" became "engine".

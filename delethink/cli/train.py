@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace, waiting: Waiting) -> int:
         progress.finished(location.directory, prepared.recipe.thinking.spec())
         return 0
     try:
-        if recipe.trainer.num_ranks > 1:
+        if recipe.trainer.uses_ray_train:
             from delethink.training.distributed import train_distributed
 
             train_distributed(prepared, location, progress, set_up_process)

@@ -9,7 +9,8 @@ retries, health checks, restarts and weight updates. Either class is then regist
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import concurrent.futures
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from delethink.engines.low_rank import LowRankChange
+    from delethink.engines.weight_sync import SharedHandle
 
 
 class Engine(Policy, Protocol):
@@ -134,6 +136,47 @@ class MergingEngine(Engine, Protocol):
         """
 
 
+class SharingEngine(Engine, Protocol):
+    """An engine that reads weights in memory shared with the trainer's ranks; optional."""
+
+    def read_weights(self, handles: Sequence[SharedHandle], version: int) -> None:
+        """Load new weights, as ``update_weights`` does.
+
+        Args:
+            handles: one for each worker, of memory on its machine. The memory stays unchanged until
+                the next call, or until the engine sleeps.
+            version: as ``update_weights``.
+
+        Raises:
+            WeightSyncError: as ``update_weights``.
+        """
+
+
+class BackgroundEngine(Engine, Protocol):
+    """An engine that takes weights while the trainer goes on; optional."""
+
+    def begin_update(
+        self, weights: Mapping[str, torch.Tensor], version: int
+    ) -> concurrent.futures.Future[None]:
+        """Begin ``update_weights``; the weights may change as soon as this returns.
+
+        Chunks of later calls of ``generate`` come from these weights or newer ones.
+        """
+
+    def begin_merge(
+        self, changes: Mapping[str, LowRankChange], version: int
+    ) -> concurrent.futures.Future[None]:
+        """Begin ``merge_weights``, in the same way."""
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """A place of a worker in a Ray cluster, beside a rank of the trainer."""
+
+    node: str  # id of the node
+    gpu: str | None  # id of the rank's GPU on the node; None without
+
+
 @dataclass(frozen=True)
 class WorkerSpec:
     """Everything needed to start the engine of a worker."""
@@ -145,6 +188,7 @@ class WorkerSpec:
     trust_remote_code: bool
     seed: int
     threads: int  # CPU threads of an engine without a GPU
+    gpu: str | None = None  # the one GPU it sees, as in CUDA_VISIBLE_DEVICES; None: Ray's choice
 
 
 @dataclass(frozen=True)
@@ -165,6 +209,7 @@ class EngineCounts:
     running: int = 0  # sum over steps of the chunks in the batch
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # prompt tokens found there
+    waiting: int = 0  # chunks without room in the batch, after the last step: no sum
 
 
 class Worker(Protocol):
@@ -208,8 +253,9 @@ class Worker(Protocol):
         """Load new weights, drop the prefix cache, and return the version of the weights.
 
         Args:
-            weights: a mapping from names to bytes, dtype and shape (``weight_sync.pack``). An
-                engine in another process gets them by ``weight_sync.write`` and ``read``.
+            weights: a mapping from names to bytes, dtype and shape (``weight_sync.pack``), which an
+                engine in another process gets by ``weight_sync.write`` and ``read``. With
+                ``weight_transfer=ipc``, a ``weight_sync.SharedHandle`` for ``read``.
             version: number of the update.
 
         Raises:

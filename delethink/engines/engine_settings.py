@@ -17,7 +17,14 @@ from delethink.output import safe_text
 IN_PROCESS = frozenset({"name", "dtype", "max_batch_size", "max_model_tokens", "rollout_timeout"})
 # Settings about new weights, and about rollouts of a training step.
 TRAINING_ONLY = frozenset(
-    {"rollout_timeout", "sleep", "verify_weights", "weight_sync_timeout", "weight_transfer"}
+    {
+        "placement",
+        "rollout_timeout",
+        "sleep",
+        "verify_weights",
+        "weight_sync_timeout",
+        "weight_transfer",
+    }
 )
 _ON_GPUS, _ON_CPUS = "gpu_memory_utilization", "kv_cache_gib"  # of vLLM's cache
 

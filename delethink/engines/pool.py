@@ -51,6 +51,10 @@ class _RetryError(Exception):
     """An attempt at a chunk failed, and another worker may take the chunk."""
 
 
+class _HandedBackError(_RetryError):
+    """A chunk waited at a worker for room in its batch, and waits for any worker again."""
+
+
 class WorkerPool:
     """Samples chunks on workers, retries failed chunks, and restarts failed workers.
 
@@ -117,6 +121,7 @@ class WorkerPool:
             listener=listener,
         )
         self._chunks.add(chunk)
+        is_repeated = False
         try:
             while True:
                 if (refusal := self._closed_by or self._unsound) is not None:
@@ -125,7 +130,7 @@ class WorkerPool:
                     self._spawn(self.wake())
                 try:
                     chunk.assigned = asyncio.get_running_loop().create_future()
-                    self._scheduler.submit(chunk, first=chunk.attempts > 0)
+                    self._scheduler.submit(chunk, first=is_repeated)
                     self._dispatch_soon()
                     await chunk.assigned
                     return await self._sample(cast(WorkerRecord, chunk.worker), chunk)
@@ -140,6 +145,7 @@ class WorkerPool:
                     self._count_attempt(chunk, reason)
                 finally:
                     self._release(chunk)
+                is_repeated = True
         finally:
             self._chunks.discard(chunk)
 
@@ -190,6 +196,9 @@ class WorkerPool:
 
     def _count_attempt(self, chunk: PendingChunk, error: _RetryError) -> None:
         """Count a failed attempt, and raise ``PolicyError`` after the last one."""
+        if isinstance(error, _HandedBackError):
+            self.faults.chunks_handed_back += 1
+            return
         chunk.attempts += 1
         if chunk.attempts < self._config.max_attempts or chunk.is_heard:
             self.faults.chunks_rescheduled += 1
@@ -438,19 +447,23 @@ class WorkerPool:
         return statistics.median(known) if known else 0.0
 
     async def update_weights(self, weights: Any, version: int) -> None:
-        """Load weights into all workers, each as soon as its chunks in flight are done.
+        """Load weights into all workers, each as soon as the chunks in its batch are done.
 
-        A failed worker is restarted with the new weights; one worker with them is enough.
+        Chunks of later calls of ``generate`` come from these weights. Chunks that wait at a worker
+        go back to the queue first. A failed worker is restarted with the new weights; one worker
+        with them is enough.
 
         Raises:
             WeightSyncError: all workers refused the weights; nothing is sampled before others come.
             WorkersLostError: no worker is left.
         """
-        await self.wake()
         async with self._update_lock:
             previous, self._weights = self._weights, (weights, version)
             self._outdated = set(self.workers)
+            for worker in self.workers:
+                self._pause(worker)
             try:
+                await self.wake()
                 refusals = await self._update_until_one_runs(weights, version)
                 if refusals:
                     self._weights = previous
@@ -498,6 +511,7 @@ class WorkerPool:
         """Return ``True`` if a worker has loaded the weights, or the reason of a refusal."""
         handle = worker.handle
         self._pause(worker)
+        await self._hand_back(worker)
         await worker.idle.wait()
         if handle is None or worker.handle is not handle or not worker.in_service:
             return False  # restarted, with these weights
@@ -513,6 +527,29 @@ class WorkerPool:
         self._outdated.discard(worker)
         self._resume(worker)
         return worker.in_service
+
+    async def _hand_back(self, worker: WorkerRecord) -> None:
+        """Put the chunks that wait at a worker back into the queue: its newest ones."""
+        if len(worker.chunks) <= 1:
+            return
+        with contextlib.suppress(Exception):  # the numbers of the last heartbeat do too
+            async with asyncio.timeout(_METRICS_TIMEOUT_S):
+                await self._refresh(worker)
+        chunks = list(worker.chunks)
+        number = max(len(chunks) - worker.batch_size, min(worker.counts.waiting, len(chunks)))
+        error = _HandedBackError(f"{worker} had no room for it before an update of weights")
+        for chunk in reversed(chunks[len(chunks) - max(0, number) :]):
+            if not chunk.is_heard:
+                self._release(chunk)
+                chunk.interrupt(error)
+
+    async def _refresh(self, worker: WorkerRecord) -> None:
+        """Ask a worker for its counters."""
+        if not worker.in_service or (handle := worker.handle) is None:
+            return
+        counts = await handle.health()
+        if worker.in_service and worker.handle is handle:
+            worker.update_health(counts, asyncio.get_running_loop().time())
 
     async def _load_weights(self, handle: WorkerHandle, weights: Any, version: int) -> None:
         timeout = self._config.weight_sync_timeout
@@ -569,13 +606,7 @@ class WorkerPool:
         - ``batch_occupancy``, ``tokens_per_second``, ``prefix_cache_hit_rate``: see ``Activity``.
         - the fields of ``FaultCounts``.
         """
-
-        async def refresh(worker: WorkerRecord, handle: WorkerHandle) -> None:
-            counts = await handle.health()
-            if worker.in_service and worker.handle is handle:
-                worker.update_health(counts, asyncio.get_running_loop().time())
-
-        calls = [refresh(w, w.handle) for w in self.workers if w.in_service and w.handle]
+        calls = [self._refresh(worker) for worker in self.workers]
         with contextlib.suppress(TimeoutError):  # late answers are left out
             async with asyncio.timeout(_METRICS_TIMEOUT_S):
                 await asyncio.gather(*calls, return_exceptions=True)

@@ -87,6 +87,7 @@ class FaultCounts:
 
     restarts: int = 0
     chunks_rescheduled: int = 0
+    chunks_handed_back: int = 0  # waited at a worker when new weights came
     tokens_lost: int = 0  # sampled by workers before their loss, an estimate from below
     chunk_timeouts: int = 0
     chunks_failed: int = 0
@@ -100,6 +101,7 @@ class WorkerRecord:
     name: str
     handle: WorkerHandle | None = None  # in the present life, from one start to the next
     pid: int = 0  # 0 while there is no process
+    batch_size: int = 0  # chunks sampled at once
     in_service: bool = False  # else starting, restarting or given up
     missed_heartbeat: bool = False  # its chunks went to other workers
     given_up: bool = False  # not restarted again
@@ -127,7 +129,7 @@ class WorkerRecord:
 
     def start_life(self, state: WorkerState, now: float) -> None:
         """Reset everything about the previous life."""
-        self.pid, self.in_service = state.pid, True
+        self.pid, self.in_service, self.batch_size = state.pid, True, state.batch_size
         self.missed_heartbeat = self.resting = False
         self.lost = asyncio.get_running_loop().create_future()
         self.heard = self.progressed = now

@@ -21,11 +21,18 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from delethink.config import EngineConfig
-from delethink.engines.base import EngineCounts, Worker, WorkerHandle, WorkerSpec, WorkerState
+from delethink.engines.base import (
+    EngineCounts,
+    Worker,
+    WorkerHandle,
+    WorkerPlace,
+    WorkerSpec,
+    WorkerState,
+)
 from delethink.engines.cluster import EarlyConnection, cause
 from delethink.engines.pool import WorkerPool
 from delethink.engines.pool_records import FaultCounts, WorkerRecord
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     import torch
 
     from delethink.engines.low_rank import LowRankChange
+    from delethink.engines.weight_sync import SharedHandle, SharedWeights
 
 T = TypeVar("T")
 
@@ -69,6 +77,7 @@ class RayPool:
         trust_remote_code: run code from the model's repository.
         seed: seed of the engines' own streams, for requests without a seed.
         connection: a connection to Ray that was begun before; the pool takes it over.
+        places: one for each worker, beside the rank of the same number; ``None``: Ray's choice.
         wait: return once the workers have started; otherwise call the method ``wait`` later.
 
     Raises:
@@ -94,6 +103,7 @@ class RayPool:
         trust_remote_code: bool = False,
         seed: int = 0,
         connection: EarlyConnection | None = None,
+        places: Sequence[WorkerPlace] | None = None,
         wait: bool = True,
     ) -> None:
         if ray is None:
@@ -110,10 +120,13 @@ class RayPool:
             seed=seed,
             threads=max(1, int(cpus)),
         )
-        self._resources = {"num_cpus": cpus, "num_gpus": config.gpus_per_engine}
+        self._places = places
+        # The ranks have reserved the GPUs beside them.
+        self._resources = {"num_cpus": cpus, "num_gpus": 0 if places else config.gpus_per_engine}
         self._placement_group: Any = None
         self._ray_metrics: dict[str, Any] = {}
         self._base: tuple[Any, int] | None = None  # the last whole weights and their version
+        self._shared: SharedWeights | None = None  # of the last update with weight_transfer=ipc
         self._pool = WorkerPool(self._launch, config)
         self._close_lock = threading.Lock()
         self._thread = _LoopThread()
@@ -160,8 +173,9 @@ class RayPool:
         trust_remote_code: bool,
         seed: int,
         connection: EarlyConnection,
+        places: Sequence[WorkerPlace] | None = None,
     ) -> Self:
-        """Begin to start the workers; see ``StartingEngine``."""
+        """Begin to start the workers, at ``places`` if given; see ``StartingEngine``."""
         from delethink.engines.loading import engine_window, eos_ids, find_source
 
         return cls(
@@ -172,6 +186,7 @@ class RayPool:
             trust_remote_code=trust_remote_code,
             seed=seed,
             connection=connection,
+            places=places,
             wait=False,
         )
 
@@ -297,14 +312,37 @@ class RayPool:
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Load new weights into all workers; see ``Engine`` and ``WorkerPool.update_weights``."""
-        from delethink.engines.weight_sync import Snapshot, local_device, pack
+        _wait(self.begin_update(weights, version))
 
+    def begin_update(
+        self, weights: Mapping[str, torch.Tensor], version: int
+    ) -> concurrent.futures.Future[None]:
+        """Copy weights, and begin to load them into all workers; see ``BackgroundEngine``."""
+        import torch
+
+        from delethink.engines.weight_sync import SharedWeights, Snapshot, local_device, pack
+
+        copy: Any
         if self.config.weight_transfer == "store":
             copy = ray.put(pack(weights))
-        else:
+            self._base = copy, version
+        elif self.config.weight_transfer == "nccl":
             copy = Snapshot(weights, local_device())
-        self._thread.run(self._pool.update_weights(copy, version))
-        self._base = copy, version
+        else:
+            before, dtype = self._shared, getattr(torch, self.config.engine_dtype)
+            device = local_device() if self.config.gpus_per_engine else torch.device("cpu")
+            self._shared = SharedWeights(weights, device, dtype)
+            copy = _SharedCopies([self._shared.handle] * self.config.num_engines)
+            update = self._thread.submit(self._pool.update_weights(copy, version))
+            if before is not None:
+                update.add_done_callback(lambda _: before.close())
+            return update
+        return self._thread.submit(self._pool.update_weights(copy, version))
+
+    def read_weights(self, handles: Sequence[SharedHandle], version: int) -> None:
+        """Load weights that ranks share with the workers beside them; see ``SharingEngine``."""
+        copies = _SharedCopies(list(handles))
+        self._thread.run(self._pool.update_weights(copies, version))
 
     def merge_obstacle(self) -> str | None:
         """Return why the workers need whole weights; see ``MergingEngine``."""
@@ -316,12 +354,18 @@ class RayPool:
 
     def merge_weights(self, changes: Mapping[str, LowRankChange], version: int) -> None:
         """Load base weights with low-rank changes into all workers; see ``MergingEngine``."""
+        _wait(self.begin_merge(changes, version))
+
+    def begin_merge(
+        self, changes: Mapping[str, LowRankChange], version: int
+    ) -> concurrent.futures.Future[None]:
+        """Copy low-rank changes, and begin to load them; see ``BackgroundEngine``."""
         from delethink.engines.low_rank import pack_changes
 
         if self._base is None:
             raise PolicyError("low-rank changes need base weights of an earlier update_weights")
         update = _MergedWeights(*self._base, ray.put(pack_changes(changes)))
-        self._thread.run(self._pool.update_weights(update, version))
+        return self._thread.submit(self._pool.update_weights(update, version))
 
     def sleep(self) -> None:
         """Free the GPUs until the next request or update, if ``config.sleep`` is set."""
@@ -368,10 +412,12 @@ class RayPool:
             if self._placement_group is not None and ray.is_initialized():
                 ray.util.remove_placement_group(self._placement_group)
             self._placement_group = None
+            if self._shared is not None:
+                self._shared.close()
             self._connection.close()
 
     def make_sender(self, actor: Any) -> Any:
-        """Make the path of weights from this process's GPU into one worker (nccl, ipc).
+        """Make the path of weights from this process's GPU into one worker (nccl).
 
         Returns:
             An object with the methods of ``delethink.engines.vllm_transfer.VllmWeightSender``; the
@@ -393,12 +439,18 @@ class RayPool:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self._placement_group, placement_group_bundle_index=index
             )
+        gpu = None
+        if self._places is not None:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            node, gpu = self._places[index].node, self._places[index].gpu
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         # Each engine has its own seed, else all would draw alike for requests without one.
-        spec = dataclasses.replace(self._spec, seed=self._spec.seed + index)
+        spec = dataclasses.replace(self._spec, seed=self._spec.seed + index, gpu=gpu)
         remote = ray.remote(max_concurrency=_MAX_CALLS, **options)(self.worker_class)
         actor = remote.remote(spec)
-        sender = None if self.config.weight_transfer == "store" else self.make_sender(actor)
-        return _RayWorkerHandle(actor, self.config.startup_timeout, self._resources, sender)
+        sender = self.make_sender(actor) if self.config.weight_transfer == "nccl" else None
+        return _RayWorkerHandle(actor, self.config.startup_timeout, self._resources, sender, index)
 
 
 class _MergedWeights(NamedTuple):
@@ -409,6 +461,12 @@ class _MergedWeights(NamedTuple):
     changes: Any
 
 
+class _SharedCopies(NamedTuple):
+    """Handles of weights in shared memory, by worker."""
+
+    handles: list[SharedHandle]
+
+
 @dataclasses.dataclass(eq=False)
 class _RayWorkerHandle:
     """``WorkerHandle`` of a Ray actor."""
@@ -416,7 +474,8 @@ class _RayWorkerHandle:
     actor: Any
     startup_timeout_s: float
     resources: Mapping[str, float]
-    sender: Any  # result of RayPool.make_sender; None for weight_transfer=store
+    sender: Any  # result of RayPool.make_sender with weight_transfer=nccl; else None
+    index: int = 0
 
     async def start(self) -> WorkerState:
         is_up = False
@@ -485,6 +544,8 @@ class _RayWorkerHandle:
     async def update_weights(self, weights: Any, version: int) -> int:
         if (sender := self.sender) is not None:
             return await _run_in_thread(lambda: sender.send(weights, version))
+        if isinstance(weights, _SharedCopies):
+            weights = weights.handles[self.index]
         if isinstance(weights, _MergedWeights):
             base = [weights.base]  # in a list, Ray sends only the reference
             arguments = base, weights.base_version, weights.changes, version
@@ -547,6 +608,13 @@ class _LoopThread:
         self._thread.join(_CLOSE_TIMEOUT_S)
         if not self._loop.is_running():
             self._loop.close()
+
+
+def _wait(work: concurrent.futures.Future[T]) -> T:
+    try:
+        return work.result()
+    except concurrent.futures.CancelledError:
+        raise PolicyError("the pool is closed") from None
 
 
 async def _result(call: Awaitable[T]) -> T:

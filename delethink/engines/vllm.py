@@ -183,13 +183,16 @@ class VllmWorker:
 
     async def update_weights(self, weights: Any, version: int) -> int:
         """Load new weights; see ``Worker.update_weights``."""
-        from delethink.engines.weight_sync import write
+        from delethink.engines.weight_sync import SharedHandle, write
 
         await self._begin_update()
         self._base_version = None
         if self._kept is not None:
             os.close(self._kept[0])
             self._kept = None
+        if isinstance(weights, SharedHandle):
+            place, slots = weights.place, weights.slots
+            return await self._load("delethink_load", place, slots, version, self._verifies)
         file, slots = write(weights)
         try:
             loaded = await self._load("delethink_load", _path(file), slots, version, self._verifies)
@@ -308,8 +311,7 @@ class VllmPool(RayPool):
             from delethink.engines.vllm_transfer import VllmWeightSender
         except ImportError as error:
             raise MissingExtraError("vllm", "vllm") from error
-        transfer, num_ranks = self.config.weight_transfer, self.config.tensor_parallel_size
-        return VllmWeightSender(transfer, actor, num_ranks, local_device())
+        return VllmWeightSender(actor, self.config.tensor_parallel_size, local_device())
 
 
 def _path(file: int) -> str:
@@ -358,10 +360,10 @@ def _engine_args(spec: WorkerSpec, extension: str) -> Any:
         }
     if config.max_batch_size is not None:
         more["max_num_seqs"] = config.max_batch_size
-    if config.weight_transfer != "store":
+    if config.weight_transfer == "nccl":
         from vllm.config import WeightTransferConfig
 
-        more["weight_transfer_config"] = WeightTransferConfig(config.weight_transfer)
+        more["weight_transfer_config"] = WeightTransferConfig("nccl")
     name, revision = split_revision(spec.model)
     return AsyncEngineArgs(
         model=name,
@@ -389,9 +391,8 @@ def _set_environment(spec: WorkerSpec) -> None:
     config = spec.config
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if config.weight_transfer == "ipc":
-        # Memory handles go from the actor to its own engine process as pickles.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if spec.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
     if not config.gpus_per_engine:
         ranks = config.tensor_parallel_size
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else "uni" becomes one more process
@@ -424,6 +425,7 @@ def _make_counter() -> Any:
                 counts = replace(
                     counts,
                     running=counts.running + scheduler_stats.num_running_reqs,
+                    waiting=scheduler_stats.num_waiting_reqs,
                     prefix_queries=counts.prefix_queries + cache.queries,
                     prefix_hits=counts.prefix_hits + cache.hits,
                 )

@@ -88,7 +88,7 @@ def _return_errors(method: Callable[..., T]) -> Callable[..., T | str]:
 class WorkerExtension:
     """Methods mixed into vLLM's own worker class, in each rank.
 
-    Weights come as a file (``delethink_load``), as low-rank changes of the base weights
+    Weights come as shared memory (``delethink_load``), as low-rank changes of the base weights
     (``delethink_merge``), or by vLLM's own weight transfer between ``delethink_prepare`` and
     ``delethink_confirm``. Misfitting weights are refused before anything is touched. With
     ``verify``, the parameters of the running model are compared with those sent
@@ -107,10 +107,14 @@ class WorkerExtension:
         return super().__new__(cls)
 
     @_return_errors
-    def delethink_load(self, path: str, slots: list[WeightSlot], version: int, verify: bool) -> int:
-        """Load the weights in a file; return the version."""
+    def delethink_load(
+        self, place: str | bytes, slots: list[WeightSlot], version: int, verify: bool
+    ) -> int:
+        """Load the weights in a file, or in memory of the trainer's GPU; return the version."""
         self._prepare({name: shape for name, _, shape, _, _ in slots}, verify)
-        self.reload_weights(weights_iterator=iter(read(path, slots).items()))
+        self.reload_weights(weights_iterator=iter(read(place, slots).items()))
+        if isinstance(place, bytes):
+            torch.accelerator.synchronize()  # the trainer may free or overwrite it after the return
         return self._confirm(version, verify)
 
     @_return_errors

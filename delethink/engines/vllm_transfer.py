@@ -1,13 +1,13 @@
 """Sends weights from the trainer's GPU straight into a vLLM engine, by vLLM's own weight transfer.
 
-    trainer's GPU -- NCCL, or CUDA IPC on one GPU --> engine process
+    trainer's GPU -- NCCL --> engine process
     VllmWeightSender (driver) -> VllmWorker (Ray actor) -> AsyncLLM
 
 vLLM moves the bytes and makes the necessary calls (``vllm.distributed.weight_transfer``). Each
 worker has its own transfer, a group of two sides. So each loads weights as soon as its chunks are
 done, and a dying worker disturbs no other.
 
-This module imports vLLM; pools use this module only with ``weight_transfer`` nccl or ipc.
+This module imports vLLM; pools use this module only with ``weight_transfer=nccl``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from delethink.config import WeightTransfer
 from delethink.engines.cluster import cause
 from delethink.engines.weight_sync import Snapshot
 from delethink.errors import PolicyError
@@ -37,18 +35,13 @@ class VllmWeightSender:
     """Sends weights into one ``VllmWorker``; the calls block.
 
     Args:
-        transfer: "nccl", or "ipc" for a worker on the same GPU.
+        worker: the actor.
         num_ranks: ranks of the worker's engine.
         device: device of the weights to send.
-
-    A worker lost during an update by IPC leaves a view of the snapshot behind; its memory is free
-    again when this process ends.
     """
 
-    def __init__(
-        self, transfer: WeightTransfer, worker: Any, num_ranks: int, device: torch.device
-    ) -> None:
-        self._transfer, self._worker, self._num_ranks = transfer, worker, num_ranks
+    def __init__(self, worker: Any, num_ranks: int, device: torch.device) -> None:
+        self._worker, self._num_ranks = worker, num_ranks
         # A separate stream: waiting for a dead worker must not hold up the trainer.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._source, self._client = _Source(), _Client(worker, self.close)
@@ -57,17 +50,13 @@ class VllmWeightSender:
 
     def connect(self) -> None:
         """Connect the two sides. If the worker dies meanwhile, this waits for vLLM's timeout."""
-        info: IPCTrainerInitInfo | NCCLTrainerInitInfo
-        if self._transfer == "ipc":
-            info = IPCTrainerInitInfo(rank=0)
-        else:
-            info = NCCLTrainerInitInfo(
-                rank=0,
-                master_address=ray.util.get_node_ip_address(),
-                master_port=get_open_port(),
-                world_size=1 + self._num_ranks,
-                packed=False,  # packed tensors go over streams shared by all transfers
-            )
+        info = NCCLTrainerInitInfo(
+            rank=0,
+            master_address=ray.util.get_node_ip_address(),
+            master_port=get_open_port(),
+            world_size=1 + self._num_ranks,
+            packed=False,  # packed tensors go over streams shared by all transfers
+        )
         with torch.cuda.stream(self._stream):
             sender = WeightTransferTrainerFactory.trainer_init(
                 info, client=self._client, source=self._source

@@ -4,18 +4,26 @@ With ``weight_transfer=store`` they go through Ray's object store, to engines an
 
     pack (driver) -> object store -> write (worker) -> read (engine process)
 
-With ``nccl`` and ``ipc`` they go from GPU to GPU: a ``WeightSender`` of the engine sends a
-``Snapshot`` (``delethink.engines.vllm_transfer``).
+With ``nccl`` they go from GPU to GPU: a ``WeightSender`` of the engine sends a ``Snapshot``
+(``delethink.engines.vllm_transfer``).
+
+With ``ipc`` they stay where they are, and engines on the same machine read them: ``SharedWeights``
+are memory of a GPU, shared by CUDA IPC, or a file in memory that torch maps. Only their small
+``SharedHandle`` goes through Ray.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from delethink.engines.weight_check import Columns
 
@@ -60,13 +68,84 @@ def write(weights: PackedWeights) -> tuple[int, list[WeightSlot]]:
     return descriptor, slots
 
 
-def read(path: str, slots: list[WeightSlot]) -> dict[str, torch.Tensor]:
-    """Return the weights in a file from ``write``, as views of it."""
-    data = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8)
-    return {
-        name: data[offset : offset + size].view(getattr(torch, dtype)).reshape(shape)
-        for name, dtype, shape, offset, size in slots
-    }
+def read(place: str | bytes, slots: list[WeightSlot]) -> dict[str, torch.Tensor]:
+    """Return the weights in a file from ``write``, or in shared memory, as views of it."""
+    if isinstance(place, bytes):
+        arguments: list[Any] = list(pickle.loads(place))
+        arguments[_DEVICE] = torch.accelerator.current_device_index()
+        data = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        data = torch.from_file(place, size=os.path.getsize(place), dtype=torch.uint8)
+    return dict(_views(data, slots))
+
+
+def _views(data: torch.Tensor, slots: list[WeightSlot]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, dtype, shape, offset, size in slots:
+        yield name, data[offset : offset + size].view(getattr(torch, dtype)).reshape(shape)
+
+
+def _cuda_handle(data: torch.Tensor) -> Any:
+    """Return the arguments of ``rebuild_cuda_tensor`` in another process."""
+    return reduce_tensor(data)[1]  # type: ignore[no-untyped-call]
+
+
+_DEVICE = 6  # position of the device among the arguments of rebuild_cuda_tensor
+
+
+@dataclass(frozen=True)
+class SharedHandle:
+    """The way to shared weights, for another process of this machine."""
+
+    place: str | bytes  # path of a file, or a handle of CUDA
+    slots: list[WeightSlot]
+
+
+class SharedWeights:
+    """A copy of weights that other processes of this machine read where it is.
+
+    Sharded weights are gathered one by one, which is a collective of their ranks.
+
+    Args:
+        weights: weights by name.
+        device: device of the copy.
+        dtype: data type of the engine; numbers are cast before they are copied.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        slots, end = list[WeightSlot](), 0
+        for name, tensor in weights.items():
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            size = prod(tensor.shape) * kind.itemsize
+            start = end + -end % _ALIGNMENT_BYTES
+            slots.append((name, str(kind).removeprefix("torch."), tuple(tensor.shape), start, size))
+            end = start + size
+        self._file: int | None = None
+        if device.type == "cuda":
+            self._data = torch.empty(end, dtype=torch.uint8, device=device)
+            place: str | bytes = pickle.dumps(_cuda_handle(self._data))
+        else:
+            # Not in /dev/shm, which is small in containers; the kernel frees it with this process.
+            self._file = os.memfd_create("delethink-weights")
+            os.truncate(self._file, end)
+            place = f"/proc/{os.getpid()}/fd/{self._file}"
+            self._data = torch.from_file(place, shared=True, size=end, dtype=torch.uint8)
+        for name, view in _views(self._data, slots):
+            whole: Any = weights[name].detach()
+            view.copy_(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # readers use other streams
+        self.handle = SharedHandle(place, slots)
+
+    def close(self) -> None:
+        """Give the memory back, once no engine reads it. Safe to call twice."""
+        self._data = torch.empty(0, dtype=torch.uint8)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        elif isinstance(self.handle.place, bytes):
+            torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
 
 def local_device() -> torch.device:

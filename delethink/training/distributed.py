@@ -26,6 +26,7 @@ from delethink.training.progress import TrainingProgress
 from delethink.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from delethink.engines.base import WorkerPlace
     from delethink.training.data_parallel import RankGroup
 
 _START_TIMEOUT_S = 300
@@ -170,17 +171,24 @@ def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
     from delethink.engines.loading import load_model, load_tokenizer
     from delethink.training.grpo_config import trl_config
     from delethink.training.trainer import fit_ranks, make_trainer
-    from delethink.training.weights import GatherWeights
+    from delethink.training.weights import RankWeights
 
+    gather_places(recipe, ranks)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
+    settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints)
+    # The main rank reads all values.
+    model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code, values_checked=True)
+    if recipe.engine.placement == "colocated" and recipe.trainer.strategy != "fsdp2":
+        model = model.to(settings.device)  # its copy for the engine is made there
+    weights = RankWeights(model, recipe.engine, ranks)
+    weights.collect()
     trainer = make_trainer(
         recipe,
         ranks,
-        # The main rank reads all values.
-        model=load_model(recipe.model, "float32", recipe.trust_remote_code, values_checked=True),
+        model=model,
         processing_class=tokenizer,
-        args=trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints),
+        args=settings,
         train_dataset=[],
         reward_funcs=[_on_main_rank_only],
         run_rollouts=_on_main_rank_only,
@@ -188,9 +196,11 @@ def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
         run_state=_on_main_rank_only,
         on_nonfinite=lambda found: None,  # the main rank skips the step or stops the run
         on_step=lambda metrics: metrics,
-        callbacks=[GatherWeights()],
+        weights=weights,
+        callbacks=[],
     )
     fit_ranks(trainer, ranks)
+    weights.close()
 
 
 def _on_main_rank_only(*args: Any, **kwargs: Any) -> NoReturn:
@@ -245,6 +255,19 @@ def _ray_cluster(recipe: Recipe) -> Iterator[None]:
             ray.shutdown()
 
 
+def gather_places(recipe: Recipe, ranks: RankGroup) -> list[WorkerPlace] | None:
+    """Return the places beside all ranks; ``None`` without engines there. A collective."""
+    if recipe.engine.placement != "colocated":
+        return None
+    import ray
+
+    from delethink.engines.base import WorkerPlace
+
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", []) if recipe.trainer.gpus_per_rank else []
+    return ranks.gather(WorkerPlace(context.get_node_id(), gpus[0] if gpus else None))
+
+
 def _engine_resources(recipe: Recipe) -> dict[str, float]:
     engine = recipe.engine
     if choose_engine(engine.name) == "transformers":  # samples in the process of the main rank
@@ -252,7 +275,8 @@ def _engine_resources(recipe: Recipe) -> dict[str, float]:
     from delethink.engines.ray import cpus_per_engine
 
     number = engine.num_engines
-    return {"CPU": number * cpus_per_engine(engine), "GPU": number * engine.gpus_per_engine}
+    gpus = 0.0 if engine.placement == "colocated" else number * engine.gpus_per_engine
+    return {"CPU": number * cpus_per_engine(engine), "GPU": gpus}
 
 
 def check_resources(recipe: Recipe, available: Mapping[str, float]) -> None:

@@ -115,6 +115,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         on_sampled: Called with each scored batch, on the main rank.
         on_nonfinite: Called on every rank with a step that is skipped; may raise to stop the run.
             By default ``NonFiniteError`` is raised.
+        before_rollouts: Called on every rank before each batch is sampled.
+        after_rollouts: Called on every rank once it has its traces.
         ranks: All ranks that train together.
         cost: Training cost of a trace, by which traces are sharded over ranks.
 
@@ -130,6 +132,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         run_rollouts: Callable[[list[dict[str, Any]]], RolloutBatch],
         on_sampled: Callable[[ScoredBatch], None],
         on_nonfinite: Callable[[NonFinite], None] = raise_nonfinite,
+        before_rollouts: Callable[[], None] = lambda: None,
+        after_rollouts: Callable[[], None] = lambda: None,
         ranks: RankGroup | None = None,
         cost: Callable[[Trace], float] = chunk_tokens,
         **kwargs: Any,
@@ -140,6 +144,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         self.loss_settings = LossSettings.from_config(self.args)
         self._run_rollouts, self._on_sampled = run_rollouts, on_sampled
         self._on_nonfinite, self._cost = on_nonfinite, cost
+        self._before_rollouts, self._after_rollouts = before_rollouts, after_rollouts
         self._ranks = ranks or RankGroup()
         # The current batch. The main rank has the examples of all ranks, and all ranks all rewards.
         self._examples: list[dict[str, Any]] = []
@@ -220,6 +225,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
     def _sample_rows(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """Sample a batch and return the rows of this rank: TRL's ``rollout_func``."""
         examples = [example for own in self._ranks.gather(self._examples) for example in own]
+        self._before_rollouts()
         self._shards = shard_traces(
             self._ranks,
             len(examples),
@@ -227,6 +233,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             lambda trace: self._cost(trace) if self._is_trainable(trace) else 0.0,
             self.args.steps_per_generation // self.args.gradient_accumulation_steps,
         )
+        self._after_rollouts()
         pad = self._tokenizer.pad_token_id
         rows = [trace_row(trace, pad, self._is_trainable(trace)) for trace in self._shards.traces]
         return {name: [getattr(row, name) for row in rows] for name in TraceRow._fields}

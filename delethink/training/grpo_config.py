@@ -83,8 +83,8 @@ def batch_settings(training: TrainingConfig, num_ranks: int) -> dict[str, int]:
 
 
 def rank_settings(trainer: TrainerConfig) -> dict[str, Any]:
-    """Return the DDP or FSDP settings; none for a single rank."""
-    if trainer.num_ranks == 1:
+    """Return the DDP or FSDP settings; none without Ray Train."""
+    if not trainer.uses_ray_train:
         return {}
     settings: dict[str, Any] = {"use_cpu": trainer.gpus_per_rank == 0}
     if trainer.strategy == "fsdp2":

@@ -195,12 +195,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens_replaced", "tokens", "batch", "Sampled tokens of replaced groups.", EVERY_BATCH),
 
     # Time
-    Metric("seconds_sampling", "s", "clock", "Time waiting for the engine.", EVERY_BATCH),
-    Metric("seconds_scoring", "s", "clock", "Time waiting for scores only.", EVERY_BATCH),
+    Metric("seconds_sampling", "s", "clock", "Time from the first chunk to the last.", EVERY_BATCH),
+    Metric("seconds_scoring", "s", "clock", "Time from the last chunk to the last score.",
+           EVERY_BATCH),
+    Metric("seconds_waiting", "s", "clock",
+           "Time of the trainer waiting for the batch; less than the two above if prefetched.",
+           EVERY_BATCH),
+    Metric("overlap", "share of time", "clock",
+           "Sampling and scoring of the batch during which the trainer did not wait.",
+           EVERY_BATCH),
     Metric("seconds_training", "s", "clock",
-           "Time of the step without sampling, scoring and weight updates."),
+           "Time of the step without waiting for the batch and for weight updates."),
     Metric("seconds_weight_update", "s", "clock",
-           "Time of loading weights into the engine, since the previous step."),
+           "Time of the trainer for weight updates, since the previous step."),
     Metric("tokens_per_second", "tokens/s", "clock", "Sampled tokens / seconds_sampling.",
            EVERY_BATCH, step_line="{:.0f} tokens/s"),
 
@@ -265,6 +272,8 @@ METRICS: tuple[Metric, ...] = (
     _engine("workers", "workers", "Workers in service, now."),
     _engine("restarts", "restarts", "Attempts to restart a worker."),
     _engine("chunks_rescheduled", "chunks", "Failed attempts at a chunk that were repeated."),
+    _engine("chunks_handed_back", "chunks",
+            "Chunks that waited at a worker and went back to the queue before an update."),
     _engine("tokens_lost", "tokens", "Sampled tokens of lost chunks, estimated from below."),
     _engine("chunk_timeouts", "chunks", "Chunks beyond engine.chunk_timeout."),
     _engine("chunks_failed", "chunks", "Chunks with engine.max_attempts failures."),
@@ -282,6 +291,11 @@ def find_metric(key: str) -> Metric | None:
         if re.fullmatch(pattern, key):
             return metric
     return None
+
+
+def overlap(waited: float, lasted: float) -> float:
+    """Return the share of a batch's time during which the trainer did not wait for it."""
+    return max(0.0, 1.0 - waited / lasted) if lasted else 0.0
 
 
 class StepStatistics(NamedTuple):
@@ -408,7 +422,7 @@ class StepMetrics:
         """Stop the clock and add the metrics of time."""
         seconds = time.perf_counter() - self._started
         sampling = self.values.get("seconds_sampling", 0.0)
-        waiting = sampling + self.values.get("seconds_scoring", 0.0)
+        waiting = self.values.get("seconds_waiting", 0.0)
         updating = self._seconds_weight_update - self._seconds_before_step
         self.values["seconds_training"] = seconds - waiting - updating
         self.values["seconds_weight_update"] = self._seconds_weight_update

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
 
 from delethink.chunking import ChunkSpec
+from delethink.config import Recipe
 from delethink.engines.base import Engine
 from delethink.engines.loading import eos_ids, vocabulary_size
 from delethink.errors import NonFiniteError, RolloutError, RunDirectoryError
@@ -25,13 +27,13 @@ from delethink.tokenization import query_ids, reward_text
 from delethink.trace_io import TraceRecord, json_like
 from delethink.training.batching import RolloutBatch, ScoredBatch
 from delethink.training.grpo import NonFinite
-from delethink.training.metrics import StepMetrics, TraceBatch, batch_metrics
+from delethink.training.metrics import StepMetrics, TraceBatch, batch_metrics, overlap
 from delethink.training.preflight import Inputs, Prepared
 from delethink.training.progress import TrainingProgress
 from delethink.training.rollouts import Batch, BatchSampler, Prefetch, PromptCursor
 from delethink.training.run_directory import RunDirectory
 from delethink.training.weights import (
-    GatherWeights,
+    RankWeights,
     has_adapters,
     low_rank_changes,
     merge_obstacle,
@@ -48,20 +50,31 @@ def make_example(problems: list[Problem], index: int) -> Example:
     return {"prompt": problems[index].messages, "answer": problems[index].answer, "problem": index}
 
 
+def is_evaluated_at(recipe: Recipe, step: int) -> bool:
+    """Return whether a few held-out problems are due after a step; all follow the last one."""
+    evaluation = recipe.evaluation
+    if not min(evaluation.num_problems_at_intervals, evaluation.num_problems):
+        return False
+    return step % evaluation.every == 0 and step != recipe.training.max_steps
+
+
 class EngineWeights:
     """Keep the weights of the engine at the version of the trainer."""
 
-    def __init__(self, engine: Engine, model: Any, metrics: StepMetrics) -> None:
-        self.engine, self._model, self._metrics = engine, model, metrics
-        self.gathered = GatherWeights()  # of a sharded model; without a trainer before training
+    def __init__(
+        self, engine: Engine, model: Any, metrics: StepMetrics, ranks: RankWeights
+    ) -> None:
+        self.engine, self.ranks = engine, ranks
+        self._model, self._metrics = model, metrics
         self.version = -1  # weight updates in the engine's weights; -1: those it was made with
         self._sends_changes = False  # of adapters alone, instead of whole weights
+        self._sent: Any = None  # the handles of shared weights that the engine has read
+        self._update: Future[None] | None = None  # in the background
 
     @property
     def trained_version(self) -> int:
         """Number of weight updates in the trainer's weights."""
-        trainer = self.gathered.trainer
-        return 0 if trainer is None else int(trainer.state.global_step)
+        return self.ranks.version
 
     def choose_updates(self) -> str | None:
         """Decide whether updates hold the adapters alone, once the model has them.
@@ -86,25 +99,50 @@ class EngineWeights:
             f"{whole / 1e6:,.1f} MB of merged weights"
         )
 
-    def update(self) -> None:
+    def update(self, wait: bool = True) -> None:
         """Load the trainer's weights into the engine, unless they are there already.
+
+        Without ``wait``, this returns once the weights are copied, if the engine can load them in
+        the background. At most one update runs at a time.
+
+        Raises:
+            WeightSyncError: see ``Engine.update_weights``; also of the update before.
+        """
+        started = time.perf_counter()
+        self.finish()
+        if self.trained_version != self.version or self.ranks.handles is not self._sent:
+            self._begin()
+            if wait:
+                self.finish()
+            self._metrics.add_weight_update(time.perf_counter() - started)
+
+    def finish(self) -> None:
+        """Wait for an update in the background.
 
         Raises:
             WeightSyncError: see ``Engine.update_weights``.
         """
-        if self.trained_version == self.version:
-            return
-        started = time.perf_counter()
+        update, self._update = self._update, None
+        if update is not None:
+            update.result()
+
+    def _begin(self) -> None:
+        """Begin an update, or make it if the engine has no other way."""
         engine: Any = self.engine
-        if self._sends_changes:
-            engine.merge_weights(low_rank_changes(self._model), self.trained_version)
+        version, self._sent = self.trained_version, self.ranks.handles
+        is_background = hasattr(engine, "begin_update")
+        if self._sent is not None:
+            engine.read_weights(self._sent, version)
         elif getattr(engine, "shares_weights", False):
-            engine.update_weights({}, self.trained_version)
+            engine.update_weights({}, version)
+        elif self._sends_changes:
+            merge = engine.begin_merge if is_background else engine.merge_weights
+            self._update = merge(low_rank_changes(self._model), version)
         else:
-            weights = self.gathered.weights or merged_state_dict(self._model)
-            engine.update_weights(weights, self.trained_version)
-        self.version = self.trained_version
-        self._metrics.add_weight_update(time.perf_counter() - started)
+            weights = self.ranks.weights or merged_state_dict(self._model)
+            update = engine.begin_update if is_background else engine.update_weights
+            self._update = update(weights, version)
+        self.version = version
 
 
 class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
@@ -118,6 +156,7 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         progress: TrainingProgress,
         engine: Engine,
         model: Any,
+        ranks: RankWeights,
     ) -> None:
         self.recipe = recipe = prepared.recipe
         training = recipe.training
@@ -126,7 +165,7 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         self.problems = inputs.selected["train"].problems
         self.directory, self.progress = directory, progress
         self.metrics = StepMetrics()
-        self.weights = EngineWeights(engine, model, self.metrics)
+        self.weights = EngineWeights(engine, model, self.metrics, ranks)
         self.prompts = PromptCursor()
         sampler = BatchSampler(
             engine,
@@ -186,29 +225,33 @@ class RunState(TrainerCallback):  # type: ignore[misc]  # transformers' callback
         self.metrics.start_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock; if rollouts are prefetched, let new weights enter at chunk boundaries."""
+        """Stop the clock of a step."""
         self.metrics.stop_step()
-        if self.recipe.training.max_staleness:
-            self.weights.update()
 
     def sample_batch(self, examples: list[Example]) -> RolloutBatch:
         """Return a batch of scored traces, sampled from the current weights.
 
+        With prefetching, the batch was begun with earlier weights. The current ones enter at chunk
+        boundaries, once a batch, and the trainer waits for no chunk but those of its batch.
         The cursor over the problems replaces the examples chosen by the trainer.
 
         Raises:
             RolloutError: too many traces failed or could not be scored.
         """
-        engine = self.weights.engine
-        self.weights.update()
+        engine, is_prefetched = self.weights.engine, self.recipe.training.max_staleness > 0
+        self.weights.update(wait=not is_prefetched)
         self.policy_version = self.weights.version
+        started = time.perf_counter()
         self.batch = batch = self.prefetch.next(self.policy_version)
-        if not self.recipe.training.max_staleness:  # else the engine samples the next batch
+        waited = time.perf_counter() - started
+        if not is_prefetched:  # else the engine samples the next batch
             engine.sleep()
         self.metrics.values |= {
             **engine.take_metrics(),
             "seconds_scoring": batch.seconds_scoring,
             "seconds_sampling": batch.seconds_sampling,
+            "seconds_waiting": waited,
+            "overlap": overlap(waited, batch.seconds_sampling + batch.seconds_scoring),
             "sampling_rounds": batch.rounds,
             "groups_replaced": len(batch.replaced),
             "tokens_replaced": sum(t.length for group in batch.replaced for t in group.traces),
@@ -345,17 +388,18 @@ class ResultsTable:
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the accuracy on a few problems, or ``None`` if no evaluation is due."""
-        evaluation = self._run.recipe.evaluation
-        limit = min(evaluation.num_problems_at_intervals, evaluation.num_problems)
-        if not limit:
+        if not is_evaluated_at(self._run.recipe, step):
             return None
-        if step % evaluation.every or step == self._run.recipe.training.max_steps:
-            return None  # After the last step, the table evaluates all problems.
+        limit = self._run.recipe.evaluation.num_problems_at_intervals
         try:
             return self.evaluate("held-out", self._run.spec, limit).accuracy
         except RolloutError as error:  # One missing value must not end the run.
             self._run.progress.log(f"step {step}: evaluation failed: {error}")
             return None
+        finally:
+            # The next step may train on the same batch, and the trainer needs the GPU for it.
+            if not self._run.recipe.training.max_staleness:
+                self._run.weights.engine.sleep()
 
     def add_row(self, setting: str, spec: ChunkSpec) -> None:
         """Evaluate a setting on all problems, unless the table has its row already."""

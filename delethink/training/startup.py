@@ -60,7 +60,7 @@ def train(
         RolloutError, WeightSyncError: the run failed; the files written so far are complete.
     """
     try:
-        with closing(begin(prepared, location, progress)) as started:
+        with closing(begin(prepared, location, progress, ranks)) as started:
             progress.wait("loading the libraries of the trainer")
             from delethink.training.trainer import run  # loads TRL
 
@@ -74,7 +74,12 @@ def train(
         location.directory.release()
 
 
-def begin(prepared: Prepared, location: RunLocation, progress: TrainingProgress) -> Started:
+def begin(
+    prepared: Prepared,
+    location: RunLocation,
+    progress: TrainingProgress,
+    ranks: RankGroup | None = None,
+) -> Started:
     """Read the inputs, run the checks, and begin to start the engine."""
     recipe = prepared.recipe
     register_settings(recipe.model_dump(mode="json"))  # a rank has not read the recipe itself
@@ -86,6 +91,13 @@ def begin(prepared: Prepared, location: RunLocation, progress: TrainingProgress)
     try:
         inputs = _check(prepared, location, progress)
         progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
+        beside: dict[str, Any] = {}
+        if recipe.engine.placement == "colocated":
+            from delethink.training.data_parallel import RankGroup
+            from delethink.training.distributed import gather_places
+
+            connection.wait()
+            beside = {"places": gather_places(recipe, ranks or RankGroup())}
         engine = chosen.begin(
             inputs.engine_config(recipe.engine),
             recipe.model,
@@ -94,6 +106,7 @@ def begin(prepared: Prepared, location: RunLocation, progress: TrainingProgress)
             trust_remote_code=recipe.trust_remote_code,
             seed=recipe.seed,
             connection=connection,
+            **beside,
         )
     except BaseException:
         connection.close()

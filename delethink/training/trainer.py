@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,14 @@ from delethink.training.preflight import Inputs, Prepared
 from delethink.training.progress import TrainingProgress, plot_metrics
 from delethink.training.report import RunReport, kept_report
 from delethink.training.run_directory import TRAINED_SETTING, RunDirectory
-from delethink.training.run_state import Example, ResultsTable, RunState, make_example
-from delethink.training.weights import GatherWeights, has_adapters, merged_state_dict
+from delethink.training.run_state import (
+    Example,
+    ResultsTable,
+    RunState,
+    is_evaluated_at,
+    make_example,
+)
+from delethink.training.weights import RankWeights, has_adapters, merged_state_dict
 
 
 def run(
@@ -59,6 +66,7 @@ def run(
     ``finish_engine`` returns the engine, and calls its argument if none was begun.
     """
     recipe, directory = prepared.recipe, location.directory
+    ranks = ranks or RankGroup()
     set_seed(recipe.seed)
     progress.wait("loading the model")
     model: Any = load_model(recipe.model, "float32", recipe.trust_remote_code)
@@ -83,15 +91,18 @@ def run(
     progress.wait("starting the engine")
     engine = finish_engine(make)
     with closing(engine), kept_report(directory.path, progress.log) as report:
-        state = RunState(prepared, inputs, directory, progress, engine, model)
+        weights = RankWeights(model, inputs.engine_config(recipe.engine), ranks)
+        state = RunState(prepared, inputs, directory, progress, engine, model, weights)
         progress.wait("loading the weights into the engine")
+        weights.collect()
         state.weights.update()  # before the first rollout, to find an incompatible engine now
         heldout = inputs.selected["heldout"].problems
         table = ResultsTable(state, heldout, prepared.evaluation_scorer)
         table.add_baselines()
         base_dtype = stored_dtype(inputs.shell.config)
-        _fit(state, table, report, settings, model, checkpoint, ranks or RankGroup(), base_dtype)
+        _fit(state, table, report, settings, model, checkpoint, ranks, base_dtype)
         table.add_row(TRAINED_SETTING, inputs.spec)
+        weights.close()
         trained = directory.checkpoints / FINAL_CHECKPOINT
         write_card(trained, recipe, inputs.spec, table.rows)
         directory.finish(recipe.training.max_steps)
@@ -150,13 +161,19 @@ class RunTrainer(DelethinkTrainer):
     def __init__(
         self,
         *args: Any,
+        weights: RankWeights,
+        is_evaluated_at: Callable[[int], bool],  # a step
         on_step: Callable[[dict[str, Any]], dict[str, Any]],  # from metrics to the trackers' line
         run_state: Callable[[], dict[str, Any]],  # saved beside the trainer's own state
         on_token_stats: Callable[[list[dict[str, Any]]], None] = lambda values: None,
         final_dtype: torch.dtype = torch.float32,  # of the trained model's files
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            *args, before_rollouts=weights.collect, after_rollouts=weights.release, **kwargs
+        )
+        weights.trainer = self
+        self._weights, self._is_evaluated_at = weights, is_evaluated_at
         self._final_dtype = final_dtype
         self._on_step, self._run_state = on_step, run_state
         self._on_token_stats = on_token_stats
@@ -175,9 +192,18 @@ class RunTrainer(DelethinkTrainer):
                 **self.shards.metrics(),
             }
             self._on_token_stats(self.pop_token_stats())
+            is_evaluated = self._is_evaluated_at(metrics["step"])
+            if is_evaluated:
+                self._weights.collect()
             line = self._on_step(metrics)
+            if is_evaluated:
+                self._weights.release()
             logs = logs | (logger_values(line) if self.args.report_to else {})
         super().log(logs, start_time)
+
+    def collect_weights(self) -> None:
+        """Make the trained weights ready for the engine. A collective."""
+        self._weights.collect()
 
     def save_weights(self, name: str) -> None:
         """Save the weights in the base's data type and the tokenizer, completely or not at all.
@@ -272,12 +298,10 @@ def make_trainer(
         cost=trace_cost(model.config.to_dict()),
         peft_config=lora(recipe.training.lora, split_revision(recipe.model)[1]),
         callbacks=callbacks,
+        is_evaluated_at=partial(is_evaluated_at, recipe),
         **options,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in callbacks:
-        if isinstance(callback, GatherWeights):
-            callback.trainer = trainer
     return trainer
 
 
@@ -286,6 +310,7 @@ def fit_ranks(trainer: RunTrainer, ranks: RankGroup, checkpoint: Checkpoint | No
     path = ranks.broadcast(lambda: str(checkpoint.path) if checkpoint else None)
     trainer.train(resume_from_checkpoint=path)
     trainer.save_weights(FINAL_CHECKPOINT)
+    trainer.collect_weights()
 
 
 def _write_tensorboard(trainer: RunTrainer, folder: Path, step: int) -> None:
@@ -346,7 +371,8 @@ def _fit(
         on_token_stats=state.on_token_stats,
         run_state=state.state_dict,
         final_dtype=base_dtype,
-        callbacks=[state.weights.gathered, state],
+        weights=state.weights.ranks,
+        callbacks=[state],
     )
     if (said := state.weights.choose_updates()) is not None:
         state.progress.log(said)

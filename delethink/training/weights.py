@@ -1,17 +1,24 @@
 """Weights for the engine and for checkpoints: full and merged, with the names of the checkpoint.
 
-Low-rank adapters reach an engine merged, or as changes that the engine merges itself.
+Low-rank adapters reach an engine merged, or as changes that the engine merges itself. The weights
+of several ranks come together in ``RankWeights``.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
+from delethink.config import EngineConfig
 from delethink.engines.low_rank import LowRankChange
+from delethink.engines.weight_sync import SharedHandle, SharedWeights
+from delethink.training.data_parallel import RankGroup
+
+if TYPE_CHECKING:
+    from delethink.training.trainer import RunTrainer
 
 
 def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -88,27 +95,85 @@ def _is_adapted(module: Any) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
 
 
-class GatherWeights(TrainerCallback):  # type: ignore[misc]  # transformers' callbacks are untyped
-    """Gathers sharded weights on the CPU of the main rank, before the first step and after each.
+class RankWeights:
+    """The weights of all ranks on their way to the engine; most methods are collectives.
 
-    Gathering is a collective, and only the main rank knows when the engine needs new weights.
-    Therefore all ranks gather at these fixed points.
+    Ranks with sharded weights gather them on the CPU of the main rank. Ranks with an engine beside
+    each of them (``engine.placement=colocated``) share a copy each with it, and the main rank gets
+    the handles. Only the main rank knows when the engine needs new weights. Therefore all ranks
+    collect them at fixed points: at the start, before a batch is sampled, before an evaluation, and
+    at the end.
+
+    Args:
+        model: the model of this rank, whose parameters are trained in place.
+        engine: the section ``engine:`` of the recipe.
+        ranks: all ranks that train together.
+
+    Attributes:
+        trainer: the trainer of the model, once there is one.
+        weights: full state dict, on the main rank; ``None`` if the model is not sharded.
+        handles: shared copies, by rank, on the main rank; ``None`` without engines beside ranks.
     """
 
-    def __init__(self) -> None:
-        self.trainer: Any = None  # of the model
-        # Full state dict on the main rank; None if the model is not sharded.
+    def __init__(self, model: Any, engine: EngineConfig, ranks: RankGroup | None = None) -> None:
+        self.trainer: RunTrainer | None = None
         self.weights: Mapping[str, torch.Tensor] | None = None
+        self.handles: list[SharedHandle] | None = None
+        self._model, self._engine, self._ranks = model, engine, ranks or RankGroup()
+        self._copy: SharedWeights | None = None
+        self._collected = -1  # version of ``weights`` or ``handles``
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gather the weights of a resumed run, which differ from those of the new engine."""
-        if state.global_step:
-            self._gather()
+    @property
+    def version(self) -> int:
+        """Weight updates in the trainer's weights."""
+        return 0 if self.trainer is None else int(self.trainer.state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gather the weights for the next batch."""
-        self._gather()
+    @property
+    def is_colocated(self) -> bool:
+        """True if each rank has an engine beside it."""
+        return self._engine.placement == "colocated"
 
-    def _gather(self) -> None:
-        if self.trainer.is_fsdp_enabled:
+    def collect(self) -> None:
+        """Make the current weights ready for the engine, unless they are. A collective."""
+        if self._engine.sleep:
+            give_back_memory()  # the engine is about to take it
+        if self._collected == self.version:
+            return
+        if self.is_colocated:
+            self._ranks.gather(None)  # until then, an engine may read the copy of before
+            self._close_copy()
+            state = merged_state_dict(self._model)
+            device = next(iter(state.values())).device
+            if not self._engine.gpus_per_engine:
+                device = torch.device("cpu")
+            dtype: torch.dtype = getattr(torch, self._engine.engine_dtype)
+            self._copy = SharedWeights(state, device, dtype)
+            self.handles = self._ranks.gather(self._copy.handle)
+        elif self.trainer is not None and self.trainer.is_fsdp_enabled:
             self.weights = self.trainer.accelerator.get_state_dict(self.trainer.model)
+        self._collected = self.version
+
+    def release(self) -> None:
+        """Give memory that is shared with sleeping engines back to training. A collective."""
+        if self.is_colocated and self._engine.sleep:
+            self._ranks.gather(None)  # when the main rank has put the engines to sleep
+            self.handles, self._collected = None, -1
+            self._close_copy()
+
+    def close(self) -> None:
+        """Keep the weights until the main rank needs no engine any more. A collective."""
+        if self.is_colocated:
+            self._ranks.gather(None)
+            self._close_copy()
+
+    def _close_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+
+
+def give_back_memory() -> None:
+    """Give memory that this process has freed, and keeps for later, back to its GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

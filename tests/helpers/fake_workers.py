@@ -44,6 +44,7 @@ class FakeWorker:
     update_seconds: float = 0.1
     raises: Callable[[TokenIds], Exception | None] = lambda prompt_ids: None
     answered_version: int | None = None
+    has_places: bool = False  # samples batch_size chunks at once, as engines do; others wait
 
     version: int = 0
     dead: bool = False
@@ -54,6 +55,10 @@ class FakeWorker:
     in_flight: int = 0
     most_in_flight: int = 0
     tokens: int = 0
+    waiting: int = 0
+
+    def __post_init__(self) -> None:
+        self.places = asyncio.Semaphore(self.batch_size)
 
     async def start(self) -> WorkerState:
         await asyncio.sleep(self.start_seconds)
@@ -75,6 +80,12 @@ class FakeWorker:
         on_tokens: TokenListener,
     ) -> Completion:
         self.started += 1
+        self.waiting += 1
+        try:
+            if self.has_places:
+                await self.places.acquire()
+        finally:
+            self.waiting -= 1
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -88,6 +99,7 @@ class FakeWorker:
                 raise error
         finally:
             self.in_flight -= 1
+            self.places.release()
         return Completion(tuple(tokens), (-0.5,) * len(tokens), stop, self.version)
 
     async def health(self) -> EngineCounts:
@@ -95,7 +107,7 @@ class FakeWorker:
             self._check()
             await asyncio.sleep(1)
         self._check()
-        return EngineCounts(steps=self.tokens, tokens=self.tokens)
+        return EngineCounts(steps=self.tokens, tokens=self.tokens, waiting=self.waiting)
 
     async def _wait_while_stopped(self) -> None:
         self._check()

@@ -9,18 +9,23 @@ from collections.abc import AsyncIterator
 
 from delethink.engines.base import EngineCounts, WorkerSpec, WorkerState
 from delethink.engines.ray import RayPool
+from delethink.engines.weight_sync import SharedHandle, read
 from delethink.policy import Completion, Sampling
 from delethink.types import StopReason, TokenIds
 
 
 class MadeUpWorker:
-    """Implements ``Worker``; its tokens are the last of the prompt, repeated."""
+    """Implements ``Worker``; its tokens are the last of the prompt, repeated.
+
+    Their log-prob is -0.5, or the weight "logprob" in shared memory.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._steps = itertools.count(1)
         self._version = 0
         self._cancelled = 0
+        self._logprob = -0.5
 
     async def start(self) -> WorkerState:
         return WorkerState(os.getpid(), self._spec.max_model_tokens or 0, batch_size=8)
@@ -35,7 +40,7 @@ class MadeUpWorker:
             self._cancelled += 1
             raise
         tokens = tuple(prompt_ids[-1:]) * max_new_tokens
-        logprobs = (-0.5,) * max_new_tokens
+        logprobs = (self._logprob,) * max_new_tokens
         return Completion(tokens, logprobs, StopReason.LENGTH, self._version)
 
     async def stream(
@@ -48,6 +53,9 @@ class MadeUpWorker:
         return EngineCounts(steps=next(self._steps), tokens=self._cancelled)
 
     async def update_weights(self, weights: object, version: int) -> int:
+        if isinstance(weights, SharedHandle):
+            found = read(weights.place, weights.slots)
+            self._logprob = float(found.get("logprob", -0.5))
         self._version = version
         return version
 

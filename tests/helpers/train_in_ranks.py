@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class Case:
     micro_batch: int = 8  # traces, over all ranks
     cost_is_equal: bool = False  # traces stay in the given order
     settings: dict[str, Any] = field(default_factory=dict)
+    placement: Literal["separate", "colocated"] = "separate"
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Outcome:
     assignment: list[list[int]]
     trained: list[list[list[int]]]  # by rank, trace indices of each micro-batch
     gathered: dict[str, torch.Tensor] | None = None  # weights for an engine
+    shared: list[dict[str, torch.Tensor]] | None = None  # by rank, with an engine beside it
     saved: dict[str, torch.Tensor] | None = None
 
 
@@ -80,12 +82,13 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     from datasets import Dataset
     from safetensors.torch import load_file
 
-    from delethink.config import TrainerConfig
+    from delethink.config import EngineConfig, TrainerConfig
+    from delethink.engines.weight_sync import read
     from delethink.training.batching import RolloutBatch
     from delethink.training.data_parallel import RankGroup
     from delethink.training.grpo import DelethinkTrainer
     from delethink.training.grpo_config import rank_settings
-    from delethink.training.weights import GatherWeights
+    from delethink.training.weights import RankWeights
 
     AcceleratorState._reset_state(reset_partial_state=True)
     ranks = RankGroup()
@@ -120,7 +123,8 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     if "beta" in case.settings:  # TRL loads the reference weights from where the model is from
         model.config._name_or_path = f"{folder}/first"
         ranks.broadcast(lambda: model.save_pretrained(f"{folder}/first"))
-    gathered = GatherWeights()
+    weights = RankWeights(model, EngineConfig(placement=case.placement), ranks)
+    weights.collect()
     trainer = Spy(
         model=model,
         processing_class=make_tokenizer(),
@@ -130,15 +134,24 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         run_rollouts=lambda examples: RolloutBatch(examples, traces),
         on_sampled=lambda sampled: None,
         ranks=ranks,
-        callbacks=[gathered],
+        before_rollouts=weights.collect,
+        after_rollouts=weights.release,
         **({"cost": lambda trace: 1.0} if case.cost_is_equal else {}),
     )
-    gathered.trainer = trainer
+    weights.trainer = trainer
     trainer.train()
+    weights.collect()
     statistics, work = trainer.pop_statistics(), trainer.pop_forward_counts()
     all_trained = ranks.gather(trained)
     trainer.save_model(folder)
     parameters = {n: _whole(p) for n, p in trainer.model.named_parameters()}
+    shared = None
+    if weights.handles:
+        shared = [
+            {name: tensor.clone() for name, tensor in read(handle.place, handle.slots).items()}
+            for handle in weights.handles
+        ]
+    weights.close()
     if not ranks.is_main:
         return None
     return Outcome(
@@ -149,7 +162,8 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         trainer.shards.metrics(),
         trainer.shards.assignment,
         all_trained,
-        dict(gathered.weights) if gathered.weights else None,
+        dict(weights.weights) if weights.weights else None,
+        shared,
         load_file(Path(folder) / "model.safetensors"),
     )
 

@@ -1,4 +1,4 @@
-"""vLLM's weight transfer where there is no GPU: what NCCL and CUDA do goes by TCP and by files.
+"""vLLM's weight transfer where there is no GPU: what NCCL does goes by TCP.
 
 All else is vLLM's own on both sides: the rendezvous, the calls and their order, the descriptions of
 tensors, the loading. ``transfer_extension`` puts the stand-ins in place in the engine process of a
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ import torch
 from delethink.engines.vllm import VllmPool, VllmWorker
 
 SHARED = Path(tempfile.gettempdir())
-PREFIX = "delethink-ipc-"
 STANDS_STILL = SHARED / "delethink-stands-still"  # where it is, whoever receives next does
 
 
@@ -56,24 +54,6 @@ class Communicator:
         self._destroyed = True
 
 
-def share(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """In place of ``reduce_tensor``: a handle of the kinds of parts that CUDA's have.
-
-    vLLM writes the receiver's device over the seventh.
-    """
-    with tempfile.NamedTemporaryFile(dir=SHARED, prefix=PREFIX, delete=False) as file:
-        torch.save(tensor, file)
-    layout = (type(tensor), tensor.size(), tensor.stride(), 0)
-    return None, (*layout, torch.UntypedStorage, tensor.dtype, 0, file.name.encode(), 0, False)
-
-
-def opened(*handle: Any) -> torch.Tensor:
-    """In place of ``rebuild_cuda_tensor``."""
-    tensor: torch.Tensor = torch.load(handle[7].decode())
-    assert handle[5] == tensor.dtype
-    return tensor
-
-
 def put_in_place(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Lets the stand-ins answer in this process.
 
@@ -81,17 +61,11 @@ def put_in_place(replace: Callable[[Any, str, Any], None] = setattr) -> None:
         replace: as ``setattr``.
     """
     from vllm.distributed.device_communicators import pynccl
-    from vllm.distributed.weight_transfer import ipc_engine
 
     replace(pynccl, "PyNcclCommunicator", Communicator)
-    replace(ipc_engine, "reduce_tensor", share)
-    replace(ipc_engine, "rebuild_cuda_tensor", opened)
     replace(torch.accelerator, "current_device_index", lambda: 0)
     replace(torch.accelerator, "synchronize", lambda device=None: None)
     replace(torch.cuda, "current_stream", lambda device=None: None)
-    only = SimpleNamespace(uuid="the only one")
-    replace(torch.cuda, "get_device_properties", lambda device=None: only)
-    replace(torch.cuda, "ipc_collect", lambda: None)
 
 
 class Worker(VllmWorker):

@@ -26,7 +26,7 @@ CASES = {
     "no rank has anything to train on": Case(
         (-1,) * 8, {"mask_out_of_budget": True}, micro_batch=4
     ),
-    "accumulated": Case((3, 1, 5, 2, 4, 1, 1, 6), micro_batch=4),
+    "accumulated": Case((3, 1, 5, 2, 4, 1, 1, 6), micro_batch=4, placement="colocated"),
     "several steps on a batch": Case(
         (3, 1, 5, 2, 4, 1, 1, 6),
         {"importance_sampling_level": "sequence", "forward_tokens": 30},
@@ -99,9 +99,25 @@ def test_the_main_rank_has_and_saves_full_weights(
         assert outcome.saved.keys() == outcome.parameters.keys()
         for name, parameter in outcome.parameters.items():
             assert torch.equal(outcome.saved[name], parameter)
-        assert (outcome.gathered is None) == (strategy == "ddp")
+        is_gathered = strategy == "fsdp2" and outcome.shared is None
+        assert (outcome.gathered is not None) == is_gathered
         if outcome.gathered is not None:
             assert all(
                 torch.equal(outcome.gathered[name], parameter)
                 for name, parameter in outcome.parameters.items()
             )
+
+
+def test_every_rank_shares_its_trained_weights_with_the_engine_beside_it(
+    together: tuple[str, dict[str, Outcome]],
+) -> None:
+    outcome = together[1]["accumulated"]
+    assert outcome.shared is not None
+    assert len(outcome.shared) == 2
+    first = dict(make_model().named_parameters())
+    for shared in outcome.shared:
+        assert shared.keys() == outcome.parameters.keys()
+        for name, parameter in outcome.parameters.items():
+            assert shared[name].dtype == torch.float32  # the engine's, on the CPU
+            assert torch.equal(shared[name], parameter.float())
+        assert any(not torch.equal(shared[name], first[name].float()) for name in first)

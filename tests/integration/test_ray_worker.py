@@ -31,7 +31,9 @@ ray = pytest.importorskip("ray")
 import made_up_worker  # noqa: E402
 from made_up_worker import MadeUpPool  # noqa: E402
 
+from delethink.engines.base import WorkerPlace  # noqa: E402
 from delethink.engines.cluster import connect  # noqa: E402
+from delethink.engines.weight_sync import SharedWeights  # noqa: E402
 
 if TYPE_CHECKING:
     from delethink.engines.ray import RayPool
@@ -192,6 +194,52 @@ def test_callers_that_wait_when_the_pool_is_closed_get_an_error(pool: RayPool) -
             use()
     pool.close()  # while the first caller may still be closing it
     assert pool.take_metrics() == {}
+
+
+def test_a_worker_beside_each_rank_reads_the_weights_of_its_own(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass by Ray's object store, and the scheduler has all workers as ever."""
+    torch = pytest.importorskip("torch")
+    node = ray.get_runtime_context().get_node_id()
+    config = EngineConfig(num_engines=2, placement="colocated", weight_transfer="ipc")
+    places = [WorkerPlace(node, None)] * 2
+
+    def put(*args: object) -> None:
+        raise AssertionError("weights went through the object store")
+
+    monkeypatch.setattr(ray, "put", put)
+    copies = [
+        SharedWeights({"logprob": torch.tensor(value)}, torch.device("cpu"), torch.float32)
+        for value in (-1.0, -2.0)
+    ]
+    made = MadeUpPool("none", config, eos_ids=(1,), max_model_tokens=256, places=places)
+    with contextlib.closing(made) as pool:
+        pool.read_weights([copy.handle for copy in copies], 3)
+        done = asyncio.run(sample(pool, QUICK, *range(16)))
+        assert {completion.policy_version for completion in done} == {3}
+        workers = {f"worker {i}": float(value) for i, value in enumerate((-1.0, -2.0))}
+        assert {c.worker for c in done} == set(workers)
+        assert all(c.logprobs[0] == workers[str(c.worker)] for c in done)
+    for copy in copies:
+        copy.close()
+
+
+def test_an_update_in_the_background_waits_for_no_chunk(pool: RayPool) -> None:
+    async def scenario() -> None:
+        slow = asyncio.ensure_future(sample(pool, SLOW, 1))
+        while not pool.workers[0].chunks:
+            await asyncio.sleep(0.01)
+        begun = pool.begin_update({}, 7)  # returns, although the chunk would take 1,000 s
+        assert not begun.done()
+        slow.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await slow
+        await asyncio.wrap_future(begun)
+        (after,) = await sample(pool, QUICK, 2)
+        assert after.policy_version == 7
+
+    asyncio.run(scenario())
 
 
 def test_an_engine_without_gpu_transfer_refuses_it(cluster: None) -> None:

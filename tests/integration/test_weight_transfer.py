@@ -1,8 +1,8 @@
 """New weights by each way, into engines of one rank and of two.
 
-vLLM's own weight transfer runs from GPU to GPU. Here NCCL's and CUDA's part of it is played by
-stand-ins (``transfer_without_gpu``), because there is no GPU; the engines, Ray and vLLM's code on
-both sides are real.
+vLLM's own weight transfer runs from GPU to GPU. Here NCCL's part of it is played by stand-ins
+(``transfer_without_gpu``), because there is no GPU; the engines, Ray and vLLM's code on both sides
+are real. Memory is shared in the way of the CPU; CUDA's handles are in test_shared_weights.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)  # of Ray's processes
     yield
     transfer_without_gpu.STANDS_STILL.unlink(missing_ok=True)
-    for file in transfer_without_gpu.SHARED.glob(f"{transfer_without_gpu.PREFIX}*"):
-        file.unlink()
 
 
 def make_pool(

@@ -13,6 +13,7 @@ peft = pytest.importorskip("peft")
 
 from tiny_models import make_qwen2  # noqa: E402
 
+from delethink.config import EngineConfig  # noqa: E402
 from delethink.engines.low_rank import (  # noqa: E402
     LowRankChange,
     merge_changes,
@@ -24,6 +25,7 @@ from delethink.engines.weight_sync import pack, read, write  # noqa: E402
 from delethink.training.metrics import StepMetrics  # noqa: E402
 from delethink.training.run_state import EngineWeights  # noqa: E402
 from delethink.training.weights import (  # noqa: E402
+    RankWeights,
     low_rank_changes,
     merge_obstacle,
     merged_state_dict,
@@ -120,11 +122,13 @@ class Engine:
 def train(engine: Any) -> tuple[str | None, list[tuple[str, int, Any]]]:
     """Update before training, and after a step with adapters."""
     model = make_qwen2(0, **SIZES, tie_word_embeddings=False)
-    weights = EngineWeights(engine, model, StepMetrics())
+    ranks = RankWeights(model, EngineConfig())
+    weights = EngineWeights(engine, model, StepMetrics(), ranks)
     weights.update()
     peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     said = weights.choose_updates()
-    weights.gathered.trainer = SimpleNamespace(state=SimpleNamespace(global_step=1))
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=1))
+    ranks.trainer = trainer
     weights.update()
     return said, engine.updates
 

@@ -28,7 +28,7 @@ from delethink.cli.main import main  # noqa: E402
 from delethink.config import EngineConfig  # noqa: E402
 from delethink.engines import factory, vllm  # noqa: E402
 from delethink.engines import ray as ray_engine  # noqa: E402
-from delethink.engines.base import WorkerSpec  # noqa: E402
+from delethink.engines.base import WorkerPlace, WorkerSpec  # noqa: E402
 from delethink.engines.engine_settings import (  # noqa: E402
     IN_PROCESS,
     TRAINING_ONLY,
@@ -41,6 +41,7 @@ from delethink.engines.transformers import TransformersEngine  # noqa: E402
 from delethink.errors import ConfigError, DelethinkError  # noqa: E402
 from delethink.policy import Sampling, SchedulingHint  # noqa: E402
 from delethink.rollout import run_rollouts  # noqa: E402
+from delethink.training.distributed import gather_places  # noqa: E402
 
 EOS = 1
 KEYS = tuple(key for key in EngineConfig.model_fields if key != "name")
@@ -50,6 +51,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "gpus_per_engine": {"gpus_per_engine": 1.0},
     "cpus_per_engine": {"cpus_per_engine": 7.0},
     "tensor_parallel_size": {"tensor_parallel_size": 2},
+    "placement": {"placement": "colocated"},
     "node_placement": {"node_placement": "spread"},
     "dtype": {"dtype": "bfloat16"},
     "max_batch_size": {"max_batch_size": 3},
@@ -371,7 +373,7 @@ def test_a_setting_changes_what_the_pool_does(key: str) -> None:
 
 
 # Shown elsewhere in this file, or by what training makes of them.
-OTHERS = {"max_model_tokens", "verify_weights", "rollout_timeout"}
+OTHERS = {"max_model_tokens", "verify_weights", "rollout_timeout", "placement"}
 
 
 def test_all_updates_are_verified_if_asked_for() -> None:
@@ -381,6 +383,23 @@ def test_all_updates_are_verified_if_asked_for() -> None:
         return worker._verifies
 
     differ(verifies, "verify_weights")
+
+
+def test_colocated_engines_get_places_beside_the_ranks() -> None:
+    """Training with them is in test_colocated."""
+    place = WorkerPlace("node 7", None)
+    ranks: Any = SimpleNamespace(gather=lambda own: [own])
+    recipe: Any = SimpleNamespace(trainer=SimpleNamespace(gpus_per_rank=0))
+    context = SimpleNamespace(get_node_id=lambda: "node 7", get_accelerator_ids=dict)
+
+    def places(config: EngineConfig) -> Any:
+        recipe.engine = config
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ray.get_runtime_context", lambda: context)
+            return gather_places(recipe, ranks)
+
+    differ(places, "placement")
+    assert places(EngineConfig(placement="colocated")) == [place]
 
 
 def test_the_longest_sequence_of_vllm_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

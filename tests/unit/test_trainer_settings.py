@@ -49,7 +49,6 @@ def test_one_process_has_no_settings_of_several() -> None:
         (["trainer.strategy=fsdp2"], ["strategy=fsdp2", "num_ranks=1", "2 or more"]),
         (["trainer.strategy=fsdp3"], ["'trainer.strategy' is 'fsdp3'", "'fsdp2'"]),
         (["trainer.cpus_per_rank=4"], ["cpus_per_rank", "num_ranks=1"]),
-        (["trainer.gpus_per_rank=1"], ["gpus_per_rank", "num_ranks=1"]),
         (["trainer.num_rank=2"], ["unknown key 'trainer.num_rank'", "'num_ranks'"]),
         (
             ["trainer.num_ranks=2", "trainer.strategy=fsdp2", "training.lora={}"],
@@ -63,10 +62,20 @@ def test_what_cannot_be_is_refused(overrides: list[str], words: list[str]) -> No
     assert all(word in str(refused.value) for word in words)
 
 
-def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
-    for overrides in ([], ["trainer.num_ranks=2", "trainer.strategy=fsdp2"]):
-        (tmp_path / "config.yaml").write_text(dump_recipe(recipe(*overrides)))
-        assert load_recipe(tmp_path / "config.yaml").trainer == recipe(*overrides).trainer
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["trainer.num_ranks=2", "trainer.strategy=fsdp2"],
+        ["trainer.num_ranks=2", "engine=vllm", "engine.placement=colocated"],
+        ["trainer.gpus_per_rank=1", "engine=vllm", "engine.placement=colocated"],
+    ],
+    ids=["plain", "sharded", "colocated", "one GPU"],
+)
+def test_a_resolved_recipe_reads_back(tmp_path: Path, overrides: list[str]) -> None:
+    (tmp_path / "config.yaml").write_text(dump_recipe(recipe(*overrides)))
+    assert load_recipe(tmp_path / "config.yaml").trainer == recipe(*overrides).trainer
+    assert load_recipe(tmp_path / "config.yaml").engine == recipe(*overrides).engine
 
 
 def test_a_cluster_that_is_too_small_is_told_in_numbers() -> None:
@@ -76,6 +85,55 @@ def test_a_cluster_that_is_too_small_is_told_in_numbers() -> None:
         check_resources(two, {"CPU": 1.0})
     with pytest.raises(ConfigError, match="need 2 GPUs, .* has 0:"):
         check_resources(recipe("trainer.num_ranks=2", "trainer.gpus_per_rank=1"), {"CPU": 8.0})
+
+
+def test_a_rank_with_a_gpu_leaves_the_other_gpus_to_the_engines() -> None:
+    """One command for one trainer and three engines on a machine of four GPUs."""
+    three = ["engine=vllm", "engine.num_engines=3", "engine.gpus_per_engine=1"]
+    split = recipe("trainer.gpus_per_rank=1", "trainer.cpus_per_rank=4", *three)
+    assert split.trainer.uses_ray_train
+    assert not recipe().trainer.uses_ray_train
+    check_resources(split, {"CPU": 8.0, "GPU": 4.0})
+    with pytest.raises(ConfigError, match="1 GPUs and the engines 3, .* has 3:"):
+        check_resources(split, {"CPU": 8.0, "GPU": 3.0})
+    settings = rank_settings(split.trainer)  # accelerate wraps a lone rank too
+    assert settings == rank_settings(recipe("trainer.num_ranks=2").trainer) | {"use_cpu": False}
+
+
+def test_colocated_engines_take_the_gpus_of_the_ranks() -> None:
+    shared = recipe(
+        "trainer.num_ranks=4", "trainer.gpus_per_rank=1", "engine=vllm",
+        "engine.placement=colocated",
+    )  # fmt: skip
+    engine = shared.engine
+    assert (engine.num_engines, engine.gpus_per_engine, engine.sleep) == (4, 1.0, True)
+    assert (engine.weight_transfer, engine.engine_dtype) == ("ipc", "bfloat16")
+    check_resources(shared, {"CPU": 8.0, "GPU": 4.0})
+    with pytest.raises(ConfigError, match="ranks need 4 GPUs, .* has 3:"):
+        check_resources(shared, {"CPU": 8.0, "GPU": 3.0})
+    on_cpus = recipe("trainer.num_ranks=2", "engine=vllm", "engine.placement=colocated").engine
+    assert (on_cpus.num_engines, on_cpus.gpus_per_engine, on_cpus.sleep) == (2, 0.0, False)
+    assert on_cpus.weight_transfer == "ipc"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("engine.num_engines=3", ["num_engines=2", "trainer.num_ranks=2", "got 3"]),
+        ("engine.gpus_per_engine=0.5", ["gpus_per_engine=0.0", "gpus_per_rank=0", "got 0.5"]),
+        ("engine.weight_transfer=store", ["weight_transfer=ipc", "got store", "leave"]),
+        ("engine.tensor_parallel_size=2", ["tensor_parallel_size=2", "placement=separate"]),
+        ("engine.node_placement=pack", ["node_placement=pack", "leave it out"]),
+        ("engine.sleep=true", ["sleep=true", "trainer.gpus_per_rank=1"]),
+        ("training.max_staleness=1", ["max_staleness=1", "engine.placement=separate"]),
+    ],
+)
+def test_what_contradicts_engines_beside_ranks_is_refused(override: str, words: list[str]) -> None:
+    beside = ["trainer.num_ranks=2", "engine=vllm", "engine.placement=colocated"]
+    with pytest.raises(ConfigError) as refused:
+        recipe(*beside, override)
+    assert all(word in str(refused.value) for word in words)
+    assert "\n" not in str(refused.value)
 
 
 def test_ray_is_missed_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from fake_workers import FakeCluster, FakeWorker
+from fake_workers import FakeCluster, FakeWorker, sampled
 from virtual_time import run_in_virtual_time
 
 from delethink.chunking import ChunkSpec
@@ -36,6 +36,10 @@ class PoolPolicy:
 
     def __init__(self, pool: WorkerPool) -> None:
         self.generate = pool.generate
+
+
+# Seeds of chunks that go to their limit of 30 tokens.
+LONG_SEEDS = [s for s in range(100) if len(sampled((5,), 30, Sampling(seed=s))[0]) == 30]
 
 
 def make_pool(cluster: FakeCluster, **settings: Any) -> WorkerPool:
@@ -418,6 +422,61 @@ def test_an_update_comes_between_chunks() -> None:
         late = asyncio.ensure_future(sample(pool, *range(8, 16)))
         assert {completion.policy_version for completion in await early} == {0}
         assert {completion.policy_version for completion in await late} == {1}
+        await update
+
+    run(cluster, scenario)
+
+
+@pytest.mark.parametrize("held", [None, 12], ids=["a quarter more", "many more"])
+def test_an_update_waits_for_no_chunk_that_waits_itself(held: int | None) -> None:
+    """Chunks take 300 s, and the worker has more of them than room in its batch of 4."""
+    cluster = FakeCluster(1, batch_size=4, seconds_per_token=10.0, has_places=True)
+
+    async def scenario(pool: WorkerPool) -> None:
+        seeds = LONG_SEEDS[:12]
+        calls = asyncio.gather(*[pool.generate((5,), 30, Sampling(seed=s)) for s in seeds])
+        await asyncio.sleep(1.0)
+        held_now = len(pool.workers[0].chunks)
+        assert held_now == (held or 5)
+        started = asyncio.get_running_loop().time()
+        await pool.update_weights("new", 1)
+        # One chunk's time, and not those of the ones behind it.
+        assert asyncio.get_running_loop().time() - started < 310
+        completions = await calls
+        assert [c.policy_version for c in completions].count(0) == 4
+        assert pool.faults.chunks_handed_back == held_now - 4
+        assert (pool.faults.chunks_rescheduled, pool.faults.tokens_lost) == (0, 0)
+        for seed, completion in zip(seeds, completions, strict=True):
+            assert list(completion.token_ids) == sampled((5,), 30, Sampling(seed=seed))[0]
+
+    run(cluster, scenario, chunks_per_engine=held)
+
+
+def test_an_engine_with_room_for_less_than_its_batch_says_which_chunks_wait() -> None:
+    """A full cache holds chunks back before the batch is full."""
+    cluster = FakeCluster(1, batch_size=8, seconds_per_token=10.0, has_places=True)
+
+    async def scenario(pool: WorkerPool) -> None:
+        cluster.now(0).places = asyncio.Semaphore(2)
+        calls = asyncio.gather(*[pool.generate((5,), 30, Sampling(seed=s)) for s in LONG_SEEDS[:6]])
+        await asyncio.sleep(1.0)
+        await pool.update_weights("new", 1)
+        assert [c.policy_version for c in await calls] == [0, 0, 1, 1, 1, 1]
+        assert pool.faults.chunks_handed_back == 4
+
+    run(cluster, scenario)
+
+
+def test_chunks_of_calls_after_an_update_began_come_from_its_weights() -> None:
+    cluster = FakeCluster(2, batch_size=2, seconds_per_token=1.0)
+
+    async def scenario(pool: WorkerPool) -> None:
+        before = asyncio.create_task(sample(pool, *LONG_SEEDS[:2]))
+        await asyncio.sleep(0.5)
+        update = asyncio.create_task(pool.update_weights("new", 1))
+        later = asyncio.create_task(sample(pool, *LONG_SEEDS[2:8]))
+        assert {c.policy_version for c in await later} == {1}
+        assert {c.policy_version for c in await before} == {0}
         await update
 
     run(cluster, scenario)
