@@ -1,6 +1,6 @@
 """Play traces and mistakes against an OpenEnv server; runs in an environment with OpenEnv.
 
-python openenv_peer.py play|mistakes URL < JSON
+python openenv_peer.py URL < JSON, a list of [function, argument]
 """
 
 from __future__ import annotations
@@ -58,4 +58,5 @@ def http(url: str, calls: list[list[Any]]) -> list[list[Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](sys.argv[2], json.load(sys.stdin))))
+    calls = {"play": play, "mistakes": mistakes, "http": http}
+    print(json.dumps([calls[name](sys.argv[1], given) for name, given in json.load(sys.stdin)]))

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -28,7 +28,7 @@ from delethink.integrations.episodes import EpisodeSource
 from delethink.policy import Sampling
 from delethink.scoring.rollouts import RolloutResult, run_scored_rollouts
 from delethink.tokenization import query_ids
-from delethink.types import TraceStop
+from delethink.types import Score, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
 
@@ -99,16 +99,18 @@ def rollouts(
     return asyncio.run(running)
 
 
-def ask(python: Path, what: str, url: str, given: Any) -> Any:
+def ask(python: Path, url: str, *calls: tuple[str, Any]) -> list[Any]:
+    """Run calls of the peer in one process, as its start takes longest."""
     ended = subprocess.run(
-        [python, PEER, what, url],
-        input=json.dumps(given),
+        [python, PEER, url],
+        input=json.dumps(calls),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
     assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    found: list[Any] = json.loads(ended.stdout)
+    return found
 
 
 # -- without an installation -------------------------------------------------------------------
@@ -161,67 +163,6 @@ def test_the_server_passes_all_six_criteria(python: Path, server: str) -> None:
     assert report["summary"]["passed_count"] == report["summary"]["total_count"] == 6
 
 
-@pytest.mark.slow
-def test_traces_over_the_wire_have_the_ids_and_rewards_of_the_library(
-    python: Path, server: str, source: EpisodeSource, engine: TransformersEngine
-) -> None:
-    stream = random.Random(0)
-    places = [(split, stream.randrange(10**6)) for split in ("train", "heldout") for _ in range(4)]
-    greedy = rollouts(source, engine, places, temperature=0.0)
-    warm = rollouts(source, engine, places, temperature=1.5)  # slips, and traces out of budget
-    traces, scores = greedy.traces + warm.traces, greedy.scores + warm.scores
-    episodes = [
-        {
-            "reset": {"split": split, "index": index},
-            "actions": [{"chunk": list(chunk.output_ids)} for chunk in trace.chunks],
-        }
-        for (split, index), trace in zip(places * 2, traces, strict=True)
-    ]
-    played = ask(python, "play", server, episodes)
-    for found, trace, score, (split, index) in zip(played, traces, scores, places * 2, strict=True):
-        *before, last = found["steps"]
-        assert [step["prompt_ids"] for step in before] == [list(c.prompt_ids) for c in trace.chunks]
-        assert [step["chunk_ids"] for step in found["steps"][1:]] == [
-            list(chunk.output_ids) for chunk in trace.chunks
-        ]
-        assert [step["chunk_stop"] for step in found["steps"][1:]] == [
-            chunk.stop.value for chunk in trace.chunks
-        ]
-        assert not any(step["done"] for step in before)
-        assert last["done"]
-        assert last["stop"] == trace.stop.value
-        assert last["reward"] == score.total
-        assert last["rewards"] == dict(score.parts)
-        assert last["num_sampled"] == trace.length
-        assert last["max_new_tokens"] == 0
-        assert found["state"]["index"] == index
-        assert found["state"]["split"] == split
-    assert {trace.stop for trace in traces} == {TraceStop.COMPLETED, TraceStop.BUDGET}
-    assert {score.total for score in scores} == {0.0, 1.0}
-
-
-@pytest.mark.slow
-def test_chunks_of_text_give_the_same_trace(
-    python: Path, server: str, source: EpisodeSource, engine: TransformersEngine
-) -> None:
-    (trace,), (score,), _ = rollouts(source, engine, [("train", 5)], temperature=0.0)
-    texts = [source.tokenizer.decode(list(chunk.output_ids)) for chunk in trace.chunks]
-    hidden = [text.removesuffix(source.tokenizer.eos_token) for text in texts]
-    ends = [{"chunk": text, "ended": text is hidden[-1]} for text in hidden]
-    problem = source.task.problem("train", 5)
-    given = {"prompt": problem.prompt, "answer": problem.answer}
-    episodes = [
-        {"reset": {"index": 5}, "actions": [{"chunk": text} for text in texts]},
-        {"reset": {"problem": given, "seed": 3}, "actions": ends},
-    ]
-    for found in ask(python, "play", server, episodes):
-        assert [step["chunk_ids"] for step in found["steps"][1:]] == [
-            list(chunk.output_ids) for chunk in trace.chunks
-        ]
-        assert found["steps"][-1]["reward"] == score.total == 1.0
-        assert {step["retokenized_at"] for step in found["steps"]} == {-1}
-
-
 RESET, EMPTY = ["reset", {"index": 0}], {"chunk": []}
 MISTAKES = {
     "a step before reset": ([["step", {"chunk": [5]}]], "no trace has begun in this session"),
@@ -256,40 +197,111 @@ MISTAKES = {
     ),
 }
 
+SECOND = {"split": "heldout", "index": 2}
+HTTP_CALLS = [
+    ["GET", "/list_environments", None],
+    ["GET", "/delethink/splits", None],
+    ["POST", "/delethink/num_tasks", {"split": "train"}],
+    ["POST", "/delethink/task", SECOND],
+    ["POST", "/delethink/task_range", {"split": "heldout", "start": 2, "stop": 5}],
+    ["POST", "/delethink/task", {**SECOND, "index": -1}],
+    ["POST", "/delethink/tasks", {"split": "test"}],
+    ["POST", "/step", {"action": {"chunk": [5]}}],
+    ["POST", "/reset", SECOND],
+]
+
+
+class Session(NamedTuple):
+    """All that a client saw, and what the library has for the same problems."""
+
+    places: list[tuple[str, int]]
+    traces: list[Trace]
+    scores: list[Score]
+    played: list[Any]
+    by_text: list[Any]
+    mistakes: list[str]
+    answers: list[Any]
+
+
+@pytest.fixture(scope="module")
+def session(
+    python: Path, server: str, source: EpisodeSource, engine: TransformersEngine
+) -> Session:
+    stream = random.Random(0)
+    places = [(split, stream.randrange(10**6)) for split in ("train", "heldout") for _ in range(4)]
+    greedy = rollouts(source, engine, places, temperature=0.0)
+    warm = rollouts(source, engine, places, temperature=1.5)  # slips, and traces out of budget
+    traces = greedy.traces + warm.traces
+    by_ids = [
+        {
+            "reset": {"split": split, "index": index},
+            "actions": [{"chunk": list(chunk.output_ids)} for chunk in trace.chunks],
+        }
+        for (split, index), trace in zip(places * 2, traces, strict=True)
+    ]
+    split, index = places[0]
+    texts = [source.tokenizer.decode(list(chunk.output_ids)) for chunk in traces[0].chunks]
+    *hidden, last = [text.removesuffix(source.tokenizer.eos_token) for text in texts]
+    ends = [*({"chunk": text} for text in hidden), {"chunk": last, "ended": True}]
+    problem = source.task.problem(split, index)
+    given = {"prompt": problem.prompt, "answer": problem.answer}
+    by_text = [
+        {"reset": {"split": split, "index": index}, "actions": [{"chunk": t} for t in texts]},
+        {"reset": {"problem": given, "seed": 3}, "actions": ends},
+    ]
+    cases = [{"calls": calls} for calls, _ in MISTAKES.values()]
+    calls = [("play", by_ids), ("play", by_text), ("mistakes", cases), ("http", HTTP_CALLS)]
+    return Session(places * 2, traces, greedy.scores + warm.scores, *ask(python, server, *calls))
+
 
 @pytest.mark.slow
-def test_mistakes_are_sentences_in_error_frames(python: Path, server: str) -> None:
-    cases = [{"calls": calls} for calls, _ in MISTAKES.values()]
-    found = ask(python, "mistakes", server, cases)
-    for name, error, (_, expected) in zip(MISTAKES, found, MISTAKES.values(), strict=True):
+def test_traces_over_the_wire_have_the_ids_and_rewards_of_the_library(session: Session) -> None:
+    for found, trace, score, (split, index) in zip(
+        session.played, session.traces, session.scores, session.places, strict=True
+    ):
+        *before, last = found["steps"]
+        after = found["steps"][1:]
+        assert [step["prompt_ids"] for step in before] == [list(c.prompt_ids) for c in trace.chunks]
+        assert [step["chunk_ids"] for step in after] == [list(c.output_ids) for c in trace.chunks]
+        assert [step["chunk_stop"] for step in after] == [c.stop.value for c in trace.chunks]
+        assert not any(step["done"] for step in before)
+        assert last["done"]
+        assert last["stop"] == trace.stop.value
+        assert last["reward"] == score.total
+        assert last["rewards"] == dict(score.parts)
+        assert last["num_sampled"] == trace.length
+        assert last["max_new_tokens"] == 0
+        assert found["state"]["index"] == index
+        assert found["state"]["split"] == split
+    assert {trace.stop for trace in session.traces} == {TraceStop.COMPLETED, TraceStop.BUDGET}
+    assert {score.total for score in session.scores} == {0.0, 1.0}
+
+
+@pytest.mark.slow
+def test_chunks_of_text_give_the_same_trace(session: Session) -> None:
+    for found in session.by_text:
+        assert [step["chunk_ids"] for step in found["steps"][1:]] == [
+            list(chunk.output_ids) for chunk in session.traces[0].chunks
+        ]
+        assert found["steps"][-1]["reward"] == session.scores[0].total == 1.0
+        assert {step["retokenized_at"] for step in found["steps"]} == {-1}
+
+
+@pytest.mark.slow
+def test_mistakes_are_sentences_in_error_frames(session: Session) -> None:
+    for (name, (_, expected)), error in zip(MISTAKES.items(), session.mistakes, strict=True):
         assert expected in error, f"{name}: {error}"
         assert "(code: EXECUTION_ERROR)" in error or "VALIDATION_ERROR" in error, name
 
 
 @pytest.mark.slow
-def test_tasks_are_listed_without_their_answers(
-    python: Path, server: str, source: EpisodeSource
-) -> None:
-    index = {"split": "heldout", "index": 2}
-    calls = [
-        ["GET", "/list_environments", None],
-        ["GET", "/delethink/splits", None],
-        ["POST", "/delethink/num_tasks", {"split": "train"}],
-        ["POST", "/delethink/task", index],
-        ["POST", "/delethink/task_range", {"split": "heldout", "start": 2, "stop": 5}],
-        ["POST", "/delethink/task", {**index, "index": -1}],
-        ["POST", "/delethink/tasks", {"split": "test"}],
-        ["POST", "/step", {"action": {"chunk": [5]}}],
-        ["POST", "/reset", {"split": "heldout", "index": 2}],
-    ]
-    listed, splits, number, task, several, none, unknown, step, reset = ask(
-        python, "http", server, calls
-    )
+def test_tasks_are_listed_without_their_answers(session: Session, source: EpisodeSource) -> None:
+    listed, splits, number, task, several, none, unknown, step, reset = session.answers
     assert listed == [200, ["delethink"]]
     assert splits[1] == [{"name": "train", "type": "train"}, {"name": "heldout", "type": "test"}]
     assert number == [200, {"num_tasks": 2**31}]
     prompt = source.task.problem("heldout", 2).prompt
-    assert task[1]["task"] == {"id": "heldout-2", **index, "prompt": prompt, "before": []}
+    assert task[1]["task"] == {"id": "heldout-2", **SECOND, "prompt": prompt, "before": []}
     assert [found["index"] for found in several[1]["tasks"]] == [2, 3, 4]
     assert none == [400, {"detail": "Invalid task index"}]
     assert unknown[0] == 400
@@ -363,7 +375,7 @@ with config.bind_socket() as socket:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().strip()
-            (error,) = ask(python, "mistakes", url, [{"calls": [RESET]}])
+            ((error,),) = ask(python, url, ("mistakes", [{"calls": [RESET]}]))
         finally:
             stop(process)  # type: ignore[arg-type]
             process.stdout.close()
