@@ -35,7 +35,7 @@ class Rates:
     pcie: float = 25e9  # bytes/s between a GPU and pinned host memory; an assumption
     network: float = 50e9  # bytes/s between machines; an assumption
     switch_seconds: float = 3.0  # for engines to sleep or to wake, copies aside; an assumption
-    record_seconds: float = 1.8e-6  # of rank 0 for a token in files and checks, on one core
+    record_seconds: float = 1.7e-6  # of rank 0 for a token (benchmarks/bench_recording.py)
     score_seconds: float = 0.5  # from the last token to the last score; an assumption
 
 

@@ -95,7 +95,7 @@ def check_gpus(terms: RecipeTerms, name: str, gpus: int) -> Check:
         found = f"{terms.ranks} for ranks and their engines alike"
     else:
         found = f"{terms.ranks} for ranks and {terms.sampling_gpus:g} for engines"
-    found = f"the recipe takes {terms.gpus} GPUs, {found}; there are {gpus} x {name}"
+    found = f"the recipe takes {_number(terms.gpus, 'GPU')}, {found}; there are {gpus} x {name}"
     if terms.gpus > gpus:
         return Check("devices", "problem", found, _fewer(terms, gpus))
     if terms.gpus < gpus:
@@ -182,9 +182,9 @@ def _time_text(
     terms: RecipeTerms, time: BatchTime, interval: tuple[float, float], length: float
 ) -> str:
     phases = {
-        f"sampling on {terms.sampling_gpus:g} GPUs": time.sampling,
+        f"sampling on {_number(terms.sampling_gpus, 'GPU')}": time.sampling,
         "scoring": time.scoring,
-        f"training on {terms.ranks} ranks": time.training,
+        f"training on {_number(terms.ranks, 'rank')}": time.training,
         "trace files": time.recording,
         "weight update": time.update,
         "sleep and wake": time.switching,
@@ -193,9 +193,13 @@ def _time_text(
     order = "sampling overlaps training" if time.overlaps else "in turn"
     return (
         f"{time.total:.0f} s a batch ({interval[0]:.0f} to {interval[1]:.0f}), {order}: {listed}; "
-        f"{terms.traces} traces of {length:,.0f} tokens on average, {terms.optimizer_steps} "
-        "optimizer steps"
+        f"{terms.traces} traces of {length:,.0f} tokens on average, "
+        f"{_number(terms.optimizer_steps, 'optimizer step')}"
     )
+
+
+def _number(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
 
 
 def _check_disk(
