@@ -52,7 +52,7 @@ _MAX_TRIES = 50  # problems examined for each row
 _CLOSE_TIMEOUT_S = 10.0
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 # -- the data and the worker -----------------------------------------------------------------------
@@ -233,13 +233,21 @@ class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
             self._created[seed] += 1
         name = episode_id or f"{seed}-{number}"
         try:
-            problem = task if isinstance(task, Problem) else self._problem(task)
+            problem = task if isinstance(task, Problem) else self._named(task)
             query = self._source.begin(problem).state.query_ids
         except UserError as error:
             return DelethinkSession(self, name, fault=str(error))
         own_seed = derive_seed("session", self._seed, -1 if seed is None else seed, number)
         sampling = Sampling(self._temperature, own_seed)
         return DelethinkSession(self, name, problem, partial(self._start, problem, query, sampling))
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Return a problem of the recipe's task, as ``create`` takes it too.
+
+        Raises:
+            ConfigError: the split is unknown, or has no such problem.
+        """
+        return self._source.problem(split, index)
 
     def close(self) -> None:
         """Stop the thread and the verifiers; sessions that still run end."""
@@ -249,7 +257,7 @@ class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
             self._thread.join(_CLOSE_TIMEOUT_S)
         self._source.close()
 
-    def run(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
+    def run(self, work: Coroutine[Any, Any, _Value]) -> Future[_Value]:
         """Run a coroutine in the thread of the sessions."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -282,7 +290,7 @@ class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
             )
         )
 
-    def _problem(self, prompt: Any) -> Problem:
+    def _named(self, prompt: Any) -> Problem:
         """Return the problem that a prompt names.
 
         Raises:
@@ -295,7 +303,7 @@ class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
             raise ConfigError(
                 f"a prompt must name its problem, as those of prompt_rows do; got {prompt!r:.200}"
             )
-        problem = self._source.problem(split, int(index))
+        problem = self.problem(split, int(index))
         if [m.get("content") for m in prompt] != [m["content"] for m in problem.messages]:
             raise ConfigError(
                 f"the text of the prompt is not that of the problem {name} of this recipe; make "

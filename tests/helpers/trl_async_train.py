@@ -18,18 +18,11 @@ from typing import Any
 
 import requests
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AttentionInterface
-from trl.experimental.async_grpo import AsyncGRPOTrainer
-from trl_async_rows import config
 
 from delethink.engines.loading import locate
-from delethink.integrations.trl_async import (
-    DelethinkSessionFactory,
-    prompt_rows,
-    rollout_worker,
-)
+from delethink.integrations.trl_async import DelethinkSessionFactory
 
 ATTENTION = "tree_fa3"  # the name that the trainer gives to every model
 TIMEOUT_S = 300
@@ -98,34 +91,26 @@ class FolderTransfer:
         assert response.ok, f"{route}: {response.status_code} {response.text[:500]}"
 
 
+def register() -> None:
+    """Replace the attention that the trainer has registered when it was made."""
+    AttentionInterface.register(ATTENTION, tree_attention)
+
+
 def main(settings: dict[str, Any], out: Path) -> None:
-    recipe, overrides, options = settings["recipe"], settings["overrides"], settings["options"]
-    address, model = settings["address"], Path(locate("toy"))
-    is_modified = settings["modified"]
-    own = {"use_cpu": True} if is_modified else {"use_cpu": False}
-    args = config(str(out.parent), address, **own, **settings["args"])
-    rows = prompt_rows(recipe, settings["num_problems"], "train", overrides)
-    dataset = Dataset.from_list(rows)
-    transfer = FolderTransfer(address, model, out.parent / "sent")
-    trainer = AsyncGRPOTrainer(
-        model=str(model),
-        args=args,
-        train_dataset=dataset,
-        rollout_worker=rollout_worker(recipe, args, dataset, overrides, **options),
-        weight_transfer=transfer if is_modified else None,
-    )
-    if is_modified:
-        AttentionInterface.register(ATTENTION, tree_attention)  # after the trainer's own
-    trainer.train()
-    trained = out.parent / "trained"
+    """Run the code of the guide, and sample a trace from the trained server."""
+    address = settings["address"]
+    transfer = FolderTransfer(address, Path(locate("toy")), out.parent / "sent")
+    names: dict[str, Any] = {"transfer": transfer, "register": register}
+    exec(settings["code"], names)  # the guide's
+    trainer, trained = names["trainer"], out.parent / "trained"
     shutil.copytree(transfer.folder, trained)
     weights = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
     save_file(weights, trained / "model.safetensors", {"format": "pt"})
 
-    factory = DelethinkSessionFactory(
-        recipe, address, overrides, sampling={"temperature": args.temperature}, **options
-    )
-    session = factory.create(rows[0]["prompt"], seed=0)
+    recipe, overrides, options = settings["recipe"], settings["overrides"], settings["options"]
+    sampling = {"temperature": settings["temperature"]}
+    factory = DelethinkSessionFactory(recipe, address, overrides, sampling=sampling, **options)
+    session = factory.create(factory.problem("train", 0), seed=0)
     session.wait_for_completion()
     turns = [turn.model_dump() for turn in session.fetch_training_trace().turns]
     factory.close()

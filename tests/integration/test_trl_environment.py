@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from guide_page import blocks
 from installed import need
 
 from delethink import ConfigError
@@ -15,6 +17,7 @@ from delethink.integrations.trl_environment import LongcotTask
 need("trl")
 pytestmark = pytest.mark.integration
 
+SHORT = ["task.args.min_steps=3", "task.args.max_steps=8"]
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
 # The toy's prompt as its own template writes it. TRL asks for a template that shows tool calls,
 # also of environments without tools.
@@ -46,54 +49,47 @@ def test_the_contract_of_an_environment() -> None:
 
 @pytest.mark.slow
 def test_the_trainer_takes_it(tmp_path: Path) -> None:
-    """The reward that TRL logs is the recipe's of the completions that it sampled."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from delethink.engines.loading import TOY, load_model, load_tokenizer
+    """The guide's code: the logged reward is the recipe's of the sampled completions."""
+    from delethink.engines.loading import locate
     from delethink.scoring.rollouts import attempt_from_text
     from delethink.tokenization import reward_text
 
-    overrides = ["task.args.min_steps=2", "task.args.max_steps=2"]
-    task = LongcotTask.from_recipe(RECIPE, 40, overrides)
+    model = tmp_path / "model"
+    shutil.copytree(locate("toy"), model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    code = blocks("integrations_trl.md", "python")[1]
+    sizes = "per_device_train_batch_size=4, num_generations=2, max_steps=1, logging_steps=1"
+    quiet = "use_cpu=True, bf16=False, report_to='none', save_strategy='no', disable_tqdm=True"
+    for old, new in {
+        '("recipe.yaml", budget=4096)': f"({str(RECIPE)!r}, budget=100, overrides={SHORT})",
+        "path/to/the/model": str(model),
+        'output_dir="run"': f"output_dir={str(tmp_path)!r}, {sizes}, {quiet}",
+        "task.rows(1000)": "task.rows(4)",
+        "[task.reward]": "[recorded(task.reward)]",
+    }.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
     seen: list[tuple[list[str], list[Any], list[Any]]] = []
 
-    async def recipe_reward(**columns: Any) -> list[float | None]:
-        rewards: list[float | None] = await task.reward(**columns)
-        texts = [prompt[-1]["content"] for prompt in columns["prompts"]]
-        seen.append((texts, columns["completion_ids"], rewards))
-        return rewards
+    def recorded(reward: Any) -> Any:
+        async def recipe_reward(**columns: Any) -> list[float | None]:
+            rewards: list[float | None] = await reward(**columns)
+            texts = [prompt[-1]["content"] for prompt in columns["prompts"]]
+            seen.append((texts, columns["completion_ids"], rewards))
+            return rewards
 
-    tokenizer: Any = load_tokenizer(TOY)
-    tokenizer.chat_template = TEMPLATE
-    trainer = GRPOTrainer(
-        model=load_model(TOY, "float32"),
-        processing_class=tokenizer,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=task.budget,
-            max_steps=1,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(task.rows(4)),
-        reward_funcs=[recipe_reward],
-        environment_factory=task.environment,
-    )
-    trainer.train()
+        return recipe_reward
+
+    names: dict[str, Any] = {"recorded": recorded}
+    exec(code, names)  # the guide's
+    source, trainer = names["task"].source, names["trainer"]
     ((texts, completion_ids, rewards),) = seen
-    problems = {p.prompt: p for p in (task.source.problem("train", i) for i in range(4))}
+    problems = {p.prompt: p for p in (source.problem("train", i) for i in range(4))}
     for text, ids, reward in zip(texts, completion_ids, rewards, strict=True):
-        answer = reward_text(task.source.tokenizer, ids)
-        (score,) = task.source.scorer.score_now([attempt_from_text(problems[text], answer)])
+        answer = reward_text(source.tokenizer, ids)
+        (score,) = source.scorer.score_now([attempt_from_text(problems[text], answer)])
         assert reward == score.total
     assert max(filter(None, rewards)) == 1.0  # the toy solves what is this short
     logged = next(log for log in trainer.state.log_history if "reward" in log)
     assert logged["reward"] == pytest.approx(sum(filter(None, rewards)) / len(rewards))
-    task.source.close()
+    source.close()
