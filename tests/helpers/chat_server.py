@@ -93,7 +93,7 @@ class ChatServer:
         return JSONResponse(made)
 
     async def generate(self, request: Request) -> Response:
-        """vLLM's route of token ids, which verifiers uses in training."""
+        """Answers token ids, as vLLM does for the client that verifiers has for training."""
         body = await request.json()
         self.asked.append(body)
         ids, is_end, logprobs = await self._sample(body["token_ids"], body["sampling_params"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import deque
 from collections.abc import Mapping
 from functools import cache
@@ -119,6 +120,12 @@ class ChunkHarness(vf.Harness[ChunkHarnessConfig]):
     EXECUTES_CODE = False
     NEEDS_CONTAINER = False
 
+    def __init__(self, config: ChunkHarnessConfig) -> None:
+        super().__init__(config)
+        # Before any thread: two that import transformers at once find it half loaded, and the
+        # client for training loads a tokenizer of its own.
+        from transformers import AutoTokenizer  # noqa: F401
+
     async def launch(
         self,
         ctx: vf.ModelContext,
@@ -209,7 +216,13 @@ class ChunkHarness(vf.Harness[ChunkHarnessConfig]):
         given = (getattr(ctx.sampling, "model_extra", None) or {}).get("chat_template_kwargs")
         variables = json.dumps({**self.config.chat_template_kwargs, **(given or {})})
         name = self.config.tokenizer or ctx.model
-        return _load(name, self.config.trust_remote_code, variables, self.config.end_of_thinking)
+        with _loading:
+            return _load(
+                name, self.config.trust_remote_code, variables, self.config.end_of_thinking
+            )
+
+
+_loading = threading.Lock()  # rollouts begin at once, and a cache does not wait for its first call
 
 
 @cache
