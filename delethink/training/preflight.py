@@ -56,6 +56,7 @@ from delethink.training.checkpointing import run_path
 from delethink.training.export import stored_dtype
 from delethink.training.lora import adapter_parameters
 from delethink.training.preflight_check import BYTES_PER_GIB, WARNING_SHARE, Check, compare, gib
+from delethink.training.preflight_machine import check_machine, check_shared_memory
 from delethink.training.system import Memory, device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
 
@@ -81,8 +82,10 @@ def prepare(recipe: Recipe) -> Prepared:
     """Resolve every name of a recipe, and check engine and packages.
 
     Raises:
-        UserError: a name, an argument, a package, a data set, a model folder or an engine is wrong.
+        UserError: a name, an argument, a package, a data set, a model folder or an engine is wrong,
+            or the GPUs are not here.
     """
+    check_machine(recipe)
     for name, reward in recipe.rewards.items():
         resolve("delethink.rewards", reward.reward or name)
     task = evaluation_task = make_task(recipe.task.name, recipe.task.args, recipe.seed)
@@ -257,6 +260,9 @@ def run_checks(prepared: Prepared, inputs: Inputs, path: Path) -> list[Check]:
         checks.append(Check("memory", "not checked", str(error)))
     else:
         checks += _check_memory(recipe, inputs, shape)
+        update = weight_bytes(shape, 4)  # the object store takes float32
+        if (shared := check_shared_memory(recipe, update)) is not None:
+            checks.append(shared)
         checks.append(_check_disk(recipe, inputs, shape, path))
     return checks + _check_rewards(prepared, inputs)
 

@@ -56,7 +56,13 @@ def test_the_papers_runs_a_newer_base_a_small_gpu_and_two_machines_have_recipes(
     assert paper | {"qwen3_1_7b", "one_24gb_gpu", "two_nodes"} <= set(FOLDERS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+def marked(folder: str) -> Any:
+    """Mark the recipe whose adapters are counted on a model of transformers."""
+    marks = [pytest.mark.integration] if folder == "one_24gb_gpu" else []
+    return pytest.param(folder, marks=marks)
+
+
+@pytest.mark.parametrize("folder", map(marked, FOLDERS))
 def test_a_readme_states_what_doctor_predicts(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
