@@ -174,13 +174,13 @@ def library_rollouts(server: ChatServer, folder: Path) -> list[tuple[Trace, floa
 def branches_of(trace: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Returns the nodes of each root-to-leaf path."""
     nodes = trace["nodes"]
-    parents = {node["parent"] for node in nodes}
+    parents = {node.get("parent") for node in nodes}
     branches = []
     for leaf in (index for index in range(len(nodes)) if index not in parents):
         path, at = [], leaf
         while at is not None:
             path.append(nodes[at])
-            at = nodes[at]["parent"]
+            at = nodes[at].get("parent")
         branches.append(path[::-1])
     return branches
 
@@ -195,7 +195,7 @@ def assert_equal(trace: dict[str, Any], own: Trace, reward: float, lengths: list
     for branch, chunk in zip(branches, own.chunks, strict=True):
         ids = [token for node in branch for token in node["token_ids"]]
         mask = [flag for node in branch for flag in node["mask"]]
-        weights = [w for node in branch for w in (node["loss_weights"] or {}).get("rl", ())]
+        weights = [w for node in branch for w in (node.get("loss_weights") or {}).get("rl", ())]
         prompt, output = list(map(int, chunk.prompt_ids)), list(map(int, chunk.output_ids))
         assert ids == prompt + output
         assert mask == [False] * len(prompt) + [True] * len(output)

@@ -84,8 +84,8 @@ def attempt_of(trace: vf.Trace, problem: Problem) -> Attempt:
         budget=stored["budget"],
         max_chunks=stored["max_chunks"],
         output_ids=tuple(token for chunk in thinking for token in chunk["output_ids"]),
-        start_of_thinking=stored["start_of_thinking"],
-        end_of_thinking=stored["end_of_thinking"],
+        start_of_thinking=stored.get("start_of_thinking"),
+        end_of_thinking=stored.get("end_of_thinking"),
     )
 
 
