@@ -193,7 +193,7 @@ class ChunkHarness(vf.Harness[ChunkHarnessConfig]):
             end_record(
                 trace, thinking, problem, model.tokenizer, state.spec, policy.prompt_is_exact
             )
-            stamp_ids(trace, chunks, policy.nodes)
+            stamp_ids(trace, chunks, policy.nodes, policy.prompt_is_exact)
             if thinking.length and not thinking.stop.is_failure:
                 weight = _mean_length(thinking.length, self.config.mean_length) / thinking.length
                 stamp_weights(trace, policy.nodes, weight)

@@ -99,32 +99,43 @@ def _attempt_of_text(trace: vf.Trace, problem: Problem) -> Attempt:
     return attempt_from_text(problem, text, usage.completion_tokens if usage else None)
 
 
-def stamp_ids(trace: vf.Trace, chunks: Sequence[Chunk], nodes: Sequence[int]) -> None:
+def stamp_ids(
+    trace: vf.Trace,
+    chunks: Sequence[Chunk],
+    nodes: Sequence[int],
+    prompt_is_exact: Sequence[bool | None],
+) -> None:
     """Put the ids of chunks on the nodes of a trace, where the recording client has none.
 
-    The path to each sampled node then has exactly its prompt and its output. In training the nodes
-    have them already, and lose tokens that an early boundary has cut off.
+    The path to each sampled node then has exactly its prompt and its output. Chunks whose ids are
+    not known for certain get none. In training the nodes have them already, and lose tokens that an
+    early boundary has cut off.
     """
-    for chunk, index in zip(chunks, nodes, strict=False):
+    for chunk, index, is_exact in zip(chunks, nodes, prompt_is_exact, strict=False):
         path = path_to(trace, index)
         sampled = path[-1]
         if sampled.token_ids:
             _cut(sampled, len(chunk.output_ids))
+        elif is_exact:
+            _stamp(path, chunk)
+
+
+def _stamp(path: Sequence[vf.MessageNode], chunk: Chunk) -> None:
+    """Divide the prompt of a chunk among the nodes before its sampled one."""
+    left = as_list(chunk.prompt_ids)
+    query = left[: len(left) - chunk.carried]
+    for position, node in enumerate(path[:-1]):
+        if node.token_ids:
+            left = left[len(node.token_ids) :]
             continue
-        left = as_list(chunk.prompt_ids)
-        query = left[: len(left) - chunk.carried]
-        for position, node in enumerate(path[:-1]):
-            if node.token_ids:
-                left = left[len(node.token_ids) :]
-                continue
-            if position == len(path) - 2:
-                own = left
-            else:  # the query, on the last message before the carried tokens
-                own = query if position == len(path) - 3 and chunk.carried else []
-            node.token_ids, node.mask = own, [False] * len(own)
-            left = left[len(own) :]
-        output = as_list(chunk.output_ids)
-        sampled.token_ids, sampled.mask = output, [True] * len(output)
+        if position == len(path) - 2:
+            own = left
+        else:  # the query, on the last message before the carried tokens
+            own = query if position == len(path) - 3 and chunk.carried else []
+        node.token_ids, node.mask = own, [False] * len(own)
+        left = left[len(own) :]
+    output = as_list(chunk.output_ids)
+    path[-1].token_ids, path[-1].mask = output, [True] * len(output)
 
 
 def _cut(node: vf.MessageNode, kept: int) -> None:
