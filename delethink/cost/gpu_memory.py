@@ -92,7 +92,7 @@ def _processes(terms: RecipeTerms) -> Parts:
 
 
 def engine_parts(terms: RecipeTerms) -> Parts:
-    """Return the parts of an engine on one of its GPUs, with a cache for the longest context.
+    """Return the parts of an engine on one of its GPUs, with a cache for the longest sequence.
 
     The cache takes the rest of the engine's share.
     """
@@ -101,13 +101,13 @@ def engine_parts(terms: RecipeTerms) -> Parts:
     widest = max(layer.feed_forward.width for layer in shape.layers)
     prefill = _BATCHED_TOKENS * (2 * widest + 4 * shape.hidden_size) * size
     logits = _LOGIT_COPIES * 4.0 * terms.engine_batch * shape.vocabulary_size
-    cache = float(cache_bytes(shape, terms.longest_context, size, block=16))
+    cache = float(cache_bytes(shape, terms.engine_context, size, block=16))
     return {
         "engine weights": shape.parameters * size / parallel,
         "engine batch": (prefill + logits) / parallel,
         "CUDA graphs": _GRAPH_BYTES,
         "engine runtime": _CONTEXT_BYTES,
-        "cache of the longest context": cache / parallel,
+        "cache of the longest sequence": cache / parallel,
     }
 
 

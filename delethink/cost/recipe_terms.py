@@ -28,6 +28,7 @@ class RecipeTerms:
     shape: ModelShape
     spec: ChunkSpec  # chunk sizes
     query: int  # longest query in tokens
+    engine_context: int  # longest sequence of an engine in tokens; LongCoT's in the table too
 
     # the batch
     traces: int
@@ -87,7 +88,13 @@ class RecipeTerms:
         return self.shape.parameters if self.adapters is None else self.adapters
 
 
-def terms_of(recipe: Recipe, shape: ModelShape, query: int, adapters: int = 0) -> RecipeTerms:
+def terms_of(
+    recipe: Recipe,
+    shape: ModelShape,
+    query: int,
+    adapters: int = 0,
+    engine_context: int | None = None,
+) -> RecipeTerms:
     """Return the terms of a recipe whose trainer and engines run on GPUs.
 
     Args:
@@ -95,6 +102,7 @@ def terms_of(recipe: Recipe, shape: ModelShape, query: int, adapters: int = 0) -
         shape: shape of its model.
         query: longest query in tokens.
         adapters: parameters of ``training.lora``.
+        engine_context: longest sequence of an engine; ``None``: the longest chunk.
     """
     training, engine, trainer = recipe.training, recipe.engine, recipe.trainer
     spec = recipe.thinking.spec()
@@ -107,6 +115,7 @@ def terms_of(recipe: Recipe, shape: ModelShape, query: int, adapters: int = 0) -
         shape=shape,
         spec=spec,
         query=query,
+        engine_context=max(longest, engine_context or 0),
         traces=training.traces_per_batch,
         group=training.num_generations,
         optimizer_steps=training.steps_per_batch,

@@ -17,6 +17,7 @@ from delethink.chunking import ChunkSpec, start
 from delethink.config import EngineConfig, Recipe, RewardConfig, with_rewards
 from delethink.cost.memory import cache_bytes, training_bytes, weight_bytes
 from delethink.cost.models import shape_of_config
+from delethink.cost.recipe_terms import terms_of
 from delethink.cost.shape import ModelShape
 from delethink.engines.engine_settings import check_engine_settings
 from delethink.engines.factory import choose_engine
@@ -56,8 +57,9 @@ from delethink.training.checkpointing import run_path
 from delethink.training.export import stored_dtype
 from delethink.training.lora import adapter_parameters
 from delethink.training.preflight_check import BYTES_PER_GIB, WARNING_SHARE, Check, compare, gib
+from delethink.training.preflight_hardware import check_here
 from delethink.training.preflight_machine import check_machine, check_shared_memory
-from delethink.training.system import Memory, device_memory, free_disk, process_memory
+from delethink.training.system import device_memory, free_disk, process_memory
 from delethink.types import Problem, Score
 
 # -- names and settings ------------------------------------------------------------------------
@@ -394,38 +396,43 @@ def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Che
         found = f"training takes {gib(trainer)}, sampling in the same process {gib(sampling)}"
         advice = "lower training.forward_tokens or evaluation.num_problems, or use a smaller model"
         return [compare("memory", needed, memory, found, advice)]
-    # Every rank has a GPU of its own; on the CPU, the ranks share the memory.
+    if device is not None and recipe.engine.gpus_per_engine:
+        query = max(inputs.longest_query.values())
+        longest = recipe.engine.max_model_tokens or inputs.engine_context
+        adapters = inputs.num_adapter_parameters
+        return check_here(terms_of(recipe, shape, query, adapters, longest), device)
+    # Every rank has a GPU of its own; on the CPU, ranks and engines share the memory.
     ranks = 1 if device else recipe.trainer.num_ranks
+    engines, engine_check = _check_workers(recipe, inputs, shape)
     found = f"training takes {gib(trainer)}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
-    advice = "lower training.forward_tokens, or use a smaller model"
-    return [
-        compare("memory", ranks * (trainer + extra), memory, found, advice),
-        _check_workers(recipe.engine, inputs, shape, device, ram),
-    ]
+    needed = ranks * (trainer + extra)
+    if device is None:
+        needed += engines
+        found = f"{found}, engines take {gib(engines)} beside it"
+    advice = "lower training.forward_tokens, or use a smaller model or fewer engines"
+    return [compare("memory", needed, memory, found, advice), engine_check]
 
 
-def _check_workers(
-    engine: EngineConfig, inputs: Inputs, shape: ModelShape, device: Memory | None, ram: Memory
-) -> Check:
-    """Compare the cache of a worker with one context, and all workers with the memory."""
-    size = 4 if engine.engine_dtype == "float32" else 2
+def _check_workers(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> tuple[float, Check]:
+    """Compare the cache of a worker on the CPU with one context; return the bytes of all workers.
+
+    The bytes include the copy of new weights that each worker reads.
+    """
+    engine, size = recipe.engine, 4 if recipe.engine.engine_dtype == "float32" else 2
     weights = weight_bytes(shape, size)
     longest = engine.max_model_tokens or inputs.engine_context
     cache = float(cache_bytes(shape, longest, size, block=16))
-    found = (
-        f"{engine.num_engines} workers with {gib(weights)} of weights each; the cache of a "
-        f"sequence of {longest} takes {gib(cache)}"
-    )
-    advice = "use fewer engines, a smaller model or a smaller context"
     reserved = engine.kv_cache_gib * BYTES_PER_GIB
-    if engine.gpus_per_engine and device is not None:
-        needed = (weights + cache) / engine.tensor_parallel_size / engine.gpu_memory_utilization
-        return compare("engine", needed, device, found, advice)
-    if cache > reserved:
-        advice = f"raise engine.kv_cache_gib, or {advice}"
-        return Check("engine", "problem", f"{found}, of {gib(reserved)}", advice)
-    needed = engine.num_engines * (weights + reserved + _LIBRARY_BYTES)
-    return compare("engine", needed, ram, found, advice)
+    needed = engine.num_engines * (2 * weights + reserved + _LIBRARY_BYTES)
+    found = (
+        f"{engine.num_engines} workers with {gib(weights)} of weights and {gib(reserved)} of cache "
+        f"each; a sequence of {longest} takes {gib(cache)} of it"
+    )
+    if cache <= reserved:
+        return needed, Check("engine", "ok", found)
+    advice = "raise engine.kv_cache_gib, or use a smaller model or a smaller context"
+    found = f"{found}, of {gib(reserved)}"
+    return needed, Check("engine", "problem", found, advice)
 
 
 def _trainer_bytes(recipe: Recipe, inputs: Inputs, shape: ModelShape, factor: float) -> float:

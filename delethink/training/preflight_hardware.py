@@ -14,12 +14,13 @@ from delethink.chunking import ChunkSpec
 from delethink.config import Recipe
 from delethink.cost.batch_time import BatchTime, batch_interval, predict_batch, usual_lengths
 from delethink.cost.gpu_memory import GpuUse, engine_needs, gpu_uses, largest_share, savings
-from delethink.cost.hardware import Accelerator
+from delethink.cost.hardware import ACCELERATORS, Accelerator
 from delethink.cost.memory import weight_bytes
 from delethink.cost.models import config_of, model_shape
 from delethink.cost.recipe_terms import RecipeTerms, terms_of
 from delethink.errors import ConfigError, ModelError, UserError
 from delethink.training.preflight_check import Check, gib
+from delethink.training.system import Memory
 
 _ASSUMED_QUERY = 1024  # tokens, where the recipe has no limit
 _SAMPLED_TOKEN_BYTES, _PROMPT_TOKEN_BYTES = 36, 7  # in traces/
@@ -82,7 +83,29 @@ def read_terms(recipe: Recipe) -> RecipeTerms:
         config = AutoConfig.for_model(**config_of(model))
         adapters = adapter_parameters(config, recipe.training.lora)
     query = recipe.task.max_query_tokens or _ASSUMED_QUERY
-    return terms_of(recipe, shape, query, adapters)
+    longcot = query + recipe.thinking.spec().budget
+    window = config_of(model).get("max_position_embeddings") or 0
+    if not recipe.evaluation.num_problems or longcot > window:
+        longcot = 0  # the table has no row for it
+    longest = recipe.engine.max_model_tokens or longcot
+    return terms_of(recipe, shape, query, adapters, longest)
+
+
+def local_accelerator(memory: Memory) -> Accelerator | None:
+    """Return a GPU of this machine by its name, with its own memory; ``None`` if not known."""
+    name = memory.name.lower().replace(" ", "").replace("-", "")
+    for key, known in ACCELERATORS.items():
+        if key in name:
+            return dataclasses.replace(known, name=memory.name, memory=float(memory.total))
+    return None
+
+
+def check_here(terms: RecipeTerms, memory: Memory) -> list[Check]:
+    """Check memory, and the time of a batch where the GPU is a known one."""
+    known = local_accelerator(memory)
+    device = known or dataclasses.replace(ACCELERATORS["a100"], memory=float(memory.total))
+    checks = check_uses(terms, device, gpu_uses(terms, device))
+    return [*checks, check_batch_time(terms, known, None)[0]] if known else checks
 
 
 def check_gpus(terms: RecipeTerms, name: str, gpus: int) -> Check:
@@ -123,7 +146,7 @@ def check_uses(terms: RecipeTerms, device: Accelerator, uses: list[GpuUse]) -> l
     needed, share = engine_needs(terms), terms.engine_share * device.memory
     if needed > share:
         found = (
-            f"an engine needs {gib(needed)} for weights and a cache of {terms.longest_context} "
+            f"an engine needs {gib(needed)} for weights and a cache of {terms.engine_context} "
             f"tokens, and engine.gpu_memory_utilization={terms.engine_share:g} of a GPU is "
             f"{gib(share)}"
         )
