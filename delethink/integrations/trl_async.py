@@ -106,6 +106,7 @@ def rollout_worker(
     args: Any,
     dataset: Any,
     overrides: Sequence[str] = (),
+    child_ready_timeout: int = 300,
     **options: Any,
 ) -> Any:
     """Return TRL's ``HarnessRolloutWorker`` for the sessions of a recipe.
@@ -116,6 +117,7 @@ def rollout_worker(
             sampling, address of the server.
         dataset: made from ``prompt_rows``; the trainer gets it too.
         overrides: ``dotted.key=value`` for a recipe's file.
+        child_ready_timeout: seconds that TRL gives the worker's process to start.
         options: further arguments of ``DelethinkSessionFactory``.
 
     Raises:
@@ -151,6 +153,7 @@ def rollout_worker(
         vllm_server_url=args.vllm_server_base_url,
         log_completions=args.log_completions,
         num_completions_to_print=args.num_completions_to_print,
+        child_ready_timeout=child_ready_timeout,
         **given,
     )
 

@@ -17,7 +17,7 @@ from trl.experimental.async_grpo import AsyncGRPOConfig
 
 from delethink.integrations.trl_async import prompt_rows, rollout_worker
 
-TIMEOUT_S = 300
+TIMEOUT_S = 900  # the machine may be busy
 
 
 def config(folder: str, address: str, use_cpu: bool = True, **options: Any) -> AsyncGRPOConfig:
@@ -37,7 +37,8 @@ def main(settings: dict[str, Any], out: Path) -> None:
     args = config(str(out.parent), settings["address"], **settings["args"])
     recipe, overrides = settings["recipe"], settings["overrides"]
     dataset = Dataset.from_list(prompt_rows(recipe, settings["num_problems"], "train", overrides))
-    worker = rollout_worker(recipe, args, dataset, overrides, **settings["options"])
+    options = settings["options"]
+    worker = rollout_worker(recipe, args, dataset, overrides, TIMEOUT_S, **options)
     said: dict[str, Any] = {"rows": [], "fault": None, "metrics": []}
     worker.start()
     try:
@@ -49,7 +50,7 @@ def main(settings: dict[str, Any], out: Path) -> None:
                 sample = worker.rollout_buffer.get(timeout=1)
             except queue.Empty:
                 try:
-                    worker.check_health(60)
+                    worker.check_health(TIMEOUT_S)
                 except RuntimeError as error:
                     said["fault"] = str(error.__cause__)
                     break

@@ -4,7 +4,8 @@
 
 Two parts of the trainer need a GPU, and each has an equivalent here behind a public interface. Its
 attention is a CUDA kernel from the hub; ``AttentionInterface`` takes the same sums in PyTorch. Its
-weights travel by NCCL; ``WeightTransferProtocol`` takes a folder, which vLLM reads again.
+weights travel by NCCL; ``WeightTransferProtocol`` takes a folder, which vLLM reads again. It also
+asks CUDA for the name of the device, for a metric of speed alone.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def main(settings: dict[str, Any], out: Path) -> None:
     address = settings["address"]
     transfer = FolderTransfer(address, Path(locate("toy")), out.parent / "sent")
     names: dict[str, Any] = {"transfer": transfer, "register": register}
+    if not torch.cuda.is_available():
+        torch.cuda.get_device_name = lambda device=None: "a processor"
     exec(settings["code"], names)  # the guide's
     trainer, trained = names["trainer"], out.parent / "trained"
     shutil.copytree(transfer.folder, trained)

