@@ -1,6 +1,6 @@
 """Rollouts and training data of tinker-cookbook; runs in an environment with it.
 
-python tinker_peer.py < JSON
+python tinker_peer.py < JSON, a list of jobs
 """
 
 from __future__ import annotations
@@ -90,4 +90,4 @@ async def main(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(json.load(sys.stdin)))))
+    print(json.dumps([asyncio.run(main(job)) for job in json.load(sys.stdin)]))

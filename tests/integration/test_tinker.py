@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from guide_page import blocks
@@ -29,14 +29,17 @@ pytestmark = pytest.mark.integration
 
 RECIPE = ROOT / "recipes" / "quickstart" / "recipe.yaml"
 PEER = Path(__file__).parents[1] / "helpers" / "tinker_peer.py"
-OVERRIDES = ["task.args.min_steps=6", "task.args.max_steps=9", "thinking.max_chunks=3"]
+OVERRIDES = ["task.args.min_steps=6", "task.args.max_steps=12", "thinking.max_chunks=2"]
 MAX_TOKENS, GROUP, NUM_PROBLEMS = 45, 4, 3
+TEMPERATURES = (0.0, 2.0)
 TIMEOUT_S = 900
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    return peer_python("tinker", "torch==2.13.0", "tinker-cookbook==0.5.8")
+MISTAKES = {
+    "max_tokens=60 does not divide the chunks": {"max_tokens": 60},
+    "'line_break' gives chunks of different sizes": {
+        "overrides": [*OVERRIDES, "thinking.boundary=line_break"]
+    },
+    "none.yaml": {"recipe": "none.yaml"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def rollouts(
     return asyncio.run(running)
 
 
-def run_peer(python: Path, result: RolloutResult | None, **changes: Any) -> Any:
+def job(result: RolloutResult | None, drops_end: bool = False, **changes: Any) -> dict[str, Any]:
     traces = [] if result is None else result.traces
     recorded = [
         [{"prompt": list(c.prompt_ids), "output": list(c.output_ids)} for c in trace.chunks]
@@ -82,13 +85,42 @@ def run_peer(python: Path, result: RolloutResult | None, **changes: Any) -> Any:
         "max_tokens": MAX_TOKENS,
         **changes,
     }
-    drops_end = builder.pop("drops_end", False)
-    given = {"builder": builder, "traces": recorded, "drops_end": drops_end}
+    return {"builder": builder, "traces": recorded, "drops_end": drops_end}
+
+
+class Peer(NamedTuple):
+    """Rollouts of the library, and of the cookbook in one process, as its start takes longest."""
+
+    results: dict[float, RolloutResult]  # by temperature
+    found: dict[float, Any]
+    without_end: Any  # at temperature 0
+    mistakes: list[str]
+
+
+@pytest.fixture(scope="module")
+def peer(
+    source: EpisodeSource, engine: TransformersEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Peer:
+    python = peer_python("tinker", "torch==2.13.0", "tinker-cookbook==0.5.8")
+    results = {t: rollouts(source, engine, GROUP, t) for t in TEMPERATURES}
+    jobs = [
+        *(job(results[t], num_heldout=5) for t in TEMPERATURES),
+        job(results[0.0], drops_end=True),
+        *(job(None, **changes) for changes in MISTAKES.values()),
+    ]
+    folder = tmp_path_factory.mktemp("peer")
     ended = subprocess.run(
-        [python, PEER], input=json.dumps(given), capture_output=True, text=True, timeout=TIMEOUT_S
+        [python, PEER],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=folder,
     )
     assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    cold, warm, without_end, *wrong = json.loads(ended.stdout)
+    found = dict(zip(TEMPERATURES, (cold, warm), strict=True))
+    return Peer(results, found, without_end, [answer["error"] for answer in wrong])
 
 
 def test_without_the_cookbook_the_extra_is_named() -> None:
@@ -111,12 +143,11 @@ def test_calls_of_one_size_sample_the_library_s_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_each_chunk_is_a_datum_with_the_recipe_s_reward(
-    python: Path, source: EpisodeSource, engine: TransformersEngine, temperature: float
+    peer: Peer, source: EpisodeSource, temperature: float
 ) -> None:
-    result = rollouts(source, engine, GROUP, temperature)
-    found = run_peer(python, result, num_heldout=5)
+    result, found = peer.results[temperature], peer.found[temperature]
     groups = [slice(i, i + GROUP) for i in range(0, NUM_PROBLEMS * GROUP, GROUP)]
     rewards = [[score.total or 0.0 for score in result.scores[group]] for group in groups]
     assert found["prompts"] == [
@@ -156,33 +187,26 @@ def test_each_chunk_is_a_datum_with_the_recipe_s_reward(
 
 
 @pytest.mark.slow
-def test_an_end_token_that_the_sampler_leaves_out_ends_the_trace(
-    python: Path, source: EpisodeSource, engine: TransformersEngine
-) -> None:
-    result = rollouts(source, engine, GROUP, temperature=0.0)
-    found = run_peer(python, result, drops_end=True)
-    assert list(chain.from_iterable(found["rewards"])) == [score.total for score in result.scores]
+def test_an_end_token_that_the_sampler_leaves_out_ends_the_trace(peer: Peer) -> None:
+    result, found = peer.results[0.0], peer.without_end
+    rewards = list(chain.from_iterable(found["rewards"]))
+    assert rewards == [score.total for score in result.scores]
     chunks = [chunk for trace in result.traces for chunk in trace.chunks]
+    assert any(chunk.stop is StopReason.EOS for chunk in chunks)
     for row, chunk in zip(found["data"], chunks, strict=True):
         kept = chunk.output_ids[:-1] if chunk.stop is StopReason.EOS else chunk.output_ids
         assert row["output"] == list(kept)
 
 
 @pytest.mark.slow
-def test_mistakes_are_sentences(python: Path, tmp_path: Path) -> None:
-    wrong = {
-        "max_tokens=60 does not divide the chunks": {"max_tokens": 60},
-        "'line_break' gives chunks of different sizes": {
-            "overrides": [*OVERRIDES, "thinking.boundary=line_break"]
-        },
-        "none.yaml": {"recipe": str(tmp_path / "none.yaml")},
-    }
-    for expected, changes in wrong.items():
-        assert expected in run_peer(python, None, **changes)["error"]
+def test_mistakes_are_sentences(peer: Peer) -> None:
+    for expected, error in zip(MISTAKES, peer.mistakes, strict=True):
+        assert expected in error
 
 
 @pytest.mark.slow
-def test_the_snippet_of_the_guide_runs(python: Path) -> None:
+def test_the_snippet_of_the_guide_runs() -> None:
+    python = peer_python("tinker", "torch==2.13.0", "tinker-cookbook==0.5.8")
     (code,) = blocks("integrations_tinker.md", "python")
     ended = subprocess.run(
         [python, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
