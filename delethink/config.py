@@ -6,6 +6,7 @@ combinations raise ``ConfigError``. Keys of ``training`` keep TRL's names.
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -287,6 +288,16 @@ class TrainingConfig(_Section):
         """Optimizer steps on a batch."""
         return self.traces_per_batch // self.traces_per_step * self.num_iterations
 
+    def rows_per_step(self, num_ranks: int) -> int:
+        """Return the rows of an optimizer step over ranks that have equally many, in whole groups.
+
+        Rows beyond ``traces_per_step`` hold no trace and cost nothing.
+        """
+        if self.traces_per_step % num_ranks == 0:
+            return self.traces_per_step
+        whole = math.lcm(num_ranks, self.num_generations)
+        return -(-self.traces_per_step // whole) * whole
+
     @property
     def num_batches(self) -> int:
         """Batches sampled in the run."""
@@ -561,13 +572,15 @@ class Recipe(_Section):
                 "engine needs whole weights; set trainer.strategy=ddp"
             )
         traces, ranks = self.training.traces_per_step, self.trainer.num_ranks
-        if traces % ranks:
+        if traces % ranks and (ranks > traces or traces % self.training.num_generations):
             fitting = [n for n in range(1, traces + 1) if traces % n == 0]
             near = sorted(fitting, key=lambda n: abs(n - ranks))[:3]
             raise ValueError(
                 f"an optimizer step of {traces} traces (training.per_device_train_batch_size x "
-                f"gradient_accumulation_steps) is not divisible by trainer.num_ranks={ranks}; "
-                f"{', '.join(map(str, sorted(near)))} ranks would fit"
+                f"gradient_accumulation_steps) is not divisible by trainer.num_ranks={ranks}, and "
+                "is less than a trace for each rank or no multiple of training.num_generations="
+                f"{self.training.num_generations}; {', '.join(map(str, sorted(near)))} ranks would "
+                "fit"
             )
         colocated = self.engine.placement == "colocated"
         if self.engine.weight_transfer == "ipc" and ranks > 1 and not colocated:

@@ -74,7 +74,8 @@ def _without_effect(config: EngineConfig, trains: bool) -> Iterator[tuple[str, s
     if name == "transformers":
         place = "the trainer's process from its float32 weights" if trains else "this process"
         own = IN_PROCESS - {"dtype"} if trains else IN_PROCESS
-        for key in type(config).model_fields:
+        # placement=colocated brings others with it
+        for key in sorted(type(config).model_fields, key=lambda key: key != "placement"):
             if key not in own:
                 yield (
                     key,

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from delethink.config import Recipe
 from delethink.cost.flops import forward_flops
 from delethink.cost.models import shape_of_config
+from delethink.engines.base import WorkerPlace
 from delethink.errors import ModelError
-from delethink.types import Trace
+from delethink.types import Trace, TraceStop
 
 T = TypeVar("T")
 Assignment = list[list[int]]  # for each rank, the batch indices of its traces
@@ -95,6 +97,17 @@ class RankGroup:
         return values
 
 
+def gather_places(recipe: Recipe, ranks: RankGroup) -> list[WorkerPlace] | None:
+    """Return the places beside all ranks; ``None`` without engines there. A collective."""
+    if recipe.engine.placement != "colocated":
+        return None
+    import ray
+
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids().get("GPU", []) if recipe.trainer.gpus_per_rank else []
+    return ranks.gather(WorkerPlace(context.get_node_id(), gpus[0] if gpus else None))
+
+
 def _picklable(error: Exception) -> Exception:
     """Return the error, or its text in a ``RuntimeError`` if it cannot be pickled."""
     try:
@@ -105,11 +118,37 @@ def _picklable(error: Exception) -> Exception:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Rows without a trace at the end of each optimizer step, so that ranks have equally many."""
+
+    traces: int  # of an optimizer step
+    rows: int  # of an optimizer step
+
+    def pad(self, values: Sequence[T], filler: T) -> list[T]:
+        """Return values of traces as values of rows."""
+        rows: list[T] = []
+        for first in range(0, len(values), self.traces):
+            rows += values[first : first + self.traces]
+            rows += [filler] * (self.rows - self.traces)
+        return rows
+
+    def unpad(self, values: Sequence[T]) -> list[T]:
+        """Return values of rows as values of traces."""
+        return [value for row, value in enumerate(values) if self.trace(row) is not None]
+
+    def trace(self, row: int) -> int | None:
+        """Return the index of the trace in a row; ``None`` without one."""
+        step, place = divmod(row, self.rows)
+        return step * self.traces + place if place < self.traces else None
+
+
+@dataclass(frozen=True)
 class Shards:
     """A batch of traces sharded over ranks."""
 
-    assignment: Assignment
-    traces: list[Trace]  # of this rank, in that order
+    assignment: Assignment  # of rows
+    padding: Padding
+    traces: list[Trace]  # of this rank, in that order; without chunks in rows without a trace
     all_traces: list[Trace]  # of the batch on the main rank; empty on the other ranks
     balance: float  # mean over highest training cost of a rank, averaged over optimizer steps
     chunk_tokens: list[int]  # forwarded tokens of each rank, prompts of chunks included
@@ -120,37 +159,45 @@ class Shards:
             return {}
         return {
             "balance": self.balance,
-            "traces_by_process": [len(indices) for indices in self.assignment],
+            "traces_by_process": [
+                sum(self.padding.trace(row) is not None for row in rows) for rows in self.assignment
+            ],
             "chunk_tokens_by_process": self.chunk_tokens,
         }
 
 
 def shard_traces(
     ranks: RankGroup,
-    num_traces: int,
+    num_rows: int,
     run_rollouts: Callable[[], list[Trace]],
     cost: Callable[[Trace], float],
     num_steps: int = 1,
+    num_fillers: int = 0,
 ) -> Shards:
     """Sample a batch on the main rank and shard its traces over ranks, balanced by cost.
 
     The cost of a trace is in any unit. A trace stays in its one of ``num_steps`` optimizer steps.
+    Each step ends with ``num_fillers`` rows without a trace.
     """
     traces: list[Trace] = []
+    padding = Padding(num_rows // num_steps - num_fillers, num_rows // num_steps)
 
     def make_shards() -> list[Shards]:
-        traces.extend(run_rollouts())
-        costs = [cost(trace) for trace in traces]
+        sampled = run_rollouts()
+        traces.extend(sampled)
+        filler = Trace(sampled[0].query_ids, (), TraceStop.ABORTED)
+        rows = padding.pad(sampled, filler)
+        costs = [cost(trace) for trace in rows]
         assignment, balance = _assign_steps(costs, ranks.size, num_steps)
-        tokens = [sum(chunk_tokens(traces[i]) for i in indices) for indices in assignment]
+        tokens = [sum(chunk_tokens(rows[i]) for i in indices) for indices in assignment]
         return [
-            Shards(assignment, [traces[i] for i in indices], [], balance, tokens)
+            Shards(assignment, padding, [rows[i] for i in indices], [], balance, tokens)
             for indices in assignment
         ]
 
     shards = ranks.scatter(make_shards)
-    if sorted(i for indices in shards.assignment for i in indices) != list(range(num_traces)):
-        raise RuntimeError(f"the shards do not hold each of {num_traces} traces exactly once")
+    if sorted(i for indices in shards.assignment for i in indices) != list(range(num_rows)):
+        raise RuntimeError(f"the shards do not hold each of {num_rows} rows exactly once")
     return replace(shards, all_traces=traces)
 
 

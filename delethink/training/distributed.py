@@ -8,6 +8,7 @@ nothing, and ranks set up their process before them.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import tempfile
@@ -26,7 +27,6 @@ from delethink.training.progress import TrainingProgress
 from delethink.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from delethink.engines.base import WorkerPlace
     from delethink.training.data_parallel import RankGroup
 
 _START_TIMEOUT_S = 300
@@ -52,6 +52,8 @@ def train_distributed(
         UserError: A mistake of the user, or a cluster that is too small.
         RolloutError, WeightSyncError: The run failed; the files written so far are complete.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
     try:
         with _ray_cluster(prepared.recipe), tempfile.TemporaryDirectory() as storage:
             _fit(prepared.recipe, location, progress, set_up_process, storage)
@@ -166,6 +168,9 @@ def _run_rank(
 
 def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
     """Train on this rank until the main rank is done."""
+    from delethink.training.data_parallel import gather_places
+
+    gather_places(recipe, ranks)  # first: the main rank starts the engines with them
     from transformers import set_seed
 
     from delethink.engines.loading import load_model, load_tokenizer
@@ -173,7 +178,6 @@ def _train_only(recipe: Recipe, checkpoints: Path, ranks: RankGroup) -> None:
     from delethink.training.trainer import fit_ranks, make_trainer
     from delethink.training.weights import RankWeights
 
-    gather_places(recipe, ranks)
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.model, recipe.trust_remote_code, recipe.chat_template_kwargs)
     settings = trl_config(recipe, recipe.thinking.spec().bind(tokenizer), checkpoints)
@@ -253,19 +257,6 @@ def _ray_cluster(recipe: Recipe) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
-
-
-def gather_places(recipe: Recipe, ranks: RankGroup) -> list[WorkerPlace] | None:
-    """Return the places beside all ranks; ``None`` without engines there. A collective."""
-    if recipe.engine.placement != "colocated":
-        return None
-    import ray
-
-    from delethink.engines.base import WorkerPlace
-
-    context = ray.get_runtime_context()
-    gpus = context.get_accelerator_ids().get("GPU", []) if recipe.trainer.gpus_per_rank else []
-    return ranks.gather(WorkerPlace(context.get_node_id(), gpus[0] if gpus else None))
 
 
 def _engine_resources(recipe: Recipe) -> dict[str, float]:

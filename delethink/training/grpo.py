@@ -202,7 +202,8 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         # Calls _sample_rows, _get_per_token_logps_and_entropies and _calculate_rewards.
         output: dict[str, Any] = super()._generate_and_score_completions(examples)
         all_advantages = self.accelerator.gather(output["advantages"]).to(self._loss_dtype)
-        advantages, shards = all_advantages.tolist(), self.shards
+        shards = self.shards
+        advantages = shards.padding.unpad(all_advantages.tolist())
         if self._ranks.is_main:
             pairs = zip(shards.all_traces, self._rewards, strict=True)
             in_loss = [self._is_in_loss(trace, rewards) for trace, rewards in pairs]
@@ -210,8 +211,11 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
                 ScoredBatch(self._examples, shards.all_traces, self._rewards, advantages, in_loss)
             )
         own = []
-        for row, index in enumerate(shards.assignment[self._ranks.rank]):
-            trace = shards.traces[row]
+        for row, row_of_all in enumerate(shards.assignment[self._ranks.rank]):
+            trace, index = shards.traces[row], shards.padding.trace(row_of_all)
+            if index is None:
+                own.append(TrainingTrace(FILLER, trace, 0.0, in_loss=False))
+                continue
             logprobs = [
                 output[name][row][: trace.length].clone() if name in output else None
                 for name in ("old_per_token_logps", "ref_per_token_logps")
@@ -232,6 +236,7 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             lambda: self._run_checked_rollouts(examples),
             lambda trace: self._cost(trace) if self._is_trainable(trace) else 0.0,
             self.args.steps_per_generation // self.args.gradient_accumulation_steps,
+            self.args.filler_rows,
         )
         self._after_rollouts()
         pad = self._tokenizer.pad_token_id
@@ -253,8 +258,9 @@ class DelethinkTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         values = self._ranks.broadcast(self._compute_rewards)
         known = [[None if math.isnan(value) else value for value in row] for row in values]
         self._rewards = [dict(zip(self.reward_func_names, row, strict=True)) for row in known]
+        rows = self.shards.padding.pad(values, [math.nan] * len(self.reward_funcs))
         # In float64, so that advantages are computed without rounding.
-        return torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return torch.tensor(rows, dtype=torch.float64, device=self.accelerator.device)
 
     def _compute_rewards(self) -> list[list[float]]:
         traces, examples = self.shards.all_traces, self._examples

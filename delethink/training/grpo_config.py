@@ -36,6 +36,7 @@ class DelethinkConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
     forward_tokens: int = 16_384  # at most, in one forward pass with its padding
     max_failed_share: float = 0.1  # of the traces of a batch
     trace_token_stats: bool = False  # keep log-probs and entropies of single tokens
+    filler_rows: int = 0  # of an optimizer step over all ranks, so that they have equally many
 
 
 def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkConfig:
@@ -43,6 +44,8 @@ def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkC
     training = recipe.training
     values: dict[str, Any] = training.model_dump(exclude=_NOT_OF_TRL)
     values |= batch_settings(training, recipe.trainer.num_ranks)
+    rows = training.rows_per_step(recipe.trainer.num_ranks)
+    values |= {"filler_rows": rows - training.traces_per_step}
     values |= {"use_cpu": not torch.accelerator.is_available()}  # bf16 needs it set
     return DelethinkConfig(
         **(values | rank_settings(recipe.trainer)),
@@ -69,16 +72,18 @@ def trl_config(recipe: Recipe, spec: ChunkSpec, checkpoints: Path) -> DelethinkC
 def batch_settings(training: TrainingConfig, num_ranks: int) -> dict[str, int]:
     """Return the micro-batch settings of one rank.
 
-    An optimizer step has the same traces for any number of ranks. The micro-batch is the largest
-    divisor of a rank's traces up to ``per_device_train_batch_size``.
+    An optimizer step has the same traces for any number of ranks, and filler rows if they do not
+    divide. The micro-batch is the largest divisor of a rank's rows up to
+    ``per_device_train_batch_size``.
     """
-    share = training.traces_per_step // num_ranks
+    share = training.rows_per_step(num_ranks) // num_ranks
+    steps = training.traces_per_batch // training.traces_per_step
     limit = min(training.per_device_train_batch_size, share)
     size = next(n for n in range(limit, 0, -1) if share % n == 0)
     return {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": share // size,
-        "steps_per_generation": training.traces_per_batch // num_ranks // size,
+        "steps_per_generation": steps * share // size,
     }
 
 

@@ -93,8 +93,7 @@ def begin(
         progress.log(f"starting the engine: {choose_engine(recipe.engine.name)}")
         beside: dict[str, Any] = {}
         if recipe.engine.placement == "colocated":
-            from delethink.training.data_parallel import RankGroup
-            from delethink.training.distributed import gather_places
+            from delethink.training.data_parallel import RankGroup, gather_places
 
             connection.wait()
             beside = {"places": gather_places(recipe, ranks or RankGroup())}

@@ -291,9 +291,15 @@ def make_trainer(
     **options: Any,
 ) -> RunTrainer:
     """Return the trainer of a recipe; all ranks use the dataset of the main rank."""
+    examples = ranks.broadcast(lambda: train_dataset)
+    # Rows without a trace have examples too; a batch of rollouts has its own problems anyway.
+    training = recipe.training
+    filler = training.rows_per_step(ranks.size) - training.traces_per_step
+    steps = training.traces_per_batch // training.traces_per_step
+    examples = examples + examples[:1] * (filler * steps // training.num_generations)
     trainer = RunTrainer(
         model=model,
-        train_dataset=Dataset.from_list(ranks.broadcast(lambda: train_dataset)),
+        train_dataset=Dataset.from_list(examples),
         ranks=ranks,
         cost=trace_cost(model.config.to_dict()),
         peft_config=lora(recipe.training.lora, split_revision(recipe.model)[1]),

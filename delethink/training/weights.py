@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from delethink.config import EngineConfig
 from delethink.engines.low_rank import LowRankChange
 from delethink.engines.weight_sync import SharedHandle, SharedWeights
 from delethink.training.data_parallel import RankGroup
-
-if TYPE_CHECKING:
-    from delethink.training.trainer import RunTrainer
 
 
 def merged_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -116,7 +113,7 @@ class RankWeights:
     """
 
     def __init__(self, model: Any, engine: EngineConfig, ranks: RankGroup | None = None) -> None:
-        self.trainer: RunTrainer | None = None
+        self.trainer: Any = None
         self.weights: Mapping[str, torch.Tensor] | None = None
         self.handles: list[SharedHandle] | None = None
         self._model, self._engine, self._ranks = model, engine, ranks or RankGroup()

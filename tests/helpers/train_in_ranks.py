@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -45,6 +46,7 @@ class Outcome:
     metrics: dict[str, Any]
     assignment: list[list[int]]
     trained: list[list[list[int]]]  # by rank, trace indices of each micro-batch
+    events: list[list[str]]  # by rank
     gathered: dict[str, torch.Tensor] | None = None  # weights for an engine
     shared: list[dict[str, torch.Tensor]] | None = None  # by rank, with an engine beside it
     saved: dict[str, torch.Tensor] | None = None
@@ -95,12 +97,16 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
     traces = random_traces(case.chunks)
     rng = random.Random(1)
     rewards = [1.0, 0.0] + [rng.choice([0.0, 1.0, 0.25]) for _ in traces[2:]]
-    micro = case.micro_batch // ranks.size
     micro_batches = len(traces) // case.micro_batch
+    accumulated = case.settings.get("gradient_accumulation_steps", micro_batches)
+    step = case.micro_batch * accumulated
+    whole = math.lcm(ranks.size, GROUP)
+    rows = step if step % ranks.size == 0 else -(-step // whole) * whole
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": micro,
+        "per_device_train_batch_size": rows // ranks.size // accumulated,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_generation": micro_batches,
+        "filler_rows": rows - step,
         "learning_rate": LEARNING_RATE,
         "max_steps": 1,
         "temperature": 0.7,
@@ -113,6 +119,11 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         settings |= rank_settings(TrainerConfig(num_ranks=ranks.size, strategy=strategy))
 
     trained: list[list[int]] = []
+    events: list[str] = []
+
+    def run_rollouts(examples: list[Any]) -> RolloutBatch:
+        events.append("sample")
+        return RolloutBatch(examples[: len(traces)], traces)
 
     class Spy(DelethinkTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,20 +140,22 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         model=model,
         processing_class=make_tokenizer(),
         args=make_config(folder, **(settings | case.loss | case.settings)),
-        train_dataset=Dataset.from_list([{"prompt": f"t{i}"} for i in range(len(traces) // GROUP)]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": f"t{i}"} for i in range(len(traces) // step * rows // GROUP)]
+        ),
         reward_funcs=[lambda trace, **_: [rewards[traces.index(t)] for t in trace]],
-        run_rollouts=lambda examples: RolloutBatch(examples, traces),
+        run_rollouts=run_rollouts,
         on_sampled=lambda sampled: None,
         ranks=ranks,
-        before_rollouts=weights.collect,
-        after_rollouts=weights.release,
+        before_rollouts=lambda: (events.append("collect"), weights.collect()),
+        after_rollouts=lambda: (events.append("release"), weights.release()),
         **({"cost": lambda trace: 1.0} if case.cost_is_equal else {}),
     )
     weights.trainer = trainer
     trainer.train()
     weights.collect()
     statistics, work = trainer.pop_statistics(), trainer.pop_forward_counts()
-    all_trained = ranks.gather(trained)
+    all_trained, ranks_events = ranks.gather(trained), ranks.gather(events)
     trainer.save_model(folder)
     parameters = {n: _whole(p) for n, p in trainer.model.named_parameters()}
     shared = None
@@ -162,6 +175,7 @@ def train(case: Case, strategy: str, folder: str) -> Outcome | None:
         trainer.shards.metrics(),
         trainer.shards.assignment,
         all_trained,
+        ranks_events,
         dict(weights.weights) if weights.weights else None,
         shared,
         load_file(Path(folder) / "model.safetensors"),

@@ -195,6 +195,9 @@ def test_rollouts_are_prefetched_while_the_trainer_trains(tmp_path: Path) -> Non
         versions = [[c["policy_version"] for c in t["chunks"]] for t in traces]
         assert all(own == sorted(own) for own in versions)
         assert {v for own in versions for v in own} <= {step - 2, step - 1}
+        assert 0 <= m["overlap"] <= 1
+        assert m["seconds_training"] > 0  # although sampling began before the step
+    assert metrics[0]["overlap"] < max(m["overlap"] for m in metrics[1:])  # nothing ran before it
     # Log-probs of older weights differ, and the loss corrects for it.
     fresh = metrics[0]["logprob_difference"]
     assert fresh < 1e-5

@@ -54,12 +54,15 @@ def together(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 def test_two_ranks_take_the_steps_of_one(
     alone: dict[str, Outcome], together: tuple[str, dict[str, Outcome]], name: str
 ) -> None:
-    one, two = alone[name], together[1][name]
+    assert_same_steps(alone[name], together[1][name], is_still=name.startswith("no rank"))
+
+
+def assert_same_steps(one: Outcome, two: Outcome, is_still: bool = False) -> None:
     assert two.losses == pytest.approx(one.losses, rel=1e-6, abs=1e-6)
     first = dict(make_model().named_parameters())
     moved = {n: (p - first[n]) / LEARNING_RATE for n, p in one.parameters.items()}
     largest = max(change.abs().max().item() for change in moved.values())
-    assert (largest == 0) == name.startswith("no rank")
+    assert (largest == 0) == is_still
     for n, change in moved.items():
         actual = (two.parameters[n] - first[n]) / LEARNING_RATE
         # Norms in the model and advantages on the way are float32: the agreement ends there.
@@ -121,3 +124,27 @@ def test_every_rank_shares_its_trained_weights_with_the_engine_beside_it(
             assert shared[name].dtype == torch.float32  # the engine's, on the CPU
             assert torch.equal(shared[name], parameter.float())
         assert any(not torch.equal(shared[name], first[name].float()) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_traces_need_not_divide_by_the_ranks(alone: dict[str, Outcome], strategy: str) -> None:
+    """Eight traces on three ranks, four of a step on three ranks: some rows have no trace."""
+    names = ["unequal chunks", "accumulated", "several steps on a batch", "fewer traces than ranks"]
+    three = train_on_ranks({name: CASES[name] for name in names}, strategy, num_ranks=3)
+    for name in names:
+        assert_same_steps(alone[name], three[name])
+        assert sum(three[name].metrics["traces_by_process"]) == 8
+        assert sorted(set(chain(*chain(*three[name].trained))) - {-1}) == list(range(8))
+        one = alone[name].statistics.total
+        assert three[name].statistics.total == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_every_rank_collects_its_weights_before_each_batch_and_releases_them_after(
+    together: tuple[str, dict[str, Outcome]],
+) -> None:
+    for name, outcome in together[1].items():
+        batches = len(outcome.events[1]) // 2
+        assert batches == (2 if "divergence" in name else 1)
+        assert outcome.events[0] == ["collect", "sample", "release"] * batches
+        assert outcome.events[1] == ["collect", "release"] * batches

@@ -15,8 +15,10 @@ from delethink.config import EngineConfig  # noqa: E402
 from delethink.engines.weight_sync import read  # noqa: E402
 from delethink.errors import RolloutError, WeightSyncError  # noqa: E402
 from delethink.training.metrics import StepMetrics, overlap  # noqa: E402
-from delethink.training.run_state import EngineWeights, ResultsTable  # noqa: E402
+from delethink.training.rollouts import Batch, Group  # noqa: E402
+from delethink.training.run_state import EngineWeights, ResultsTable, RunState  # noqa: E402
 from delethink.training.weights import RankWeights  # noqa: E402
+from delethink.types import Chunk, Problem, Score, StopReason, Trace, TraceStop  # noqa: E402
 
 ON_A_GPU = EngineConfig(gpus_per_engine=0.5, sleep=True)
 BESIDE = EngineConfig(placement="colocated", weight_transfer="ipc")
@@ -41,6 +43,9 @@ class Engine:
     def sleep(self) -> None:
         self.events.append("sleep")
 
+    def take_metrics(self) -> dict[str, float]:
+        return {}
+
 
 def at_step(ranks: RankWeights, step: int) -> None:
     trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=step), is_fsdp_enabled=False)
@@ -62,6 +67,54 @@ def test_the_trainer_waits_for_an_update_only_before_the_next_one() -> None:
     at_step(ranks, 4)
     with pytest.raises(WeightSyncError, match="all refused"):
         weights.update(wait=False)
+
+
+def make_state(engine: Any, max_staleness: int) -> RunState:
+    """Return what the sampling of a batch uses of the state of a run; its batch took days."""
+    chunk = Chunk((5,), (6, 1), (-1.0, -1.0), StopReason.EOS)
+    trace = Trace((5,), (chunk,), TraceStop.COMPLETED)
+    batch = Batch([Group(0, [trace], [Score(1.0, {}, {})])], seconds_sampling=1e6)
+
+    def next_batch(step: int) -> Batch:
+        engine.events.append(("batch", step))
+        return batch
+
+    model, metrics = torch.nn.Linear(2, 2), StepMetrics()
+    ranks = RankWeights(model, EngineConfig())
+    at_step(ranks, 4)
+    training = SimpleNamespace(max_staleness=max_staleness, max_failed_share=0.1)
+    state: Any = object.__new__(RunState)
+    state.recipe = SimpleNamespace(training=training)
+    state.weights = EngineWeights(engine, model, metrics, ranks)
+    state.metrics, state.problems = metrics, [Problem("1 + 1", "2")]
+    state.prefetch = SimpleNamespace(next=next_batch)
+    made: RunState = state
+    return made
+
+
+def test_a_slow_chunk_holds_up_an_update_and_not_the_trainer() -> None:
+    engine = Engine()
+    state = make_state(engine, max_staleness=2)
+    (trace,) = state.sample_batch([]).traces
+    assert trace.length == 2
+    # The update comes first, so that the chunks of the batch that is begun now have its weights.
+    assert engine.events == [("update", 4), ("batch", 4)]
+    assert not engine.updates[0].done()
+    assert state.policy_version == 4
+    assert state.metrics.values["overlap"] > 0.9
+
+
+def test_without_prefetching_a_batch_comes_after_the_update_and_then_the_engine_sleeps() -> None:
+    class Loads(Engine):
+        def begin_update(self, weights: Any, version: int) -> Future[None]:
+            update = super().begin_update(weights, version)
+            update.add_done_callback(lambda _: self.events.append("loaded"))
+            update.set_result(None)
+            return update
+
+    engine = Loads()
+    make_state(engine, max_staleness=0).sample_batch([])
+    assert engine.events == [("update", 4), "loaded", ("batch", 4), "sleep"]
 
 
 def test_overlap_is_the_share_of_a_batch_that_nobody_waited_for() -> None:

@@ -41,7 +41,7 @@ from delethink.engines.transformers import TransformersEngine  # noqa: E402
 from delethink.errors import ConfigError, DelethinkError  # noqa: E402
 from delethink.policy import Sampling, SchedulingHint  # noqa: E402
 from delethink.rollout import run_rollouts  # noqa: E402
-from delethink.training.distributed import gather_places  # noqa: E402
+from delethink.training.data_parallel import gather_places  # noqa: E402
 
 EOS = 1
 KEYS = tuple(key for key in EngineConfig.model_fields if key != "name")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delethink.training.data_parallel import (
+    Padding,
     balanced_assignment,
     contiguous_assignment,
     load_balance,
@@ -74,3 +75,12 @@ def test_unlike_traces_end_up_beside_each_other() -> None:
 def test_traces_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="9 traces do not divide by 2 ranks"):
         balanced_assignment([1.0] * 9, 2)
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 7))
+def test_rows_without_a_trace_end_each_step(steps: int, traces: int, fillers: int) -> None:
+    padding, values = Padding(traces, traces + fillers), list(range(steps * traces))
+    rows = padding.pad(values, -1)
+    assert len(rows) == steps * (traces + fillers)
+    assert padding.unpad(rows) == values
+    assert [padding.trace(i) for i in range(len(rows))] == [None if v < 0 else v for v in rows]

@@ -37,6 +37,18 @@ def test_processes_share_the_traces_of_a_step(
     assert processes * size * batch == training.traces_per_batch
 
 
+@pytest.mark.parametrize(("ranks", "rows"), [(3, 72), (5, 80), (6, 72), (64, 64), (63, 504)])
+def test_traces_that_do_not_divide_get_rows_without_a_trace(ranks: int, rows: int) -> None:
+    training = recipe("training.steps_per_generation=8").training
+    settings = batch_settings(training, ranks)
+    assert training.rows_per_step(ranks) == rows
+    own = settings["per_device_train_batch_size"]
+    assert ranks * own * settings["gradient_accumulation_steps"] == rows
+    assert ranks * own * settings["steps_per_generation"] == 2 * rows
+    assert rows % training.num_generations == 0
+    assert own <= training.per_device_train_batch_size
+
+
 def test_one_process_has_no_settings_of_several() -> None:
     assert rank_settings(recipe().trainer) == {}
 
@@ -44,7 +56,15 @@ def test_one_process_has_no_settings_of_several() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["trainer.num_ranks=3"], ["64 traces", "num_ranks=3", "1, 2, 4 ranks would fit"]),
+        (["trainer.num_ranks=65"], ["64 traces", "num_ranks=65", "16, 32, 64 ranks would fit"]),
+        (
+            [
+                "trainer.num_ranks=3",
+                "training.per_device_train_batch_size=5",
+                "training.steps_per_generation=8",
+            ],
+            ["20 traces", "num_ranks=3", "num_generations=8", "1, 2, 4 ranks would fit"],
+        ),
         (["trainer.num_ranks=0"], ["'trainer.num_ranks' is 0"]),
         (["trainer.strategy=fsdp2"], ["strategy=fsdp2", "num_ranks=1", "2 or more"]),
         (["trainer.strategy=fsdp3"], ["'trainer.strategy' is 'fsdp3'", "'fsdp2'"]),
