@@ -32,6 +32,8 @@ class ChatServer:
     Attributes:
         returns_ids: answer ``return_token_ids``.
         trusts_templates: take a chat template from a request.
+        retokenizes: read a continued message as one token more, as a text may be encoded to other
+            ids than those it was decoded from; the toy's letters never are.
         lives: number of completions before every further one fails; ``None`` for all.
         asked: the bodies of all requests for completions.
     """
@@ -39,6 +41,7 @@ class ChatServer:
     model: str
     returns_ids: bool = True
     trusts_templates: bool = True
+    retokenizes: bool = False
     lives: int | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -68,6 +71,8 @@ class ChatServer:
             return_dict=True,
         )
         prompt = list(encoded["input_ids"])
+        if self.retokenizes and body.get("continue_final_message"):
+            prompt.append(prompt[-1])
         ids, is_end, _ = await self._sample(prompt, body)
         message = {"role": "assistant", "content": self.tokenizer.decode(ids[: len(ids) - is_end])}
         choice = {

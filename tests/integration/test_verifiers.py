@@ -313,6 +313,26 @@ def test_a_server_without_token_ids_is_named(peer: Path, toy: Path, tmp_path: Pa
 
 
 @slow
+def test_chunks_that_begin_with_other_ids_are_counted_or_refused(
+    peer: Path, toy: Path, tmp_path: Path
+) -> None:
+    with chat_server(toy, retokenizes=True) as served:
+        ended = evaluate(peer, served, tmp_path, number=1)
+        assert "encoded to other ids" in ended.stdout + ended.stderr
+        trace = traces_in(tmp_path / "out")[0]
+        assert trace["ok"], trace["errors"]
+        assert trace["metrics"]["inexact_chunks"] == trace["metrics"]["chunks"] - 1 > 0
+        strict = tmp_path / "strict"
+        strict.mkdir()
+        options = ("--env.agent.harness.require-exact", "true")
+        evaluate(peer, served, strict, *options, number=1)
+        trace = traces_in(strict / "out")[0]
+    assert not trace["ok"]
+    assert trace["rewards"] == {}
+    assert "require_exact does not allow it" in trace["errors"][0]["message"]
+
+
+@slow
 def test_a_server_that_dies_leaves_failed_traces_which_a_resumed_run_completes(
     peer: Path, toy: Path, tmp_path: Path
 ) -> None:
