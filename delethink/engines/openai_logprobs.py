@@ -18,8 +18,9 @@ from delethink.errors import ConfigError
 from delethink.policy import Completion, Sampling, TokenListener
 from delethink.types import StopReason, TokenIds
 
-_SURE = -1e-3  # log-prob of a first token that no temperature changes
-_SAME = 1e-6  # difference of log-probs at two temperatures that only rounding makes
+_SURE = -1e-5  # log-prob of a first token that rounding hides
+_SAME_SHARE = 1e-3  # of a log-prob, by which it may differ between two equal temperatures
+_NEAR = 0.02  # distance from temperature 1 at which log-probs are too similar to tell
 
 
 class LogprobServer(OpenAIServer):
@@ -75,15 +76,17 @@ class LogprobServer(OpenAIServer):
 
         The most probable first token is the same at every temperature, and its log-prob is not.
         """
-        for ids in (prompt_ids, prompt_ids[:2]):  # after little text a model is less sure
+        half = len(prompt_ids) // 2
+        for number in (len(prompt_ids), 2, 1, half):  # after little text a model is less sure
+            ids = prompt_ids[: max(1, number)]
             plain = await self._first_logprob(dialect, ids, replace(sampling, temperature=1.0))
             own = await self._first_logprob(dialect, ids, sampling)
-            if plain < _SURE:
+            if plain < _SURE and abs(sampling.temperature - 1.0) > _NEAR:
                 break
         else:
             self._say("whether its log-probs heed the temperature is not known", is_limit=True)
             return
-        if abs(plain - own) < _SAME:
+        if abs(plain - own) < _SAME_SHARE * abs(plain):
             raise ConfigError(
                 f"the log-probs of the server at {self._address} do not depend on the temperature: "
                 "they are those at 1, and tokens are sampled at "

@@ -161,7 +161,7 @@ def rollout_worker(
 # -- sessions --------------------------------------------------------------------------------------
 
 
-class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
+class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):  # type: ignore[misc]
     """Make a session for each trace of a recipe's task.
 
     All sessions share a thread with an event loop, which samples and scores.
@@ -322,7 +322,7 @@ class DelethinkSessionFactory(ResourceSessionFactory["DelethinkSession"]):
         await self._server.disconnect()
 
 
-class DelethinkSession(ResourceSession):
+class DelethinkSession(ResourceSession):  # type: ignore[misc]
     """One trace, as OpenEnv's ``TrainableSession``.
 
     A failed trace has no reward and no trained tokens: its turns are masked.
