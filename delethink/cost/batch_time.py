@@ -121,13 +121,30 @@ def predict_batch(
             "engine.gpus_per_engine=0 samples on CPUs: set engine.gpus_per_engine=1, or "
             "engine.placement=colocated with trainer.gpus_per_rank=1"
         )
-    at_once = max(1, terms.batches_ahead)  # batches in the engines at the same time
-    sampled = max(1, round(terms.sampling_gpus))
-    parallel = max(1, round(terms.engine_gpus))
-    lengths = usual_lengths(
-        terms.spec.budget, max(1, terms.traces * at_once // terms.engines), mean
+    trained = estimate(
+        terms.shape, _lengths(terms, mean), terms.cut, device, efficiency, _training_work(terms)
     )
-    workload = Workload(
+    sampling, waiting, tokens = _sampling_seconds(terms, device, mean, efficiency)
+    gathered = terms.gathered_bytes / rates.host_copy
+    handover = gathered
+    if terms.transfer == "store":  # rank 0 copies to the host, and to the object store
+        handover += 2 * terms.update_bytes / rates.host_copy
+    parallel = max(1.0, terms.engine_gpus)
+    moved = 2 * terms.shape.parameters * terms.engine_bytes / parallel / rates.pcie
+    return BatchTime(
+        sampling=sampling,
+        scoring=rates.score_seconds,
+        training=float(trained.training_seconds) + _reduction_seconds(terms, device, rates),
+        recording=terms.traces * tokens * rates.record_seconds,
+        update=gathered + _transfer_seconds(terms, device, rates) + waiting,
+        handover=handover,
+        switching=2 * rates.switch_seconds + moved if terms.sleeps else 0.0,
+        overlaps=terms.batches_ahead > 0,
+    )
+
+
+def _training_work(terms: RecipeTerms) -> Workload:
+    return Workload(
         query=min(terms.query, _USUAL_QUERY),
         group=terms.group,
         prompts=max(1, terms.traces // terms.group),
@@ -136,47 +153,42 @@ def predict_batch(
         extra_passes=terms.passes - _TRAINING_PASSES,
         micro_tokens=terms.forward_tokens,
     )
-    sampling_work = dataclasses.replace(
-        workload,
-        gpus=sampled,
-        prompts=workload.prompts * at_once,
+
+
+def _lengths(terms: RecipeTerms, mean: float | None) -> Lengths:
+    """Return the lengths of traces, with the longest of those that an engine has at once."""
+    at_once = max(1, terms.batches_ahead)
+    return usual_lengths(terms.spec.budget, max(1, terms.traces * at_once // terms.engines), mean)
+
+
+def _sampling_seconds(
+    terms: RecipeTerms, device: Accelerator, mean: float | None, efficiency: Efficiency
+) -> tuple[float, float, float]:
+    """Return the seconds of sampling and of the wait for an update, and the tokens of a trace."""
+    at_once = max(1, terms.batches_ahead)  # batches in the engines at the same time
+    parallel, lengths = max(1, round(terms.engine_gpus)), _lengths(terms, mean)
+    work = _training_work(terms)
+    work = dataclasses.replace(
+        work,
+        gpus=max(1, round(terms.sampling_gpus)),
+        prompts=work.prompts * at_once,
         parallel=parallel,
         sequences=terms.engine_batch,
     )
-    shape, cut = terms.shape, terms.cut
-    sampled_cost = estimate(shape, lengths, cut, device, efficiency, sampling_work)
-    sampling = float(sampled_cost.sampling_seconds) / at_once
-    if not np.isfinite(sampling):
+    cost = estimate(terms.shape, lengths, terms.cut, device, efficiency, work)
+    total, tokens = float(cost.sampling_seconds), float(lengths.mean)
+    if not np.isfinite(total):
         raise ConfigError(
             f"the cache of one trace does not fit on {parallel} x {device.name}: lower "
             "thinking.context_size, or set engine.tensor_parallel_size=2"
         )
-    trained = estimate(shape, lengths, cut, device, efficiency, workload)
-    training = float(trained.training_seconds) + _reduction_seconds(terms, device, rates)
-    tokens = terms.traces * float(lengths.mean)
-    gathered = terms.gathered_bytes / rates.host_copy
-    update = gathered + _transfer_seconds(terms, device, rates)
-    handover = gathered
-    if terms.transfer == "store":  # rank 0 copies to the host, and to the object store
-        handover += 2 * terms.update_bytes / rates.host_copy
+    waiting = 0.0
     if terms.batches_ahead:
         # An update waits for chunks in flight, which are on average half done.
-        mean_length, share = float(lengths.mean), terms.traces * at_once / terms.engines
-        concurrent = float(sampled_cost.concurrent)
-        steps = float(decode_steps(mean_length, lengths.longest, share, concurrent))
-        pace = sampling * at_once / steps
-        update += pace * _chunk_tokens(terms, mean_length) / 2
-    moved = 2 * shape.parameters * terms.engine_bytes / parallel / rates.pcie
-    return BatchTime(
-        sampling=sampling,
-        scoring=rates.score_seconds,
-        training=training,
-        recording=tokens * rates.record_seconds,
-        update=update,
-        handover=handover,
-        switching=2 * rates.switch_seconds + moved if terms.sleeps else 0.0,
-        overlaps=terms.batches_ahead > 0,
-    )
+        share = terms.traces * at_once / terms.engines
+        steps = float(decode_steps(tokens, lengths.longest, share, float(cost.concurrent)))
+        waiting = total / steps * _chunk_tokens(terms, tokens) / 2
+    return total / at_once, waiting, tokens
 
 
 def _reduction_seconds(terms: RecipeTerms, device: Accelerator, rates: Rates) -> float:

@@ -176,17 +176,8 @@ def estimate(
     )
     context = longest_context(lengths.longest, workload.query, cut)
     largest = cache_bytes(shape, context, device.dtype_bytes)
-    sampling = sampling_time(
-        shape,
-        chunks,
-        lengths.longest,
-        share,
-        room,
-        device,
-        efficiency,
-        parallel,
-        workload.sequences,
-    )
+    engine = device, efficiency, parallel, workload.sequences
+    sampling = sampling_time(shape, chunks, lengths.longest, share, room, *engine)
     fits = largest <= room
     flops = training_flops(shape, chunks, extra_passes=workload.extra_passes).mean(-1)
     passes = chunks.per_trace.mean(-1) * efficiency.pass_seconds

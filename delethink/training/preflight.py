@@ -56,7 +56,13 @@ from delethink.tokenization import (
 from delethink.training.checkpointing import run_path
 from delethink.training.export import stored_dtype
 from delethink.training.lora import adapter_parameters
-from delethink.training.preflight_check import BYTES_PER_GIB, WARNING_SHARE, Check, compare, gib
+from delethink.training.preflight_check import (
+    BYTES_PER_GIB,
+    WARNING_SHARE,
+    Check,
+    compare_size,
+    gib,
+)
 from delethink.training.preflight_hardware import check_here
 from delethink.training.preflight_machine import check_machine, check_shared_memory
 from delethink.training.system import device_memory, free_disk, process_memory
@@ -395,7 +401,7 @@ def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Che
         needed = extra + max(trainer, sampling)
         found = f"training takes {gib(trainer)}, sampling in the same process {gib(sampling)}"
         advice = "lower training.forward_tokens or evaluation.num_problems, or use a smaller model"
-        return [compare("memory", needed, memory, found, advice)]
+        return [compare_size("memory", needed, memory, found, advice)]
     if device is not None and recipe.engine.gpus_per_engine:
         query = max(inputs.longest_query.values())
         longest = recipe.engine.max_model_tokens or inputs.engine_context
@@ -410,7 +416,7 @@ def _check_memory(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> list[Che
         needed += engines
         found = f"{found}, engines take {gib(engines)} beside it"
     advice = "lower training.forward_tokens, or use a smaller model or fewer engines"
-    return [compare("memory", needed, memory, found, advice), engine_check]
+    return [compare_size("memory", needed, memory, found, advice), engine_check]
 
 
 def _check_workers(recipe: Recipe, inputs: Inputs, shape: ModelShape) -> tuple[float, Check]:

@@ -19,7 +19,7 @@ class Check(NamedTuple):
     advice: str = ""
 
 
-def compare(name: str, needed: float, memory: Memory, found: str, advice: str) -> Check:
+def compare_size(name: str, needed: float, memory: Memory, found: str, advice: str) -> Check:
     """Compare the bytes needed with the memory: a problem above it, a warning near what is free."""
     sizes = f"{gib(memory.total)} {memory.name}, {gib(memory.free)} of it free"
     text = f"{gib(needed)} of {sizes}: {found}"

@@ -77,11 +77,13 @@ def check_machine(recipe: Recipe) -> None:
         return
     gpus = local_gpus()
     if not gpus:
+        cpus = "trainer.gpus_per_rank=0"
+        if recipe.engine.placement == "separate":
+            cpus = f"{cpus} and engine.gpus_per_engine=0"
         hidden = f" ({_VISIBLE}={os.environ[_VISIBLE]})" if _VISIBLE in os.environ else ""
         raise ConfigError(
             f"the recipe takes {number} GPUs ({takes}), and this machine shows none{hidden}: set "
-            "trainer.gpus_per_rank=0, engine.gpus_per_engine=0 and engine.placement=separate to "
-            f"use its CPUs, or name a Ray cluster with RAY_ADDRESS; {_PLANNED}"
+            f"{cpus} to use its CPUs, or name a Ray cluster with RAY_ADDRESS; {_PLANNED}"
         )
     if number > len(gpus):
         raise ConfigError(

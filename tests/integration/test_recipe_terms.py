@@ -88,17 +88,20 @@ def test_passes_of_training_and_steps_on_a_batch(
         on_sampled=lambda scored: None,
     )
 
-    def count(module: Any, inputs: Any, output: Any) -> None:
+    def count_forward(module: Any, inputs: Any) -> None:  # a repeated pass ends before its output
+        counted["forward"] += inputs[0].shape[0] * inputs[0].shape[1]
+
+    def watch_output(module: Any, inputs: Any, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        tokens = hidden.shape[0] * hidden.shape[1]
-        counted["forward"] += tokens
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: count_backward(gradient))
 
     def count_backward(gradient: torch.Tensor) -> None:
         counted["backward"] += gradient.shape[0] * gradient.shape[1]
 
-    trainer.model.model.layers[0].register_forward_hook(count)
+    layer = trainer.model.model.layers[0]
+    layer.register_forward_pre_hook(count_forward)
+    layer.register_forward_hook(watch_output)
     trainer.train()
     assert batches == [expected.traces]
     chunk = QUERY + spec.context_size
