@@ -19,7 +19,7 @@ from delethink.chunking import ChunkSpec, ThinkingState, start
 from delethink.config import load_recipe
 from delethink.engines.loading import eos_ids, load_shell, load_tokenizer
 from delethink.engines.openai_models import list_models
-from delethink.errors import ConfigError, ModelError
+from delethink.errors import ConfigError, ModelError, UserError
 from delethink.output import get_logger
 from delethink.policy import Sampling
 from delethink.registry import make
@@ -184,15 +184,21 @@ class ChunkHarness(vf.Harness[ChunkHarnessConfig]):
         """Sample all chunks, and store what there is of them also after an error."""
         temperature = 1.0 if settings.temperature is None else settings.temperature
         chunks: list[Chunk] = []
+        refusal: str | None = None
         try:
             while state.stop is None:
                 chunk, state = await sample_next(policy, state, Sampling(temperature))
                 chunks.append(chunk)
+        except UserError as error:
+            refusal = str(error)  # verifiers records the server's own words instead
+            _say_once(refusal)
+            raise
         finally:
             thinking = Trace(state.query_ids, tuple(chunks), state.stop or TraceStop.CUT)
             end_record(
                 trace, thinking, problem, model.tokenizer, state.spec, policy.prompt_is_exact
             )
+            trace.info[KEY]["error"] = refusal or thinking.error
             stamp_ids(trace, chunks, policy.nodes, policy.prompt_is_exact)
             if thinking.length and not thinking.stop.is_failure:
                 weight = _mean_length(thinking.length, self.config.mean_length) / thinking.length
