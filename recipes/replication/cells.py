@@ -208,7 +208,6 @@ def _cells_of(family: str, sizes: Mapping[str, Any]) -> Iterator[Cell]:
         "max_chunks_beyond": own["max_chunks_beyond"],
         "steps_beyond": own["steps_beyond"],
         "problems": sizes["problems_beyond"],
-        "samples": sizes["samples_beyond"],
     }
     made = f"{family}-base"
     yield Cell(made, "base", base)
@@ -231,7 +230,13 @@ def _cells_of(family: str, sizes: Mapping[str, Any]) -> Iterator[Cell]:
             yield Cell(name, "train", trained, (made,))
             yield Cell(f"{family}-eval-{method}-s{seed}", "eval", trained | asked, (name,))
             if method != "longcot-short":
-                yield Cell(f"{family}-beyond-{method}-s{seed}", "beyond", trained | beyond, (name,))
+                samples = {"samples": sizes["samples_beyond"][method]}
+                yield Cell(
+                    f"{family}-beyond-{method}-s{seed}",
+                    "beyond",
+                    trained | beyond | samples,
+                    (name,),
+                )
 
 
 def _tier_b(sizes: Mapping[str, Any]) -> Iterator[Cell]:

@@ -322,7 +322,7 @@ def compression_line(cells: Mapping[str, Cell], results: Results) -> Lines:
     if found is None:
         return [NOT_RUN]
     return [
-        f"With m = 9, on {found.result.problems} problems of 7 and more steps, RL changes the "
+        f"With m = 9, on {found.result.problems} problems of 4 and more steps, RL changes the "
         f"accuracy by {_interval(found)}."
     ]
 

@@ -1,6 +1,6 @@
 """Measures seconds, FLOPs and peak memory of thinking against its length, for claim 4.
 
-    rows = measure(model_folder, 108, 18, sizes, Path("rows.jsonl"), seconds=780)
+    rows = measure(model_folder, 72, 18, sizes, Path("rows.jsonl"), seconds=780)
 
 Every measurement is in a forked process of its own, on one thread. Its seconds are processor time,
 which does not contain the time of other programs; its peak is the resident memory beyond that

@@ -31,7 +31,8 @@ from delethink.training.checkpointing import FINAL_CHECKPOINT
 
 PIECE_S = 13 * 60  # length of one piece of a base model
 TEMPERATURE = 1.0
-IN_FLIGHT = 64
+IN_FLIGHT = 256
+IN_FLIGHT_BEYOND = 64  # of long traces, whose keys and values fill the memory
 _CURVE = (
     "step",
     "reward",
@@ -140,7 +141,7 @@ def _evaluate(cell: Cell, place: Place) -> dict[str, Any]:
             problems,
             ways,
             plan,
-            in_flight=IN_FLIGHT,
+            in_flight=IN_FLIGHT_BEYOND if cell.kind == "beyond" else IN_FLIGHT,
             keep_tokens=False,
             weights={model: digest(model)},
         )

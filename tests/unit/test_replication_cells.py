@@ -63,7 +63,7 @@ def test_the_protocol_names_the_sizes_that_are_run() -> None:
         beyond = ChunkSpec(**own["thinking"] | {"max_chunks": own["max_chunks_beyond"][-1]})
         assert beyond.budget == 10 * spec.budget
         assert own["max_chunks_beyond"][0] == spec.max_chunks
-    assert set(budgets.values()) == {378}
+    assert set(budgets.values()) == {216, 252}
     assert f"{sizes['problems']:,} held-out" in re.sub(r"\s+", " ", text)
 
 
@@ -82,9 +82,9 @@ def test_the_protocol_names_the_sizes_of_tier_b() -> None:
         assert f"`{name}`" in text
         thinking = {k: v for k, v in changes.get("thinking", {}).items() if k != "carryover"}
         budget = ChunkSpec(**default | thinking).budget
-        assert budget == (405 if name == "m9" else 378)
+        assert budget == (261 if name == "m9" else 216)
     longer = sizes["tier_b"]["longer"]
-    assert ChunkSpec(**default | {"max_chunks": longer["max_chunks"]}).budget == 4 * 378
+    assert ChunkSpec(**default | {"max_chunks": longer["max_chunks"]}).budget == 4 * 216
     assert "{}\u2013{} steps".format(*longer["steps"]) in re.sub(r"\s+", " ", text)
 
 

@@ -17,6 +17,7 @@ import learning
 import make_base
 import page
 
+from delethink.chunking import ChunkSpec
 from delethink.cost.models import shape_of_config
 from delethink.errors import ConfigError
 
@@ -58,7 +59,7 @@ def cost_rows(chunked_memory: float) -> list[dict]:
 def made_up_results(cells: dict, accuracy: dict[str, float], chunked_memory: float = 0.0) -> dict:
     """Return results of all cells but bases, with scores drawn at an accuracy.
 
-    The key is ``method/way/budget``, the name of an ablation, or the method.
+    The key is ``method/way/multiple of the training budget``, or an ablation, or the method.
     """
     rng, found = np.random.default_rng(0), {}
 
@@ -68,16 +69,19 @@ def made_up_results(cells: dict, accuracy: dict[str, float], chunked_memory: flo
     for name, cell in cells.items():
         if cell.kind in ("eval", "eval-base", "beyond", "own", "grid"):
             method = cell.settings.get("method", "base")
-            budgets = (378, 3780) if cell.kind == "beyond" else (378,)
+            thinking = cell.settings["thinking"]
+            sizes = {k: v for k, v in thinking.items() if k != "carryover"}
+            short = ChunkSpec(**sizes).budget
+            budgets = (short, 10 * short) if cell.kind == "beyond" else (short,)
             ways = [method] if cell.kind == "beyond" else ["delethink", "longcot"]
             if cell.kind == "grid":
-                ways = ["delethink C=108 m=54 head=0", "longcot"]
+                ways = ["delethink C=72 m=36 head=0", "longcot"]
             if cell.kind == "own":
                 method, ways = name.rpartition("-s")[0].partition("-own-")[2], ["delethink"]
             values = {}
             for way in ways:
                 ps = {
-                    b: accuracy.get(f"{method}/{way}/{b}", accuracy.get(method, 0.9))
+                    b: accuracy.get(f"{method}/{way}/{b // short}", accuracy.get(method, 0.9))
                     for b in budgets
                 }
                 values[way] = {
@@ -102,9 +106,9 @@ ACCURACY = {
     "delethink": 0.95,
     "longcot": 0.85,
     "longcot-short": 0.6,
-    "longcot/delethink/378": 0.5,
-    "delethink/delethink/3780": 0.98,
-    "longcot/longcot/3780": 0.7,
+    "longcot/delethink/1": 0.5,
+    "delethink/delethink/10": 0.98,
+    "longcot/longcot/10": 0.7,
     "before": 0.5,
     "after": 0.9,
     "C54": 0.6,
@@ -182,10 +186,10 @@ def test_learning_has_the_cost_models_flops_and_the_measured_seconds() -> None:
         for method in ("delethink", "longcot")
     )
     assert chunked["tokens"][-1] == 40 * 12_800
-    # 200 tokens lie between C and 2 C, where the made-up seconds a token rise for LongCoT alone.
-    each = 0.1 / 108 * 200 * (1 / 8 + 1 / 4)
+    # 200 tokens lie between 2 C and 4 C, where the made-up seconds a token rise for LongCoT alone.
+    each = 0.1 / 72 * 200 * (1 / 8 + 1 / 4)
     assert chunked["seconds"][0] == pytest.approx(64 * each, rel=1e-6)
-    assert longcot["seconds"][0] == pytest.approx(64 * each * 200 / 108, rel=1e-6)
+    assert longcot["seconds"][0] == pytest.approx(64 * each * 200 / 72, rel=1e-6)
     assert 1 < chunked["flops"][-1] / longcot["flops"][-1] < 2  # the carryover is encoded again
     del results["hitting-cost"]
     assert np.isnan(
