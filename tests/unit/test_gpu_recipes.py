@@ -14,6 +14,7 @@ import pytest
 from delethink.cli.main import main
 from delethink.config import Recipe, load_recipe
 from delethink.cost.batch_time import BatchTime, batch_interval, predict_batch
+from delethink.cost.gpu_memory import gpu_uses, resting_parts, trainer_parts
 from delethink.cost.hardware import accelerator
 from delethink.cost.models import model_shape
 from delethink.cost.recipe_terms import RecipeTerms, terms_of
@@ -121,6 +122,32 @@ def test_phases_that_overlap_are_not_added() -> None:
     assert time.total == 108.0
     assert time._replace(training=120.0).total == 133.0
     assert time._replace(overlaps=False).total == 100 + 1 + 80 + 10 + 7 + 5
+
+
+def test_bytes_of_a_rank_for_each_parameter() -> None:
+    size = model_shape("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B").parameters
+    whole = trainer_parts(terms())
+    states = ("weights", "gradients", "Adam", "DDP buckets")
+    assert [whole[name] / size for name in states] == [4, 4, 8, 4]
+    sharded = trainer_parts(terms("trainer.strategy=fsdp2"))
+    assert "DDP buckets" not in sharded
+    assert [sharded[name] * 8 / size for name in states[:3]] == [4, 4, 8]
+    alone = trainer_parts(terms("trainer.num_ranks=1"))
+    assert "DDP buckets" not in alone
+    assert alone["Adam"] == whole["Adam"]
+
+
+def test_a_sleeping_engine_and_a_resting_rank_leave_room_for_each_other() -> None:
+    device = accelerator("h100")
+    asleep, sampling = gpu_uses(terms(), device)
+    awake, _ = gpu_uses(terms("engine.sleep=false"), device)
+    share = 0.5 * device.memory
+    assert awake.needed - asleep.needed > share - 3 * 2**30  # all but graphs and context
+    of_rank = resting_parts(terms())
+    engine = sum(size for name, size in sampling.parts.items() if name not in of_rank)
+    assert "gradients" not in sampling.parts
+    assert "activations" not in sampling.parts
+    assert engine == pytest.approx(share)
 
 
 def problem(report: dict[str, Any], name: str) -> dict[str, str]:
