@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from delethink.cost.estimate import Lengths, Workload, estimate
+from delethink.cost.flops import FloatArray
 from delethink.cost.gpu_memory import cache_share
 from delethink.cost.hardware import Accelerator, Efficiency
 from delethink.cost.paper import BUDGET_24K, lengths_24k
@@ -82,7 +83,7 @@ def usual_lengths(budget: int, engine_traces: int, mean: float | None = None) ->
     return Lengths.empirical(np.maximum(values, 1.0), engine_traces)
 
 
-def _cut_to_mean(values: np.ndarray, mean: float, budget: int) -> np.ndarray:
+def _cut_to_mean(values: FloatArray, mean: float, budget: int) -> FloatArray:
     """Return the values scaled, and cut at the budget, so that this is their mean."""
     low, high = 0.0, 1e6
     for _ in range(100):
@@ -231,8 +232,8 @@ def batch_interval(
         return {n: getattr(of, n) * float(np.exp(known.spread * rng.normal())) for n in fields}
 
     for _ in range(_DRAWS):
-        efficiency = dataclasses.replace(known, **drawn(known, names))  # type: ignore[arg-type]
-        rates = dataclasses.replace(Rates(), **drawn(Rates(), others))  # type: ignore[arg-type]
+        efficiency = dataclasses.replace(known, **drawn(known, names))
+        rates = dataclasses.replace(Rates(), **drawn(Rates(), others))
         totals.append(predict_batch(terms, device, mean, efficiency, rates).total)
     low, high = np.quantile(totals, [0.05, 0.95])
     return float(low), float(high)

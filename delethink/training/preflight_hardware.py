@@ -191,7 +191,7 @@ def check_batch_time(
         length = float(usual_lengths(terms.spec.budget, 1, mean).mean)
     except (ConfigError, ModelError) as error:
         return Check("time", "not checked", str(error)), {}
-    figures = {
+    figures: dict[str, Any] = {
         **time.as_dict(),
         "interval_5_95": [low, high],
         "mean_tokens": length,
