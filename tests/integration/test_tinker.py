@@ -159,11 +159,10 @@ def test_each_chunk_is_a_datum_with_the_recipe_s_reward(
         names[trace.stop] for trace in result.traces
     ]
     expected = [
-        (chunk, reward - fmean(own), place)
+        (chunk, reward - fmean(own), {"group_idx": number, "traj_idx": place})
         for number, (group, own) in enumerate(zip(groups, rewards, strict=True))
         for trace, reward, place in zip(result.traces[group], own, range(GROUP), strict=True)
         for chunk in trace.chunks
-        for place in [{"group_idx": number, "traj_idx": place}]
     ]
     assert len(found["data"]) == len(expected)
     for row, where, (chunk, advantage, place) in zip(
