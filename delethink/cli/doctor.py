@@ -17,7 +17,7 @@ from delethink.scoring.isolation import ADVICE, find_isolation
 from delethink.thinking_marks import AUTO, check_mark_setting
 
 if TYPE_CHECKING:
-    from delethink.training.preflight import Check
+    from delethink.training.preflight_check import Check
 
 # Import name of a package -> the extra of delethink that installs it.
 _EXTRAS = {
@@ -151,7 +151,8 @@ def _check_model(arguments: argparse.Namespace) -> list[Check]:
     from delethink.config import parse_values
 
     set_up_process()
-    from delethink.training.preflight import Check, check_model
+    from delethink.training.preflight import check_model
+    from delethink.training.preflight_check import Check
 
     kwargs = parse_values(arguments.chat_template_kwargs)
     end = check_mark_setting(arguments.end_of_thinking)

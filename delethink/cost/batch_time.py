@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -228,7 +228,7 @@ def batch_interval(
     names = ("bandwidth", "decode", "prefill", "training", "token_seconds")
     others = ("host_copy", "pcie", "network", "switch_seconds", "record_seconds")
 
-    def drawn(of: Efficiency | Rates, fields: tuple[str, ...]) -> dict[str, float]:
+    def drawn(of: Efficiency | Rates, fields: tuple[str, ...]) -> dict[str, Any]:
         return {n: getattr(of, n) * float(np.exp(known.spread * rng.normal())) for n in fields}
 
     for _ in range(_DRAWS):

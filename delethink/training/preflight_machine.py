@@ -30,7 +30,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 class LocalGpu(NamedTuple):
     """A GPU of this machine."""
 
-    index: str
+    number: str
     name: str
     total: int  # bytes
     used: int  # bytes
@@ -168,9 +168,9 @@ def _users_of(gpus: list[LocalGpu], number: int) -> str | None:
         return None
     users = [f"{pid} ({gib(_mib(used))})" for pid, used in _users()]
     by = f" by process {', '.join(users[:4])}" if users else ""
-    free = [gpu.index for gpu in gpus if gpu not in taken]
+    free = [gpu.number for gpu in gpus if gpu not in taken]
     choice = f"={','.join(free[:number])}" if len(free) >= number else ""
-    listed = ", ".join(f"{gpu.index} ({gib(gpu.used)} of {gib(gpu.total)})" for gpu in taken[:8])
+    listed = ", ".join(f"{gpu.number} ({gib(gpu.used)} of {gib(gpu.total)})" for gpu in taken[:8])
     return (
         f"other programs use GPU {listed}{by}: end them, or choose other GPUs with "
         f"{_VISIBLE}{choice}"

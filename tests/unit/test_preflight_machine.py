@@ -115,7 +115,7 @@ def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_hidden_gpus(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(*[4] * 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-3abc")
-    assert [gpu.index for gpu in local_gpus()] == ["1", "3"]
+    assert [gpu.number for gpu in local_gpus()] == ["1", "3"]
     assert "this machine has 2 x NVIDIA H100 80GB HBM3: set trainer.num_ranks=2" in fault()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "shows none (CUDA_VISIBLE_DEVICES=)" in fault()
