@@ -316,7 +316,7 @@ def test_the_snippet_of_the_guide_runs(python: Path, server: str, tmp_path: Path
     (code,) = blocks("integrations_openenv.md", "python")
     with toy_server(TOY) as engine_url:
         code = code.replace("http://127.0.0.1:8000", server)
-        code = code.replace("http://127.0.0.1:9000", engine_url).replace('"toy"', f'"{TOY}"')
+        code = code.replace("http://127.0.0.1:9000/v1", engine_url).replace('"toy"', f'"{TOY}"')
         ended = subprocess.run(
             [python, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, cwd=tmp_path
         )
