@@ -57,10 +57,14 @@ def engine(source: EpisodeSource) -> TransformersEngine:
 
 
 def rollouts(
-    source: EpisodeSource, engine: TransformersEngine, group: int, temperature: float
+    source: EpisodeSource,
+    engine: TransformersEngine,
+    group: int,
+    temperature: float,
+    num_problems: int = NUM_PROBLEMS,
 ) -> RolloutResult:
     """Run the library's own rollout, a group for each problem."""
-    indices = [index for index in range(NUM_PROBLEMS) for _ in range(group)]
+    indices = [index for index in range(num_problems) for _ in range(group)]
     problems = [source.task.problem("train", index) for index in indices]
     queries = [query_ids(source.tokenizer, problem) for problem in problems]
     samplings = [Sampling(temperature, seed=i) for i in range(len(problems))]
@@ -131,7 +135,7 @@ def test_without_the_cookbook_the_extra_is_named() -> None:
 def test_calls_of_one_size_sample_the_library_s_trace(
     source: EpisodeSource, engine: TransformersEngine
 ) -> None:
-    (trace, *_), (score, *_), _ = rollouts(source, engine, 1, temperature=0.0)
+    (trace,), (score,), _ = rollouts(source, engine, 1, temperature=0.0, num_problems=1)
     episode = source.begin(source.task.problem("train", 0))
     while episode.stop is None:
         seen = tuple(episode.prompt_ids + episode.open_ids)
