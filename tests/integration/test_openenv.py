@@ -11,6 +11,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,11 @@ from peer_environment import ROOT, peer_python
 from server_process import stop
 from toy_server import toy_server
 
+from delethink.chunking import ChunkSpec
 from delethink.config import Recipe, load_recipe
 from delethink.engines.loading import eos_ids, load_model
 from delethink.engines.transformers import TransformersEngine
+from delethink.envs.automaton import AutomatonTask
 from delethink.integrations.episodes import EpisodeSource
 from delethink.policy import Sampling
 from delethink.scoring.rollouts import RolloutResult, run_scored_rollouts
@@ -131,6 +134,8 @@ def test_the_files_of_the_package_are_whole() -> None:
 def test_a_client_that_samples_greedily_has_the_ids_of_the_library(
     source: EpisodeSource, engine: TransformersEngine
 ) -> None:
+    task, spec = AutomatonTask(min_steps=3, max_steps=3), ChunkSpec(30, 15, 4, head_size=0)
+    source = replace(source, task=task, spec=spec)  # a trace of 60 tokens
     place, greedy = ("train", 0), Sampling(temperature=0.0)
     (trace,), (score,), _ = rollouts(source, engine, [place], temperature=0.0)
     episode = source.begin(source.problem(*place))

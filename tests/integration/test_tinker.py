@@ -132,6 +132,7 @@ def test_without_the_cookbook_the_extra_is_named() -> None:
         import delethink.integrations.tinker  # noqa: F401
 
 
+@pytest.mark.slow
 def test_calls_of_one_size_sample_the_library_s_trace(
     source: EpisodeSource, engine: TransformersEngine
 ) -> None:
