@@ -186,7 +186,7 @@ def problem(report: dict[str, Any], name: str) -> dict[str, str]:
             ["engine.gpu_memory_utilization=0.05"],
             "engine",
             "engine.gpu_memory_utilization=0.05 of a GPU is 3.7 GiB",
-            "engine.gpu_memory_utilization=0.08",
+            "engine.gpu_memory_utilization=0.09",
         ),
     ],
 )
