@@ -173,6 +173,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return left
 
 
+@pytest.mark.slow  # minutes; test_ray_vllm.py has two workers, test_cli_train_together.py Ray Train
 def test_two_vllm_workers_on_ray_train_too(tmp_path: Path) -> None:
     done = run("output=run", "engine=vllm", "engine.num_engines=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
