@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from installed import need
-from test_cli_train_together import CLOSE, MEASURED, assert_nothing_is_left, metrics, run, start
-from test_cli_train_together import texts as texts_of
+from small_runs import CLOSE, MEASURED, assert_nothing_is_left, metrics, run, start
+from small_runs import texts as texts_of
 
 need("ray", "vllm")
 

@@ -51,7 +51,9 @@ GREEDY = Sampling(temperature=0.0)
 def pool(
     others: set[psutil.Process], tiny_models: tuple[TinyModel, TinyModel], own_ray: None
 ) -> Iterator[VllmPool]:
-    config = EngineConfig(num_engines=2, kv_cache_gib=0.25, weight_sync_timeout=60)
+    config = EngineConfig(
+        num_engines=2, kv_cache_gib=0.25, weight_sync_timeout=60, startup_timeout=1200
+    )
     pool = VllmPool(
         tiny_models[0].folder, config, eos_ids=(EOS,), max_model_tokens=MAX_MODEL_TOKENS
     )
