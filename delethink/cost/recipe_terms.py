@@ -58,8 +58,8 @@ class RecipeTerms:
     # new weights
     shares_gpus: bool  # each engine is on the GPU of a rank
     transfer: str  # "store", "nccl" or "ipc"
-    update_bytes: float  # of an update to one engine
-    copy_bytes: float  # of the copy that a rank keeps on its GPU for the engines
+    update_bytes: float  # sent to one engine in an update
+    copy_bytes: float  # a rank's copy for the engines, on its GPU
     gathered_bytes: float  # copied to the host of rank 0 before an update
 
     @property

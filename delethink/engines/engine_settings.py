@@ -26,7 +26,7 @@ TRAINING_ONLY = frozenset(
         "weight_transfer",
     }
 )
-_ON_GPUS, _ON_CPUS = "gpu_memory_utilization", "kv_cache_gib"  # of vLLM's cache
+_ON_GPUS, _ON_CPUS = "gpu_memory_utilization", "kv_cache_gib"  # settings of vLLM's cache
 
 
 def check_base_url(base_url: str) -> None:
