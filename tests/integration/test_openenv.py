@@ -20,17 +20,15 @@ import yaml
 from guide_page import blocks
 from peer_environment import ROOT, peer_python
 from server_process import stop
+from toy_episodes import library_rollouts, toy_engine
 from toy_server import toy_server
 
 from delethink.chunking import ChunkSpec
 from delethink.config import Recipe, load_recipe
-from delethink.engines.loading import eos_ids, load_model
 from delethink.engines.transformers import TransformersEngine
 from delethink.envs.automaton import AutomatonTask
 from delethink.integrations.episodes import EpisodeSource
 from delethink.policy import Sampling
-from delethink.scoring.rollouts import RolloutResult, run_scored_rollouts
-from delethink.tokenization import query_ids
 from delethink.types import Score, Trace, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -81,25 +79,7 @@ def source(recipe: Recipe) -> Iterator[EpisodeSource]:
 
 @pytest.fixture(scope="module")
 def engine(source: EpisodeSource) -> TransformersEngine:
-    model = load_model("toy", "float32")
-    ends = eos_ids(model, source.tokenizer)
-    return TransformersEngine(model, ends, int(source.tokenizer.pad_token_id))
-
-
-def rollouts(
-    source: EpisodeSource,
-    engine: TransformersEngine,
-    places: list[tuple[str, int]],
-    **sampling: Any,
-) -> RolloutResult:
-    """Run the library's own rollout, once for each problem."""
-    problems = [source.task.problem(*place) for place in places]
-    queries = [query_ids(source.tokenizer, problem) for problem in problems]
-    samplings = [Sampling(seed=i, **sampling) for i in range(len(places))]
-    running = run_scored_rollouts(
-        engine, source.spec, problems, queries, samplings, source.tokenizer, source.scorer
-    )
-    return asyncio.run(running)
+    return toy_engine(source)
 
 
 def ask(python: Path, url: str, *calls: tuple[str, Any]) -> list[Any]:
@@ -137,7 +117,7 @@ def test_a_client_that_samples_greedily_has_the_ids_of_the_library(
     task, spec = AutomatonTask(min_steps=3, max_steps=3), ChunkSpec(30, 15, 4, head_size=0)
     source = replace(source, task=task, spec=spec)  # a trace of 60 tokens
     place, greedy = ("train", 0), Sampling(temperature=0.0)
-    (trace,), (score,), _ = rollouts(source, engine, [place], temperature=0.0)
+    (trace,), (score,), _ = library_rollouts(source, engine, [place], temperature=0.0)
     episode = source.begin(source.problem(*place))
     while episode.stop is None:
         sampled = engine.generate(tuple(episode.prompt_ids), episode.max_new_tokens, greedy)
@@ -234,8 +214,10 @@ def session(
 ) -> Session:
     stream = random.Random(0)
     places = [(split, stream.randrange(10**6)) for split in ("train", "heldout") for _ in range(4)]
-    greedy = rollouts(source, engine, places, temperature=0.0)
-    warm = rollouts(source, engine, places, temperature=1.5)  # slips, and traces out of budget
+    greedy = library_rollouts(source, engine, places, temperature=0.0)
+    warm = library_rollouts(
+        source, engine, places, temperature=1.5
+    )  # slips, and traces out of budget
     traces = greedy.traces + warm.traces
     by_ids = [
         {

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import pytest
 from guide_page import blocks
 from peer_environment import ROOT, peer_python
+from toy_episodes import library_rollouts, toy_engine
 
 from delethink.config import load_recipe
-from delethink.engines.loading import eos_ids, load_model
 from delethink.engines.transformers import TransformersEngine
 from delethink.errors import MissingExtraError
 from delethink.integrations.episodes import EpisodeSource
 from delethink.policy import Sampling
-from delethink.scoring.rollouts import RolloutResult, run_scored_rollouts
-from delethink.tokenization import query_ids
+from delethink.scoring.rollouts import RolloutResult
 from delethink.types import StopReason, TraceStop
 
 pytestmark = pytest.mark.integration
@@ -51,9 +50,7 @@ def source() -> Iterator[EpisodeSource]:
 
 @pytest.fixture(scope="module")
 def engine(source: EpisodeSource) -> TransformersEngine:
-    model = load_model("toy", "float32")
-    ends = eos_ids(model, source.tokenizer)
-    return TransformersEngine(model, ends, int(source.tokenizer.pad_token_id))
+    return toy_engine(source)
 
 
 def rollouts(
@@ -64,14 +61,8 @@ def rollouts(
     num_problems: int = NUM_PROBLEMS,
 ) -> RolloutResult:
     """Run the library's own rollout, a group for each problem."""
-    indices = [index for index in range(num_problems) for _ in range(group)]
-    problems = [source.task.problem("train", index) for index in indices]
-    queries = [query_ids(source.tokenizer, problem) for problem in problems]
-    samplings = [Sampling(temperature, seed=i) for i in range(len(problems))]
-    running = run_scored_rollouts(
-        engine, source.spec, problems, queries, samplings, source.tokenizer, source.scorer
-    )
-    return asyncio.run(running)
+    places = [("train", index) for index in range(num_problems) for _ in range(group)]
+    return library_rollouts(source, engine, places, temperature)
 
 
 def job(result: RolloutResult | None, drops_end: bool = False, **changes: Any) -> dict[str, Any]:
